@@ -1,0 +1,190 @@
+"""Turn a run's checkpoints into numbers and pictures.
+
+    python analyze.py report out/addition                 report.json and figures; train.py calls this at the end of a run
+    python analyze.py report out/addition out/other ...   the same for several runs, one table
+    python analyze.py explain out/addition                when does each edge open, and what is it for (explain.py)
+
+Everything is computed again from the checkpoint by evaluate.py, the code that judged the run while it trained.
+
+Writes into the run's folder: report.json, training.png; for a gated run gates.png; for addition attention_flow.png,
+the paper's first figure; and from `explain` explain.json and explain.png.
+"""
+
+import json
+import os
+import sys
+
+import numpy as np
+import torch
+
+import figures
+import prepare_data
+from evaluate import evaluate
+from explain import PLACES, damage, explain, when
+from model import CheckpointError, load_checkpoint, read_checkpoint
+
+SUMS = [(53, 21, "no carry"), (36, 28, "carry out of the units"), (43, 59, "carry into the hundreds")]  # the paper's three kinds
+
+
+class AnalysisError(Exception):
+    """A run that cannot be analysed. The message says what to type instead."""
+
+
+def read_json(path):
+    if not os.path.exists(path):
+        raise AnalysisError(f"{os.path.dirname(path)} is no run's folder: it has no {os.path.basename(path)}. "
+                            "Train one first, for instance: python train.py config/addition.py")
+    with open(path, encoding="utf-8") as f:
+        return json.load(f)
+
+
+def kept_checkpoint(run):
+    """The path of a run's best.pt, or of its last.pt where no evaluation met the target; and whether the target was met."""
+    best = os.path.join(run, "best.pt")
+    return (best, True) if os.path.exists(best) else (os.path.join(run, "last.pt"), False)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# report
+
+
+def report(run):
+    """Write a run's report.json and figures; return the report, a dict (its format: DESIGN, and README's last section)."""
+    config = read_json(os.path.join(run, "config.json"))
+    path, meets_target = kept_checkpoint(run)
+    checkpoint, model = read_checkpoint(path), load_checkpoint(path)
+    seconds = read_checkpoint(os.path.join(run, "last.pt"))["seconds"]
+    data = prepare_data.load(config["dataset"])
+    judged = {split: evaluate(model, data, split, config["eval_batch_size"], config["eval_batches"]) for split in ("train", "val")}
+
+    if model.config.gated:
+        dense, sparse = checkpoint["dense"], judged
+        parent = checkpoint["parent"]
+        parent_last = os.path.join(os.path.dirname(parent), "last.pt") if parent else ""
+        seconds = {"dense": read_checkpoint(parent_last)["seconds"] if os.path.exists(parent_last) else None, "sparse": seconds}
+    else:
+        dense, sparse, parent, meets_target = judged, None, None, True
+        seconds = {"dense": seconds, "sparse": None}
+    result = {
+        "run": run, "seed": config["seed"], "step": checkpoint["step"], "meets_target": meets_target,
+        "dense": summary(dense), "sparse": sparse and summary(sparse), "target_loss": checkpoint["target_loss"],
+        "edges": {key: judged["val"][key] for key in ("open", "total", "fraction", "per_head")},
+        "heads_off": sum(fraction == 0 for layer in judged["val"]["per_head"] for fraction in layer), "seconds": seconds}
+    write_json(os.path.join(run, "report.json"), result)
+
+    with open(os.path.join(run, "metrics.jsonl"), encoding="utf-8") as f:
+        figures.training(os.path.join(run, "training.png"), [json.loads(line) for line in f], checkpoint["step"])
+    if model.config.gated:
+        figures.gates(os.path.join(run, "gates.png"), judged["val"]["per_head"])
+        if config["dataset"] == "addition":
+            attention_flow(run, model, parent)
+    return result
+
+
+def summary(judged):
+    """One model's side of a report. `correct` counts the rows of both splits, `accuracy` is that of the held-out ones alone."""
+    splits = judged.values()
+    rows = judged["val"]["accuracy"] is not None
+    return {"val_loss": judged["val"]["loss"], "accuracy": judged["val"]["accuracy"],
+            "correct": sum(s["correct"] for s in splits) if rows else None, "examples": sum(s["examples"] for s in splits)}
+
+
+def write_json(path, content):
+    prepare_data.write_whole(path, (json.dumps(content, indent=1) + "\n").encode())
+
+
+def table(reports):
+    """The reports as text, a column a run."""
+    def sparse_or_dense(r):
+        return r["sparse"] or r["dense"]
+
+    rows = [("", [r["run"] for r in reports]),
+            ("held-out loss, dense", [f"{r['dense']['val_loss']:.4f}" for r in reports]),
+            ("held-out loss, sparse", [f"{r['sparse']['val_loss']:.4f}" if r["sparse"] else "-" for r in reports]),
+            ("target", [f"{r['target_loss']:.4f}" + ("" if r["meets_target"] else " MISSED") if r["sparse"] else "-" for r in reports]),
+            ("rows right", [f"{sparse_or_dense(r)['correct']} of {sparse_or_dense(r)['examples']}"
+                            if sparse_or_dense(r)["correct"] is not None else "-" for r in reports]),
+            ("open edges", [f"{r['edges']['open']:.2f} of {r['edges']['total']} ({100 * r['edges']['fraction']:.2f} %)" for r in reports]),
+            ("heads off", [f"{r['heads_off']} of {sum(map(len, r['edges']['per_head']))}" for r in reports]),
+            ("checkpoint of step", [str(r["step"]) for r in reports]),
+            ("seconds, dense + sparse", [" + ".join("-" if s is None else f"{s:.0f}" for s in r["seconds"].values()) for r in reports])]
+    widths = [max(len(cells[i]) for _, cells in rows) for i in range(len(reports))]
+    return "\n".join("  ".join([f"{name:24}", *(cell.rjust(width) for cell, width in zip(cells, widths))]) for name, cells in rows)
+
+
+@torch.no_grad()
+def attention_flow(run, model, parent):
+    """attention_flow.png: three sums through the dense parent (if it is still there) and the sparse model."""
+    a, b = np.array([s[:2] for s in SUMS]).T
+    questions = prepare_data.addition_rows(a, b)[:, 0].astype(np.int64)
+    columns = [(f"{x} + {y} = {x + y}, {kind}", words(question)) for (x, y, kind), question in zip(SUMS, questions)]
+    rows = []
+    for label, path in (("dense", parent), ("sparse", None)):
+        if path and not os.path.exists(path):
+            print(f"{path} is gone: attention_flow.png shows the sparse model only")
+        if label == "dense" and not (path and os.path.exists(path)):
+            continue
+        layers = []
+        logits, _, _ = (load_checkpoint(path) if path else model)(
+            torch.from_numpy(questions), record=lambda layer, gates: layers.append((gates.open * gates.pattern).numpy()))
+        answers = logits.argmax(-1).numpy()
+        weights = np.stack(layers, axis=1)  # (sums, n_layer, H, T, T)
+        rows.append((label, [(w, [""] * 6 + words(answer[6:])) for w, answer in zip(weights, answers)]))
+    figures.attention_flow(os.path.join(run, "attention_flow.png"), columns, rows)
+
+
+def words(tokens):
+    return [prepare_data.ADDITION_TOKENS[t] for t in tokens]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# explain
+
+
+TOKEN_NAMES = ["a1", "a0", "+", "b1", "b0", "="] + [f"?{place}" for place in ("10000", "1000", "100", "10", "1")]
+
+
+def explain_run(run):
+    """Write a run's explain.json and explain.png, and print the table."""
+    config = read_json(os.path.join(run, "config.json"))
+    if config["dataset"] != "addition" or not config["gated"]:
+        raise AnalysisError(f"{run} is {'a gated' if config['gated'] else 'a dense'} run on {config['dataset']}: "
+                            "explain counts over sums and describes gates, so it needs a gated run on addition, such as out/addition")
+    path, _ = kept_checkpoint(run)
+    model = load_checkpoint(path)
+    edges, intact = explain(model)
+    write_json(os.path.join(run, "explain.json"), edges)
+    lines = []
+    for edge in edges:
+        names = f"{TOKEN_NAMES[edge['query']]} reads {TOKEN_NAMES[edge['key']]}"
+        head = f" head {edge['head']}" if model.config.n_head > 1 else ""
+        lines.append((f"layer {edge['layer']}{head}  {names:18} open on {edge['open_on']:5d}", f"{when(edge)}; {damage(edge, intact)}"))
+    mean = sum(edge["open_on"] for edge in edges) / 10_000
+    title = f"{run}: {mean:.2f} open edges on average, {100 * intact['sum']:.2f} % of the 10,000 sums right"
+    print(title)
+    for number, (what, why) in enumerate(lines, 1):
+        print(f"{number:3d}  {what}  {why}")
+    figures.explanation(os.path.join(run, "explain.png"), TOKEN_NAMES, model.config.n_layer,
+                        [{**edge, "share": edge["open_on"] / 10_000, "text": f"{what}\n    {why}"} for edge, (what, why) in zip(edges, lines)], title)
+
+
+USAGE = __doc__.split("\n\n")[1]
+
+
+def main(arguments):
+    command, runs = (arguments[0] if arguments else ""), [run.rstrip("/") for run in arguments[1:]]
+    if command not in ("report", "explain") or not runs:
+        sys.exit(f"usage:\n{USAGE}")
+    try:
+        if command == "report":
+            print(table([report(run) for run in runs]))
+            print(f"report.json and figures are in {', '.join(runs)}")
+        else:
+            for run in runs:
+                explain_run(run)
+    except (AnalysisError, CheckpointError, prepare_data.DataError, OSError) as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,50 @@
+"""How a model is judged: deterministic gates, fixed data, and a count of the edges that are open.
+
+    loss       mean cross-entropy over all targets of the split, nats
+    accuracy   rows only: share of rows of which every target is right (a sum is right when all five digits are)
+    open       mean number of open edges per sequence, out of n_layer * n_head * T (T + 1) / 2 causal pairs
+
+Notable: the dense model that a target is taken from and the sparse model that must meet it go through this one function,
+on the same examples, in the same order (the paper compares both at equal loss). So does report.json.
+"""
+
+import torch
+
+
+@torch.no_grad()
+def evaluate(model, data, split, batch_size=1000, max_batches=0):
+    """Judge `model` (a GPT) on a split of `data` (a prepare_data.Dataset); every example once, or the first max_batches batches.
+
+    Rows are taken as they are, a stream is cut into windows of block_size that do not overlap.
+    Returns a dict of plain numbers: loss, accuracy (None for a stream), correct and examples (numbers of rows),
+    open, total, fraction, per_head [n_layer][H] open fractions. Leaves the model in the mode in which it was.
+    """
+    config, device = model.config, next(model.parameters()).device
+    rows = data.meta["kind"] == "rows"
+    T = data.train.shape[2] if rows else config.block_size
+    indices = list(range(0, data.starts(split, T), 1 if rows else T))
+    if max_batches:
+        indices = indices[:max_batches * batch_size]
+    pairs = T * (T + 1) // 2
+    open_edges = torch.zeros(config.n_layer, config.n_head, dtype=torch.float64, device=device)  # summed over sequences
+
+    def count(layer, gates):
+        open_edges[layer] += gates.open.sum(dim=(0, 2, 3))
+
+    was_training = model.training
+    model.eval()
+    loss_sum = targets_seen = correct = 0
+    for i in range(0, len(indices), batch_size):
+        x, y = (torch.from_numpy(a).to(device) for a in data.batch(split, indices[i:i + batch_size], T))
+        logits, loss, _ = model(x, y, record=count if config.gated else None)
+        asked = y != -1
+        loss_sum += loss.item() * asked.sum().item()
+        targets_seen += asked.sum().item()
+        correct += ((logits.argmax(-1) == y) | ~asked).all(dim=1).sum().item()
+    model.train(was_training)
+
+    per_head = open_edges / len(indices) / pairs if config.gated else torch.ones_like(open_edges)
+    total = config.n_layer * config.n_head * pairs
+    return {"loss": loss_sum / targets_seen, "accuracy": correct / len(indices) if rows else None, "correct": correct,
+            "examples": len(indices), "open": per_head.sum().item() * pairs, "total": total,
+            "fraction": per_head.mean().item(), "per_head": per_head.tolist()}

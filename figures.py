@@ -1,0 +1,144 @@
+"""The pictures: how edges, gates and a training run are drawn.
+
+In the flow pictures time runs to the right and depth upwards. A token's residual stream is a vertical line; an edge from key
+position j to query position i in layer l is a line from (j, l) to (i, l + 1), because that is where it moves information:
+out of stream j below layer l, into stream i above it (the paper's first figure).
+
+Functions take arrays and plain lists and write a PNG; nothing here runs a model, and this file imports no other file of ours.
+"""
+
+import os
+
+import matplotlib
+
+matplotlib.use("Agg")  # no screen needed
+import matplotlib.pyplot as plt
+import numpy as np
+
+HEAD_COLORS = plt.get_cmap("tab10").colors
+GREY = "0.75"
+
+
+def save(figure, path):
+    """Write the PNG, whole or not at all."""
+    figure.savefig(path + ".tmp", dpi=120, format="png", bbox_inches="tight")
+    os.replace(path + ".tmp", path)
+    plt.close(figure)
+
+
+def draw_streams(ax, tokens, answers, n_layer):
+    """The ground of a flow picture: a vertical line a token, its name below, what the model answers above."""
+    T = len(tokens)
+    ax.vlines(range(T), 0, n_layer, color=GREY, lw=0.6, zorder=0)
+    for i, (token, answer) in enumerate(zip(tokens, answers)):
+        ax.text(i, -0.18, token, ha="center", va="top", fontsize=11, family="monospace")
+        ax.text(i, n_layer + 0.15, answer, ha="center", va="bottom", fontsize=11, family="monospace", weight="bold")
+    ax.set(xlim=(-0.7, T - 0.3), ylim=(-0.75, n_layer + 0.75), xticks=[], yticks=np.arange(n_layer) + 0.5)
+    ax.set_yticklabels([f"layer {layer}" for layer in range(n_layer)], fontsize=9)
+    ax.tick_params(length=0)
+    for side in ax.spines.values():
+        side.set_visible(False)
+
+
+def draw_edges(ax, weights):
+    """One line an edge. weights (n_layer, H, T, T): its opacity, 0 where the edge is shut."""
+    for layer, head, i, j in zip(*np.nonzero(weights)):
+        ax.plot([j, i], [layer, layer + 1], color=HEAD_COLORS[head % 10], lw=2, solid_capstyle="round",
+                alpha=float(min(1, weights[layer, head, i, j])), zorder=1)
+
+
+def attention_flow(path, columns, rows):
+    """The paper's first figure: the same sums through two models.
+
+    columns  [(title, tokens)], one a prompt; rows [(label, [(weights (n_layer, H, T, T), answers)])], one a model
+    """
+    n_layer = rows[0][1][0][0].shape[0]
+    figure, axes = plt.subplots(len(rows), len(columns), figsize=(4.3 * len(columns), 3.5 * len(rows)), squeeze=False, layout="constrained")
+    for r, (label, panels) in enumerate(rows):
+        for c, (weights, answers) in enumerate(panels):
+            ax, (title, tokens) = axes[r, c], columns[c]
+            draw_streams(ax, tokens, answers, n_layer)
+            draw_edges(ax, weights)
+            ax.set_title(title if r == 0 else "", fontsize=12)
+            ax.set_xlabel(f"{np.count_nonzero(weights)} open edges", fontsize=9)
+        axes[r, 0].set_ylabel(label, fontsize=12)
+    figure.supxlabel("A line runs from the token that is read to the token that reads it; its opacity is the attention weight", fontsize=9)
+    save(figure, path)
+
+
+def training(path, metrics, kept_step=None):
+    """metrics: the lines of metrics.jsonl. Loss; for a gated run also open edges and lambda. kept_step: of best.pt."""
+    steps = [m["step"] for m in metrics]
+    gated = "lambda" in metrics[0]
+    figure, axes = plt.subplots(3 if gated else 1, 1, figsize=(7, 8 if gated else 3.4), sharex=True, squeeze=False, layout="constrained")
+    axes = axes[:, 0]
+
+    def curve(ax, key, label, scale=1.0, **style):
+        points = [(m["step"], m[key] * scale) for m in metrics if m.get(key) is not None]
+        ax.plot(*zip(*points), label=label, **style) if points else None
+
+    curve(axes[0], "batch_loss", "training batches" + (", sampled gates (running mean)" if gated else " (running mean)"), color="tab:orange")
+    curve(axes[0], "val_loss", "held-out set" + (", deterministic gates" if gated else ""), color="tab:blue")
+    if gated:
+        axes[0].axhline(metrics[0]["target_loss"], color="tab:green", ls="--", label="target: dense loss on the held-out set + slack")
+        curve(axes[1], "fraction", "open edges", 100, color="tab:blue")
+        axes[1].set(yscale="log", ylabel="open edges (%)")
+        axes[1].yaxis.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda y, _: f"{y:g}"))
+        curve(axes[2], "lambda", "lambda", color="tab:purple")
+        axes[2].set(yscale="log", ylabel="lambda")
+        for m in metrics:
+            if m["passes"]:
+                axes[1].axvspan(m["step"] - (steps[1] - steps[0] if len(steps) > 1 else 1) / 2, m["step"] + (steps[1] - steps[0] if len(steps) > 1 else 1) / 2,
+                                color="tab:green", alpha=0.12, lw=0)
+        kept = [m for m in metrics if m["step"] == kept_step]
+        for m in kept:
+            axes[1].plot(m["step"], 100 * m["fraction"], "*", ms=13, color="tab:red", label=f"kept: step {kept_step}, {m['open']:.2f} edges")
+        axes[1].plot([], [], color="tab:green", alpha=0.3, lw=8, label="meets the target")
+        axes[1].legend(fontsize=8)
+    axes[0].set(yscale="log", ylabel="loss (nats)")
+    axes[0].legend(fontsize=8)
+    axes[-1].set_xlabel("step")
+    for ax in axes:
+        ax.grid(alpha=0.3)
+    save(figure, path)
+
+
+def gates(path, per_head):
+    """Open fraction by layer and head. per_head [n_layer][H], from 0 to 1; the colour is logarithmic, a head that is off is white."""
+    fractions = np.array(per_head)
+    n_layer, H = fractions.shape
+    figure, ax = plt.subplots(figsize=(2.8 + 0.75 * H, 1.4 + 0.5 * n_layer), layout="constrained")
+    image = ax.imshow(np.ma.masked_equal(fractions, 0), cmap="viridis_r", aspect="auto", origin="lower",
+                      norm=matplotlib.colors.LogNorm(vmin=1e-4, vmax=1))
+    for layer in range(n_layer):
+        for head in range(H):
+            value = fractions[layer, head]
+            ax.text(head, layer, "off" if value == 0 else f"{100 * value:.2g} %", ha="center", va="center", fontsize=8,
+                    color="white" if value > 0.05 else "black")
+    ax.set(xlabel="head", ylabel="layer", xticks=range(H), yticks=range(n_layer), title="open edges")
+    bar = figure.colorbar(image, ax=ax, ticks=[1e-4, 1e-3, 1e-2, 1e-1, 1])
+    bar.ax.set_yticklabels(["0.01 %", "0.1 %", "1 %", "10 %", "100 %"], fontsize=8)
+    save(figure, path)
+
+
+def explanation(path, tokens, n_layer, edges, title):
+    """Every edge that ever opens, numbered, beside what is known about it.
+
+    edges: a list of dicts with layer, head, query, key, share (of prompts on which it is open, 0 to 1) and text (its line).
+    """
+    figure, (left, right) = plt.subplots(1, 2, figsize=(14, max(4.2, 0.42 * len(edges) + 1.4)), width_ratios=[5, 7], layout="constrained")
+    draw_streams(left, tokens, [""] * len(tokens), n_layer)
+    for number, edge in enumerate(edges, 1):
+        always = edge["share"] == 1
+        x, y = [edge["key"], edge["query"]], [edge["layer"], edge["layer"] + 1]
+        left.plot(x, y, color=HEAD_COLORS[edge["head"] % 10], lw=0.8 + 2.4 * edge["share"], ls="-" if always else (0, (4, 1.5)), zorder=1)
+        at = (0.3, 0.5, 0.7)[number % 3]  # numbers of neighbouring edges at different heights
+        left.text(x[0] + at * (x[1] - x[0]), y[0] + at, number, fontsize=9, ha="center", va="center", zorder=2,
+                  bbox=dict(boxstyle="circle,pad=0.15", fc="white", ec=GREY))
+    left.set_title("solid: open on every sum; dashed: only on some", fontsize=10)
+    right.axis("off")
+    right.set(xlim=(0, 1), ylim=(len(edges) + 0.5, -0.5))
+    for number, edge in enumerate(edges, 1):
+        right.text(0, number - 0.5, f"{number:2d}  {edge['text']}", fontsize=9, family="monospace", va="center")
+    figure.suptitle(title, fontsize=12)
+    save(figure, path)

@@ -1,0 +1,97 @@
+"""The Bernoulli edge gate: attention in which every edge can be shut.
+
+For one head with queries q, keys k and values v of width D, query position i and key position j <= i
+(arXiv 2512.05865, section "Sparse attention"):
+
+    a_ij = q_i . k_j / sqrt(D)                   the ordinary attention score
+    s_ij = a_ij + b                              gate logit; b is the gate bias, a constant
+    A_ij ~ Bernoulli(sigmoid(s_ij))              the edge is open (1) or shut (0)
+    y_i  = sum_j A_ij softmax_j(a_i.)_j v_j      softmax over ALL causal keys, then masked
+
+Notable:
+- No parameters of its own. The gate reuses q and k, so any pre-trained checkpoint fits as it is.
+- The softmax is not renormalised after the mask: to shut an edge removes its term and changes no other.
+  A head whose edges are all shut writes exactly zero (then c_proj adds its bias): whole heads switch off.
+- Training samples the gates (binary Gumbel-softmax, straight-through); evaluation is deterministic, A = [s > 0].
+- The penalty is the expected open fraction, the mean of sigmoid(s) over causal pairs: an L0 norm made smooth.
+- A pair with j > i is never open, never counted, and sends no gradient.
+
+Everything here is written for reading: it stores T x T matrices. This file imports no other file of ours.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch.nn import functional as F
+
+
+class Gates(NamedTuple):
+    """What `gated_attention(..., return_gates=True)` shows of its inside. Both are (B, H, T, T), query by key."""
+
+    open: torch.Tensor  # A_ij, 1.0 where the edge is open, 0.0 where it is shut
+    pattern: torch.Tensor  # softmax_j(a_i.)_j before the mask; open * pattern is what the values are weighted with
+
+
+def logistic_noise(shape, device=None):
+    """n = logit(u), u ~ U(0, 1): the noise for which [s + n > 0] is Bernoulli(sigmoid(s)). float32, any shape."""
+    # eps keeps u away from 0 and 1, where n would be infinite; it caps |n| at 16.6, and P(|n| > 16.6) is 1.2e-7
+    return torch.rand(shape, device=device).logit_(eps=6e-8)
+
+
+def gated_attention(q, k, v, bias=3.0, temperature=1.0, sample=False, *,
+                    dense=False, linear_penalty=False, noise=None, keep=None, return_gates=False):
+    """Causal attention with a Bernoulli gate on every edge, as the paper writes it.
+
+    q, k, v       (B, H, T, D) queries, keys, values
+    bias          b in s = a + b: a float, or a tensor that broadcasts to (B, H, T, T), such as (H, 1, 1). > 0: starts open
+    temperature   of the straight-through gradient: sigmoid((s + n) / temperature). Changes gradients, never values
+    sample        True: A ~ Bernoulli(sigmoid(s)), as in training.  False: A = [s > 0], as in evaluation
+    dense         True: no gates, ordinary attention; the density is then 1
+    noise         (B, H, T, T) logistic noise n to use when sampling; None draws it. For tests
+    keep          bool, broadcasts to (B, H, T, T): an edge that is False here is shut whatever its gate says
+    return_gates  True: the third value is a `Gates`, else it is None
+
+    Returns y (B, H, T, D); density, a scalar in [0, 1], the mean of sigmoid(s) over causal pairs, heads and batch;
+    and the gates. Raises ValueError if q, k and v differ in shape or temperature is not above 0.
+    """
+    if not q.shape == k.shape == v.shape or q.dim() != 4:
+        raise ValueError(f"q, k, v must share one shape (B, H, T, D), not {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}")
+    if temperature <= 0:
+        raise ValueError(f"temperature must be above 0, not {temperature}")
+    B, H, T, D = q.shape
+
+    if dense and keep is None and not return_gates:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True), q.new_ones(()), None
+
+    causal = torch.ones(T, T, dtype=torch.bool, device=q.device).tril()  # (T, T), True where j <= i
+    scores = q @ k.transpose(-2, -1) / math.sqrt(D)  # a_ij                (B, H, T, T)
+    pattern = scores.masked_fill(~causal, -math.inf).softmax(dim=-1)  #    softmax over all causal keys
+
+    if dense:
+        gates, density = causal.expand(B, H, T, T).to(pattern.dtype), q.new_ones(())
+    else:
+        s = scores + bias  # gate logit s_ij                               (B, H, T, T)
+        gates = sampled_gates(s, temperature, noise) if sample else (s > 0).to(pattern.dtype)
+        gates = gates.masked_fill(~causal, 0)
+        # The penalty: expected open fraction, over the T(T+1)/2 causal pairs of every head. Summed in float32.
+        penalty = s.float().sigmoid()
+        if linear_penalty:
+            penalty = torch.where(s > 0, 0.5 + s.float() / 4, penalty)
+        density = penalty.masked_fill(~causal, 0).sum() / (B * H * T * (T + 1) / 2)
+    if keep is not None:
+        gates = gates * keep
+
+    y = (gates * pattern).to(v.dtype) @ v  # y_i = sum_j A_ij p_ij v_j      (B, H, T, D)
+    return y, density, Gates(gates, pattern) if return_gates else None
+
+
+def sampled_gates(s, temperature=1.0, noise=None):
+    """Binary Gumbel-softmax, straight-through: the value is [s + n > 0], the gradient that of sigmoid((s + n) / temperature).
+
+    s, noise: (B, H, T, T). Source: Maddison et al. 2017, Jang et al. 2017; straight-through: Bengio et al. 2013.
+    """
+    noisy = s + (logistic_noise(s.shape, s.device) if noise is None else noise)
+    hard = (noisy > 0).to(s.dtype)
+    soft = (noisy / temperature).sigmoid()
+    return hard + (soft - soft.detach())  # the bracket is exactly 0, so the value is exactly 0 or 1

@@ -1,0 +1,78 @@
+"""GECO: a constraint instead of a schedule (Rezende & Viola 2018, "Taming VAEs"; the paper's section on training).
+
+    minimise  density    subject to    loss <= target
+
+    L = density + lambda (loss - target)         lambda > 0, found by dual ascent:
+    C <- alpha C + (1 - alpha) clip((loss - target) / scale, -1, 1)       smoothed violation, in units of `scale`
+    lambda <- clip(lambda exp(rate C), lambda_min, lambda_max)
+
+Read it as a thermostat. While the loss is above target lambda rises and training repairs the model; while it is
+below, lambda falls and training shuts edges. Nobody tunes how sparse the model gets: that is what is found out.
+
+Notable, all three against *windup* (an integrator that, after a long error, stays far away long after the error is gone):
+- lambda is capped. When the gates first sample, the loss jumps by nats and an uncapped lambda climbs to thousands;
+  the density then has no say until lambda has come all the way down again.
+- The violation is clipped to one unit before it is smoothed, so that lambda falls as fast as it rises: a loss can lie
+  nats above a target, but never more than the target itself below it.
+- lambda is the only integrator: the clip acts on the state itself, there is no hidden sum behind it to unwind.
+
+This file imports no other file of ours.
+"""
+
+import math
+
+import torch
+from torch.nn import functional as F
+
+
+def fidelity(logits, targets, tail=1.0):
+    """The loss that the constraint is about: cross-entropy, in nats per target, of the worst `tail` of the targets.
+
+    logits (B, T, V); targets (B, T), -1 where nothing is asked; tail in (0, 1].
+    tail = 1 is the plain mean, the paper's loss. A mean forgives: 99 sums at 0.001 nats pay for one that is wrong.
+    tail = 0.1 averages over the hardest tenth of the batch only (the *conditional value at risk*; Rockafellar &
+    Uryasev 2000), so that one wrong sum in a batch breaks the constraint.
+    """
+    losses = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-1, reduction="none")
+    losses = losses[targets.flatten() != -1]
+    if tail < 1:
+        losses = losses.topk(math.ceil(tail * losses.numel())).values
+    return losses.mean()
+
+
+class GECO:
+    """The controller of lambda. `update(loss)` after a measurement; `objective(loss, density)` is what to minimise.
+
+    target       nats; the loss to stay at or below
+    scale        nats; a violation of this size moves lambda at full speed
+    rate         largest relative change of lambda per update: 0.01 is 1 %
+    alpha        memory of the moving average of the violation, in [0, 1): about 1 / (1 - alpha) updates long
+    lambda_init, lambda_min, lambda_max    where lambda starts, and the clip that keeps it from winding up
+    """
+
+    def __init__(self, target, scale=0.01, rate=0.01, alpha=0.9, lambda_init=1.0, lambda_min=1e-3, lambda_max=10.0):
+        if not (scale > 0 and rate > 0 and 0 <= alpha < 1 and 0 < lambda_min <= lambda_init <= lambda_max):
+            raise ValueError("GECO needs scale > 0, rate > 0, 0 <= alpha < 1 and 0 < lambda_min <= lambda_init <= lambda_max; "
+                             f"got scale={scale} rate={rate} alpha={alpha} lambda={lambda_min} <= {lambda_init} <= {lambda_max}")
+        self.target, self.scale, self.rate, self.alpha = target, scale, rate, alpha
+        self.lambda_min, self.lambda_max = lambda_min, lambda_max
+        self.lam = lambda_init  # `lambda` is a keyword of Python
+        self.violation = 0.0  # C, the smoothed violation, between -1 and 1
+
+    def update(self, loss):
+        """Dual ascent on a measured loss (a float, nats). Returns the new lambda."""
+        now = min(1.0, max(-1.0, (loss - self.target) / self.scale))
+        self.violation = self.alpha * self.violation + (1 - self.alpha) * now
+        self.lam = min(self.lambda_max, max(self.lambda_min, self.lam * math.exp(self.rate * self.violation)))
+        return self.lam
+
+    def objective(self, loss, density, density_weight=1.0):
+        """L = density_weight * density + lambda (loss - target). Tensors in, tensor out."""
+        return density_weight * density + self.lam * (loss - self.target)
+
+    def state_dict(self):
+        """What `update` changes and what it aims at: plain floats, safe to save."""
+        return {"lam": self.lam, "violation": self.violation, "target": self.target}
+
+    def load_state_dict(self, state):
+        self.lam, self.violation, self.target = state["lam"], state["violation"], state["target"]

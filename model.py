@@ -1,0 +1,218 @@
+"""GPT-2 with gated attention: one transformer, dense or sparse by one flag.
+
+    x = wte[token] + wpe[position]                 the residual stream                 (B, T, C)
+    x = x + attn(ln_1(x));  x = x + mlp(ln_2(x))   n_layer times, pre-LayerNorm
+    logits = lm_head(ln_f(x))
+
+A dense and a gated model hold the same parameters: `gated` only says whether attention goes through the Bernoulli
+gates of gate.py (the paper's section "Sparse attention") or through ordinary softmax attention. So any pre-trained
+checkpoint can be post-trained, and a gated checkpoint can be run dense to see what the gates do.
+
+Notable:
+- Parameter names are nanoGPT's (`transformer.h.0.attn.c_attn.weight`), so its users' tools load our checkpoints.
+- As with dropout, `model.train()` samples the gates and `model.eval()` makes them deterministic.
+- forward gives the density penalty beside the loss. It does not add them up: that is the business of geco.py.
+- `record` shows every layer's gates and attention pattern, `keep` shuts chosen edges: the analysis needs no more.
+- GELU is GPT-2's own tanh approximation, so that OpenAI's weights give OpenAI's logits.
+"""
+
+import math
+import os
+from dataclasses import asdict, dataclass, fields
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from gate import gated_attention
+
+
+@dataclass
+class GPTConfig:
+    """The shape of a model; defaults are GPT-2 124M. Saved in every checkpoint as `model_args`, as nanoGPT does."""
+
+    block_size: int = 1024  # longest context, tokens
+    vocab_size: int = 50257  # number of token ids
+    n_layer: int = 12
+    n_head: int = 12
+    n_embd: int = 768  # C, width of the residual stream
+    dropout: float = 0.0
+    bias: bool = True  # biases in Linear and LayerNorm layers
+    tied: bool = True  # lm_head and wte are one matrix
+    gated: bool = False  # attention through Bernoulli gates
+    gate_bias: float = 3.0  # b in s = a + b
+    gate_temperature: float = 1.0  # of the straight-through gradient
+    gate_linear_penalty: bool = False  # penalty that does not saturate, see gate.py; False is the paper's
+
+
+class CausalSelfAttention(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)  # q, k and v of all heads
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.resid_dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x, keep=None, return_gates=False):
+        B, T, C = x.shape
+        H, D = self.config.n_head, C // self.config.n_head
+        q, k, v = (part.view(B, T, H, D).transpose(1, 2) for part in self.c_attn(x).split(C, dim=2))  # (B, H, T, D)
+        y, density, gates = gated_attention(
+            q, k, v, self.config.gate_bias, self.config.gate_temperature, sample=self.training,
+            dense=not self.config.gated, linear_penalty=self.config.gate_linear_penalty, keep=keep, return_gates=return_gates)
+        y = y.transpose(1, 2).reshape(B, T, C)  # heads side by side
+        return self.resid_dropout(self.c_proj(y)), density, gates
+
+
+class MLP(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x):
+        return self.dropout(self.c_proj(F.gelu(self.c_fc(x), approximate="tanh")))
+
+
+class Block(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.attn = CausalSelfAttention(config)
+        self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.mlp = MLP(config)
+
+    def forward(self, x, keep=None, return_gates=False):
+        y, density, gates = self.attn(self.ln_1(x), keep, return_gates)
+        x = x + y
+        x = x + self.mlp(self.ln_2(x))
+        return x, density, gates
+
+
+class GPT(nn.Module):
+    """GPT-2. `GPT(GPTConfig(...))` starts from GPT-2's random initialisation; `load_checkpoint` from a file."""
+
+    def __init__(self, config):
+        super().__init__()
+        if config.n_embd % config.n_head:
+            raise ValueError(f"n_embd={config.n_embd} must be a multiple of n_head={config.n_head}: the heads share the width")
+        if config.gate_temperature <= 0:
+            raise ValueError(f"gate_temperature must be above 0, not {config.gate_temperature}")
+        self.config = config
+        self.transformer = nn.ModuleDict(dict(
+            wte=nn.Embedding(config.vocab_size, config.n_embd),
+            wpe=nn.Embedding(config.block_size, config.n_embd),
+            drop=nn.Dropout(config.dropout),
+            h=nn.ModuleList(Block(config) for _ in range(config.n_layer)),
+            ln_f=nn.LayerNorm(config.n_embd, bias=config.bias),
+        ))
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        if config.tied:
+            self.lm_head.weight = self.transformer.wte.weight
+        # GPT-2's initialisation: N(0, 0.02), and 1 / sqrt(2 n_layer) of it for the layers that write into the residual stream
+        for name, p in self.named_parameters():
+            if p.dim() == 2:
+                nn.init.normal_(p, std=0.02 / (math.sqrt(2 * config.n_layer) if name.endswith("c_proj.weight") else 1))
+            elif name.endswith("bias"):
+                nn.init.zeros_(p)
+
+    def forward(self, idx, targets=None, keep=None, record=None):
+        """idx (B, T) token ids; targets (B, T) the token to predict at each position, -1 where nothing is asked.
+
+        keep    bool, (n_layer, H, T, T) or (n_layer, B, H, T, T): an edge that is False here is forced shut
+        record  called as record(layer, gates) for every layer, gates a `gate.Gates`: what is open, what is attended to
+
+        Returns logits (B, T, vocab_size); loss, the mean cross-entropy in nats over the targets, None without targets;
+        density, the expected open fraction of all layers' edges (a dense model's is 1).
+        Raises ValueError if idx is longer than block_size.
+        """
+        B, T = idx.shape
+        if T > self.config.block_size:
+            raise ValueError(f"a context of {T} tokens does not fit into this model's block_size of {self.config.block_size}")
+        x = self.transformer.wte(idx) + self.transformer.wpe(torch.arange(T, device=idx.device))  # (B, T, C)
+        x = self.transformer.drop(x)
+        densities = []
+        for layer, block in enumerate(self.transformer.h):
+            x, density, gates = block(x, None if keep is None else keep[layer], record is not None)
+            densities.append(density)
+            if record is not None:
+                record(layer, gates)
+        logits = self.lm_head(self.transformer.ln_f(x))  # (B, T, V)
+        loss = None
+        if targets is not None:
+            loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-1)
+        return logits, loss, torch.stack(densities).mean()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checkpoints: nanoGPT's layout, {'model': state dict, 'model_args': GPTConfig as a dict, ...}, so that both sides can read both
+
+
+class CheckpointError(Exception):
+    """A checkpoint that cannot be read or does not fit. The message says what is wrong and what to do."""
+
+
+def save_checkpoint(path, checkpoint):
+    """Write a dict of tensors and plain values to path, whole or not at all.
+
+    Written to a temporary name first, flushed to the disk, then renamed: whatever happens, the path holds either the old
+    file or the new one. Raises CheckpointError, the old file untouched, if the disk is full or the folder not writable.
+    """
+    temporary = path + ".tmp"
+    try:
+        with open(temporary, "wb") as f:
+            torch.save(checkpoint, f)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+        if os.path.exists(temporary):
+            os.remove(temporary)
+        raise CheckpointError(f"cannot write {path}: {error}. What it held before is untouched. "
+                              "Free some space, or choose another place with --out_dir=") from error
+
+
+def read_checkpoint(path, device="cpu"):
+    """Read the dict of a checkpoint file. Raises CheckpointError if it is missing, truncated or not a checkpoint of a GPT."""
+    if not os.path.exists(path):
+        raise CheckpointError(f"there is no checkpoint {path}. Train one first, for instance: python train.py config/addition.py")
+    try:
+        checkpoint = torch.load(path, map_location=device, weights_only=True)
+    except Exception as error:  # zip, pickle and I/O errors of many types: all mean that the file is not what it should be
+        raise CheckpointError(f"{path} cannot be read ({type(error).__name__}): it is truncated or not a checkpoint. "
+                              "Delete it and start the run again") from error
+    missing = {"model", "model_args"} - set(checkpoint if isinstance(checkpoint, dict) else ())
+    if missing:
+        raise CheckpointError(f"{path} is no checkpoint of this project or of nanoGPT: it has no {' and no '.join(sorted(missing))}")
+    return checkpoint
+
+
+def load_weights(model, state, path="the checkpoint"):
+    """Put a state dict into model. Raises CheckpointError naming every missing, extra or wrongly shaped tensor."""
+    state = {name.removeprefix("_orig_mod."): tensor for name, tensor in state.items()}  # what torch.compile puts in front
+    own = model.state_dict()
+    wrong = [f"{n} is missing" for n in own if n not in state] + [f"{n} is extra" for n in state if n not in own]
+    wrong += [f"{n} is {tuple(state[n].shape)}, the model's is {tuple(own[n].shape)}"
+              for n in own if n in state and state[n].shape != own[n].shape]
+    if wrong:
+        shown = "; ".join(wrong[:5]) + (f"; and {len(wrong) - 5} more" if len(wrong) > 5 else "")
+        raise CheckpointError(f"{path} does not fit the model: {shown}")
+    model.load_state_dict(state)
+
+
+def load_checkpoint(path, device="cpu", **overrides):
+    """The model saved at path, in evaluation mode. overrides change its GPTConfig, e.g. gated=False to run it dense."""
+    checkpoint = read_checkpoint(path, device)
+    known = {f.name for f in fields(GPTConfig)}
+    unknown = sorted(set(checkpoint["model_args"]) - known)
+    if unknown:
+        raise CheckpointError(f"{path} holds another architecture: its model_args have {', '.join(unknown)}, which GPTConfig does not know")
+    model = GPT(GPTConfig(**{**checkpoint["model_args"], **overrides})).to(device)
+    load_weights(model, checkpoint["model"], path)
+    return model.eval()
+
+
+def checkpoint_of(model, **more):
+    """The dict to save for a model; `more` is stored beside it (step, optimizer, ...)."""
+    return {"model": model.state_dict(), "model_args": asdict(model.config), **more}

@@ -1,0 +1,385 @@
+"""Train a GPT, dense or gated: one loop, readable from top to bottom.
+
+    python train.py config/addition.py                  train, or go on with, the run that this file describes
+    python train.py config/addition.py --seed=2         any setting can be changed on the command line
+    python train.py --help                              every setting, its default and its meaning
+
+    dense:   minimise  loss                                            an ordinary nanoGPT run
+    gated:   minimise  density  subject to  loss <= target             geco.py; the paper's post-training
+
+The gated run starts from a dense one (`init_from`), measures the dense model's loss, and then shuts edges as long as the
+loss stays there. What steers the run and what judges it are two different things, and both are in the log:
+- the constraint sees training batches, under sampled gates (the paper) or deterministic ones (`constraint_gates`);
+  its target is the dense model's loss on the same training batches, measured by the same function;
+- the run is judged on the held-out set under deterministic gates: loss at most the dense model's on that set + loss_slack
+  and, where answers are right or wrong, on both splits no fewer right than the dense model.
+
+Notable:
+- best.pt is the checkpoint with the FEWEST open edges among the evaluations that pass that judgement, not the last one.
+- Every step seeds its own randomness from (seed, step). A run that is killed and started again does bit for bit what it
+  would have done, and no generator's state has to be saved.
+- The same command continues an unfinished run. A run's folder is never overwritten by a run with other settings.
+"""
+
+import inspect
+import json
+import math
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import prepare_data
+from configure import ConfigError, parse_command_line, read_config_file
+from evaluate import evaluate
+from geco import GECO, fidelity
+from model import GPT, CheckpointError, GPTConfig, checkpoint_of, load_checkpoint, load_weights, read_checkpoint, save_checkpoint
+
+
+@dataclass
+class Config:
+    """Every setting: default, unit, meaning. A config file's lines `name = value` win over it, the command line over both."""
+
+    # where a run starts, what it reads, where it ends up
+    init_from: str = "scratch"  # 'scratch'; 'resume'; a run's folder; or a config file, whose run is trained first if need be
+    out_dir: str = ""  # folder of the run; '' is out/<name of the config file>, with -seed<N> behind it unless N is 1
+    dataset: str = "addition"  # data/<dataset>, made by prepare_data.py
+    seed: int = 1  # of initialisation, data order and gates; passed on to a parent that is trained first
+    device: str = "auto"  # 'auto' is cuda, else mps (which nobody has tried yet), else cpu
+    compile: str = "auto"  # torch.compile: 'on', 'off', or 'auto', which is on for cuda only
+    # the model; a run that starts from another run takes these from there
+    n_layer: int = 4
+    n_head: int = 1
+    n_embd: int = 64  # C, width of the residual stream
+    block_size: int = 11  # tokens of context
+    dropout: float = 0.0
+    bias: bool = True  # biases in Linear and LayerNorm layers
+    tied: bool = True  # input and output embedding are one matrix
+    # the gates, and the constraint that shuts them
+    gated: bool = False  # False is an ordinary dense run; it ignores this block
+    gate_bias: float = 3.0  # b in sigmoid(a + b); above 0 the edges start open
+    gate_temperature: float = 1.0  # of the straight-through gradient
+    gate_linear_penalty: bool = False  # penalty that pulls at wide-open edges too (gate.py); False is the paper's
+    density_weight: float = 1.0  # in L = density_weight * density + lambda (loss - target)
+    loss_slack: float = 0.005  # nats above the dense loss that count as equal
+    constraint_gates: str = "deterministic"  # gates under which the constraint's loss is taken; 'sampled' is the paper's
+    constraint_tail: float = 1.0  # share of a batch's targets, the hardest, that the constraint averages; 1 is the paper's
+    constraint_interval: int = 4  # steps between two measurements of the constraint
+    constraint_scale: float = 0.01  # nats; a violation of this size moves lambda at full speed
+    lambda_rate: float = 0.02  # largest relative change of lambda per measurement
+    lambda_average: float = 0.9  # memory of the moving average of the violation
+    lambda_init: float = 1.0
+    lambda_max: float = 10.0  # the cap against windup
+    # optimisation
+    batch_size: int = 128  # sequences per step
+    max_steps: int = 2000
+    learning_rate: float = 1e-3  # peak
+    min_lr: float = 0.0  # at the end of the cosine
+    warmup_steps: int = 100
+    weight_decay: float = 0.0  # on matrices; it pulls q and k, and with them the gates, towards 0
+    beta1: float = 0.9
+    beta2: float = 0.99
+    grad_clip: float = 1.0  # largest norm of the gradient; 0 is off
+    # evaluation, on both splits
+    eval_interval: int = 100  # steps
+    eval_batch_size: int = 1000  # sequences
+    eval_batches: int = 0  # batches of each split; 0 is all of it
+
+
+def limits():
+    """{setting: (words, test)}: what a value must be beside its type."""
+    at_least_1 = "n_layer n_head n_embd block_size constraint_interval batch_size max_steps eval_interval eval_batch_size"
+    positive = "gate_temperature density_weight constraint_scale lambda_rate lambda_init lambda_max learning_rate"
+    not_negative = "seed loss_slack min_lr warmup_steps weight_decay grad_clip eval_batches"
+    fractions = "dropout lambda_average beta1 beta2"
+    return {
+        **{key: ("at least 1", lambda v: v >= 1) for key in at_least_1.split()},
+        **{key: ("above 0", lambda v: 0 < v < math.inf) for key in positive.split()},
+        **{key: ("0 or more", lambda v: 0 <= v < math.inf) for key in not_negative.split()},
+        **{key: ("from 0 up to, not including, 1", lambda v: 0 <= v < 1) for key in fractions.split()},
+        "gate_bias": ("finite", math.isfinite),
+        "constraint_tail": ("above 0 and at most 1", lambda v: 0 < v <= 1),
+        "constraint_gates": ("'deterministic' or 'sampled'", lambda v: v in ("deterministic", "sampled")),
+        "compile": ("'auto', 'on' or 'off'", lambda v: v in ("auto", "on", "off")),
+        "device": ("'auto', 'cpu', 'mps', 'cuda' or 'cuda:N'", lambda v: v in ("auto", "cpu", "mps") or v.startswith("cuda")),
+    }
+
+
+SHAPE = ("n_layer", "n_head", "n_embd", "block_size", "dropout", "bias", "tied")  # what a run takes over from its parent
+GATE = ("gated", "gate_bias", "gate_temperature", "gate_linear_penalty")
+ANYWHERE = ("device", "compile")  # settings that may differ when a run goes on
+
+
+class RunError(Exception):
+    """A run that cannot start or go on. The message says what to type instead."""
+
+
+def make_config(path, given):
+    """Config of a config file (or None) and a dict of settings that win over it; and the names of all that were set."""
+    values = (read_config_file(path, Config, limits()) if path else {}) | given
+    config = Config(**values)
+    if not config.out_dir:
+        name = os.path.splitext(os.path.basename(path))[0] if path else "run"
+        config.out_dir = f"out/{name}" + (f"-seed{config.seed}" if config.seed != 1 else "")
+    if config.n_embd % config.n_head:
+        raise ConfigError(f"n_embd={config.n_embd} must be a multiple of n_head={config.n_head}: the heads share the width")
+    if config.lambda_init > config.lambda_max:
+        raise ConfigError(f"lambda_init={config.lambda_init} must not be above lambda_max={config.lambda_max}")
+    return config, set(values)
+
+
+def claim_folder(config):
+    """Find out what out_dir holds, and return the checkpoint to go on from, or None to start at step 0.
+
+    Raises RunError rather than mixing two runs in one folder. Side effect: config.init_from is never 'resume' afterwards.
+    """
+    last, saved = os.path.join(config.out_dir, "last.pt"), os.path.join(config.out_dir, "config.json")
+    if not os.path.exists(saved):
+        if config.init_from == "resume":
+            raise RunError(f"there is no run in {config.out_dir} to resume. Leave --init_from=resume away to start one")
+        return None
+    with open(saved, encoding="utf-8") as f:
+        before = asdict(Config()) | json.load(f)
+    resume = config.init_from == "resume"
+    if resume:
+        config.init_from = before["init_from"]
+    now = asdict(config)
+    changed = [key for key in now if key not in ANYWHERE and now[key] != before[key]]
+    if not os.path.exists(last):
+        return None  # killed before its first checkpoint: nothing to lose
+    words = ", ".join(f"{key} {before[key]!r} there, {now[key]!r} here" for key in changed)
+    if resume and set(changed) & {*SHAPE, *GATE, "dataset"}:
+        raise RunError(f"{config.out_dir} holds another model ({words}): it cannot go on as this one. Start a new run with --out_dir=out/NEW")
+    if changed and not resume:
+        raise RunError(f"{config.out_dir} holds a run with other settings ({words}). Start a new one with --out_dir=out/NEW, "
+                       "or go on with that one, settings changed, with --init_from=resume")
+    if changed:
+        print(f"going on with changed settings: {words}")
+    return read_checkpoint(last)
+
+
+def find_parent(config, train_parent=True):
+    """The checkpoint file that config.init_from names. A config file's run is trained first if it is not finished."""
+    folder = config.init_from
+    if folder.endswith(".py"):
+        parent, given = make_config(folder, {key: getattr(config, key) for key in ("seed", "device", "compile")})
+        if train_parent:
+            train(parent, given)
+        folder = parent.out_dir
+    for name in ("best.pt", "last.pt"):
+        if os.path.exists(os.path.join(folder, name)):
+            return os.path.join(folder, name)
+    raise RunError(f"init_from={config.init_from}: there is no best.pt or last.pt in {folder}. "
+                   "init_from takes 'scratch', 'resume', the folder of a run, or a config file")
+
+
+class MetricsLog:
+    """metrics.jsonl, a line an evaluation. Lines that a killed run wrote past the step it goes on from are dropped."""
+
+    def __init__(self, path, start):
+        kept = []
+        if os.path.exists(path):
+            with open(path, encoding="utf-8") as f:
+                # a line without its newline was cut off by a kill
+                kept = [line for line in f if line.endswith("\n") and json.loads(line)["step"] < start]
+        prepare_data.write_whole(path, "".join(kept).encode())
+        self.path = path
+
+    def write(self, **values):
+        with open(self.path, "a", encoding="utf-8") as f:
+            f.write(json.dumps(values) + "\n")
+
+
+class StopRequest:
+    """Ctrl-C and SIGTERM ask the loop to save and stop after the step it is in; a second Ctrl-C stops at once."""
+
+    def __init__(self):
+        self.asked = False
+        self.before = {number: signal.signal(number, self.ask) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def ask(self, number, frame):
+        self.asked = True
+        self.restore()
+
+    def restore(self):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+
+def pick_device(name):
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if name.startswith("cuda") and not torch.cuda.is_available() or name == "mps" and not torch.backends.mps.is_available():
+        raise RunError(f"device={name}: this machine or this build of torch has none. Leave --device away, or use --device=cpu")
+    return name
+
+
+def learning_rate(step, c):
+    """Linear warm-up, then a cosine from learning_rate to min_lr."""
+    if step < c.warmup_steps:
+        return c.learning_rate * (step + 1) / c.warmup_steps
+    done = (step - c.warmup_steps) / max(1, c.max_steps - c.warmup_steps)
+    return c.min_lr + (c.learning_rate - c.min_lr) * (1 + math.cos(math.pi * min(1, done))) / 2
+
+
+def train(config, given=frozenset()):
+    """Train the run that config describes, from where its folder stands to the end. given: the settings that were set.
+
+    Leaves config.json, metrics.jsonl, best.pt and last.pt in config.out_dir. Raises RunError, ConfigError, CheckpointError or
+    DataError with a message for people; SystemExit after Ctrl-C, the run saved.
+    """
+    c, device = config, pick_device(config.device)
+    checkpoint = claim_folder(c)
+    if checkpoint and checkpoint["step"] >= c.max_steps:
+        print(f"{c.out_dir} is finished ({checkpoint['step']} steps)")
+        return
+    data = prepare_data.load(c.dataset)
+
+    # --- the model: new, the parent's weights, or the run's own -------------------------------------------------------
+    parent = None if c.init_from == "scratch" else find_parent(c, train_parent=checkpoint is None)
+    torch.manual_seed(c.seed)
+    gate_settings = {key: getattr(c, key) for key in GATE}
+    if checkpoint:
+        model = GPT(GPTConfig(**checkpoint["model_args"])).to(device)
+        load_weights(model, checkpoint["model"], f"{c.out_dir}/last.pt")
+    elif parent:
+        model = load_checkpoint(parent, device, **gate_settings)
+        for key in SHAPE:
+            if key in given and getattr(c, key) != getattr(model.config, key):
+                raise RunError(f"{key}={getattr(c, key)!r}, but {parent} has {key}={getattr(model.config, key)!r}: "
+                               f"a run that starts from another keeps its shape. Leave {key} away")
+            setattr(c, key, getattr(model.config, key))
+    else:
+        model = GPT(GPTConfig(vocab_size=data.meta["vocab_size"], **{key: getattr(c, key) for key in SHAPE}, **gate_settings)).to(device)
+    if model.config.vocab_size < data.meta["vocab_size"]:
+        raise RunError(f"the model knows {model.config.vocab_size} tokens, data/{c.dataset} has {data.meta['vocab_size']}: they do not belong together")
+    compiled = torch.compile(model) if c.compile == "on" or c.compile == "auto" and device.startswith("cuda") else model
+    matrices = [p for p in model.parameters() if p.dim() >= 2]
+    others = [p for p in model.parameters() if p.dim() < 2]
+    optimizer = torch.optim.AdamW([{"params": matrices, "weight_decay": c.weight_decay}, {"params": others, "weight_decay": 0.0}],
+                                  lr=c.learning_rate, betas=(c.beta1, c.beta2), fused=device != "mps")
+
+    def batch_at(step):
+        """The training batch of a step, the same whenever it is asked for; a gated run has another order than its parent."""
+        draws = np.random.default_rng((c.seed, c.gated, step)).integers(0, data.starts("train", c.block_size), c.batch_size)
+        return tuple(torch.from_numpy(a).to(device) for a in data.batch("train", draws, c.block_size))
+
+    def judge(model):
+        return {split: evaluate(model, data, split, c.eval_batch_size, c.eval_batches) for split in ("train", "val")}
+
+    @torch.no_grad()
+    def deterministic_fidelity(model, x, y):
+        """What the constraint sees of a batch when gates are deterministic or, before the run, when there are none. Nats."""
+        model.eval()
+        loss = fidelity(model(x)[0], y, c.constraint_tail).item()
+        model.train()
+        return loss
+
+    # --- where the run stands: what the dense model can do, lambda, the best checkpoint so far ------------------------
+    geco = dense = target_loss = best = running = measured = None
+    start, seconds = 0, 0.0
+    if c.gated:
+        geco = GECO(0.0, c.constraint_scale, c.lambda_rate, c.lambda_average, c.lambda_init, min(1e-3, c.lambda_init), c.lambda_max)
+    if checkpoint:
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        dense, target_loss, best, running, measured, start, seconds = (
+            checkpoint[key] for key in ("dense", "target_loss", "best", "running", "measured", "step", "seconds"))
+        if geco:
+            geco.load_state_dict(checkpoint["geco"])
+    elif c.gated:
+        reference = load_checkpoint(parent, device, gated=False) if parent else model
+        dense = judge(reference)
+        target_loss = dense["val"]["loss"] + c.loss_slack
+        # Like with like: the same batches, function and tail as the constraint below. The slack is spread over the tail:
+        # if all of the excess loss sat in it, the mean over all targets would rise by loss_slack.
+        on_training = [deterministic_fidelity(reference, *batch_at(step)) for step in range(50)]
+        geco.target = float(np.mean(on_training)) + c.loss_slack / c.constraint_tail
+        print(f"dense model: held-out loss {dense['val']['loss']:.4f}, target {target_loss:.4f}; "
+              f"on the constraint's terms {np.mean(on_training):.4f}, target {geco.target:.4f}")
+
+    os.makedirs(c.out_dir, exist_ok=True)
+    prepare_data.write_whole(os.path.join(c.out_dir, "config.json"), (json.dumps(asdict(c), indent=1) + "\n").encode())
+    log = MetricsLog(os.path.join(c.out_dir, "metrics.jsonl"), start)
+    print(f"{c.out_dir}: {'gated' if c.gated else 'dense'}, {sum(p.numel() for p in model.parameters()):,} parameters, "
+          f"{device}, {'compiled' if compiled is not model else 'not compiled'}, from step {start} to {c.max_steps}")
+
+    def save(name, step):
+        save_checkpoint(os.path.join(c.out_dir, name), checkpoint_of(
+            model, optimizer=optimizer.state_dict(), geco=geco and geco.state_dict(), step=step, best=best, dense=dense,
+            target_loss=target_loss, parent=parent, seconds=seconds + time.time() - began, running=running, measured=measured, config=asdict(c)))
+
+    # --- the loop -----------------------------------------------------------------------------------------------------
+    began, stop = time.time(), StopRequest()
+    bar = tqdm(total=c.max_steps, initial=start, desc=c.out_dir, unit="step", dynamic_ncols=True)
+    for step in range(start, c.max_steps + 1):
+        if step % c.eval_interval == 0 or step == c.max_steps:
+            found = judge(model)
+            val = found["val"]
+            passes = math.isfinite(val["loss"]) and (not c.gated or val["loss"] <= target_loss and all(
+                found[split]["accuracy"] is None or found[split]["correct"] >= dense[split]["correct"] for split in found))
+            log.write(step=step, val_loss=val["loss"], accuracy=val["accuracy"], correct=val["correct"] + found["train"]["correct"],
+                     train_loss=found["train"]["loss"], batch_loss=running, open=val["open"], fraction=val["fraction"], passes=passes,
+                     target_loss=target_loss, seconds=seconds + time.time() - began,
+                     **({"constraint_target": geco.target, "constraint_loss": measured, "violation": geco.violation, "lambda": geco.lam} if geco else {}))
+            score = [val["open"], val["loss"]]  # the fewest edges; of a dense run, whose edges are all open, the lowest loss
+            if passes and (best is None or score < best):
+                best = score
+                save("best.pt", step)
+            save("last.pt", step)
+        if step == c.max_steps:
+            break
+
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, c)
+        torch.manual_seed(c.seed * 1_000_003 + step)  # gate noise and dropout of this step, whatever came before
+        x, y = batch_at(step)
+        logits, loss, density = compiled(x, y)
+        if c.gated and step % c.constraint_interval == 0:
+            measured = deterministic_fidelity(model, x, y) if c.constraint_gates == "deterministic" else fidelity(logits.detach(), y, c.constraint_tail).item()
+            geco.update(measured)
+        objective = geco.objective(loss, density, c.density_weight) if c.gated else loss
+        objective.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), c.grad_clip or math.inf)
+        if not math.isfinite(objective.item()):
+            raise RunError(f"the loss is {loss.item()} at step {step}; {c.out_dir}/last.pt still holds an earlier step. "
+                           f"Start again with a smaller step, for instance --learning_rate={c.learning_rate / 3:.1g} --out_dir=out/NEW")
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+        running = loss.item() if running is None else 0.95 * running + 0.05 * loss.item()
+        bar.update()
+        bar.set_postfix_str(f"loss {running:.4f}" + (f", open {val['open']:.1f} of {val['total']}, lambda {geco.lam:.2f}" if c.gated else ""), refresh=False)
+        if stop.asked:
+            save("last.pt", step + 1)
+            bar.close()
+            sys.exit(f"stopped and saved after {step + 1} steps. To go on: python train.py {shlex.join(sys.argv[1:])}")
+    bar.close()
+    stop.restore()
+
+
+def main(arguments):
+    if {"-h", "--help"} & set(arguments):
+        print(__doc__ + "\n" + inspect.getsource(Config))
+        return
+    try:
+        path, given = parse_command_line(arguments, Config, limits())
+        config, names = make_config(path, given)
+        train(config, names)
+    except (ConfigError, RunError, CheckpointError, prepare_data.DataError, OSError) as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("stopped before training began")
+    # A process of its own: the loop needs no matplotlib, and a failing picture cannot harm a finished run.
+    here = os.path.dirname(os.path.abspath(__file__))
+    sys.exit(subprocess.run([sys.executable, os.path.join(here, "analyze.py"), "report", config.out_dir]).returncode)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
