@@ -14,6 +14,7 @@ Notable:
   A head whose edges are all shut writes exactly zero (then c_proj adds its bias): whole heads switch off.
 - Training samples the gates (binary Gumbel-softmax, straight-through); evaluation is deterministic, A = [s > 0].
 - The penalty is the expected open fraction, the mean of sigmoid(s) over causal pairs: an L0 norm made smooth.
+  One addition of ours, off by default, keeps it from going flat: see linear_penalty below.
 - A pair with j > i is never open, never counted, and sends no gradient.
 
 Everything here is written for reading: it stores T x T matrices. This file imports no other file of ours.
@@ -48,11 +49,13 @@ def gated_attention(q, k, v, bias=3.0, temperature=1.0, sample=False, *,
     temperature   of the straight-through gradient: sigmoid((s + n) / temperature). Changes gradients, never values
     sample        True: A ~ Bernoulli(sigmoid(s)), as in training.  False: A = [s > 0], as in evaluation
     dense         True: no gates, ordinary attention; the density is then 1
+    linear_penalty  not the paper's: where s > 0 the penalty goes on along its tangent, 1/2 + s/4, so that it pulls as hard at a
+                  wide-open edge as at one on the threshold. sigmoid(s) hardly pulls there, and edges that do nothing stay open
     noise         (B, H, T, T) logistic noise n to use when sampling; None draws it. For tests
     keep          bool, broadcasts to (B, H, T, T): an edge that is False here is shut whatever its gate says
     return_gates  True: the third value is a `Gates`, else it is None
 
-    Returns y (B, H, T, D); density, a scalar in [0, 1], the mean of sigmoid(s) over causal pairs, heads and batch;
+    Returns y (B, H, T, D); density, a scalar, the mean of the penalty sigmoid(s) over causal pairs, heads and batch;
     and the gates. Raises ValueError if q, k and v differ in shape or temperature is not above 0.
     """
     if not q.shape == k.shape == v.shape or q.dim() != 4:
@@ -66,6 +69,7 @@ def gated_attention(q, k, v, bias=3.0, temperature=1.0, sample=False, *,
 
     causal = torch.ones(T, T, dtype=torch.bool, device=q.device).tril()  # (T, T), True where j <= i
     scores = q @ k.transpose(-2, -1) / math.sqrt(D)  # a_ij                (B, H, T, T)
+    scores = scores.to(torch.promote_types(scores.dtype, torch.float32))  # half precision is too coarse at the gate's threshold
     pattern = scores.masked_fill(~causal, -math.inf).softmax(dim=-1)  #    softmax over all causal keys
 
     if dense:
@@ -74,10 +78,9 @@ def gated_attention(q, k, v, bias=3.0, temperature=1.0, sample=False, *,
         s = scores + bias  # gate logit s_ij                               (B, H, T, T)
         gates = sampled_gates(s, temperature, noise) if sample else (s > 0).to(pattern.dtype)
         gates = gates.masked_fill(~causal, 0)
-        # The penalty: expected open fraction, over the T(T+1)/2 causal pairs of every head. Summed in float32.
-        penalty = s.float().sigmoid()
+        penalty = s.sigmoid()  # expected number of open edges
         if linear_penalty:
-            penalty = torch.where(s > 0, 0.5 + s.float() / 4, penalty)
+            penalty = torch.where(s > 0, 0.5 + s / 4, penalty)  # continued along its tangent at s = 0
         density = penalty.masked_fill(~causal, 0).sum() / (B * H * T * (T + 1) / 2)
     if keep is not None:
         gates = gates * keep

@@ -135,25 +135,25 @@ def make_config(path, given):
     return config, set(values)
 
 
-def claim_folder(config):
+def claim_folder(config, given):
     """Find out what out_dir holds, and return the checkpoint to go on from, or None to start at step 0.
 
-    Raises RunError rather than mixing two runs in one folder. Side effect: config.init_from is never 'resume' afterwards.
+    Raises RunError rather than mixing two runs in one folder. Afterwards config.init_from is not 'resume', and settings of
+    SHAPE that were not given are those of the run that goes on.
     """
     last, saved = os.path.join(config.out_dir, "last.pt"), os.path.join(config.out_dir, "config.json")
-    if not os.path.exists(saved):
-        if config.init_from == "resume":
-            raise RunError(f"there is no run in {config.out_dir} to resume. Leave --init_from=resume away to start one")
-        return None
+    resume = config.init_from == "resume"
+    if resume and not os.path.exists(last):
+        raise RunError(f"there is no last.pt in {config.out_dir} to resume. Leave --init_from=resume away to start a run")
+    if not os.path.exists(last) or not os.path.exists(saved):
+        return None  # new, or killed before its first checkpoint: nothing to lose
     with open(saved, encoding="utf-8") as f:
         before = asdict(Config()) | json.load(f)
-    resume = config.init_from == "resume"
-    if resume:
-        config.init_from = before["init_from"]
+    inherited = ["init_from"] * resume + [key for key in SHAPE if key not in given]
+    for key in inherited:
+        setattr(config, key, before[key])
     now = asdict(config)
     changed = [key for key in now if key not in ANYWHERE and now[key] != before[key]]
-    if not os.path.exists(last):
-        return None  # killed before its first checkpoint: nothing to lose
     words = ", ".join(f"{key} {before[key]!r} there, {now[key]!r} here" for key in changed)
     if resume and set(changed) & {*SHAPE, *GATE, "dataset"}:
         raise RunError(f"{config.out_dir} holds another model ({words}): it cannot go on as this one. Start a new run with --out_dir=out/NEW")
@@ -236,7 +236,7 @@ def train(config, given=frozenset()):
     DataError with a message for people; SystemExit after Ctrl-C, the run saved.
     """
     c, device = config, pick_device(config.device)
-    checkpoint = claim_folder(c)
+    checkpoint = claim_folder(c, given)
     if checkpoint and checkpoint["step"] >= c.max_steps:
         print(f"{c.out_dir} is finished ({checkpoint['step']} steps)")
         return
@@ -316,12 +316,13 @@ def train(config, given=frozenset()):
             target_loss=target_loss, parent=parent, seconds=seconds + time.time() - began, running=running, measured=measured, config=asdict(c)))
 
     # --- the loop -----------------------------------------------------------------------------------------------------
-    began, stop = time.time(), StopRequest()
+    began, stop, open_edges = time.time(), StopRequest(), "not counted yet"
     bar = tqdm(total=c.max_steps, initial=start, desc=c.out_dir, unit="step", dynamic_ncols=True)
     for step in range(start, c.max_steps + 1):
         if step % c.eval_interval == 0 or step == c.max_steps:
             found = judge(model)
             val = found["val"]
+            open_edges = f"{val['open']:.1f} of {val['total']}"
             passes = math.isfinite(val["loss"]) and (not c.gated or val["loss"] <= target_loss and all(
                 found[split]["accuracy"] is None or found[split]["correct"] >= dense[split]["correct"] for split in found))
             log.write(step=step, val_loss=val["loss"], accuracy=val["accuracy"], correct=val["correct"] + found["train"]["correct"],
@@ -355,7 +356,7 @@ def train(config, given=frozenset()):
 
         running = loss.item() if running is None else 0.95 * running + 0.05 * loss.item()
         bar.update()
-        bar.set_postfix_str(f"loss {running:.4f}" + (f", open {val['open']:.1f} of {val['total']}, lambda {geco.lam:.2f}" if c.gated else ""), refresh=False)
+        bar.set_postfix_str(f"loss {running:.4f}" + (f", open {open_edges}, lambda {geco.lam:.2f}" if c.gated else ""), refresh=False)
         if stop.asked:
             save("last.pt", step + 1)
             bar.close()

@@ -1,0 +1,105 @@
+"""Every mistake in a setting ends in a line that says what to type; a config file is read, never run."""
+
+import subprocess
+import sys
+
+import pytest
+
+from conftest import REPOSITORY
+from configure import ConfigError, parse_command_line, read_config_file
+from train import Config, limits, make_config
+
+
+def parse(*arguments):
+    return parse_command_line(arguments, Config, limits())
+
+
+def test_values_and_words():
+    path, given = parse("config/x.py", "--learning_rate=2e-3", "--device=cpu", "--gated=True", "--seed=3", "--weight_decay=1")
+    assert path == "config/x.py"
+    assert given == {"learning_rate": 2e-3, "device": "cpu", "gated": True, "seed": 3, "weight_decay": 1.0}
+    assert type(given["weight_decay"]) is float
+
+
+@pytest.mark.parametrize("argument, message", [
+    ("--learning_rte=1e-3", "unknown setting learning_rte on the command line. Did you mean learning_rate?"),
+    ("--zzz=1", "unknown setting zzz"),
+    ("--seed", "--seed has no value: write --seed=VALUE"),
+    ("--max_steps=many", "max_steps on the command line is 'many': it takes int, such as 1000"),
+    ("--max_steps=10.5", "takes int"),
+    ("--gated=1", "takes bool, such as True or False"),
+    ("--learning_rate=fast", "takes float, such as 1e-3"),
+    ("--learning_rate=-1", "must be above 0"),
+    ("--max_steps=0", "must be at least 1"),
+    ("--dropout=1.0", "must be from 0 up to, not including, 1"),
+    ("--constraint_tail=0", "above 0 and at most 1"),
+    ("--constraint_gates=both", "'deterministic' or 'sampled'"),
+    ("--device=gpu", "'auto', 'cpu', 'mps', 'cuda' or 'cuda:N'"),
+    ("--gate_bias=1e999", "finite"),
+])
+def test_mistakes_on_the_command_line(argument, message):
+    with pytest.raises(ConfigError) as error:
+        parse(argument)
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize("content, message", [
+    ("max_stepps = 10", "unknown setting max_stepps in my.py, line 1. Did you mean max_steps?"),
+    ("# fine\nmax_steps = 'ten'", "max_steps in my.py, line 2 is 'ten'"),
+    ("import os", "line 1: a config file holds comments and lines `name = value`"),
+    ("max_steps = 5 * 10", "max_steps in my.py, line 1: write a plain value"),
+    ("max_steps = open('harm', 'w')", "write a plain value"),
+    ("max_steps = (", "my.py, line 1"),
+])
+def test_mistakes_in_a_config_file(workplace, content, message):
+    (workplace / "my.py").write_text(content)
+    with pytest.raises(ConfigError) as error:
+        read_config_file("my.py", Config, limits())
+    assert message in str(error.value)
+    assert not (workplace / "harm").exists()
+
+
+def test_a_missing_config_file_suggests_the_nearest(workplace):
+    (workplace / "addition.py").write_text("seed = 2")
+    with pytest.raises(ConfigError, match=r"no config file aditon.py. Did you mean ./addition.py\?"):
+        read_config_file("aditon.py", Config, limits())
+
+
+def test_settings_that_contradict_each_other(workplace):
+    with pytest.raises(ConfigError, match="n_embd=64 must be a multiple of n_head=5"):
+        make_config(None, {"n_head": 5})
+    with pytest.raises(ConfigError, match="lambda_init=5.0 must not be above lambda_max=2.0"):
+        make_config(None, {"lambda_init": 5.0, "lambda_max": 2.0})
+
+
+def test_out_dir_is_named_after_file_and_seed(workplace):
+    (workplace / "mine.py").write_text("n_layer = 2  # a comment\n")
+    assert make_config("mine.py", {})[0].out_dir == "out/mine"
+    assert make_config("mine.py", {"seed": 4})[0].out_dir == "out/mine-seed4"
+    assert make_config("mine.py", {"seed": 4, "out_dir": "here"})[0].out_dir == "here"
+
+
+@pytest.mark.parametrize("name", ["addition", "addition_dense"])
+def test_the_projects_own_config_files_are_right(name, monkeypatch):
+    monkeypatch.chdir(REPOSITORY)
+    config, _ = make_config(f"config/{name}.py", {})
+    assert config.out_dir == f"out/{name}" and config.gated == (name == "addition")
+
+
+@pytest.mark.parametrize("arguments", [["config/addition.py", "--learning_rte=1e-3"], ["config/nothing.py"],
+                                       ["--init_from=resume", "--out_dir=none"], ["--init_from=nowhere", "--gated=True"],
+                                       ["--dataset=nothing"], ["--device=cuda:0"]])
+def test_the_whole_program_answers_in_two_lines(workplace, arguments):
+    import torch
+
+    if "--device=cuda:0" in arguments and torch.cuda.is_available():
+        pytest.skip("this machine has a GPU, so --device=cuda:0 is no mistake here")
+    done = subprocess.run([sys.executable, f"{REPOSITORY}/train.py", *arguments], capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.startswith("error: ")
+    assert "Traceback" not in done.stderr and len(done.stderr.strip().splitlines()) <= 2
+    assert not (workplace / "out").exists()
+
+
+def test_help_lists_every_setting():
+    done = subprocess.run([sys.executable, f"{REPOSITORY}/train.py", "--help"], capture_output=True, text=True)
+    assert done.returncode == 0 and all(f"    {key}: " in done.stdout for key in Config.__annotations__)

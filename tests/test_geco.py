@@ -1,0 +1,93 @@
+"""The controller on a problem whose answer is known, windup, and the loss that it watches."""
+
+import math
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from geco import GECO, fidelity
+
+# minimise x^2 + y^2 subject to (x - 2)^2 + (y - 1)^2 <= 1: the point of a disc that is nearest to the origin
+CENTRE = torch.tensor([2.0, 1.0])
+OPTIMUM = CENTRE * (1 - 1 / math.sqrt(5))
+LAMBDA = math.sqrt(5) - 1  # from 2 x = lambda 2 (2 - x) at the optimum
+
+
+def descend(geco, start, steps=4000, lr=0.02):
+    z, path = torch.tensor(start, requires_grad=True), []
+    for _ in range(steps):
+        loss = ((z - CENTRE) ** 2).sum()
+        geco.update(loss.item())
+        (gradient,) = torch.autograd.grad(geco.objective(loss, (z**2).sum()), z)
+        z = (z - lr * gradient).detach().requires_grad_()
+        path.append((z.detach().clone(), geco.lam))
+    return path
+
+
+@pytest.mark.parametrize("start", [[0.0, 0.0], [2.0, 1.0], [5.0, -3.0]])  # outside the disc, in its middle, far away
+@pytest.mark.parametrize("lambda_init", [0.01, 10.0])  # too lax and too strict at first
+def test_lands_on_the_constrained_optimum_and_stays(start, lambda_init):
+    path = descend(GECO(target=1.0, scale=1.0, rate=0.02, alpha=0.9, lambda_init=lambda_init), start)
+    for z, lam in path[-500:]:  # not merely passing through
+        assert torch.allclose(z, OPTIMUM, atol=1e-3)
+        assert lam == pytest.approx(LAMBDA, rel=1e-2)
+
+
+def test_a_constraint_that_does_not_bind_is_let_go():
+    path = descend(GECO(target=100.0, scale=1.0, rate=0.02), [2.0, 1.0])
+    z, lam = path[-1]
+    assert z.norm() < 0.01 and lam == 1e-3
+
+
+def steps_to_come_down(cap):
+    """After 500 updates far above target, how many updates below it until lambda is back under 1?"""
+    geco = GECO(target=1.0, scale=0.01, rate=0.02, alpha=0.9, lambda_max=cap)
+    for _ in range(500):
+        geco.update(3.0)
+    for step in range(1, 5000):
+        if geco.update(0.995) < 1:  # below target by half a unit: no loss can be far below
+            return step
+    return math.inf
+
+
+def test_the_cap_stops_windup():
+    assert steps_to_come_down(cap=10.0) < 300 < 900 < steps_to_come_down(cap=1e9)
+
+
+def test_the_clip_makes_lambda_fall_as_fast_as_it_rises():
+    up, down = GECO(1.0, scale=0.01, alpha=0.0), GECO(1.0, scale=0.01, alpha=0.0)
+    assert up.update(1e6) * down.update(0.0) == pytest.approx(1.0)
+
+
+def test_state_goes_on_exactly():
+    losses = [1.0 + 0.01 * math.sin(i) for i in range(50)]
+    whole = GECO(1.0)
+    expected = [whole.update(loss) for loss in losses]
+    first = GECO(1.0)
+    for loss in losses[:20]:
+        first.update(loss)
+    second = GECO(0.0)
+    second.load_state_dict(first.state_dict())
+    assert [second.update(loss) for loss in losses[20:]] == expected[20:]
+
+
+def test_objective_is_the_lagrangian():
+    geco = GECO(target=0.5, lambda_init=2.0)
+    assert geco.objective(torch.tensor(0.75), torch.tensor(0.1), density_weight=3.0).item() == pytest.approx(3 * 0.1 + 2 * 0.25)
+
+
+def test_fidelity_of_everything_is_the_mean_and_of_a_tail_the_hardest_targets():
+    logits, targets = torch.randn(4, 5, 7), torch.randint(7, (4, 5))
+    targets[:, :2] = -1
+    losses = torch.stack([-logits[b, t].log_softmax(-1)[targets[b, t]] for b in range(4) for t in range(2, 5)])
+    assert fidelity(logits, targets).item() == pytest.approx(losses.mean().item(), rel=1e-5)
+    assert fidelity(logits, targets).item() == pytest.approx(F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1).item(), rel=1e-5)
+    assert fidelity(logits, targets, 0.25).item() == pytest.approx(losses.sort().values[-3:].mean().item(), rel=1e-5)
+    assert fidelity(logits, targets, 1e-9).item() == pytest.approx(losses.max().item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("wrong", [{"scale": 0.0}, {"rate": -1.0}, {"alpha": 1.0}, {"lambda_init": 20.0, "lambda_max": 10.0}])
+def test_settings_that_make_no_sense_are_refused(wrong):
+    with pytest.raises(ValueError, match="GECO needs"):
+        GECO(1.0, **wrong)

@@ -1,0 +1,232 @@
+"""The loop: it learns, it shuts edges at the dense loss, it keeps the right checkpoint, and it cannot be lost."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+
+import prepare_data
+import train as train_file
+from conftest import REPOSITORY
+from model import CheckpointError, load_checkpoint, read_checkpoint
+from train import Config, RunError, learning_rate, make_config, train
+
+SMALL = {"dataset": "echo", "n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": 4, "batch_size": 32, "max_steps": 60, "warmup_steps": 5,
+         "learning_rate": 3e-3, "eval_interval": 20, "eval_batch_size": 500, "device": "cpu"}
+
+
+@pytest.fixture
+def echo(workplace):
+    """A task with a known circuit: of four tokens the last asks for the first. One edge of 10 in one head is enough."""
+    x = np.random.default_rng(0).integers(0, 8, (600, 4))
+    x[:, 3] = 8
+    rows = np.full((600, 2, 4), prepare_data.IGNORE, dtype=np.uint16)
+    rows[:, 0], rows[:, 1, 3] = x, x[:, 0]
+    prepare_data.write_dataset("data/echo", rows[:400], rows[400:], kind="rows", vocab_size=9)
+    (workplace / "dense.py").write_text("".join(f"{k} = {v!r}\n" for k, v in SMALL.items()))
+    (workplace / "sparse.py").write_text("init_from = 'dense.py'\ngated = True\n" + "".join(
+        f"{k} = {SMALL[k]!r}\n" for k in ("dataset", "batch_size", "max_steps", "warmup_steps", "learning_rate", "eval_interval", "eval_batch_size")))
+    return workplace
+
+
+def run(path, **given):
+    config, names = make_config(path, given)
+    train(config, names)
+    return config.out_dir
+
+
+def metrics(folder):
+    with open(f"{folder}/metrics.jsonl") as f:
+        return [json.loads(line) for line in f]
+
+
+def parameters(folder, name="last.pt"):
+    return read_checkpoint(f"{folder}/{name}")["model"]
+
+
+def same(a, b):
+    return all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_a_circuit_of_one_edge_is_found(echo):
+    """The whole method in five seconds: a dense parent that solves the task, and a child that needs (almost) one edge."""
+    (echo / "dense.py").write_text((echo / "dense.py").read_text().replace("max_steps = 60", "max_steps = 200"))
+    folder = run("sparse.py", max_steps=600, gate_linear_penalty=True, loss_slack=0.01, lambda_max=2.0)
+    best = read_checkpoint(f"{folder}/best.pt")
+    line = next(m for m in metrics(folder) if m["step"] == best["step"])
+    assert line["passes"] and line["val_loss"] <= line["target_loss"] and line["accuracy"] == 1
+    assert line["open"] <= 1.5  # of 2 layers * 2 heads * 10 causal pairs = 40
+    model = load_checkpoint(f"{folder}/best.pt")
+    x, _ = prepare_data.load("echo").batch("val", range(200), 4)
+    open_edges = []
+    model(torch.from_numpy(x), record=lambda layer, gates: open_edges.append(gates.open))
+    assert torch.stack(open_edges)[..., 3, 0].sum() >= 200  # on every row the asking token reads the first one
+
+
+def test_best_is_the_fewest_edges_among_those_that_pass(echo):
+    folder = run("sparse.py")
+    lines = metrics(folder)
+    assert [m["step"] for m in lines] == [0, 20, 40, 60]
+    passing = [m for m in lines if m["passes"]]
+    assert read_checkpoint(f"{folder}/best.pt")["step"] == min(passing, key=lambda m: (m["open"], m["val_loss"]))["step"]
+    assert all((m["val_loss"] <= m["target_loss"]) or not m["passes"] for m in lines)
+    dense = metrics("out/dense")
+    assert read_checkpoint("out/dense/best.pt")["step"] == min(dense, key=lambda m: m["val_loss"])["step"]
+
+
+def test_the_parent_is_trained_first_once_and_hands_over_its_weights(echo, capsys):
+    run("sparse.py", max_steps=20)
+    before = os.stat("out/dense/last.pt").st_mtime_ns
+    assert json.load(open("out/sparse/config.json"))["n_layer"] == 2  # shape taken over
+    parent, child = read_checkpoint("out/dense/best.pt"), read_checkpoint("out/sparse/last.pt")
+    assert child["dense"]["val"]["loss"] == pytest.approx(metrics("out/dense")[-1]["val_loss"], rel=1e-6)
+    assert child["parent"] == "out/dense/best.pt" and child["target_loss"] == child["dense"]["val"]["loss"] + 0.005
+    assert parent["model_args"]["gated"] is False and child["model_args"]["gated"] is True
+    run("sparse.py", max_steps=20, out_dir="out/second")
+    assert os.stat("out/dense/last.pt").st_mtime_ns == before and "out/dense is finished" in capsys.readouterr().out
+
+
+def test_seeds_reach_the_parent(echo):
+    assert run("sparse.py", max_steps=20, seed=2) == "out/sparse-seed2"
+    assert json.load(open("out/dense-seed2/config.json"))["seed"] == 2
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_resuming_is_bit_for_bit_what_an_uninterrupted_run_is(echo, gated, monkeypatch):
+    config = "sparse.py" if gated else "dense.py"
+    settings = {"dropout": 0.1} if not gated else {}  # dropout and gates: both kinds of randomness
+    whole = run(config, out_dir="out/whole", **settings)
+
+    class StopAfter33(train_file.StopRequest):  # not an evaluation step
+        steps = 0
+
+        @property
+        def asked(self):
+            StopAfter33.steps += 1
+            return StopAfter33.steps == 33
+
+        @asked.setter
+        def asked(self, value):
+            assert value is False
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train_file, "StopRequest", StopAfter33)
+        with pytest.raises(SystemExit, match="saved after 33 steps. To go on: python train.py"):
+            run(config, out_dir="out/halves", **settings)
+    assert read_checkpoint("out/halves/last.pt")["step"] == 33
+    run(config, out_dir="out/halves", **settings)
+    assert same(parameters(whole), parameters("out/halves")) and same(parameters(whole, "best.pt"), parameters("out/halves", "best.pt"))
+    for a, b in zip(metrics(whole), metrics("out/halves"), strict=True):
+        assert {k: v for k, v in a.items() if k != "seconds"} == {k: v for k, v in b.items() if k != "seconds"}
+
+
+def start(*arguments):
+    return subprocess.Popen([sys.executable, f"{REPOSITORY}/train.py", *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                            env=os.environ | {"OMP_NUM_THREADS": "1"})
+
+
+def wait_for(condition, process, seconds=60):
+    for _ in range(seconds * 50):
+        if condition():
+            return
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.02)
+    raise AssertionError("waited in vain")
+
+
+def test_kill_minus_nine_and_ctrl_c_leave_a_run_that_continues(echo):
+    expected = run("sparse.py", max_steps=2000, eval_interval=50, out_dir="out/whole")
+    command = ["sparse.py", "--max_steps=2000", "--eval_interval=50", "--out_dir=out/killed"]
+    for number, evaluations in ((signal.SIGKILL, 2), (signal.SIGINT, 4), (signal.SIGTERM, 6)):
+        process = start(*command)
+        wait_for(lambda: os.path.exists("out/killed/metrics.jsonl") and len(open("out/killed/metrics.jsonl").readlines()) >= evaluations, process)
+        process.send_signal(number)
+        _, errors = process.communicate(timeout=60)
+        assert process.returncode != 0 and "Traceback" not in errors
+        if number != signal.SIGKILL:
+            assert f"To go on: python train.py {' '.join(command)}" in errors
+    with open("out/killed/metrics.jsonl", "a") as f:
+        f.write('{"step": 4')  # what a kill in the middle of a line leaves
+    process = start(*command)
+    out, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    assert "open edges" in out  # the report's table at the end
+    assert same(parameters(expected), parameters("out/killed"))
+    assert [m["step"] for m in metrics("out/killed")] == list(range(0, 2001, 50))
+    report = json.load(open("out/killed/report.json"))
+    assert report["step"] == read_checkpoint("out/killed/best.pt")["step"]
+
+
+def test_a_finished_run_says_so_and_other_settings_are_refused(echo, capsys):
+    run("dense.py")
+    run("dense.py")
+    assert "out/dense is finished (60 steps)" in capsys.readouterr().out
+    with pytest.raises(RunError, match="learning_rate 0.003 there, 0.001 here.*--out_dir=out/NEW.*--init_from=resume"):
+        run("dense.py", learning_rate=1e-3)
+    run("dense.py", init_from="resume", max_steps=80)
+    assert "changed settings: max_steps 60 there, 80 here" in capsys.readouterr().out
+    assert read_checkpoint("out/dense/last.pt")["step"] == 80
+    with pytest.raises(RunError, match="holds another model"):
+        run("dense.py", init_from="resume", n_layer=3)
+
+
+def test_a_run_that_cannot_start_from_its_parent_says_why(echo):
+    run("dense.py", max_steps=1)
+    with pytest.raises(RunError, match="n_layer=4, but out/dense/best.pt has n_layer=2"):
+        run("sparse.py", init_from="out/dense", n_layer=4)
+    with pytest.raises(RunError, match="no best.pt or last.pt in out/gone"):
+        run("sparse.py", init_from="out/gone")
+    with pytest.raises(RunError, match="the model knows 9 tokens, data/addition has 13"):
+        run("sparse.py", init_from="out/dense", dataset="addition")
+
+
+def test_a_truncated_checkpoint_is_named_and_nothing_is_overwritten(echo):
+    run("dense.py", max_steps=20)
+    content = (echo / "out/dense/last.pt").read_bytes()
+    (echo / "out/dense/last.pt").write_bytes(content[:1000])
+    with pytest.raises(CheckpointError, match="out/dense/last.pt cannot be read"):
+        run("dense.py", max_steps=20)
+    assert (echo / "out/dense/last.pt").read_bytes() == content[:1000]
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(echo, monkeypatch):
+    real = train_file.GPT.forward
+    calls = []
+
+    def overflowing(self, idx, targets=None, **options):
+        logits, loss, density = real(self, idx, targets, **options)
+        calls.append(self.training)
+        return logits, loss * float("nan") if sum(calls) == 30 else loss, density
+
+    monkeypatch.setattr(train_file.GPT, "forward", overflowing)
+    with pytest.raises(RunError, match="the loss is nan at step 29.*last.pt still holds.*--learning_rate="):
+        run("dense.py")
+    assert read_checkpoint("out/dense/last.pt")["step"] == 20
+    assert all(p.isfinite().all() for p in parameters("out/dense").values())
+
+
+def test_a_stream_of_tokens_trains_too(workplace):
+    text = np.tile(np.arange(10, dtype=np.uint16), 300)
+    prepare_data.write_dataset("data/count", text, text[:500], kind="stream", vocab_size=10)
+    (workplace / "text.py").write_text("".join(f"{k} = {v!r}\n" for k, v in (SMALL | {"dataset": "count", "block_size": 8, "eval_batches": 2}).items()))
+    lines = metrics(run("text.py"))
+    assert lines[-1]["val_loss"] < lines[0]["val_loss"] and lines[-1]["accuracy"] is None
+
+
+def test_the_constraint_can_watch_sampled_gates_as_in_the_paper(echo):
+    a = metrics(run("sparse.py", max_steps=40, constraint_gates="sampled", out_dir="out/sampled"))
+    b = metrics(run("sparse.py", max_steps=40, out_dir="out/deterministic"))
+    assert a[0]["constraint_target"] == b[0]["constraint_target"]
+    assert a[-1]["constraint_loss"] != b[-1]["constraint_loss"]
+
+
+def test_learning_rate_warms_up_and_falls_to_its_minimum():
+    c = Config(learning_rate=1.0, min_lr=0.1, warmup_steps=10, max_steps=110)
+    assert learning_rate(0, c) == 0.1 and learning_rate(9, c) == 1.0 and learning_rate(10, c) == 1.0
+    assert learning_rate(60, c) == pytest.approx(0.55) and learning_rate(110, c) == pytest.approx(0.1)
