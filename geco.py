@@ -9,9 +9,11 @@
 Read it as a thermostat. While the loss is above target lambda rises and training repairs the model; while it is
 below, lambda falls and training shuts edges. Nobody tunes how sparse the model gets: that is what is found out.
 
-Notable, all three against *windup* (an integrator that, after a long error, stays far away long after the error is gone):
-- lambda is capped. When the gates first sample, the loss jumps by nats and an uncapped lambda climbs to thousands;
+Notable, all four against *windup* (an integrator that, after a long error, stays far away long after the error is gone):
+- lambda is capped above. When the gates first sample, the loss jumps by nats and an uncapped lambda climbs to thousands;
   the density then has no say until lambda has come all the way down again.
+- lambda is bounded below too: one that has run down to nothing lets edges be cut by the dozen before the constraint has a
+  say again, and an edge that is shut for good gets no gradient to come back with.
 - The violation is clipped to one unit before it is smoothed, so that lambda falls as fast as it rises: a loss can lie
   nats above a target, but never more than the target itself below it.
 - lambda is the only integrator: the clip acts on the state itself, there is no hidden sum behind it to unwind.

@@ -76,7 +76,9 @@ class Config:
     lambda_rate: float = 0.02  # largest relative change of lambda per measurement
     lambda_average: float = 0.9  # memory of the moving average of the violation
     lambda_init: float = 1.0
-    lambda_max: float = 10.0  # the cap against windup
+    lambda_min: float = 0.5  # the floor: a low lambda cuts edges faster than the constraint can tell which were needed
+    lambda_max: float = 2.0  # the cap: a high lambda lets nothing be shut for a long time after an error is gone
+    polish_steps: int = 0  # steps at the end under deterministic gates with the loss as the only objective; 0 is the paper's
     # optimisation
     batch_size: int = 128  # sequences per step
     max_steps: int = 2000
@@ -96,8 +98,8 @@ class Config:
 def limits():
     """{setting: (words, test)}: what a value must be beside its type."""
     at_least_1 = "n_layer n_head n_embd block_size constraint_interval batch_size max_steps eval_interval eval_batch_size"
-    positive = "gate_temperature density_weight constraint_scale lambda_rate lambda_init lambda_max learning_rate"
-    not_negative = "seed loss_slack min_lr warmup_steps weight_decay grad_clip eval_batches"
+    positive = "gate_temperature density_weight constraint_scale lambda_rate lambda_init lambda_min lambda_max learning_rate"
+    not_negative = "seed loss_slack polish_steps min_lr warmup_steps weight_decay grad_clip eval_batches"
     fractions = "dropout lambda_average beta1 beta2"
     return {
         **{key: ("at least 1", lambda v: v >= 1) for key in at_least_1.split()},
@@ -130,8 +132,10 @@ def make_config(path, given):
         config.out_dir = f"out/{name}" + (f"-seed{config.seed}" if config.seed != 1 else "")
     if config.n_embd % config.n_head:
         raise ConfigError(f"n_embd={config.n_embd} must be a multiple of n_head={config.n_head}: the heads share the width")
-    if config.lambda_init > config.lambda_max:
-        raise ConfigError(f"lambda_init={config.lambda_init} must not be above lambda_max={config.lambda_max}")
+    if config.gated and config.init_from == "scratch":
+        raise ConfigError("a gated run needs a dense model whose loss it is to keep: set init_from to the run folder or the config file of one")
+    if not config.lambda_min <= config.lambda_init <= config.lambda_max:
+        raise ConfigError(f"lambda_init={config.lambda_init} must lie between lambda_min={config.lambda_min} and lambda_max={config.lambda_max}")
     return config, set(values)
 
 
@@ -165,13 +169,12 @@ def claim_folder(config, given):
     return read_checkpoint(last)
 
 
-def find_parent(config, train_parent=True):
+def find_parent(config):
     """The checkpoint file that config.init_from names. A config file's run is trained first if it is not finished."""
     folder = config.init_from
     if folder.endswith(".py"):
         parent, given = make_config(folder, {key: getattr(config, key) for key in ("seed", "device", "compile")})
-        if train_parent:
-            train(parent, given)
+        train(parent, given)
         folder = parent.out_dir
     for name in ("best.pt", "last.pt"):
         if os.path.exists(os.path.join(folder, name)):
@@ -243,7 +246,7 @@ def train(config, given=frozenset()):
     data = prepare_data.load(c.dataset)
 
     # --- the model: new, the parent's weights, or the run's own -------------------------------------------------------
-    parent = None if c.init_from == "scratch" else find_parent(c, train_parent=checkpoint is None)
+    parent = checkpoint["parent"] if checkpoint else None if c.init_from == "scratch" else find_parent(c)
     torch.manual_seed(c.seed)
     gate_settings = {key: getattr(c, key) for key in GATE}
     if checkpoint:
@@ -286,7 +289,7 @@ def train(config, given=frozenset()):
     geco = dense = target_loss = best = running = measured = None
     start, seconds = 0, 0.0
     if c.gated:
-        geco = GECO(0.0, c.constraint_scale, c.lambda_rate, c.lambda_average, c.lambda_init, min(1e-3, c.lambda_init), c.lambda_max)
+        geco = GECO(0.0, c.constraint_scale, c.lambda_rate, c.lambda_average, c.lambda_init, c.lambda_min, c.lambda_max)
     if checkpoint:
         optimizer.load_state_dict(checkpoint["optimizer"])
         dense, target_loss, best, running, measured, start, seconds = (
@@ -294,7 +297,9 @@ def train(config, given=frozenset()):
         if geco:
             geco.load_state_dict(checkpoint["geco"])
     elif c.gated:
-        reference = load_checkpoint(parent, device, gated=False) if parent else model
+        reference = load_checkpoint(parent, device)
+        if reference.config.gated:
+            raise RunError(f"init_from={c.init_from} is a gated run. Start from a dense one: its loss is the target")
         dense = judge(reference)
         target_loss = dense["val"]["loss"] + c.loss_slack
         # Like with like: the same batches, function and tail as the constraint below. The slack is spread over the tail:
@@ -341,11 +346,13 @@ def train(config, given=frozenset()):
             group["lr"] = learning_rate(step, c)
         torch.manual_seed(c.seed * 1_000_003 + step)  # gate noise and dropout of this step, whatever came before
         x, y = batch_at(step)
+        polishing = c.gated and step >= c.max_steps - c.polish_steps
+        compiled.train(not polishing)  # gates: sampled while edges are being shut, as judged while the rest is polished
         logits, loss, density = compiled(x, y)
         if c.gated and step % c.constraint_interval == 0:
             measured = deterministic_fidelity(model, x, y) if c.constraint_gates == "deterministic" else fidelity(logits.detach(), y, c.constraint_tail).item()
             geco.update(measured)
-        objective = geco.objective(loss, density, c.density_weight) if c.gated else loss
+        objective = geco.objective(loss, density, c.density_weight) if c.gated and not polishing else loss
         objective.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), c.grad_clip or math.inf)
         if not math.isfinite(objective.item()):

@@ -54,14 +54,14 @@ def same(a, b):
     return all(torch.equal(a[key], b[key]) for key in a)
 
 
-def test_a_circuit_of_one_edge_is_found(echo):
-    """The whole method in five seconds: a dense parent that solves the task, and a child that needs (almost) one edge."""
-    (echo / "dense.py").write_text((echo / "dense.py").read_text().replace("max_steps = 60", "max_steps = 200"))
-    folder = run("sparse.py", max_steps=600, gate_linear_penalty=True, loss_slack=0.01, lambda_max=2.0)
+def test_a_circuit_of_a_few_edges_is_found(echo):
+    """The whole method in five seconds: a dense parent that solves the task, and a child that needs one or two edges."""
+    (echo / "dense.py").write_text((echo / "dense.py").read_text().replace("max_steps = 60", "max_steps = 300"))
+    folder = run("sparse.py", max_steps=600, gate_linear_penalty=True, loss_slack=0.01, lambda_min=0.1)
     best = read_checkpoint(f"{folder}/best.pt")
     line = next(m for m in metrics(folder) if m["step"] == best["step"])
     assert line["passes"] and line["val_loss"] <= line["target_loss"] and line["accuracy"] == 1
-    assert line["open"] <= 1.5  # of 2 layers * 2 heads * 10 causal pairs = 40
+    assert line["open"] <= 2.5  # of 2 layers * 2 heads * 10 causal pairs = 40
     model = load_checkpoint(f"{folder}/best.pt")
     x, _ = prepare_data.load("echo").batch("val", range(200), 4)
     open_edges = []
@@ -182,6 +182,9 @@ def test_a_run_that_cannot_start_from_its_parent_says_why(echo):
         run("sparse.py", init_from="out/dense", n_layer=4)
     with pytest.raises(RunError, match="no best.pt or last.pt in out/gone"):
         run("sparse.py", init_from="out/gone")
+    run("sparse.py", init_from="out/dense", max_steps=1)
+    with pytest.raises(RunError, match="init_from=out/sparse is a gated run"):
+        run("sparse.py", init_from="out/sparse", out_dir="out/twice")
     with pytest.raises(RunError, match="the model knows 9 tokens, data/addition has 13"):
         run("sparse.py", init_from="out/dense", dataset="addition")
 
