@@ -186,7 +186,7 @@ def test_a_run_that_cannot_start_from_its_parent_says_why(echo):
     with pytest.raises(RunError, match="init_from=out/sparse is a gated run"):
         run("sparse.py", init_from="out/sparse", out_dir="out/twice")
     with pytest.raises(RunError, match="the model knows 9 tokens, data/addition has 13"):
-        run("sparse.py", init_from="out/dense", dataset="addition")
+        run("sparse.py", init_from="out/dense", dataset="addition", out_dir="out/other")
 
 
 def test_a_truncated_checkpoint_is_named_and_nothing_is_overwritten(echo):
