@@ -50,7 +50,8 @@ def gated_attention(q, k, v, bias=3.0, temperature=1.0, sample=False, *,
     sample        True: A ~ Bernoulli(sigmoid(s)), as in training.  False: A = [s > 0], as in evaluation
     dense         True: no gates, ordinary attention; the density is then 1
     linear_penalty  not the paper's: where s > 0 the penalty goes on along its tangent, 1/2 + s/4, so that it pulls as hard at a
-                  wide-open edge as at one on the threshold. sigmoid(s) hardly pulls there, and edges that do nothing stay open
+                  wide-open edge as at one on the threshold. sigmoid(s) hardly pulls there: edges that do nothing stay open.
+                  But it also charges needed edges for being certain to open, so the last steps want sigmoid(s) again
     noise         (B, H, T, T) logistic noise n to use when sampling; None draws it. For tests
     keep          bool, broadcasts to (B, H, T, T): an edge that is False here is shut whatever its gate says
     return_gates  True: the third value is a `Gates`, else it is None

@@ -42,7 +42,6 @@ class GPTConfig:
     gated: bool = False  # attention through Bernoulli gates
     gate_bias: float = 3.0  # b in s = a + b
     gate_temperature: float = 1.0  # of the straight-through gradient
-    gate_linear_penalty: bool = False  # penalty that does not saturate, see gate.py; False is the paper's
 
 
 class CausalSelfAttention(nn.Module):
@@ -53,13 +52,13 @@ class CausalSelfAttention(nn.Module):
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.resid_dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x, keep=None, return_gates=False):
+    def forward(self, x, **gate_options):
         B, T, C = x.shape
         H, D = self.config.n_head, C // self.config.n_head
         q, k, v = (part.view(B, T, H, D).transpose(1, 2) for part in self.c_attn(x).split(C, dim=2))  # (B, H, T, D)
         y, density, gates = gated_attention(
             q, k, v, self.config.gate_bias, self.config.gate_temperature, sample=self.training,
-            dense=not self.config.gated, linear_penalty=self.config.gate_linear_penalty, keep=keep, return_gates=return_gates)
+            dense=not self.config.gated, **gate_options)
         y = y.transpose(1, 2).reshape(B, T, C)  # heads side by side
         return self.resid_dropout(self.c_proj(y)), density, gates
 
@@ -83,8 +82,8 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
         self.mlp = MLP(config)
 
-    def forward(self, x, keep=None, return_gates=False):
-        y, density, gates = self.attn(self.ln_1(x), keep, return_gates)
+    def forward(self, x, **gate_options):
+        y, density, gates = self.attn(self.ln_1(x), **gate_options)
         x = x + y
         x = x + self.mlp(self.ln_2(x))
         return x, density, gates
@@ -117,11 +116,12 @@ class GPT(nn.Module):
             elif name.endswith("bias"):
                 nn.init.zeros_(p)
 
-    def forward(self, idx, targets=None, keep=None, record=None):
+    def forward(self, idx, targets=None, keep=None, record=None, linear_penalty=False):
         """idx (B, T) token ids; targets (B, T) the token to predict at each position, -1 where nothing is asked.
 
         keep    bool, (n_layer, H, T, T) or (n_layer, B, H, T, T): an edge that is False here is forced shut
         record  called as record(layer, gates) for every layer, gates a `gate.Gates`: what is open, what is attended to
+        linear_penalty  the density is made of the penalty that does not saturate, see gate.py; False is the paper's
 
         Returns logits (B, T, vocab_size); loss, the mean cross-entropy in nats over the targets, None without targets;
         density, the expected open fraction of all layers' edges (a dense model's is 1).
@@ -134,7 +134,8 @@ class GPT(nn.Module):
         x = self.transformer.drop(x)
         densities = []
         for layer, block in enumerate(self.transformer.h):
-            x, density, gates = block(x, None if keep is None else keep[layer], record is not None)
+            x, density, gates = block(x, keep=None if keep is None else keep[layer], return_gates=record is not None,
+                                      linear_penalty=linear_penalty)
             densities.append(density)
             if record is not None:
                 record(layer, gates)

@@ -66,7 +66,7 @@ class Config:
     gated: bool = False  # False is an ordinary dense run; it ignores this block
     gate_bias: float = 3.0  # b in sigmoid(a + b); above 0 the edges start open
     gate_temperature: float = 1.0  # of the straight-through gradient
-    gate_linear_penalty: bool = False  # penalty that pulls at wide-open edges too (gate.py); False is the paper's
+    linear_penalty_steps: int = 0  # first steps, under the penalty that pulls at wide-open edges too (gate.py); 0 is the paper's
     density_weight: float = 1.0  # in L = density_weight * density + lambda (loss - target)
     loss_slack: float = 0.005  # nats above the dense loss that count as equal
     constraint_gates: str = "deterministic"  # gates under which the constraint's loss is taken; 'sampled' is the paper's
@@ -78,7 +78,6 @@ class Config:
     lambda_init: float = 1.0
     lambda_min: float = 0.5  # the floor: a low lambda cuts edges faster than the constraint can tell which were needed
     lambda_max: float = 2.0  # the cap: a high lambda lets nothing be shut for a long time after an error is gone
-    polish_steps: int = 0  # steps at the end under deterministic gates with the loss as the only objective; 0 is the paper's
     # optimisation
     batch_size: int = 128  # sequences per step
     max_steps: int = 2000
@@ -99,7 +98,7 @@ def limits():
     """{setting: (words, test)}: what a value must be beside its type."""
     at_least_1 = "n_layer n_head n_embd block_size constraint_interval batch_size max_steps eval_interval eval_batch_size"
     positive = "gate_temperature density_weight constraint_scale lambda_rate lambda_init lambda_min lambda_max learning_rate"
-    not_negative = "seed loss_slack polish_steps min_lr warmup_steps weight_decay grad_clip eval_batches"
+    not_negative = "seed loss_slack linear_penalty_steps min_lr warmup_steps weight_decay grad_clip eval_batches"
     fractions = "dropout lambda_average beta1 beta2"
     return {
         **{key: ("at least 1", lambda v: v >= 1) for key in at_least_1.split()},
@@ -115,7 +114,7 @@ def limits():
 
 
 SHAPE = ("n_layer", "n_head", "n_embd", "block_size", "dropout", "bias", "tied")  # what a run takes over from its parent
-GATE = ("gated", "gate_bias", "gate_temperature", "gate_linear_penalty")
+GATE = ("gated", "gate_bias", "gate_temperature")
 ANYWHERE = ("device", "compile")  # settings that may differ when a run goes on
 
 
@@ -346,13 +345,11 @@ def train(config, given=frozenset()):
             group["lr"] = learning_rate(step, c)
         torch.manual_seed(c.seed * 1_000_003 + step)  # gate noise and dropout of this step, whatever came before
         x, y = batch_at(step)
-        polishing = c.gated and step >= c.max_steps - c.polish_steps
-        compiled.train(not polishing)  # gates: sampled while edges are being shut, as judged while the rest is polished
-        logits, loss, density = compiled(x, y)
+        logits, loss, density = compiled(x, y, linear_penalty=step < c.linear_penalty_steps)
         if c.gated and step % c.constraint_interval == 0:
             measured = deterministic_fidelity(model, x, y) if c.constraint_gates == "deterministic" else fidelity(logits.detach(), y, c.constraint_tail).item()
             geco.update(measured)
-        objective = geco.objective(loss, density, c.density_weight) if c.gated and not polishing else loss
+        objective = geco.objective(loss, density, c.density_weight) if c.gated else loss
         objective.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), c.grad_clip or math.inf)
         if not math.isfinite(objective.item()):
