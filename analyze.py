@@ -20,7 +20,7 @@ import torch
 import figures
 import prepare_data
 from evaluate import evaluate
-from explain import PLACES, damage, explain, when
+from explain import damage, explain, when
 from model import CheckpointError, load_checkpoint, read_checkpoint
 
 SUMS = [(53, 21, "no carry"), (36, 28, "carry out of the units"), (43, 59, "carry into the hundreds")]  # the paper's three kinds
@@ -141,7 +141,7 @@ def words(tokens):
 # explain
 
 
-TOKEN_NAMES = ["a1", "a0", "+", "b1", "b0", "="] + [f"?{place}" for place in ("10000", "1000", "100", "10", "1")]
+TOKEN_NAMES = ["a1", "a0", "+", "b1", "b0", "=", "s4", "s3", "s2", "s1", "s0"]  # s2: the `?` that answers the hundreds
 
 
 def explain_run(run):
@@ -156,16 +156,15 @@ def explain_run(run):
     write_json(os.path.join(run, "explain.json"), edges)
     lines = []
     for edge in edges:
-        names = f"{TOKEN_NAMES[edge['query']]} reads {TOKEN_NAMES[edge['key']]}"
         head = f" head {edge['head']}" if model.config.n_head > 1 else ""
-        lines.append((f"layer {edge['layer']}{head}  {names:18} open on {edge['open_on']:5d}", f"{when(edge)}; {damage(edge, intact)}"))
+        lines.append((f"layer {edge['layer']}{head}  {TOKEN_NAMES[edge['query']]} reads {TOKEN_NAMES[edge['key']]}", when(edge), damage(edge, intact)))
     mean = sum(edge["open_on"] for edge in edges) / 10_000
     title = f"{run}: {mean:.2f} open edges on average, {100 * intact['sum']:.2f} % of the 10,000 sums right"
-    print(title)
-    for number, (what, why) in enumerate(lines, 1):
-        print(f"{number:3d}  {what}  {why}")
+    print(f"{title}\na1 a0 + b1 b0 = s4 s3 s2 s1 s0: s0 is the `?` that answers the units, s1 the tens, s2 the hundreds")
+    for number, (edge, (what, opens, breaks)) in enumerate(zip(edges, lines), 1):
+        print(f"{number:3d}  {what}, open on {edge['open_on']} sums: {opens}; {breaks}")
     figures.explanation(os.path.join(run, "explain.png"), TOKEN_NAMES, model.config.n_layer,
-                        [{**edge, "share": edge["open_on"] / 10_000, "text": f"{what}\n    {why}"} for edge, (what, why) in zip(edges, lines)], title)
+                        [{**edge, "share": edge["open_on"] / 10_000, "text": "\n    ".join(line)} for edge, line in zip(edges, lines)], title)
 
 
 USAGE = __doc__.split("\n\n")[1]

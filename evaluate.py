@@ -26,10 +26,10 @@ def evaluate(model, data, split, batch_size=1000, max_batches=0):
     if max_batches:
         indices = indices[:max_batches * batch_size]
     pairs = T * (T + 1) // 2
-    open_edges = torch.zeros(config.n_layer, config.n_head, dtype=torch.float64, device=device)  # summed over sequences
+    open_edges = torch.zeros(config.n_layer, config.n_head, dtype=torch.float64)  # summed over sequences
 
     def count(layer, gates):
-        open_edges[layer] += gates.open.sum(dim=(0, 2, 3))
+        open_edges[layer] += gates.open.sum(dim=(0, 2, 3)).cpu()
 
     was_training = model.training
     model.eval()

@@ -127,19 +127,19 @@ def explanation(path, tokens, n_layer, edges, title):
 
     edges: a list of dicts with layer, head, query, key, share (of prompts on which it is open, 0 to 1) and text (its line).
     """
-    figure, (left, right) = plt.subplots(1, 2, figsize=(14, max(4.2, 0.42 * len(edges) + 1.4)), width_ratios=[5, 7], layout="constrained")
+    figure, (left, right) = plt.subplots(1, 2, figsize=(12, max(4.2, 0.5 * len(edges) + 1.4)), width_ratios=[6, 7], layout="constrained")
     draw_streams(left, tokens, [""] * len(tokens), n_layer)
     for number, edge in enumerate(edges, 1):
         always = edge["share"] == 1
         x, y = [edge["key"], edge["query"]], [edge["layer"], edge["layer"] + 1]
-        left.plot(x, y, color=HEAD_COLORS[edge["head"] % 10], lw=0.8 + 2.4 * edge["share"], ls="-" if always else (0, (4, 1.5)), zorder=1)
+        left.plot(x, y, color=HEAD_COLORS[edge["head"] % 10], lw=0.8 + 1.4 * edge["share"], ls="-" if always else (0, (4, 1.5)), zorder=1)
         at = (0.3, 0.5, 0.7)[number % 3]  # numbers of neighbouring edges at different heights
         left.text(x[0] + at * (x[1] - x[0]), y[0] + at, number, fontsize=9, ha="center", va="center", zorder=2,
                   bbox=dict(boxstyle="circle,pad=0.15", fc="white", ec=GREY))
-    left.set_title("solid: open on every sum; dashed: only on some", fontsize=10)
+    left.set_title("solid: open on every sum; dashed: on some", fontsize=10)
     right.axis("off")
     right.set(xlim=(0, 1), ylim=(len(edges) + 0.5, -0.5))
     for number, edge in enumerate(edges, 1):
-        right.text(0, number - 0.5, f"{number:2d}  {edge['text']}", fontsize=9, family="monospace", va="center")
+        right.text(0, number - 0.5, f"{number:2d}  {edge['text']}", fontsize=8.5, family="monospace", va="center")
     figure.suptitle(title, fontsize=12)
     save(figure, path)

@@ -40,7 +40,8 @@ import prepare_data
 from configure import ConfigError, parse_command_line, read_config_file
 from evaluate import evaluate
 from geco import GECO, fidelity
-from model import GPT, CheckpointError, GPTConfig, checkpoint_of, load_checkpoint, load_weights, read_checkpoint, save_checkpoint
+from model import GPT, CheckpointError, GPTConfig, checkpoint_of, load_checkpoint, load_weights, save_checkpoint
+from resume import MetricsLog, RunError, StopRequest, claim_folder
 
 
 @dataclass
@@ -115,11 +116,8 @@ def limits():
 
 SHAPE = ("n_layer", "n_head", "n_embd", "block_size", "dropout", "bias", "tied")  # what a run takes over from its parent
 GATE = ("gated", "gate_bias", "gate_temperature")
-ANYWHERE = ("device", "compile")  # settings that may differ when a run goes on
-
-
-class RunError(Exception):
-    """A run that cannot start or go on. The message says what to type instead."""
+FIXED = (*SHAPE, *GATE, "dataset", "loss_slack", "constraint_tail")  # model and target: what no run may change on its way
+FREE = ("device", "compile")  # what may differ when a run goes on
 
 
 def make_config(path, given):
@@ -138,36 +136,6 @@ def make_config(path, given):
     return config, set(values)
 
 
-def claim_folder(config, given):
-    """Find out what out_dir holds, and return the checkpoint to go on from, or None to start at step 0.
-
-    Raises RunError rather than mixing two runs in one folder. Afterwards config.init_from is not 'resume', and settings of
-    SHAPE that were not given are those of the run that goes on.
-    """
-    last, saved = os.path.join(config.out_dir, "last.pt"), os.path.join(config.out_dir, "config.json")
-    resume = config.init_from == "resume"
-    if resume and not os.path.exists(last):
-        raise RunError(f"there is no last.pt in {config.out_dir} to resume. Leave --init_from=resume away to start a run")
-    if not os.path.exists(last) or not os.path.exists(saved):
-        return None  # new, or killed before its first checkpoint: nothing to lose
-    with open(saved, encoding="utf-8") as f:
-        before = asdict(Config()) | json.load(f)
-    inherited = ["init_from"] * resume + [key for key in SHAPE if key not in given]
-    for key in inherited:
-        setattr(config, key, before[key])
-    now = asdict(config)
-    changed = [key for key in now if key not in ANYWHERE and now[key] != before[key]]
-    words = ", ".join(f"{key} {before[key]!r} there, {now[key]!r} here" for key in changed)
-    if resume and set(changed) & {*SHAPE, *GATE, "dataset"}:
-        raise RunError(f"{config.out_dir} holds another model ({words}): it cannot go on as this one. Start a new run with --out_dir=out/NEW")
-    if changed and not resume:
-        raise RunError(f"{config.out_dir} holds a run with other settings ({words}). Start a new one with --out_dir=out/NEW, "
-                       "or go on with that one, settings changed, with --init_from=resume")
-    if changed:
-        print(f"going on with changed settings: {words}")
-    return read_checkpoint(last)
-
-
 def find_parent(config):
     """The checkpoint file that config.init_from names. A config file's run is trained first if it is not finished."""
     folder = config.init_from
@@ -180,39 +148,6 @@ def find_parent(config):
             return os.path.join(folder, name)
     raise RunError(f"init_from={config.init_from}: there is no best.pt or last.pt in {folder}. "
                    "init_from takes 'scratch', 'resume', the folder of a run, or a config file")
-
-
-class MetricsLog:
-    """metrics.jsonl, a line an evaluation. Lines that a killed run wrote past the step it goes on from are dropped."""
-
-    def __init__(self, path, start):
-        kept = []
-        if os.path.exists(path):
-            with open(path, encoding="utf-8") as f:
-                # a line without its newline was cut off by a kill
-                kept = [line for line in f if line.endswith("\n") and json.loads(line)["step"] < start]
-        prepare_data.write_whole(path, "".join(kept).encode())
-        self.path = path
-
-    def write(self, **values):
-        with open(self.path, "a", encoding="utf-8") as f:
-            f.write(json.dumps(values) + "\n")
-
-
-class StopRequest:
-    """Ctrl-C and SIGTERM ask the loop to save and stop after the step it is in; a second Ctrl-C stops at once."""
-
-    def __init__(self):
-        self.asked = False
-        self.before = {number: signal.signal(number, self.ask) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def ask(self, number, frame):
-        self.asked = True
-        self.restore()
-
-    def restore(self):
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
 
 
 def pick_device(name):
@@ -238,7 +173,7 @@ def train(config, given=frozenset()):
     DataError with a message for people; SystemExit after Ctrl-C, the run saved.
     """
     c, device = config, pick_device(config.device)
-    checkpoint = claim_folder(c, given)
+    checkpoint = claim_folder(c, inherit=[key for key in SHAPE if key not in given], fixed=FIXED, free=FREE)
     if checkpoint and checkpoint["step"] >= c.max_steps:
         print(f"{c.out_dir} is finished ({checkpoint['step']} steps)")
         return
@@ -320,53 +255,51 @@ def train(config, given=frozenset()):
             target_loss=target_loss, parent=parent, seconds=seconds + time.time() - began, running=running, measured=measured, config=asdict(c)))
 
     # --- the loop -----------------------------------------------------------------------------------------------------
-    began, stop, open_edges = time.time(), StopRequest(), "not counted yet"
-    bar = tqdm(total=c.max_steps, initial=start, desc=c.out_dir, unit="step", dynamic_ncols=True)
-    for step in range(start, c.max_steps + 1):
-        if step % c.eval_interval == 0 or step == c.max_steps:
-            found = judge(model)
-            val = found["val"]
-            open_edges = f"{val['open']:.1f} of {val['total']}"
-            passes = math.isfinite(val["loss"]) and (not c.gated or val["loss"] <= target_loss and all(
-                found[split]["accuracy"] is None or found[split]["correct"] >= dense[split]["correct"] for split in found))
-            log.write(step=step, val_loss=val["loss"], accuracy=val["accuracy"], correct=val["correct"] + found["train"]["correct"],
-                     train_loss=found["train"]["loss"], batch_loss=running, open=val["open"], fraction=val["fraction"], passes=passes,
-                     target_loss=target_loss, seconds=seconds + time.time() - began,
-                     **({"constraint_target": geco.target, "constraint_loss": measured, "violation": geco.violation, "lambda": geco.lam} if geco else {}))
-            score = [val["open"], val["loss"]]  # the fewest edges; of a dense run, whose edges are all open, the lowest loss
-            if passes and (best is None or score < best):
-                best = score
-                save("best.pt", step)
-            save("last.pt", step)
-        if step == c.max_steps:
-            break
+    began, open_edges = time.time(), "not counted yet"
+    with StopRequest() as stop, tqdm(total=c.max_steps, initial=start, desc=c.out_dir, unit="step", dynamic_ncols=True) as bar:
+        for step in range(start, c.max_steps + 1):
+            if step % c.eval_interval == 0 or step == c.max_steps:
+                found = judge(model)
+                val = found["val"]
+                open_edges = f"{val['open']:.1f} of {val['total']}"
+                passes = math.isfinite(val["loss"]) and (not c.gated or val["loss"] <= target_loss and all(
+                    found[split]["accuracy"] is None or found[split]["correct"] >= dense[split]["correct"] for split in found))
+                log.write(step=step, val_loss=val["loss"], accuracy=val["accuracy"], correct=val["correct"] + found["train"]["correct"],
+                         train_loss=found["train"]["loss"], batch_loss=running, open=val["open"], fraction=val["fraction"], passes=passes,
+                         target_loss=target_loss, seconds=seconds + time.time() - began,
+                         **({"constraint_target": geco.target, "constraint_loss": measured, "violation": geco.violation, "lambda": geco.lam} if geco else {}))
+                score = [val["open"], val["loss"]]  # the fewest edges; of a dense run, whose edges are all open, the lowest loss
+                if passes and (best is None or score < best):
+                    best = score
+                    save("best.pt", step)
+                save("last.pt", step)
+            if step == c.max_steps:
+                break
 
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, c)
-        torch.manual_seed(c.seed * 1_000_003 + step)  # gate noise and dropout of this step, whatever came before
-        x, y = batch_at(step)
-        logits, loss, density = compiled(x, y, linear_penalty=step < c.linear_penalty_steps)
-        if c.gated and step % c.constraint_interval == 0:
-            measured = deterministic_fidelity(model, x, y) if c.constraint_gates == "deterministic" else fidelity(logits.detach(), y, c.constraint_tail).item()
-            geco.update(measured)
-        objective = geco.objective(loss, density, c.density_weight) if c.gated else loss
-        objective.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), c.grad_clip or math.inf)
-        if not math.isfinite(objective.item()):
-            raise RunError(f"the loss is {loss.item()} at step {step}; {c.out_dir}/last.pt still holds an earlier step. "
-                           f"Start again with a smaller step, for instance --learning_rate={c.learning_rate / 3:.1g} --out_dir=out/NEW")
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(step, c)
+            torch.manual_seed(c.seed * 1_000_003 + step)  # gate noise and dropout of this step, whatever came before
+            x, y = batch_at(step)
+            logits, loss, density = compiled(x, y, linear_penalty=step < c.linear_penalty_steps)
+            if c.gated and step % c.constraint_interval == 0:
+                sampled = c.constraint_gates == "sampled"
+                measured = fidelity(logits.detach(), y, c.constraint_tail).item() if sampled else deterministic_fidelity(model, x, y)
+                geco.update(measured)
+            objective = geco.objective(loss, density, c.density_weight) if c.gated else loss
+            objective.backward()
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), c.grad_clip or math.inf)
+            if not math.isfinite(objective.item() + norm.item()):
+                raise RunError(f"the loss is {loss.item()}, the gradient's norm {norm.item()} at step {step}; {c.out_dir}/last.pt still holds an earlier step. "
+                               f"Start again with a smaller step, for instance --learning_rate={c.learning_rate / 3:.1g} --out_dir=out/NEW")
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
 
-        running = loss.item() if running is None else 0.95 * running + 0.05 * loss.item()
-        bar.update()
-        bar.set_postfix_str(f"loss {running:.4f}" + (f", open {open_edges}, lambda {geco.lam:.2f}" if c.gated else ""), refresh=False)
-        if stop.asked:
-            save("last.pt", step + 1)
-            bar.close()
-            sys.exit(f"stopped and saved after {step + 1} steps. To go on: python train.py {shlex.join(sys.argv[1:])}")
-    bar.close()
-    stop.restore()
+            running = loss.item() if running is None else 0.95 * running + 0.05 * loss.item()
+            bar.update()
+            bar.set_postfix_str(f"loss {running:.4f}" + (f", open {open_edges}, lambda {geco.lam:.2f}" if c.gated else ""), refresh=False)
+            if stop.asked:
+                save("last.pt", step + 1)
+                sys.exit(f"stopped and saved after {step + 1} steps. To go on: python train.py {shlex.join(sys.argv[1:])}")
 
 
 def main(arguments):
@@ -380,7 +313,7 @@ def main(arguments):
     except (ConfigError, RunError, CheckpointError, prepare_data.DataError, OSError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
-        sys.exit("stopped before training began")
+        sys.exit("stopped. The same command goes on from the last checkpoint")
     # A process of its own: the loop needs no matplotlib, and a failing picture cannot harm a finished run.
     here = os.path.dirname(os.path.abspath(__file__))
     sys.exit(subprocess.run([sys.executable, os.path.join(here, "analyze.py"), "report", config.out_dir]).returncode)

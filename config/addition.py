@@ -7,7 +7,7 @@ gated = True
 gate_bias = 3.0
 
 # paper: 0. A penalty that does not saturate clears away wide-open edges that do nothing; then the paper's takes over.
-linear_penalty_steps = 2000
+linear_penalty_steps = 1500
 # paper: 'sampled'. What counts in the end are deterministic gates.
 constraint_gates = 'deterministic'
 # paper: 1.0. The hardest 5 % of the digits of a batch, so that one wrong sum cannot hide behind 127 right ones.
@@ -20,5 +20,5 @@ lambda_min = 0.2
 lambda_max = 2.0
 
 batch_size = 128
-max_steps = 3000
+max_steps = 2500
 learning_rate = 2e-3

@@ -61,7 +61,7 @@ def test_explain(folder):
     done = analyze(folder, "explain", "out/sparse")
     assert done.returncode == 0, done.stderr
     edges = json.load(open(folder / "out/sparse/explain.json"))
-    assert len(edges) == sum(line.lstrip()[:1].isdigit() for line in done.stdout.splitlines()[1:])
+    assert len(edges) == sum(line.lstrip()[:1].isdigit() for line in done.stdout.splitlines()[2:])
     assert (folder / "out/sparse/explain.png").exists()
 
 

@@ -15,7 +15,8 @@ import prepare_data
 import train as train_file
 from conftest import REPOSITORY
 from model import CheckpointError, load_checkpoint, read_checkpoint
-from train import Config, RunError, learning_rate, make_config, train
+from resume import RunError, StopRequest
+from train import Config, learning_rate, make_config, train
 
 SMALL = {"dataset": "echo", "n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": 4, "batch_size": 32, "max_steps": 60, "warmup_steps": 5,
          "learning_rate": 3e-3, "eval_interval": 20, "eval_batch_size": 500, "device": "cpu"}
@@ -103,7 +104,7 @@ def test_resuming_is_bit_for_bit_what_an_uninterrupted_run_is(echo, gated, monke
     settings = {"dropout": 0.1} if not gated else {}  # dropout and gates: both kinds of randomness
     whole = run(config, out_dir="out/whole", **settings)
 
-    class StopAfter33(train_file.StopRequest):  # not an evaluation step
+    class StopAfter33(StopRequest):  # not an evaluation step
         steps = 0
 
         @property
@@ -172,7 +173,7 @@ def test_a_finished_run_says_so_and_other_settings_are_refused(echo, capsys):
     run("dense.py", init_from="resume", max_steps=80)
     assert "changed settings: max_steps 60 there, 80 here" in capsys.readouterr().out
     assert read_checkpoint("out/dense/last.pt")["step"] == 80
-    with pytest.raises(RunError, match="holds another model"):
+    with pytest.raises(RunError, match="holds a run with another model or target"):
         run("dense.py", init_from="resume", n_layer=3)
 
 
@@ -208,7 +209,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpo
         return logits, loss * float("nan") if sum(calls) == 30 else loss, density
 
     monkeypatch.setattr(train_file.GPT, "forward", overflowing)
-    with pytest.raises(RunError, match="the loss is nan at step 29.*last.pt still holds.*--learning_rate="):
+    with pytest.raises(RunError, match="the loss is nan, .* at step 29.*last.pt still holds.*--learning_rate="):
         run("dense.py")
     assert read_checkpoint("out/dense/last.pt")["step"] == 20
     assert all(p.isfinite().all() for p in parameters("out/dense").values())

@@ -1,0 +1,95 @@
+"""A run that cannot be lost: whose folder it is, where it goes on, how it is stopped.
+
+A run's folder out/<run>/ holds config.json, metrics.jsonl, best.pt, last.pt, report.json and figures. Its rules:
+
+- The same command goes on where the run stands. If the run is finished there is nothing to do.
+- Other settings are refused: two runs never mix in one folder. `--init_from=resume` says that the change is meant.
+- Every file is written under a temporary name and renamed, config.json first and last.pt last, so that a `kill -9` at any
+  moment leaves a folder from which the run goes on. Nothing depends on what happened after last.pt was written.
+- Ctrl-C and SIGTERM finish the step, save, and say how to go on.
+
+This file knows checkpoints (model.py) and no setting by name, but for init_from and out_dir.
+"""
+
+import json
+import os
+import signal
+from dataclasses import asdict
+
+import prepare_data
+from model import read_checkpoint
+
+
+class RunError(Exception):
+    """A run that cannot start or go on. The message says what to type instead."""
+
+
+def claim_folder(config, inherit, fixed, free):
+    """Find out what config.out_dir holds; return the checkpoint to go on from, or None to start at step 0.
+
+    config   a dataclass of settings. Changed in place: 'resume' gives way to the run's own init_from
+    inherit  names of settings that are taken over from the run in the folder
+    fixed    names of settings that no run may change on its way
+    free     names of settings that may differ without being asked for
+
+    Raises RunError rather than mixing two runs in one folder.
+    """
+    last, saved = os.path.join(config.out_dir, "last.pt"), os.path.join(config.out_dir, "config.json")
+    resume = config.init_from == "resume"
+    if resume and not os.path.exists(last):
+        raise RunError(f"there is no last.pt in {config.out_dir} to resume. Leave --init_from=resume away to start a run")
+    if not os.path.exists(last):
+        return None  # new, or killed before its first checkpoint: nothing to lose
+    try:
+        with open(saved, encoding="utf-8") as f:
+            before = asdict(type(config)()) | json.load(f)
+    except (OSError, ValueError) as error:
+        raise RunError(f"{saved} is missing or damaged, so nobody knows what run {last} belongs to. Start a new one with --out_dir=out/NEW") from error
+    for key in ["init_from"] * resume + list(inherit):
+        setattr(config, key, before[key])
+    now = asdict(config)
+    changed = [key for key in now if key not in free and now[key] != before[key]]
+    words = ", ".join(f"{key} {before[key]!r} there, {now[key]!r} here" for key in changed)
+    if resume and set(changed) & set(fixed):
+        raise RunError(f"{config.out_dir} holds a run with another model or target ({words}): it cannot go on as this one. "
+                       "Start a new run with --out_dir=out/NEW")
+    if changed and not resume:
+        raise RunError(f"{config.out_dir} holds a run with other settings ({words}). Start a new one with --out_dir=out/NEW, "
+                       "or go on with that one, settings changed, with --init_from=resume")
+    if changed:
+        print(f"going on with changed settings: {words}")
+    return read_checkpoint(last)
+
+
+class MetricsLog:
+    """metrics.jsonl, a line an evaluation. Lines that a killed run wrote past the step it goes on from are dropped."""
+
+    def __init__(self, path, start):
+        kept = []
+        if os.path.exists(path):
+            with open(path, encoding="utf-8") as f:
+                # a line without its newline was cut off by a kill
+                kept = [line for line in f if line.endswith("\n") and json.loads(line)["step"] < start]
+        prepare_data.write_whole(path, "".join(kept).encode())
+        self.path = path
+
+    def write(self, **values):
+        with open(self.path, "a", encoding="utf-8") as f:
+            f.write(json.dumps(values) + "\n")
+
+
+class StopRequest:
+    """`with StopRequest() as stop:` Ctrl-C and SIGTERM set stop.asked, for the loop to see; a second Ctrl-C stops at once."""
+
+    def __enter__(self):
+        self.asked = False
+        self.before = {number: signal.signal(number, self.ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def ask(self, number, frame):
+        self.asked = True
+        self.__exit__()
+
+    def __exit__(self, *exception):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,65 @@
+"""What README.md says is there: commands, links, functions, settings, pictures; and .ci/run runs the command that it gives."""
+
+import importlib
+import os
+import re
+
+from conftest import REPOSITORY
+from train import Config
+
+with open(os.path.join(REPOSITORY, "README.md"), encoding="utf-8") as f:
+    README = f.read()
+
+
+def test_the_two_commands_stand_at_the_top():
+    top = README[:2500]
+    assert "pip install -r requirements.txt && python train.py config/addition.py" in top
+    assert "pip install -r requirements.txt -r tests/requirements.txt && python -m pytest" in top
+
+
+def test_links_lead_somewhere():
+    links = re.findall(r"\]\(([^)#]+)\)", README)
+    assert len(links) > 20
+    for link in links:
+        assert link.startswith("https://") or os.path.exists(os.path.join(REPOSITORY, link)), link
+
+
+def test_every_equation_names_a_function_that_exists():
+    named = re.findall(r"`([\w.]+)` in \[(\w+)\.py\]", README)
+    assert len(named) > 8
+    for name, module in named:
+        found = importlib.import_module(module)
+        for part in name.split("."):
+            found = getattr(found, part)
+        assert callable(found)
+
+
+def test_every_setting_in_the_tables_exists():
+    table = README.split("## Settings that matter")[1].split("## ")[0]
+    names = re.findall(r"`(\w+)`", "".join(line.split("|")[1] for line in table.splitlines() if line.startswith("| `")))
+    assert len(names) >= 10 and set(names) <= set(Config.__annotations__)
+    flags = re.findall(r"--(\w+)=", README)
+    assert set(flags) - {"learning_rte"} <= set(Config.__annotations__) | {"index"}
+
+
+def test_pictures_are_small():
+    folder = os.path.join(REPOSITORY, "images")
+    for name in os.listdir(folder):
+        assert os.path.getsize(os.path.join(folder, name)) < 300_000, name
+
+
+def test_requirements_are_the_five_and_the_pin():
+    with open(os.path.join(REPOSITORY, "requirements.txt"), encoding="utf-8") as f:
+        assert f.read().split() == ["torch==2.13.0", "tiktoken", "numpy", "tqdm", "matplotlib"]
+
+
+def test_our_files_import_each_other_in_one_direction_only():
+    ours = {name[:-3] for name in os.listdir(REPOSITORY) if name.endswith(".py")}
+    imports = {}
+    for name in ours:
+        with open(os.path.join(REPOSITORY, name + ".py"), encoding="utf-8") as f:
+            imports[name] = set(re.findall(r"^(?:from|import) (\w+)", f.read(), re.M)) & ours
+    for basic in ("gate", "geco", "prepare_data", "configure", "figures"):
+        assert imports[basic] == set()
+    assert imports["model"] == {"gate"} and imports["evaluate"] == set() and imports["resume"] == {"model", "prepare_data"}
+    assert not any({"train", "analyze"} & found for found in imports.values())
