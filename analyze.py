@@ -49,7 +49,16 @@ def kept_checkpoint(run):
 
 
 def report(run):
-    """Write a run's report.json and figures; return the report, a dict (its format: DESIGN, and README's last section)."""
+    """Write a run's report.json and figures; return the report, a dict:
+
+    run, seed, step (of the checkpoint), meets_target
+    dense, sparse   {val_loss (nats, held out), accuracy (share of held-out rows right, null for text), correct, examples (both splits)}
+    target_loss     nats; what the sparse val_loss had to stay at or below
+    edges           {open (mean per held-out sequence), total (causal pairs of all heads and layers), fraction, per_head [layer][head]}
+    heads_off       number of heads without any open edge
+    seconds         {dense, sparse} of training
+    A dense run has sparse, target_loss and seconds.sparse null.
+    """
     config = read_json(os.path.join(run, "config.json"))
     path, meets_target = kept_checkpoint(run)
     checkpoint, model = read_checkpoint(path), load_checkpoint(path)
@@ -60,7 +69,7 @@ def report(run):
     if model.config.gated:
         dense, sparse = checkpoint["dense"], judged
         parent = checkpoint["parent"]
-        parent_last = os.path.join(os.path.dirname(parent), "last.pt") if parent else ""
+        parent_last = os.path.join(os.path.dirname(parent), "last.pt")
         seconds = {"dense": read_checkpoint(parent_last)["seconds"] if os.path.exists(parent_last) else None, "sparse": seconds}
     else:
         dense, sparse, parent, meets_target = judged, None, None, True
@@ -75,7 +84,7 @@ def report(run):
     with open(os.path.join(run, "metrics.jsonl"), encoding="utf-8") as f:
         figures.training(os.path.join(run, "training.png"), [json.loads(line) for line in f], checkpoint["step"])
     if model.config.gated:
-        figures.gates(os.path.join(run, "gates.png"), judged["val"]["per_head"])
+        figures.open_by_head(os.path.join(run, "gates.png"), judged["val"]["per_head"])
         if config["dataset"] == "addition":
             attention_flow(run, model, parent)
     return result
@@ -94,7 +103,7 @@ def write_json(path, content):
 
 
 def table(reports):
-    """The reports as text, a column a run."""
+    """The reports as text, one column per run."""
     def sparse_or_dense(r):
         return r["sparse"] or r["dense"]
 
@@ -117,23 +126,23 @@ def attention_flow(run, model, parent):
     """attention_flow.png: three sums through the dense parent (if it is still there) and the sparse model."""
     a, b = np.array([s[:2] for s in SUMS]).T
     questions = prepare_data.addition_rows(a, b)[:, 0].astype(np.int64)
-    columns = [(f"{x} + {y} = {x + y}, {kind}", words(question)) for (x, y, kind), question in zip(SUMS, questions)]
+    columns = [(f"{x} + {y} = {x + y}, {kind}", token_names(question)) for (x, y, kind), question in zip(SUMS, questions)]
+    models = [("sparse", model)]
+    if os.path.exists(parent):
+        models.insert(0, ("dense", load_checkpoint(parent)))
+    else:
+        print(f"{parent} is gone: attention_flow.png shows the sparse model only")
     rows = []
-    for label, path in (("dense", parent), ("sparse", None)):
-        if path and not os.path.exists(path):
-            print(f"{path} is gone: attention_flow.png shows the sparse model only")
-        if label == "dense" and not (path and os.path.exists(path)):
-            continue
+    for label, net in models:
         layers = []
-        logits, _, _ = (load_checkpoint(path) if path else model)(
-            torch.from_numpy(questions), record=lambda layer, gates: layers.append((gates.open * gates.pattern).numpy()))
+        logits, _, _ = net(torch.from_numpy(questions), record=lambda layer, gates: layers.append((gates.open * gates.pattern).numpy()))
         answers = logits.argmax(-1).numpy()
         weights = np.stack(layers, axis=1)  # (sums, n_layer, H, T, T)
-        rows.append((label, [(w, [""] * 6 + words(answer[6:])) for w, answer in zip(weights, answers)]))
+        rows.append((label, [(w, [""] * 6 + token_names(answer[6:])) for w, answer in zip(weights, answers)]))
     figures.attention_flow(os.path.join(run, "attention_flow.png"), columns, rows)
 
 
-def words(tokens):
+def token_names(tokens):
     return [prepare_data.ADDITION_TOKENS[t] for t in tokens]
 
 

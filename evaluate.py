@@ -1,7 +1,7 @@
 """How a model is judged: deterministic gates, fixed data, and a count of the edges that are open.
 
     loss       mean cross-entropy over all targets of the split, nats
-    accuracy   rows only: share of rows of which every target is right (a sum is right when all five digits are)
+    accuracy   share of rows of which every target is right (a sum is right when all five digits are); None for text, see prepare_data.py
     open       mean number of open edges per sequence, out of n_layer * n_head * T (T + 1) / 2 causal pairs
 
 Notable: the dense model that a target is taken from and the sparse model that must meet it go through this one function,

@@ -31,7 +31,7 @@ def save(figure, path):
 
 
 def draw_streams(ax, tokens, answers, n_layer):
-    """The ground of a flow picture: a vertical line a token, its name below, what the model answers above."""
+    """The ground of a flow picture: one vertical line per token, its name below, what the model answers above."""
     T = len(tokens)
     ax.vlines(range(T), 0, n_layer, color=GREY, lw=0.6, zorder=0)
     for i, (token, answer) in enumerate(zip(tokens, answers)):
@@ -45,7 +45,7 @@ def draw_streams(ax, tokens, answers, n_layer):
 
 
 def draw_edges(ax, weights):
-    """One line an edge. weights (n_layer, H, T, T): its opacity, 0 where the edge is shut."""
+    """One line per edge. weights (n_layer, H, T, T): its opacity, 0 where the edge is shut."""
     for layer, head, i, j in zip(*np.nonzero(weights)):
         ax.plot([j, i], [layer, layer + 1], color=HEAD_COLORS[head % 10], lw=2, solid_capstyle="round",
                 alpha=float(min(1, weights[layer, head, i, j])), zorder=1)
@@ -54,7 +54,7 @@ def draw_edges(ax, weights):
 def attention_flow(path, columns, rows):
     """The paper's first figure: the same sums through two models.
 
-    columns  [(title, tokens)], one a prompt; rows [(label, [(weights (n_layer, H, T, T), answers)])], one a model
+    columns  [(title, tokens)], one per prompt; rows [(label, [(weights (n_layer, H, T, T), answers)])], one per model
     """
     n_layer = rows[0][1][0][0].shape[0]
     figure, axes = plt.subplots(len(rows), len(columns), figsize=(4.3 * len(columns), 3.5 * len(rows)), squeeze=False, layout="constrained")
@@ -104,7 +104,7 @@ def training(path, metrics, kept_step=None):
     save(figure, path)
 
 
-def gates(path, per_head):
+def open_by_head(path, per_head):
     """Open fraction by layer and head. per_head [n_layer][H], from 0 to 1; the colour is logarithmic, a head that is off is white."""
     fractions = np.array(per_head)
     n_layer, H = fractions.shape

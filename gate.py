@@ -53,11 +53,11 @@ def gated_attention(q, k, v, bias=3.0, temperature=1.0, sample=False, *,
                   wide-open edge as at one on the threshold. sigmoid(s) hardly pulls there: edges that do nothing stay open.
                   But it also charges needed edges for being certain to open, so the last steps want sigmoid(s) again
     noise         (B, H, T, T) logistic noise n to use when sampling; None draws it. For tests
-    keep          bool, broadcasts to (B, H, T, T): an edge that is False here is shut whatever its gate says
+    keep          bool, broadcasts to (B, H, T, T): an edge that is False here is shut whatever its gate says. The penalty does not see it
     return_gates  True: the third value is a `Gates`, else it is None
 
     Returns y (B, H, T, D); density, a scalar, the mean of the penalty sigmoid(s) over causal pairs, heads and batch;
-    and the gates. Raises ValueError if q, k and v differ in shape or temperature is not above 0.
+    and the gates. (Under linear_penalty the density may exceed 1.) Raises ValueError if q, k and v differ in shape or temperature is not above 0.
     """
     if not q.shape == k.shape == v.shape or q.dim() != 4:
         raise ValueError(f"q, k, v must share one shape (B, H, T, D), not {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}")

@@ -15,7 +15,7 @@ Notable, all four against *windup* (an integrator that, after a long error, stay
 - lambda is bounded below too: one that has run down to nothing lets edges be cut by the dozen before the constraint has a
   say again, and an edge that is shut for good gets no gradient to come back with.
 - The violation is clipped to one unit before it is smoothed, so that lambda falls as fast as it rises: a loss can lie
-  nats above a target, but never more than the target itself below it.
+  nats above a target, but never more than the target itself below it. (So let `scale` be no larger than the slack in the target.)
 - lambda is the only integrator: the clip acts on the state itself, there is no hidden sum behind it to unwind.
 
 This file imports no other file of ours.
@@ -23,7 +23,6 @@ This file imports no other file of ours.
 
 import math
 
-import torch
 from torch.nn import functional as F
 
 
@@ -46,13 +45,13 @@ class GECO:
     """The controller of lambda. `update(loss)` after a measurement; `objective(loss, density)` is what to minimise.
 
     target       nats; the loss to stay at or below
-    scale        nats; a violation of this size moves lambda at full speed
+    scale        nats; a violation of this size or more moves lambda at full speed
     rate         largest relative change of lambda per update: 0.01 is 1 %
     alpha        memory of the moving average of the violation, in [0, 1): about 1 / (1 - alpha) updates long
     lambda_init, lambda_min, lambda_max    where lambda starts, and the clip that keeps it from winding up
     """
 
-    def __init__(self, target, scale=0.01, rate=0.01, alpha=0.9, lambda_init=1.0, lambda_min=1e-3, lambda_max=10.0):
+    def __init__(self, target, scale, rate, alpha=0.9, lambda_init=1.0, lambda_min=1e-3, lambda_max=10.0):
         if not (scale > 0 and rate > 0 and 0 <= alpha < 1 and 0 < lambda_min <= lambda_init <= lambda_max):
             raise ValueError("GECO needs scale > 0, rate > 0, 0 <= alpha < 1 and 0 < lambda_min <= lambda_init <= lambda_max; "
                              f"got scale={scale} rate={rate} alpha={alpha} lambda={lambda_min} <= {lambda_init} <= {lambda_max}")

@@ -13,7 +13,8 @@ Notable:
 - As with dropout, `model.train()` samples the gates and `model.eval()` makes them deterministic.
 - forward gives the density penalty beside the loss. It does not add them up: that is the business of geco.py.
 - `record` shows every layer's gates and attention pattern, `keep` shuts chosen edges: the analysis needs no more.
-- GELU is GPT-2's own tanh approximation, so that OpenAI's weights give OpenAI's logits.
+- Two differences to nanoGPT: GELU is GPT-2's own tanh approximation, so that OpenAI's weights give OpenAI's logits
+  (nanoGPT's is exact), and there is no dropout on attention weights.
 """
 
 import math
@@ -53,6 +54,7 @@ class CausalSelfAttention(nn.Module):
         self.resid_dropout = nn.Dropout(config.dropout)
 
     def forward(self, x, **gate_options):
+        """x (B, T, C) -> y (B, T, C); density, a scalar; gates, a `gate.Gates` or None. Options: see `gated_attention`."""
         B, T, C = x.shape
         H, D = self.config.n_head, C // self.config.n_head
         q, k, v = (part.view(B, T, H, D).transpose(1, 2) for part in self.c_attn(x).split(C, dim=2))  # (B, H, T, D)
@@ -64,6 +66,8 @@ class CausalSelfAttention(nn.Module):
 
 
 class MLP(nn.Module):
+    """(B, T, C) -> (B, T, C), each position on its own; the hidden layer is 4 C wide."""
+
     def __init__(self, config):
         super().__init__()
         self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
@@ -83,6 +87,7 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, x, **gate_options):
+        """As attention, y being the residual stream after both writes."""
         y, density, gates = self.attn(self.ln_1(x), **gate_options)
         x = x + y
         x = x + self.mlp(self.ln_2(x))
@@ -124,7 +129,7 @@ class GPT(nn.Module):
         linear_penalty  the density is made of the penalty that does not saturate, see gate.py; False is the paper's
 
         Returns logits (B, T, vocab_size); loss, the mean cross-entropy in nats over the targets, None without targets;
-        density, the expected open fraction of all layers' edges (a dense model's is 1).
+        density, the mean penalty of all layers' edges: the expected open fraction (a dense model's is 1).
         Raises ValueError if idx is longer than block_size.
         """
         B, T = idx.shape
@@ -147,7 +152,8 @@ class GPT(nn.Module):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Checkpoints: nanoGPT's layout, {'model': state dict, 'model_args': GPTConfig as a dict, ...}, so that both sides can read both
+# Checkpoints: nanoGPT's layout, {'model': state dict, 'model_args': GPTConfig as a dict, ...}. We read its checkpoints; it can load
+# our 'model', but its own GPTConfig does not know our further model_args
 
 
 class CheckpointError(Exception):

@@ -11,7 +11,7 @@ There are two kinds, and everything that reads data knows only these:
 - rows:   the file is (N, 2, T): per row T tokens that go into the model, then T targets, 65535 where nothing is asked.
           For tasks with a question and an answer.
 - stream: the file is one long run of tokens; a training example is any window of it, its targets the same window one later.
-          For text.
+          For text (none ships yet).
 
 Notable: a split is made once, by a fixed seed, and never overlaps; files are written under a temporary name and renamed,
 meta.json last, so that a folder with a meta.json is whole. This file imports no other file of ours.
@@ -38,7 +38,7 @@ class DataError(Exception):
 
 @dataclass
 class Dataset:
-    """A dataset opened for reading: `train` and `val` are int64-convertible memory maps, (N, 2, T) rows or a flat stream."""
+    """A dataset opened for reading: `train` and `val` are uint16 memory maps, (N, 2, T) rows or a flat stream."""
 
     name: str
     meta: dict
@@ -78,20 +78,23 @@ def how_to_make(name):
     return f"python prepare_data.py {name}"
 
 
-def load(name, make=True, root="data"):
-    """Open dataset `name`; one that can be made offline is made on first use if `make`.
+def load(name, root="data"):
+    """Open dataset `name`; one that can be made offline is made on first use.
 
     Raises DataError if it is unknown, incomplete, of the wrong size or, for files up to 64 MB, of the wrong sha256.
     """
     folder = os.path.join(root, name)
     if not os.path.exists(os.path.join(folder, "meta.json")):
-        if not (make and name in OFFLINE):
+        if name not in OFFLINE:
             raise DataError(f"there is no dataset {folder}. Datasets that can be made here: {', '.join(OFFLINE)}, "
                             f"for instance: {how_to_make(OFFLINE[0])}")
         print(f"making {folder} ...")
         DATASETS[name](folder)
-    with open(os.path.join(folder, "meta.json")) as f:
-        meta = json.load(f)
+    try:
+        with open(os.path.join(folder, "meta.json")) as f:
+            meta = json.load(f)
+    except ValueError as error:
+        raise DataError(f"{folder}/meta.json is damaged. Delete {folder} and make it again: {how_to_make(name)}") from error
     splits = {}
     for split in ("train", "val"):
         path = os.path.join(folder, f"{split}.bin")

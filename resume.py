@@ -62,7 +62,7 @@ def claim_folder(config, inherit, fixed, free):
 
 
 class MetricsLog:
-    """metrics.jsonl, a line an evaluation. Lines that a killed run wrote past the step it goes on from are dropped."""
+    """metrics.jsonl, one line per evaluation. Lines that a killed run wrote past the step it goes on from are dropped."""
 
     def __init__(self, path, start):
         kept = []

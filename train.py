@@ -8,11 +8,12 @@
     gated:   minimise  density  subject to  loss <= target             geco.py; the paper's post-training
 
 The gated run starts from a dense one (`init_from`), measures the dense model's loss, and then shuts edges as long as the
-loss stays there. What steers the run and what judges it are two different things, and both are in the log:
-- the constraint sees training batches, under sampled gates (the paper) or deterministic ones (`constraint_gates`);
-  its target is the dense model's loss on the same training batches, measured by the same function;
-- the run is judged on the held-out set under deterministic gates: loss at most the dense model's on that set + loss_slack
-  and, where answers are right or wrong, on both splits no fewer right than the dense model.
+loss stays there. Three losses take part, and all of them are in the log:
+- the gradient is that of the mean loss of a training batch under sampled gates: without their noise a gate has no gradient;
+- lambda is moved by the `fidelity` of training batches, which may be stricter: measured under the deterministic gates that
+  count in the end (`constraint_gates`), over the hardest targets only (`constraint_tail`). Its target is the dense model's
+  fidelity on training batches, by the same function. With 'sampled' and 1.0 this is the loss above, as in the paper;
+- the run is judged on the held-out set under deterministic gates, by `meets_target`.
 
 Notable:
 - best.pt is the checkpoint with the FEWEST open edges among the evaluations that pass that judgement, not the last one.
@@ -26,7 +27,6 @@ import json
 import math
 import os
 import shlex
-import signal
 import subprocess
 import sys
 import time
@@ -67,17 +67,17 @@ class Config:
     gated: bool = False  # False is an ordinary dense run; it ignores this block
     gate_bias: float = 3.0  # b in sigmoid(a + b); above 0 the edges start open
     gate_temperature: float = 1.0  # of the straight-through gradient
-    linear_penalty_steps: int = 0  # first steps, under the penalty that pulls at wide-open edges too (gate.py); 0 is the paper's
+    linear_penalty_steps: int = 1500  # first steps, under the penalty that pulls at wide-open edges too (gate.py); 0 is the paper's
     density_weight: float = 1.0  # in L = density_weight * density + lambda (loss - target)
-    loss_slack: float = 0.005  # nats above the dense loss that count as equal
+    loss_slack: float = 0.001  # nats above the dense loss that count as equal
     constraint_gates: str = "deterministic"  # gates under which the constraint's loss is taken; 'sampled' is the paper's
-    constraint_tail: float = 1.0  # share of a batch's targets, the hardest, that the constraint averages; 1 is the paper's
+    constraint_tail: float = 0.05  # share of a batch's targets, the hardest, that the constraint averages; 1 is the paper's
     constraint_interval: int = 4  # steps between two measurements of the constraint
-    constraint_scale: float = 0.01  # nats; a violation of this size moves lambda at full speed
-    lambda_rate: float = 0.02  # largest relative change of lambda per measurement
+    constraint_scale: float = 0.02  # nats; a violation of this size moves lambda at full speed; about loss_slack / constraint_tail
+    lambda_rate: float = 0.03  # largest relative change of lambda per measurement
     lambda_average: float = 0.9  # memory of the moving average of the violation
     lambda_init: float = 1.0
-    lambda_min: float = 0.5  # the floor: a low lambda cuts edges faster than the constraint can tell which were needed
+    lambda_min: float = 0.2  # the floor: a low lambda cuts edges faster than the constraint can tell which were needed
     lambda_max: float = 2.0  # the cap: a high lambda lets nothing be shut for a long time after an error is gone
     # optimisation
     batch_size: int = 128  # sequences per step
@@ -151,6 +151,7 @@ def find_parent(config):
 
 
 def pick_device(name):
+    """The torch device for a setting, as a string. Raises RunError if this machine has none such."""
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     if name.startswith("cuda") and not torch.cuda.is_available() or name == "mps" and not torch.backends.mps.is_available():
@@ -158,12 +159,19 @@ def pick_device(name):
     return name
 
 
-def learning_rate(step, c):
+def get_lr(step, c):
     """Linear warm-up, then a cosine from learning_rate to min_lr."""
     if step < c.warmup_steps:
         return c.learning_rate * (step + 1) / c.warmup_steps
     done = (step - c.warmup_steps) / max(1, c.max_steps - c.warmup_steps)
     return c.min_lr + (c.learning_rate - c.min_lr) * (1 + math.cos(math.pi * min(1, done))) / 2
+
+
+def meets_target(found, dense, target_loss):
+    """Is the gated model as good as the dense one? Its held-out loss is at most the target and, where answers are right or
+    wrong (rows), on both splits no fewer of them are right. found, dense: {split: what `evaluate` returns}."""
+    return found["val"]["loss"] <= target_loss and all(
+        found[split]["correct"] >= dense[split]["correct"] for split in found if found[split]["accuracy"] is not None)
 
 
 def train(config, given=frozenset()):
@@ -220,14 +228,14 @@ def train(config, given=frozenset()):
         return loss
 
     # --- where the run stands: what the dense model can do, lambda, the best checkpoint so far ------------------------
-    geco = dense = target_loss = best = running = measured = None
+    geco = dense = target_loss = best = smoothed_loss = constraint_loss = None
     start, seconds = 0, 0.0
     if c.gated:
         geco = GECO(0.0, c.constraint_scale, c.lambda_rate, c.lambda_average, c.lambda_init, c.lambda_min, c.lambda_max)
     if checkpoint:
         optimizer.load_state_dict(checkpoint["optimizer"])
-        dense, target_loss, best, running, measured, start, seconds = (
-            checkpoint[key] for key in ("dense", "target_loss", "best", "running", "measured", "step", "seconds"))
+        dense, target_loss, best, smoothed_loss, constraint_loss, start, seconds = (
+            checkpoint[key] for key in ("dense", "target_loss", "best", "smoothed_loss", "constraint_loss", "step", "seconds"))
         if geco:
             geco.load_state_dict(checkpoint["geco"])
     elif c.gated:
@@ -236,8 +244,8 @@ def train(config, given=frozenset()):
             raise RunError(f"init_from={c.init_from} is a gated run. Start from a dense one: its loss is the target")
         dense = judge(reference)
         target_loss = dense["val"]["loss"] + c.loss_slack
-        # Like with like: the same batches, function and tail as the constraint below. The slack is spread over the tail:
-        # if all of the excess loss sat in it, the mean over all targets would rise by loss_slack.
+        # Like with like: the function, tail and stream of batches that the constraint below sees; 50 of them make a good mean.
+        # The slack is spread over the tail: if all of the excess loss sat in it, the mean over all targets would rise by loss_slack.
         on_training = [deterministic_fidelity(reference, *batch_at(step)) for step in range(50)]
         geco.target = float(np.mean(on_training)) + c.loss_slack / c.constraint_tail
         print(f"dense model: held-out loss {dense['val']['loss']:.4f}, target {target_loss:.4f}; "
@@ -252,7 +260,7 @@ def train(config, given=frozenset()):
     def save(name, step):
         save_checkpoint(os.path.join(c.out_dir, name), checkpoint_of(
             model, optimizer=optimizer.state_dict(), geco=geco and geco.state_dict(), step=step, best=best, dense=dense,
-            target_loss=target_loss, parent=parent, seconds=seconds + time.time() - began, running=running, measured=measured, config=asdict(c)))
+            target_loss=target_loss, parent=parent, seconds=seconds + time.time() - began, smoothed_loss=smoothed_loss, constraint_loss=constraint_loss, config=asdict(c)))
 
     # --- the loop -----------------------------------------------------------------------------------------------------
     began, open_edges = time.time(), "not counted yet"
@@ -262,12 +270,11 @@ def train(config, given=frozenset()):
                 found = judge(model)
                 val = found["val"]
                 open_edges = f"{val['open']:.1f} of {val['total']}"
-                passes = math.isfinite(val["loss"]) and (not c.gated or val["loss"] <= target_loss and all(
-                    found[split]["accuracy"] is None or found[split]["correct"] >= dense[split]["correct"] for split in found))
+                passes = math.isfinite(val["loss"]) and (not c.gated or meets_target(found, dense, target_loss))
                 log.write(step=step, val_loss=val["loss"], accuracy=val["accuracy"], correct=val["correct"] + found["train"]["correct"],
-                         train_loss=found["train"]["loss"], batch_loss=running, open=val["open"], fraction=val["fraction"], passes=passes,
+                         train_loss=found["train"]["loss"], batch_loss=smoothed_loss, open=val["open"], fraction=val["fraction"], passes=passes,
                          target_loss=target_loss, seconds=seconds + time.time() - began,
-                         **({"constraint_target": geco.target, "constraint_loss": measured, "violation": geco.violation, "lambda": geco.lam} if geco else {}))
+                         **({"constraint_target": geco.target, "constraint_loss": constraint_loss, "violation": geco.violation, "lambda": geco.lam} if geco else {}))
                 score = [val["open"], val["loss"]]  # the fewest edges; of a dense run, whose edges are all open, the lowest loss
                 if passes and (best is None or score < best):
                     best = score
@@ -277,14 +284,14 @@ def train(config, given=frozenset()):
                 break
 
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, c)
+                group["lr"] = get_lr(step, c)
             torch.manual_seed(c.seed * 1_000_003 + step)  # gate noise and dropout of this step, whatever came before
             x, y = batch_at(step)
             logits, loss, density = compiled(x, y, linear_penalty=step < c.linear_penalty_steps)
             if c.gated and step % c.constraint_interval == 0:
                 sampled = c.constraint_gates == "sampled"
-                measured = fidelity(logits.detach(), y, c.constraint_tail).item() if sampled else deterministic_fidelity(model, x, y)
-                geco.update(measured)
+                constraint_loss = fidelity(logits.detach(), y, c.constraint_tail).item() if sampled else deterministic_fidelity(model, x, y)
+                geco.update(constraint_loss)
             objective = geco.objective(loss, density, c.density_weight) if c.gated else loss
             objective.backward()
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), c.grad_clip or math.inf)
@@ -294,9 +301,9 @@ def train(config, given=frozenset()):
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 
-            running = loss.item() if running is None else 0.95 * running + 0.05 * loss.item()
+            smoothed_loss = loss.item() if smoothed_loss is None else 0.95 * smoothed_loss + 0.05 * loss.item()
             bar.update()
-            bar.set_postfix_str(f"loss {running:.4f}" + (f", open {open_edges}, lambda {geco.lam:.2f}" if c.gated else ""), refresh=False)
+            bar.set_postfix_str(f"loss {smoothed_loss:.4f}" + (f", open {open_edges}, lambda {geco.lam:.2f}" if c.gated else ""), refresh=False)
             if stop.asked:
                 save("last.pt", step + 1)
                 sys.exit(f"stopped and saved after {step + 1} steps. To go on: python train.py {shlex.join(sys.argv[1:])}")

@@ -1,6 +1,8 @@
-# The dense parent of config/addition.py: a GPT of 4 layers with 1 head each that adds two two-digit numbers.
-# It sees 8,000 of the 10,000 sums and gets all 10,000 right. Train it well: its loss is the target of its child,
-# and a poor parent makes a lax target.
+"""The dense parent of config/addition.py: a GPT of 4 layers with 1 head each that adds two two-digit numbers.
+
+It sees 8,000 of the 10,000 sums and gets all 10,000 right. Train it well: its loss is its child's target, and a poor parent
+makes a lax target.
+"""
 
 dataset = 'addition'
 

@@ -70,7 +70,7 @@ def test_settings_that_contradict_each_other(workplace):
         make_config(None, {"n_head": 5})
     with pytest.raises(ConfigError, match="a gated run needs a dense model"):
         make_config(None, {"gated": True})
-    with pytest.raises(ConfigError, match="lambda_init=5.0 must lie between lambda_min=0.5 and lambda_max=2.0"):
+    with pytest.raises(ConfigError, match="lambda_init=5.0 must lie between lambda_min=0.2 and lambda_max=2.0"):
         make_config(None, {"lambda_init": 5.0, "lambda_max": 2.0})
 
 

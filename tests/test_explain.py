@@ -83,7 +83,7 @@ def test_words():
     edge = {"open_on": 4500, "condition": "carry", "agreement": 0.987, "baseline": 0.55,
             "accuracy_when_shut": {"digits": [1.0, 1.0, 0.95, 0.55, 1.0], "sum": 0.5}}
     assert when(edge) == "carry: 98.7 % of sums (constant guess 55.0 %)"
-    assert damage(edge, intact) == "right without it: hundreds 95 %, tens 55 %"
+    assert damage(edge, intact) == "accuracy when shut: hundreds 95 %, tens 55 %"
     edge |= {"condition": None, "agreement": 0.8, "accuracy_when_shut": intact}
     assert when(edge).startswith("no condition of the library fits (best 80.0 %") and damage(edge, intact) == "nothing breaks"
     assert when(edge | {"open_on": 10_000}) == "always"

@@ -42,7 +42,7 @@ def test_a_constraint_that_does_not_bind_is_let_go():
 
 def steps_to_come_down(cap):
     """After 500 updates far above target, how many updates below it until lambda is back under 1?"""
-    geco = GECO(target=1.0, scale=0.01, rate=0.02, alpha=0.9, lambda_max=cap)
+    geco = GECO(target=1.0, scale=0.01, rate=0.02, lambda_max=cap)
     for _ in range(500):
         geco.update(3.0)
     for step in range(1, 5000):
@@ -56,24 +56,24 @@ def test_the_cap_stops_windup():
 
 
 def test_the_clip_makes_lambda_fall_as_fast_as_it_rises():
-    up, down = GECO(1.0, scale=0.01, alpha=0.0), GECO(1.0, scale=0.01, alpha=0.0)
+    up, down = (GECO(1.0, scale=0.01, rate=0.01, alpha=0.0) for _ in range(2))
     assert up.update(1e6) * down.update(0.0) == pytest.approx(1.0)
 
 
 def test_state_goes_on_exactly():
     losses = [1.0 + 0.01 * math.sin(i) for i in range(50)]
-    whole = GECO(1.0)
+    whole = GECO(1.0, 0.01, 0.01)
     expected = [whole.update(loss) for loss in losses]
-    first = GECO(1.0)
+    first = GECO(1.0, 0.01, 0.01)
     for loss in losses[:20]:
         first.update(loss)
-    second = GECO(0.0)
+    second = GECO(0.0, 0.01, 0.01)
     second.load_state_dict(first.state_dict())
     assert [second.update(loss) for loss in losses[20:]] == expected[20:]
 
 
 def test_objective_is_the_lagrangian():
-    geco = GECO(target=0.5, lambda_init=2.0)
+    geco = GECO(target=0.5, scale=1.0, rate=0.01, lambda_init=2.0)
     assert geco.objective(torch.tensor(0.75), torch.tensor(0.1), density_weight=3.0).item() == pytest.approx(3 * 0.1 + 2 * 0.25)
 
 
@@ -90,4 +90,4 @@ def test_fidelity_of_everything_is_the_mean_and_of_a_tail_the_hardest_targets():
 @pytest.mark.parametrize("wrong", [{"scale": 0.0}, {"rate": -1.0}, {"alpha": 1.0}, {"lambda_init": 20.0, "lambda_max": 10.0}])
 def test_settings_that_make_no_sense_are_refused(wrong):
     with pytest.raises(ValueError, match="GECO needs"):
-        GECO(1.0, **wrong)
+        GECO(1.0, **{"scale": 0.01, "rate": 0.01} | wrong)

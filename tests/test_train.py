@@ -16,7 +16,7 @@ import train as train_file
 from conftest import REPOSITORY
 from model import CheckpointError, load_checkpoint, read_checkpoint
 from resume import RunError, StopRequest
-from train import Config, learning_rate, make_config, train
+from train import Config, get_lr, make_config, train
 
 SMALL = {"dataset": "echo", "n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": 4, "batch_size": 32, "max_steps": 60, "warmup_steps": 5,
          "learning_rate": 3e-3, "eval_interval": 20, "eval_batch_size": 500, "device": "cpu"}
@@ -87,7 +87,7 @@ def test_the_parent_is_trained_first_once_and_hands_over_its_weights(echo, capsy
     assert json.load(open("out/sparse/config.json"))["n_layer"] == 2  # shape taken over
     parent, child = read_checkpoint("out/dense/best.pt"), read_checkpoint("out/sparse/last.pt")
     assert child["dense"]["val"]["loss"] == pytest.approx(metrics("out/dense")[-1]["val_loss"], rel=1e-6)
-    assert child["parent"] == "out/dense/best.pt" and child["target_loss"] == child["dense"]["val"]["loss"] + 0.005
+    assert child["parent"] == "out/dense/best.pt" and child["target_loss"] == child["dense"]["val"]["loss"] + 0.001
     assert parent["model_args"]["gated"] is False and child["model_args"]["gated"] is True
     run("sparse.py", max_steps=20, out_dir="out/second")
     assert os.stat("out/dense/last.pt").st_mtime_ns == before and "out/dense is finished" in capsys.readouterr().out
@@ -232,5 +232,5 @@ def test_the_constraint_can_watch_sampled_gates_as_in_the_paper(echo):
 
 def test_learning_rate_warms_up_and_falls_to_its_minimum():
     c = Config(learning_rate=1.0, min_lr=0.1, warmup_steps=10, max_steps=110)
-    assert learning_rate(0, c) == 0.1 and learning_rate(9, c) == 1.0 and learning_rate(10, c) == 1.0
-    assert learning_rate(60, c) == pytest.approx(0.55) and learning_rate(110, c) == pytest.approx(0.1)
+    assert get_lr(0, c) == 0.1 and get_lr(9, c) == 1.0 and get_lr(10, c) == 1.0
+    assert get_lr(60, c) == pytest.approx(0.55) and get_lr(110, c) == pytest.approx(0.1)
