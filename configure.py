@@ -32,9 +32,9 @@ def parse_command_line(arguments, config_class, limits):
             if not equals:
                 raise ConfigError(f"{argument} has no value: write {argument}=VALUE")
             try:
-                value = ast.literal_eval(text)
+                value = text if config_class.__annotations__.get(key) is str else ast.literal_eval(text)
             except (ValueError, SyntaxError):
-                value = text  # a bare word, as in --device=cpu
+                value = text  # no Python literal: `check` will say what is expected
             values[key] = check(key, value, "on the command line", config_class, limits)
         elif path is None:
             path = argument
@@ -47,14 +47,16 @@ def read_config_file(path, config_class, limits):
     """The settings in a config file, as a dict. Nothing in it is executed. Raises ConfigError, with the line's number."""
     if not os.path.isfile(path):
         folder = os.path.dirname(path) or "."
-        near = difflib.get_close_matches(os.path.basename(path), os.listdir(folder) if os.path.isdir(folder) else [], n=1)
+        files = [name for name in os.listdir(folder) if name.endswith(".py")] if os.path.isdir(folder) else []
+        near = difflib.get_close_matches(os.path.basename(path), files, n=1)
         raise ConfigError(f"there is no config file {path}." + (f" Did you mean {os.path.join(folder, near[0])}?" if near else ""))
-    with open(path, encoding="utf-8") as f:
-        source = f.read()
     try:
-        lines = ast.parse(source).body
+        with open(path, encoding="utf-8") as f:
+            lines = ast.parse(f.read()).body
     except SyntaxError as error:
         raise ConfigError(f"{path}, line {error.lineno}: {error.msg}") from error
+    except ValueError as error:
+        raise ConfigError(f"{path} is no config file: it is not even text") from error
     values = {}
     for node in lines:
         where = f"in {path}, line {node.lineno}"

@@ -23,23 +23,6 @@ This file imports no other file of ours.
 
 import math
 
-from torch.nn import functional as F
-
-
-def fidelity(logits, targets, tail=1.0):
-    """The loss that the constraint is about: cross-entropy, in nats per target, of the worst `tail` of the targets.
-
-    logits (B, T, V); targets (B, T), -1 where nothing is asked; tail in (0, 1].
-    tail = 1 is the plain mean, the paper's loss. A mean forgives: 99 sums at 0.001 nats pay for one that is wrong.
-    tail = 0.1 averages over the hardest tenth of the batch only (the *conditional value at risk*; Rockafellar &
-    Uryasev 2000), so that one wrong sum in a batch breaks the constraint.
-    """
-    losses = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-1, reduction="none")
-    losses = losses[targets.flatten() != -1]
-    if tail < 1:
-        losses = losses.topk(math.ceil(tail * losses.numel())).values
-    return losses.mean()
-
 
 class GECO:
     """The controller of lambda. `update(loss)` after a measurement; `objective(loss, density)` is what to minimise.

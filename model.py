@@ -186,9 +186,11 @@ def read_checkpoint(path, device="cpu"):
         raise CheckpointError(f"there is no checkpoint {path}. Train one first, for instance: python train.py config/addition.py")
     try:
         checkpoint = torch.load(path, map_location=device, weights_only=True)
-    except Exception as error:  # zip, pickle and I/O errors of many types: all mean that the file is not what it should be
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+    except Exception as error:  # zip and pickle errors of many types: all mean that the file is not what it should be
         raise CheckpointError(f"{path} cannot be read ({type(error).__name__}): it is truncated or not a checkpoint. "
-                              "Delete it and start the run again") from error
+                              "Move its folder away and start the run again") from error
     missing = {"model", "model_args"} - set(checkpoint if isinstance(checkpoint, dict) else ())
     if missing:
         raise CheckpointError(f"{path} is no checkpoint of this project or of nanoGPT: it has no {' and no '.join(sorted(missing))}")

@@ -4,8 +4,8 @@ A run's folder out/<run>/ holds config.json, metrics.jsonl, best.pt, last.pt, re
 
 - The same command goes on where the run stands. If the run is finished there is nothing to do.
 - Other settings are refused: two runs never mix in one folder. `--init_from=resume` says that the change is meant.
-- Every file is written under a temporary name and renamed, config.json first and last.pt last, so that a `kill -9` at any
-  moment leaves a folder from which the run goes on. Nothing depends on what happened after last.pt was written.
+- Files are written under a temporary name and renamed, config.json first, then last.pt, then best.pt; metrics.jsonl grows line
+  by line. So a `kill -9` at any moment leaves a folder from which the run goes on: whatever came after last.pt is done again.
 - Ctrl-C and SIGTERM finish the step, save, and say how to go on.
 
 This file knows checkpoints (model.py) and no setting by name, but for init_from and out_dir.
@@ -39,6 +39,8 @@ def claim_folder(config, inherit, fixed, free):
     if resume and not os.path.exists(last):
         raise RunError(f"there is no last.pt in {config.out_dir} to resume. Leave --init_from=resume away to start a run")
     if not os.path.exists(last):
+        if os.path.exists(os.path.join(config.out_dir, "best.pt")):
+            raise RunError(f"{config.out_dir} holds a best.pt but no last.pt to go on from. Move the folder away, or start a new run with --out_dir=out/NEW")
         return None  # new, or killed before its first checkpoint: nothing to lose
     try:
         with open(saved, encoding="utf-8") as f:
@@ -62,20 +64,26 @@ def claim_folder(config, inherit, fixed, free):
 
 
 class MetricsLog:
-    """metrics.jsonl, one line per evaluation. Lines that a killed run wrote past the step it goes on from are dropped."""
+    """metrics.jsonl, one line per evaluation. Lines of steps after keep_until, which a killed run wrote, are dropped."""
 
-    def __init__(self, path, start):
+    def __init__(self, path, keep_until):
         kept = []
         if os.path.exists(path):
-            with open(path, encoding="utf-8") as f:
-                # a line without its newline was cut off by a kill
-                kept = [line for line in f if line.endswith("\n") and json.loads(line)["step"] < start]
+            with open(path, encoding="utf-8", errors="replace") as f:
+                for line in f:
+                    try:
+                        if json.loads(line)["step"] <= keep_until:
+                            kept.append(line)
+                    except ValueError:
+                        continue  # cut off by a kill in the middle of a line
         prepare_data.write_whole(path, "".join(kept).encode())
         self.path = path
 
     def write(self, **values):
         with open(self.path, "a", encoding="utf-8") as f:
             f.write(json.dumps(values) + "\n")
+            f.flush()
+            os.fsync(f.fileno())
 
 
 class StopRequest:

@@ -10,15 +10,14 @@
 The gated run starts from a dense one (`init_from`), measures the dense model's loss, and then shuts edges as long as the
 loss stays there. Three losses take part, and all of them are in the log:
 - the gradient is that of the mean loss of a training batch under sampled gates: without their noise a gate has no gradient;
-- lambda is moved by the `fidelity` of training batches, which may be stricter: measured under the deterministic gates that
-  count in the end (`constraint_gates`), over the hardest targets only (`constraint_tail`). Its target is the dense model's
-  fidelity on training batches, by the same function. With 'sampled' and 1.0 this is the loss above, as in the paper;
+- lambda is moved by the loss of the same batch under the deterministic gates that count in the end, or under the sampled
+  ones, as in the paper (`constraint_gates`). Its target is the dense model's loss on training batches + loss_slack;
 - the run is judged on the held-out set under deterministic gates, by `meets_target`.
 
 Notable:
 - best.pt is the checkpoint with the FEWEST open edges among the evaluations that pass that judgement, not the last one.
-- Every step seeds its own randomness from (seed, step). A run that is killed and started again does bit for bit what it
-  would have done, and no generator's state has to be saved.
+- Every step seeds its own randomness from (seed, step). A run that is killed and started again (on the same CPU, with as many
+  threads) does bit for bit what it would have done, and no generator's state has to be saved.
 - The same command continues an unfinished run. A run's folder is never overwritten by a run with other settings.
 """
 
@@ -26,6 +25,7 @@ import inspect
 import json
 import math
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -39,7 +39,7 @@ from tqdm import tqdm
 import prepare_data
 from configure import ConfigError, parse_command_line, read_config_file
 from evaluate import evaluate
-from geco import GECO, fidelity
+from geco import GECO
 from model import GPT, CheckpointError, GPTConfig, checkpoint_of, load_checkpoint, load_weights, save_checkpoint
 from resume import MetricsLog, RunError, StopRequest, claim_folder
 
@@ -71,9 +71,8 @@ class Config:
     density_weight: float = 1.0  # in L = density_weight * density + lambda (loss - target)
     loss_slack: float = 0.001  # nats above the dense loss that count as equal
     constraint_gates: str = "deterministic"  # gates under which the constraint's loss is taken; 'sampled' is the paper's
-    constraint_tail: float = 0.05  # share of a batch's targets, the hardest, that the constraint averages; 1 is the paper's
     constraint_interval: int = 4  # steps between two measurements of the constraint
-    constraint_scale: float = 0.02  # nats; a violation of this size moves lambda at full speed; about loss_slack / constraint_tail
+    constraint_scale: float = 0.001  # nats; a violation of this size moves lambda at full speed; no larger than loss_slack, see geco.py
     lambda_rate: float = 0.03  # largest relative change of lambda per measurement
     lambda_average: float = 0.9  # memory of the moving average of the violation
     lambda_init: float = 1.0
@@ -99,7 +98,7 @@ def limits():
     """{setting: (words, test)}: what a value must be beside its type."""
     at_least_1 = "n_layer n_head n_embd block_size constraint_interval batch_size max_steps eval_interval eval_batch_size"
     positive = "gate_temperature density_weight constraint_scale lambda_rate lambda_init lambda_min lambda_max learning_rate"
-    not_negative = "seed loss_slack linear_penalty_steps min_lr warmup_steps weight_decay grad_clip eval_batches"
+    not_negative = "loss_slack linear_penalty_steps min_lr warmup_steps weight_decay grad_clip eval_batches"
     fractions = "dropout lambda_average beta1 beta2"
     return {
         **{key: ("at least 1", lambda v: v >= 1) for key in at_least_1.split()},
@@ -107,17 +106,17 @@ def limits():
         **{key: ("0 or more", lambda v: 0 <= v < math.inf) for key in not_negative.split()},
         **{key: ("from 0 up to, not including, 1", lambda v: 0 <= v < 1) for key in fractions.split()},
         "gate_bias": ("finite", math.isfinite),
-        "constraint_tail": ("above 0 and at most 1", lambda v: 0 < v <= 1),
         "constraint_gates": ("'deterministic' or 'sampled'", lambda v: v in ("deterministic", "sampled")),
         "compile": ("'auto', 'on' or 'off'", lambda v: v in ("auto", "on", "off")),
-        "device": ("'auto', 'cpu', 'mps', 'cuda' or 'cuda:N'", lambda v: v in ("auto", "cpu", "mps") or v.startswith("cuda")),
+        "device": ("'auto', 'cpu', 'mps', 'cuda' or 'cuda:N'", lambda v: re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", v) is not None),
+        "seed": ("from 0 to a million", lambda v: 0 <= v <= 1_000_000),
     }
 
 
 SHAPE = ("n_layer", "n_head", "n_embd", "block_size", "dropout", "bias", "tied")  # what a run takes over from its parent
 GATE = ("gated", "gate_bias", "gate_temperature")
-FIXED = (*SHAPE, *GATE, "dataset", "loss_slack", "constraint_tail")  # model and target: what no run may change on its way
-FREE = ("device", "compile")  # what may differ when a run goes on
+FIXED = (*SHAPE, *GATE, "dataset", "loss_slack", "eval_batches", "eval_batch_size")  # model and target: what no run may change on its way
+FREE = ("out_dir", "device", "compile")  # what may differ when a run goes on
 
 
 def make_config(path, given):
@@ -127,13 +126,18 @@ def make_config(path, given):
     if not config.out_dir:
         name = os.path.splitext(os.path.basename(path))[0] if path else "run"
         config.out_dir = f"out/{name}" + (f"-seed{config.seed}" if config.seed != 1 else "")
+    config.out_dir = os.path.normpath(config.out_dir)
+    return config, set(values)
+
+
+def check_together(config):
+    """Raise ConfigError if settings contradict each other."""
     if config.n_embd % config.n_head:
         raise ConfigError(f"n_embd={config.n_embd} must be a multiple of n_head={config.n_head}: the heads share the width")
     if config.gated and config.init_from == "scratch":
         raise ConfigError("a gated run needs a dense model whose loss it is to keep: set init_from to the run folder or the config file of one")
     if not config.lambda_min <= config.lambda_init <= config.lambda_max:
         raise ConfigError(f"lambda_init={config.lambda_init} must lie between lambda_min={config.lambda_min} and lambda_max={config.lambda_max}")
-    return config, set(values)
 
 
 def find_parent(config):
@@ -141,8 +145,16 @@ def find_parent(config):
     folder = config.init_from
     if folder.endswith(".py"):
         parent, given = make_config(folder, {key: getattr(config, key) for key in ("seed", "device", "compile")})
-        train(parent, given)
+        if config.gated and parent.gated:
+            raise RunError(f"init_from={folder} is a gated run. Start from a dense one: its loss is the target")
         folder = parent.out_dir
+    if os.path.realpath(folder) == os.path.realpath(config.out_dir):
+        raise RunError(f"{folder} is the run's own folder and its parent's as well. Give it another with --out_dir=out/NEW")
+    if config.init_from.endswith(".py"):
+        try:
+            train(parent, given)
+        except RunError as error:
+            raise RunError(f"the parent, {config.init_from}: {error} (flags for the parent go with its own command)") from error
     for name in ("best.pt", "last.pt"):
         if os.path.exists(os.path.join(folder, name)):
             return os.path.join(folder, name)
@@ -154,7 +166,7 @@ def pick_device(name):
     """The torch device for a setting, as a string. Raises RunError if this machine has none such."""
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    if name.startswith("cuda") and not torch.cuda.is_available() or name == "mps" and not torch.backends.mps.is_available():
+    if name.startswith("cuda") and int(name[5:] or 0) >= torch.cuda.device_count() or name == "mps" and not torch.backends.mps.is_available():
         raise RunError(f"device={name}: this machine or this build of torch has none. Leave --device away, or use --device=cpu")
     return name
 
@@ -181,7 +193,9 @@ def train(config, given=frozenset()):
     DataError with a message for people; SystemExit after Ctrl-C, the run saved.
     """
     c, device = config, pick_device(config.device)
-    checkpoint = claim_folder(c, inherit=[key for key in SHAPE if key not in given], fixed=FIXED, free=FREE)
+    takes_over = asdict(c) if c.init_from == "resume" else SHAPE
+    checkpoint = claim_folder(c, inherit=[key for key in takes_over if key not in given], fixed=FIXED, free=FREE)
+    check_together(c)
     if checkpoint and checkpoint["step"] >= c.max_steps:
         print(f"{c.out_dir} is finished ({checkpoint['step']} steps)")
         return
@@ -205,6 +219,9 @@ def train(config, given=frozenset()):
         model = GPT(GPTConfig(vocab_size=data.meta["vocab_size"], **{key: getattr(c, key) for key in SHAPE}, **gate_settings)).to(device)
     if model.config.vocab_size < data.meta["vocab_size"]:
         raise RunError(f"the model knows {model.config.vocab_size} tokens, data/{c.dataset} has {data.meta['vocab_size']}: they do not belong together")
+    if data.meta["kind"] == "rows" and model.config.block_size < data.train.shape[2]:
+        raise RunError(f"a row of data/{c.dataset} has {data.train.shape[2]} tokens, the model's block_size is {model.config.block_size}: make it larger")
+    model.train()  # samples the gates, drops out; load_checkpoint and evaluate leave models in evaluation mode
     compiled = torch.compile(model) if c.compile == "on" or c.compile == "auto" and device.startswith("cuda") else model
     matrices = [p for p in model.parameters() if p.dim() >= 2]
     others = [p for p in model.parameters() if p.dim() < 2]
@@ -220,11 +237,11 @@ def train(config, given=frozenset()):
         return {split: evaluate(model, data, split, c.eval_batch_size, c.eval_batches) for split in ("train", "val")}
 
     @torch.no_grad()
-    def deterministic_fidelity(model, x, y):
-        """What the constraint sees of a batch when gates are deterministic or, before the run, when there are none. Nats."""
-        model.eval()
-        loss = fidelity(model(x)[0], y, c.constraint_tail).item()
-        model.train()
+    def deterministic_loss(model, x, y):
+        """Mean loss of a batch, nats, under deterministic gates (or, in a dense model, under none)."""
+        was_training = model.training
+        loss = model.eval()(x, y)[1].item()
+        model.train(was_training)
         return loss
 
     # --- where the run stands: what the dense model can do, lambda, the best checkpoint so far ------------------------
@@ -234,6 +251,8 @@ def train(config, given=frozenset()):
         geco = GECO(0.0, c.constraint_scale, c.lambda_rate, c.lambda_average, c.lambda_init, c.lambda_min, c.lambda_max)
     if checkpoint:
         optimizer.load_state_dict(checkpoint["optimizer"])
+        for group, decay in zip(optimizer.param_groups, (c.weight_decay, 0.0)):  # which --init_from=resume may change
+            group.update(weight_decay=decay, betas=(c.beta1, c.beta2))
         dense, target_loss, best, smoothed_loss, constraint_loss, start, seconds = (
             checkpoint[key] for key in ("dense", "target_loss", "best", "smoothed_loss", "constraint_loss", "step", "seconds"))
         if geco:
@@ -244,16 +263,16 @@ def train(config, given=frozenset()):
             raise RunError(f"init_from={c.init_from} is a gated run. Start from a dense one: its loss is the target")
         dense = judge(reference)
         target_loss = dense["val"]["loss"] + c.loss_slack
-        # Like with like: the function, tail and stream of batches that the constraint below sees; 50 of them make a good mean.
-        # The slack is spread over the tail: if all of the excess loss sat in it, the mean over all targets would rise by loss_slack.
-        on_training = [deterministic_fidelity(reference, *batch_at(step)) for step in range(50)]
-        geco.target = float(np.mean(on_training)) + c.loss_slack / c.constraint_tail
+        # Like with like: the measure and the stream of batches that the constraint below sees; 50 of them make a good mean.
+        dense_on_training = float(np.mean([deterministic_loss(reference, *batch_at(step)) for step in range(50)]))
+        geco.target = dense_on_training + c.loss_slack
         print(f"dense model: held-out loss {dense['val']['loss']:.4f}, target {target_loss:.4f}; "
-              f"on the constraint's terms {np.mean(on_training):.4f}, target {geco.target:.4f}")
+              f"on training batches {dense_on_training:.4f}, the constraint's target {geco.target:.4f}")
 
     os.makedirs(c.out_dir, exist_ok=True)
     prepare_data.write_whole(os.path.join(c.out_dir, "config.json"), (json.dumps(asdict(c), indent=1) + "\n").encode())
-    log = MetricsLog(os.path.join(c.out_dir, "metrics.jsonl"), start)
+    evaluates_at_start = start % c.eval_interval == 0 or start == c.max_steps
+    log = MetricsLog(os.path.join(c.out_dir, "metrics.jsonl"), keep_until=start - evaluates_at_start)
     print(f"{c.out_dir}: {'gated' if c.gated else 'dense'}, {sum(p.numel() for p in model.parameters()):,} parameters, "
           f"{device}, {'compiled' if compiled is not model else 'not compiled'}, from step {start} to {c.max_steps}")
 
@@ -276,10 +295,11 @@ def train(config, given=frozenset()):
                          target_loss=target_loss, seconds=seconds + time.time() - began,
                          **({"constraint_target": geco.target, "constraint_loss": constraint_loss, "violation": geco.violation, "lambda": geco.lam} if geco else {}))
                 score = [val["open"], val["loss"]]  # the fewest edges; of a dense run, whose edges are all open, the lowest loss
-                if passes and (best is None or score < best):
-                    best = score
+                is_best = passes and (best is None or score <= best)
+                best = score if is_best else best
+                save("last.pt", step)  # first: a run that is killed in between evaluates again and writes best.pt then
+                if is_best:
                     save("best.pt", step)
-                save("last.pt", step)
             if step == c.max_steps:
                 break
 
@@ -287,10 +307,9 @@ def train(config, given=frozenset()):
                 group["lr"] = get_lr(step, c)
             torch.manual_seed(c.seed * 1_000_003 + step)  # gate noise and dropout of this step, whatever came before
             x, y = batch_at(step)
-            logits, loss, density = compiled(x, y, linear_penalty=step < c.linear_penalty_steps)
+            _, loss, density = compiled(x, y, linear_penalty=step < c.linear_penalty_steps)
             if c.gated and step % c.constraint_interval == 0:
-                sampled = c.constraint_gates == "sampled"
-                constraint_loss = fidelity(logits.detach(), y, c.constraint_tail).item() if sampled else deterministic_fidelity(model, x, y)
+                constraint_loss = loss.item() if c.constraint_gates == "sampled" else deterministic_loss(model, x, y)
                 geco.update(constraint_loss)
             objective = geco.objective(loss, density, c.density_weight) if c.gated else loss
             objective.backward()
@@ -304,7 +323,7 @@ def train(config, given=frozenset()):
             smoothed_loss = loss.item() if smoothed_loss is None else 0.95 * smoothed_loss + 0.05 * loss.item()
             bar.update()
             bar.set_postfix_str(f"loss {smoothed_loss:.4f}" + (f", open {open_edges}, lambda {geco.lam:.2f}" if c.gated else ""), refresh=False)
-            if stop.asked:
+            if stop.asked and step + 1 < c.max_steps:  # after the last step only the evaluation is left
                 save("last.pt", step + 1)
                 sys.exit(f"stopped and saved after {step + 1} steps. To go on: python train.py {shlex.join(sys.argv[1:])}")
 

@@ -7,7 +7,7 @@ import pytest
 
 from conftest import REPOSITORY
 from configure import ConfigError, parse_command_line, read_config_file
-from train import Config, limits, make_config
+from train import Config, limits, make_config, train
 
 
 def parse(*arguments):
@@ -32,10 +32,11 @@ def test_values_and_words():
     ("--learning_rate=-1", "must be above 0"),
     ("--max_steps=0", "must be at least 1"),
     ("--dropout=1.0", "must be from 0 up to, not including, 1"),
-    ("--constraint_tail=0", "above 0 and at most 1"),
     ("--constraint_gates=both", "'deterministic' or 'sampled'"),
     ("--device=gpu", "'auto', 'cpu', 'mps', 'cuda' or 'cuda:N'"),
     ("--gate_bias=1e999", "finite"),
+    ("--seed=1700000000000000000", "from 0 to a million"),
+    ("--device=cudax", "'cuda:N'"),
 ])
 def test_mistakes_on_the_command_line(argument, message):
     with pytest.raises(ConfigError) as error:
@@ -50,6 +51,7 @@ def test_mistakes_on_the_command_line(argument, message):
     ("max_steps = 5 * 10", "max_steps in my.py, line 1: write a plain value"),
     ("max_steps = open('harm', 'w')", "write a plain value"),
     ("max_steps = (", "my.py, line 1"),
+    ("\0", "my.py"),
 ])
 def test_mistakes_in_a_config_file(workplace, content, message):
     (workplace / "my.py").write_text(content)
@@ -65,20 +67,23 @@ def test_a_missing_config_file_suggests_the_nearest(workplace):
         read_config_file("aditon.py", Config, limits())
 
 
-def test_settings_that_contradict_each_other(workplace):
-    with pytest.raises(ConfigError, match="n_embd=64 must be a multiple of n_head=5"):
-        make_config(None, {"n_head": 5})
-    with pytest.raises(ConfigError, match="a gated run needs a dense model"):
-        make_config(None, {"gated": True})
-    with pytest.raises(ConfigError, match="lambda_init=5.0 must lie between lambda_min=0.2 and lambda_max=2.0"):
-        make_config(None, {"lambda_init": 5.0, "lambda_max": 2.0})
+@pytest.mark.parametrize("given, message", [
+    ({"n_head": 5}, "n_embd=64 must be a multiple of n_head=5"),
+    ({"gated": True}, "a gated run needs a dense model"),
+    ({"lambda_init": 5.0}, "lambda_init=5.0 must lie between lambda_min=0.2 and lambda_max=2.0"),
+])
+def test_settings_that_contradict_each_other(workplace, given, message):
+    with pytest.raises(ConfigError, match=message):
+        train(*make_config(None, given))
+    assert not (workplace / "out").exists()
 
 
 def test_out_dir_is_named_after_file_and_seed(workplace):
     (workplace / "mine.py").write_text("n_layer = 2  # a comment\n")
     assert make_config("mine.py", {})[0].out_dir == "out/mine"
     assert make_config("mine.py", {"seed": 4})[0].out_dir == "out/mine-seed4"
-    assert make_config("mine.py", {"seed": 4, "out_dir": "here"})[0].out_dir == "here"
+    assert make_config("mine.py", {"seed": 4, "out_dir": "here/"})[0].out_dir == "here"
+    assert parse("--out_dir=2024")[1] == {"out_dir": "2024"}
 
 
 @pytest.mark.parametrize("name", ["addition", "addition_dense"])

@@ -16,7 +16,7 @@ import train as train_file
 from conftest import REPOSITORY
 from model import CheckpointError, load_checkpoint, read_checkpoint
 from resume import RunError, StopRequest
-from train import Config, get_lr, make_config, train
+from train import Config, get_lr, make_config, meets_target, train
 
 SMALL = {"dataset": "echo", "n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": 4, "batch_size": 32, "max_steps": 60, "warmup_steps": 5,
          "learning_rate": 3e-3, "eval_interval": 20, "eval_batch_size": 500, "device": "cpu"}
@@ -98,33 +98,52 @@ def test_seeds_reach_the_parent(echo):
     assert json.load(open("out/dense-seed2/config.json"))["seed"] == 2
 
 
-@pytest.mark.parametrize("gated", [False, True])
-def test_resuming_is_bit_for_bit_what_an_uninterrupted_run_is(echo, gated, monkeypatch):
-    config = "sparse.py" if gated else "dense.py"
-    settings = {"dropout": 0.1} if not gated else {}  # dropout and gates: both kinds of randomness
+class Killed(BaseException):
+    """Stands for kill -9: nothing catches it, nothing is saved."""
+
+
+@pytest.mark.parametrize("config, settings", [("dense.py", {"dropout": 0.1}), ("sparse.py", {}), ("sparse.py", {"constraint_gates": "sampled"})])
+def test_a_run_that_is_stopped_and_killed_everywhere_ends_bit_for_bit_like_one_that_is_not(echo, config, settings, monkeypatch):
+    """Stopped after steps 1 and 33 (no evaluation steps), and killed before and after every single file that it renames."""
     whole = run(config, out_dir="out/whole", **settings)
+    again = {"out_dir": "out/again", **settings}
 
-    class StopAfter33(StopRequest):  # not an evaluation step
-        steps = 0
+    for steps in (1, 32):
+        with monkeypatch.context() as patch:
+            countdown = iter([False] * (steps - 1) + [True])
+            patch.setattr(StopRequest, "asked", property(lambda self: next(countdown), lambda self, value: None), raising=False)
+            with pytest.raises(SystemExit, match="To go on: python train.py"):
+                run(config, **again)
+    assert read_checkpoint("out/again/last.pt")["step"] == 33
+    run(config, **again)
+    finish = [("out/whole", "out/again")]
 
-        @property
-        def asked(self):
-            StopAfter33.steps += 1
-            return StopAfter33.steps == 33
+    real = os.replace
+    for place in range(1, 40):
+        calls = []
 
-        @asked.setter
-        def asked(self, value):
-            assert value is False
+        def deadly(source, target):
+            calls.append(target)
+            if len(calls) == place and place % 2:
+                raise Killed
+            real(source, target)
+            if len(calls) == place:
+                raise Killed
 
-    with monkeypatch.context() as patch:
-        patch.setattr(train_file, "StopRequest", StopAfter33)
-        with pytest.raises(SystemExit, match="saved after 33 steps. To go on: python train.py"):
-            run(config, out_dir="out/halves", **settings)
-    assert read_checkpoint("out/halves/last.pt")["step"] == 33
-    run(config, out_dir="out/halves", **settings)
-    assert same(parameters(whole), parameters("out/halves")) and same(parameters(whole, "best.pt"), parameters("out/halves", "best.pt"))
-    for a, b in zip(metrics(whole), metrics("out/halves"), strict=True):
-        assert {k: v for k, v in a.items() if k != "seconds"} == {k: v for k, v in b.items() if k != "seconds"}
+        again["out_dir"] = f"out/killed{place}"
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "replace", deadly)
+            try:
+                run(config, **again)
+                break  # fewer files than that
+            except Killed:
+                finish.append(("out/whole", again["out_dir"]))
+        run(config, **again)
+    assert len(finish) > 8
+    for a, b in finish:
+        assert same(parameters(a), parameters(b)) and same(parameters(a, "best.pt"), parameters(b, "best.pt")), b
+        for x, y in zip(metrics(a), metrics(b), strict=True):
+            assert {k: v for k, v in x.items() if k != "seconds"} == {k: v for k, v in y.items() if k != "seconds"}
 
 
 def start(*arguments):
@@ -186,6 +205,8 @@ def test_a_run_that_cannot_start_from_its_parent_says_why(echo):
     run("sparse.py", init_from="out/dense", max_steps=1)
     with pytest.raises(RunError, match="init_from=out/sparse is a gated run"):
         run("sparse.py", init_from="out/sparse", out_dir="out/twice")
+    with pytest.raises(RunError, match="a row of data/echo has 4 tokens, the model's block_size is 3"):
+        run("dense.py", block_size=3, out_dir="out/short")
     with pytest.raises(RunError, match="the model knows 9 tokens, data/addition has 13"):
         run("sparse.py", init_from="out/dense", dataset="addition", out_dir="out/other")
 
@@ -223,11 +244,69 @@ def test_a_stream_of_tokens_trains_too(workplace):
     assert lines[-1]["val_loss"] < lines[0]["val_loss"] and lines[-1]["accuracy"] is None
 
 
-def test_the_constraint_can_watch_sampled_gates_as_in_the_paper(echo):
-    a = metrics(run("sparse.py", max_steps=40, constraint_gates="sampled", out_dir="out/sampled"))
-    b = metrics(run("sparse.py", max_steps=40, out_dir="out/deterministic"))
-    assert a[0]["constraint_target"] == b[0]["constraint_target"]
-    assert a[-1]["constraint_loss"] != b[-1]["constraint_loss"]
+@pytest.mark.parametrize("constraint_gates", ["sampled", "deterministic"])
+def test_gates_are_sampled_in_every_training_step_and_never_when_judging(echo, constraint_gates, monkeypatch):
+    real, seen = train_file.GPT.forward, []
+
+    def watched(self, *inputs, **options):
+        seen.append(("linear_penalty" in options, self.training, self.config.gated))
+        return real(self, *inputs, **options)
+
+    run("dense.py")
+    monkeypatch.setattr(train_file.GPT, "forward", watched)
+    run("sparse.py", max_steps=20, constraint_gates=constraint_gates)
+    training_steps = [mode for is_step, mode, _ in seen if is_step]
+    assert training_steps == [True] * 20
+    assert not any(mode for is_step, mode, _ in seen if not is_step)
+
+
+def test_the_constraints_target_is_the_dense_loss_on_training_batches_by_the_same_measure(echo):
+    folder = run("sparse.py", max_steps=20, loss_slack=0.01)
+    parent, data = load_checkpoint("out/dense/best.pt"), prepare_data.load("echo")
+    expected = []
+    for step in range(50):
+        rows = np.random.default_rng((1, True, step)).integers(0, 400, 32)
+        x, y = (torch.from_numpy(a) for a in data.batch("train", rows, 4))
+        expected.append(parent(x, y)[1].item())
+    assert metrics(folder)[0]["constraint_target"] == pytest.approx(np.mean(expected) + 0.01, rel=1e-5)
+    assert metrics(folder)[0]["target_loss"] == pytest.approx(metrics("out/dense")[-1]["val_loss"] + 0.01)
+
+
+def test_a_model_with_fewer_right_answers_does_not_meet_the_target():
+    def found(loss, correct, accuracy=0.5):
+        return {split: {"loss": loss, "correct": correct[split], "accuracy": accuracy} for split in ("train", "val")}
+
+    dense = found(1.0, {"train": 10, "val": 5})
+    assert meets_target(found(1.1, {"train": 10, "val": 5}), dense, 1.1)
+    assert not meets_target(found(1.2, {"train": 10, "val": 5}), dense, 1.1)
+    assert not meets_target(found(0.9, {"train": 9, "val": 5}), dense, 1.1)
+    assert not meets_target(found(0.9, {"train": 10, "val": 4}), dense, 1.1)
+    assert meets_target(found(1.1, {"train": 0, "val": 0}, None), found(1.0, {"train": 0, "val": 0}, None), 1.1)
+
+
+def test_folders_are_not_mixed_up(echo):
+    with pytest.raises(RunError, match="own folder and its parent's"):
+        run("sparse.py", out_dir="out/dense")
+    assert not os.path.exists("out")
+    run("dense.py")
+    os.remove("out/dense/last.pt")
+    with pytest.raises(RunError, match="best.pt but no last.pt"):
+        run("dense.py", learning_rate=1e-4)
+    (echo / "dense.py").write_text((echo / "dense.py").read_text() + "beta1 = 0.8\n")
+    os.remove("out/dense/best.pt")
+    run("dense.py")
+    (echo / "dense.py").write_text((echo / "dense.py").read_text().replace("0.8", "0.7"))
+    with pytest.raises(RunError, match="the parent, dense.py: out/dense holds a run with other settings"):
+        run("sparse.py")
+
+
+def test_resume_takes_over_what_was_not_typed_and_applies_what_was(echo):
+    run("dense.py", max_steps=20)
+    run(None, init_from="resume", out_dir="out/dense", max_steps=40, weight_decay=0.2, beta2=0.5)
+    config = json.load(open("out/dense/config.json"))
+    assert (config["max_steps"], config["batch_size"], config["init_from"]) == (40, 32, "scratch")
+    groups = read_checkpoint("out/dense/last.pt")["optimizer"]["param_groups"]
+    assert [g["weight_decay"] for g in groups] == [0.2, 0.0] and groups[0]["betas"] == (0.9, 0.5)
 
 
 def test_learning_rate_warms_up_and_falls_to_its_minimum():
