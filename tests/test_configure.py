@@ -70,7 +70,7 @@ def test_a_missing_config_file_suggests_the_nearest(workplace):
 @pytest.mark.parametrize("given, message", [
     ({"n_head": 5}, "n_embd=64 must be a multiple of n_head=5"),
     ({"gated": True}, "a gated run needs a dense model"),
-    ({"lambda_init": 5.0}, "lambda_init=5.0 must lie between lambda_min=0.2 and lambda_max=2.0"),
+    ({"lambda_init": 5.0}, "lambda_init=5.0 must lie between lambda_min=0.2 and lambda_max=4.0"),
 ])
 def test_settings_that_contradict_each_other(workplace, given, message):
     with pytest.raises(ConfigError, match=message):
