@@ -67,7 +67,7 @@ class Config:
     gated: bool = False  # False is an ordinary dense run; it ignores this block
     gate_bias: float = 3.0  # b in sigmoid(a + b); above 0 the edges start open
     gate_temperature: float = 1.0  # of the straight-through gradient
-    linear_penalty_steps: int = 2500  # first steps, under the penalty that pulls at wide-open edges too (gate.py); 0 is the paper's
+    linear_penalty_steps: int = 3000  # first steps, under the penalty that pulls at wide-open edges too (gate.py); 0 is the paper's
     density_weight: float = 1.0  # in L = density_weight * density + lambda (loss - target)
     loss_slack: float = 0.001  # nats above the dense loss that count as equal
     constraint_gates: str = "deterministic"  # gates under which the constraint's loss is taken; 'sampled' is the paper's
@@ -80,7 +80,7 @@ class Config:
     lambda_max: float = 4.0  # the cap: a high lambda lets nothing be shut for a long time after an error is gone
     # optimisation
     batch_size: int = 128  # sequences per step
-    max_steps: int = 3500
+    max_steps: int = 4500
     learning_rate: float = 1e-3  # peak
     min_lr: float = 0.0  # at the end of the cosine
     warmup_steps: int = 100

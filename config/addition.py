@@ -8,7 +8,7 @@ dataset = 'addition'
 gated = True
 gate_bias = 3.0
 
-linear_penalty_steps = 2500  # paper: 0. A penalty that does not saturate clears away wide-open edges that do nothing; then the paper's
+linear_penalty_steps = 3000  # paper: 0. A penalty that does not saturate clears away wide-open edges that do nothing; then the paper's
 constraint_gates = 'deterministic'  # paper: 'sampled'. What counts in the end are deterministic gates
 
 loss_slack = 0.001  # nats
@@ -19,5 +19,6 @@ lambda_max = 4.0  # higher is safer and slower, lower is faster and riskier
 lambda_init = 4.0  # strict from the start: the loss jumps when the gates begin to sample
 
 batch_size = 128
-max_steps = 3500
+max_steps = 4500
 learning_rate = 1e-3
+eval_interval = 150

@@ -58,7 +58,7 @@ def same(a, b):
 def test_a_circuit_of_a_few_edges_is_found(echo):
     """The whole method in five seconds: a dense parent that solves the task, and a child that needs one or two edges."""
     (echo / "dense.py").write_text((echo / "dense.py").read_text().replace("max_steps = 60", "max_steps = 300"))
-    folder = run("sparse.py", max_steps=600, linear_penalty_steps=400, loss_slack=0.01, lambda_min=0.1)
+    folder = run("sparse.py", max_steps=600, linear_penalty_steps=400, loss_slack=0.01, lambda_init=1.0, lambda_min=0.1)
     best = read_checkpoint(f"{folder}/best.pt")
     line = next(m for m in metrics(folder) if m["step"] == best["step"])
     assert line["passes"] and line["val_loss"] <= line["target_loss"] and line["accuracy"] == 1
