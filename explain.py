@@ -44,6 +44,11 @@ def conditions(a, b):
         library += [(f"{name} >= {v}", value >= v) for v in range(1, value.max() + 1)]
         library += [(f"{name} = {v}", value == v) for v in range(value.max() + 1)]
         library += [(f"{name} is odd", value % 2 == 1)]
+    carry = units >= 10
+    for v in range(1, 19):  # a carry together with what it meets in the tens
+        library += [(f"carry out of the units and a1+b1 >= {v}", carry & (tens >= v)),
+                    (f"carry out of the units or a1+b1 >= {v}", carry | (tens >= v)),
+                    (f"exactly one of: carry out of the units, a1+b1 >= {v}", carry ^ (tens >= v))]
     library += [(f"{x} > {y}", digits[x] > digits[y]) for x in digits for y in digits if x < y]
     return library, quantities
 
@@ -127,6 +132,6 @@ def when(edge):
 
 def damage(edge, intact):
     """What goes wrong when an edge is shut, in words: the places of the answer that lose at least one sum."""
-    lost = [f"{place} {100 * shut:.0f} %" for place, shut, whole in zip(PLACES, edge["accuracy_when_shut"]["digits"], intact["digits"])
+    lost = [f"{place} {100 * shut:.1f} %" for place, shut, whole in zip(PLACES, edge["accuracy_when_shut"]["digits"], intact["digits"])
             if shut < whole]
     return "nothing breaks" if not lost else "accuracy when shut: " + ", ".join(lost)

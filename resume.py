@@ -30,7 +30,7 @@ def claim_folder(config, inherit, fixed, free):
     config   a dataclass of settings. Changed in place: 'resume' gives way to the run's own init_from
     inherit  names of settings that are taken over from the run in the folder
     fixed    names of settings that no run may change on its way
-    free     names of settings that may differ without being asked for
+    free     function of the config: names of settings that may differ without being asked for
 
     Raises RunError rather than mixing two runs in one folder.
     """
@@ -50,7 +50,7 @@ def claim_folder(config, inherit, fixed, free):
     for key in ["init_from"] * resume + list(inherit):
         setattr(config, key, before[key])
     now = asdict(config)
-    changed = [key for key in now if key not in free and now[key] != before[key]]
+    changed = [key for key in now if key not in free(config) and now[key] != before[key]]
     words = ", ".join(f"{key} {before[key]!r} there, {now[key]!r} here" for key in changed)
     if resume and set(changed) & set(fixed):
         raise RunError(f"{config.out_dir} holds a run with another model or target ({words}): it cannot go on as this one. "

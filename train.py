@@ -117,6 +117,8 @@ SHAPE = ("n_layer", "n_head", "n_embd", "block_size", "dropout", "bias", "tied")
 GATE = ("gated", "gate_bias", "gate_temperature")
 FIXED = (*SHAPE, *GATE, "dataset", "loss_slack", "eval_batches", "eval_batch_size")  # model and target: what no run may change on its way
 FREE = ("out_dir", "device", "compile")  # what may differ when a run goes on
+SETTINGS = list(Config.__annotations__)
+GATED_ONLY = SETTINGS[SETTINGS.index("gate_bias"):SETTINGS.index("lambda_max") + 1]  # the block that a dense run ignores
 
 
 def make_config(path, given):
@@ -194,7 +196,8 @@ def train(config, given=frozenset()):
     """
     c, device = config, pick_device(config.device)
     takes_over = asdict(c) if c.init_from == "resume" else SHAPE
-    checkpoint = claim_folder(c, inherit=[key for key in takes_over if key not in given], fixed=FIXED, free=FREE)
+    checkpoint = claim_folder(c, inherit=[key for key in takes_over if key not in given], fixed=FIXED,
+                              free=lambda c: FREE if c.gated else (*FREE, *GATED_ONLY))
     check_together(c)
     if checkpoint and checkpoint["step"] >= c.max_steps:
         print(f"{c.out_dir} is finished ({checkpoint['step']} steps)")

@@ -23,6 +23,7 @@ LIBRARY, QUANTITIES = conditions(A, B)
     ((A % 10 + B % 10) < 10, "unless carry out of the units (a0+b0 >= 10)"),
     ((A + B) // 10 % 10 == 3, "tens digit of the answer = 3"),
     (A // 10 + A % 10 + B // 10 >= 14, "digit sum without b0 >= 14"),
+    ((A % 10 + B % 10 >= 10) ^ (A // 10 + B // 10 >= 9), "exactly one of: carry out of the units, a1+b1 >= 9"),
     (np.isin(B % 10, [0, 2, 3, 7]), "b0 is one of {0, 2, 3, 7}"),
 ])
 def test_planted_conditions_are_named(truth, words):
@@ -83,7 +84,7 @@ def test_words():
     edge = {"open_on": 4500, "condition": "carry", "agreement": 0.987, "baseline": 0.55,
             "accuracy_when_shut": {"digits": [1.0, 1.0, 0.95, 0.55, 1.0], "sum": 0.5}}
     assert when(edge) == "carry: 98.7 % of sums (constant guess 55.0 %)"
-    assert damage(edge, intact) == "accuracy when shut: hundreds 95 %, tens 55 %"
+    assert damage(edge, intact) == "accuracy when shut: hundreds 95.0 %, tens 55.0 %"
     edge |= {"condition": None, "agreement": 0.8, "accuracy_when_shut": intact}
     assert when(edge).startswith("no condition of the library fits (best 80.0 %") and damage(edge, intact) == "nothing breaks"
     assert when(edge | {"open_on": 10_000}) == "always"
