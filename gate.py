@@ -1,7 +1,7 @@
 """The Bernoulli edge gate: attention in which every edge can be shut.
 
 For one head with queries q, keys k and values v of width D, query position i and key position j <= i
-(arXiv 2512.05865, section "Sparse attention"):
+(arXiv 2512.05865, the definition of its gated attention):
 
     a_ij = q_i . k_j / sqrt(D)                   the ordinary attention score
     s_ij = a_ij + b                              gate logit; b is the gate bias, a constant

@@ -1,4 +1,4 @@
-"""GECO: a constraint instead of a schedule (Rezende & Viola 2018, "Taming VAEs"; the paper's section on training).
+"""GECO: a constraint instead of a schedule (Rezende & Viola 2018, "Taming VAEs"; the paper's training objective).
 
     minimise  density    subject to    loss <= target
 

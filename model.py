@@ -5,7 +5,7 @@
     logits = lm_head(ln_f(x))
 
 A dense and a gated model hold the same parameters: `gated` only says whether attention goes through the Bernoulli
-gates of gate.py (the paper's section "Sparse attention") or through ordinary softmax attention. So any pre-trained
+gates of gate.py (the paper's gated attention) or through ordinary softmax attention. So any pre-trained
 checkpoint can be post-trained, and a gated checkpoint can be run dense to see what the gates do.
 
 Notable:
