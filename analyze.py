@@ -19,9 +19,9 @@ import torch
 
 import figures
 import prepare_data
-from evaluate import evaluate
+from evaluate import evaluate_splits
 from explain import damage, explain, when
-from model import CheckpointError, load_checkpoint, read_checkpoint
+from model import CheckpointError, load_checkpoint, model_of, read_checkpoint
 
 SUMS = [(53, 21, "no carry"), (36, 28, "carry out of the units"), (43, 59, "carry into the hundreds")]  # the paper's three kinds
 
@@ -61,10 +61,11 @@ def report(run):
     """
     config = read_json(os.path.join(run, "config.json"))
     path, meets_target = kept_checkpoint(run)
-    checkpoint, model = read_checkpoint(path), load_checkpoint(path)
+    checkpoint = read_checkpoint(path)
+    model = model_of(checkpoint, path)
     seconds = read_checkpoint(os.path.join(run, "last.pt"))["seconds"]
     data = prepare_data.load(config["dataset"])
-    judged = {split: evaluate(model, data, split, config["eval_batch_size"], config["eval_batches"]) for split in ("train", "val")}
+    judged = evaluate_splits(model, data, config["eval_batch_size"], config["eval_batches"])
 
     if model.config.gated:
         dense, sparse = checkpoint["dense"], judged
@@ -79,7 +80,7 @@ def report(run):
         "dense": summary(dense), "sparse": sparse and summary(sparse), "target_loss": checkpoint["target_loss"],
         "edges": {key: judged["val"][key] for key in ("open", "total", "fraction", "per_head")},
         "heads_off": sum(fraction == 0 for layer in judged["val"]["per_head"] for fraction in layer), "seconds": seconds}
-    write_json(os.path.join(run, "report.json"), result)
+    prepare_data.write_json(os.path.join(run, "report.json"), result)
 
     with open(os.path.join(run, "metrics.jsonl"), encoding="utf-8") as f:
         figures.training(os.path.join(run, "training.png"), [json.loads(line) for line in f], checkpoint["step"])
@@ -96,10 +97,6 @@ def summary(judged):
     rows = judged["val"]["accuracy"] is not None
     return {"val_loss": judged["val"]["loss"], "accuracy": judged["val"]["accuracy"],
             "correct": sum(s["correct"] for s in splits) if rows else None, "examples": sum(s["examples"] for s in splits)}
-
-
-def write_json(path, content):
-    prepare_data.write_whole(path, (json.dumps(content, indent=1) + "\n").encode())
 
 
 def table(reports):
@@ -162,7 +159,7 @@ def explain_run(run):
     path, _ = kept_checkpoint(run)
     model = load_checkpoint(path)
     edges, intact = explain(model)
-    write_json(os.path.join(run, "explain.json"), edges)
+    prepare_data.write_json(os.path.join(run, "explain.json"), edges)
     lines = []
     for edge in edges:
         head = f" head {edge['head']}" if model.config.n_head > 1 else ""

@@ -48,3 +48,8 @@ def evaluate(model, data, split, batch_size=1000, max_batches=0):
     return {"loss": loss_sum / targets_seen, "accuracy": correct / len(indices) if rows else None, "correct": correct,
             "examples": len(indices), "open": per_head.sum().item() * pairs, "total": total,
             "fraction": per_head.mean().item(), "per_head": per_head.tolist()}
+
+
+def evaluate_splits(model, data, batch_size, max_batches):
+    """`evaluate` on both splits: {"train": ..., "val": ...}. A run is judged while it trains, and reported, by this."""
+    return {split: evaluate(model, data, split, batch_size, max_batches) for split in ("train", "val")}

@@ -210,16 +210,22 @@ def load_weights(model, state, path="the checkpoint"):
     model.load_state_dict(state)
 
 
-def load_checkpoint(path, device="cpu", **overrides):
-    """The model saved at path, in evaluation mode. overrides change its GPTConfig, e.g. gated=False to run it dense."""
-    checkpoint = read_checkpoint(path, device)
-    known = {f.name for f in fields(GPTConfig)}
-    unknown = sorted(set(checkpoint["model_args"]) - known)
+def model_of(checkpoint, path, device="cpu", **overrides):
+    """The model in a checkpoint's dict, in evaluation mode. overrides change its GPTConfig, e.g. gated=False to run it dense.
+
+    path is named in errors. Raises CheckpointError if the architecture is unknown or the weights do not fit it.
+    """
+    unknown = sorted(set(checkpoint["model_args"]) - {f.name for f in fields(GPTConfig)})
     if unknown:
         raise CheckpointError(f"{path} holds another architecture: its model_args have {', '.join(unknown)}, which GPTConfig does not know")
     model = GPT(GPTConfig(**{**checkpoint["model_args"], **overrides})).to(device)
     load_weights(model, checkpoint["model"], path)
     return model.eval()
+
+
+def load_checkpoint(path, device="cpu", **overrides):
+    """The model saved at path: `read_checkpoint`, then `model_of`."""
+    return model_of(read_checkpoint(path, device), path, device, **overrides)
 
 
 def checkpoint_of(model, **more):

@@ -130,6 +130,11 @@ def write_whole(path, content):
     os.replace(path + ".tmp", path)
 
 
+def write_json(path, content):
+    """Write plain values to path as indented JSON, whole or not at all."""
+    write_whole(path, (json.dumps(content, indent=1) + "\n").encode())
+
+
 def write_dataset(folder, train, val, **meta):
     """Write a dataset folder. train, val: uint16 arrays, (N, 2, T) for kind='rows' or flat for kind='stream'."""
     os.makedirs(folder, exist_ok=True)
@@ -139,7 +144,7 @@ def write_dataset(folder, train, val, **meta):
         write_whole(path, data.astype("<u2").tobytes())
         digests[split] = sha256(path)
     meta |= {"shape": {"train": list(train.shape), "val": list(val.shape)}, "sha256": digests}
-    write_whole(os.path.join(folder, "meta.json"), (json.dumps(meta, indent=1) + "\n").encode())
+    write_json(os.path.join(folder, "meta.json"), meta)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -22,7 +22,6 @@ Notable:
 """
 
 import inspect
-import json
 import math
 import os
 import re
@@ -38,9 +37,9 @@ from tqdm import tqdm
 
 import prepare_data
 from configure import ConfigError, parse_command_line, read_config_file
-from evaluate import evaluate
+from evaluate import evaluate_splits
 from geco import GECO
-from model import GPT, CheckpointError, GPTConfig, checkpoint_of, load_checkpoint, load_weights, save_checkpoint
+from model import GPT, CheckpointError, GPTConfig, checkpoint_of, load_checkpoint, model_of, save_checkpoint
 from resume import MetricsLog, RunError, StopRequest, claim_folder
 
 
@@ -209,8 +208,7 @@ def train(config, given=frozenset()):
     torch.manual_seed(c.seed)
     gate_settings = {key: getattr(c, key) for key in GATE}
     if checkpoint:
-        model = GPT(GPTConfig(**checkpoint["model_args"])).to(device)
-        load_weights(model, checkpoint["model"], f"{c.out_dir}/last.pt")
+        model = model_of(checkpoint, f"{c.out_dir}/last.pt", device)
     elif parent:
         model = load_checkpoint(parent, device, **gate_settings)
         for key in SHAPE:
@@ -235,9 +233,6 @@ def train(config, given=frozenset()):
         """The training batch of a step, the same whenever it is asked for; a gated run has another order than its parent."""
         draws = np.random.default_rng((c.seed, c.gated, step)).integers(0, data.starts("train", c.block_size), c.batch_size)
         return tuple(torch.from_numpy(a).to(device) for a in data.batch("train", draws, c.block_size))
-
-    def judge(model):
-        return {split: evaluate(model, data, split, c.eval_batch_size, c.eval_batches) for split in ("train", "val")}
 
     @torch.no_grad()
     def deterministic_loss(model, x, y):
@@ -264,7 +259,7 @@ def train(config, given=frozenset()):
         reference = load_checkpoint(parent, device)
         if reference.config.gated:
             raise RunError(f"init_from={c.init_from} is a gated run. Start from a dense one: its loss is the target")
-        dense = judge(reference)
+        dense = evaluate_splits(reference, data, c.eval_batch_size, c.eval_batches)
         target_loss = dense["val"]["loss"] + c.loss_slack
         # Like with like: the measure and the stream of batches that the constraint below sees; 50 of them make a good mean.
         dense_on_training = float(np.mean([deterministic_loss(reference, *batch_at(step)) for step in range(50)]))
@@ -273,7 +268,7 @@ def train(config, given=frozenset()):
               f"on training batches {dense_on_training:.4f}, the constraint's target {geco.target:.4f}")
 
     os.makedirs(c.out_dir, exist_ok=True)
-    prepare_data.write_whole(os.path.join(c.out_dir, "config.json"), (json.dumps(asdict(c), indent=1) + "\n").encode())
+    prepare_data.write_json(os.path.join(c.out_dir, "config.json"), asdict(c))
     evaluates_at_start = start % c.eval_interval == 0 or start == c.max_steps
     log = MetricsLog(os.path.join(c.out_dir, "metrics.jsonl"), keep_until=start - evaluates_at_start)
     print(f"{c.out_dir}: {'gated' if c.gated else 'dense'}, {sum(p.numel() for p in model.parameters()):,} parameters, "
@@ -289,7 +284,7 @@ def train(config, given=frozenset()):
     with StopRequest() as stop, tqdm(total=c.max_steps, initial=start, desc=c.out_dir, unit="step", dynamic_ncols=True) as bar:
         for step in range(start, c.max_steps + 1):
             if step % c.eval_interval == 0 or step == c.max_steps:
-                found = judge(model)
+                found = evaluate_splits(model, data, c.eval_batch_size, c.eval_batches)
                 val = found["val"]
                 open_edges = f"{val['open']:.1f} of {val['total']}"
                 passes = math.isfinite(val["loss"]) and (not c.gated or meets_target(found, dense, target_loss))
