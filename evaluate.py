@@ -5,17 +5,21 @@
     open       mean number of open edges per sequence, out of n_layer * n_head * T (T + 1) / 2 causal pairs
 
 Notable: the dense model that a target is taken from and the sparse model that must meet it go through this one function,
-on the same examples, in the same order (the paper compares both at equal loss). So does report.json.
+on the same examples, in the same order, in float32 whatever they were trained in (the paper compares both at equal loss).
+So does report.json. Several processes share the examples and all get the same result.
 """
 
 import torch
+
+import hardware
 
 
 @torch.no_grad()
 def evaluate(model, data, split, batch_size=1000, max_batches=0):
     """Judge `model` (a GPT) on a split of `data` (a prepare_data.Dataset); every example once, or the first max_batches batches.
 
-    Rows are taken as they are, a stream is cut into windows of block_size that do not overlap.
+    Rows are taken as they are, a stream is cut into windows of block_size that do not overlap. With max_batches the examples
+    are spread evenly over the split, because its first documents need not be like the others.
     Returns a dict of plain numbers: loss, accuracy (None for a stream), correct and examples (numbers of rows),
     open, total, fraction, per_head [n_layer][H] open fractions. Leaves the model in the mode in which it was.
     """
@@ -24,7 +28,8 @@ def evaluate(model, data, split, batch_size=1000, max_batches=0):
     T = data.train.shape[2] if rows else config.block_size
     indices = list(range(0, data.starts(split, T), 1 if rows else T))
     if max_batches:
-        indices = indices[:max_batches * batch_size]
+        wanted = min(len(indices), max_batches * batch_size)
+        indices = [indices[i * len(indices) // wanted] for i in range(wanted)]
     pairs = T * (T + 1) // 2
     open_edges = torch.zeros(config.n_layer, config.n_head, dtype=torch.float64)  # summed over sequences
 
@@ -34,7 +39,7 @@ def evaluate(model, data, split, batch_size=1000, max_batches=0):
     was_training = model.training
     model.eval()
     loss_sum = targets_seen = correct = 0
-    for i in range(0, len(indices), batch_size):
+    for i in range(hardware.rank() * batch_size, len(indices), hardware.world() * batch_size):
         x, y = (torch.from_numpy(a).to(device) for a in data.batch(split, indices[i:i + batch_size], T))
         logits, loss, _ = model(x, y, record=count if config.gated else None)
         asked = y != -1
@@ -42,6 +47,8 @@ def evaluate(model, data, split, batch_size=1000, max_batches=0):
         targets_seen += asked.sum().item()
         correct += ((logits.argmax(-1) == y) | ~asked).all(dim=1).sum().item()
     model.train(was_training)
+    loss_sum, targets_seen, correct, *flat = hardware.total([loss_sum, targets_seen, correct, *open_edges.flatten().tolist()], device)
+    open_edges, correct = torch.tensor(flat, dtype=torch.float64).view_as(open_edges), int(correct)
 
     per_head = open_edges / len(indices) / pairs if config.gated else torch.ones_like(open_edges)
     total = config.n_layer * config.n_head * pairs
@@ -51,5 +58,9 @@ def evaluate(model, data, split, batch_size=1000, max_batches=0):
 
 
 def evaluate_splits(model, data, batch_size, max_batches):
-    """`evaluate` on both splits: {"train": ..., "val": ...}. A run is judged while it trains, and reported, by this."""
-    return {split: evaluate(model, data, split, batch_size, max_batches) for split in ("train", "val")}
+    """{split: what `evaluate` returns}. A run is judged while it trains, and reported, by this.
+
+    Rows are judged on both splits, "train" and "val", for whether all answers are right; a text on "val" alone.
+    """
+    splits = ("train", "val") if data.meta["kind"] == "rows" else ("val",)
+    return {split: evaluate(model, data, split, batch_size, max_batches) for split in splits}

@@ -13,18 +13,25 @@ Notable:
 - As with dropout, `model.train()` samples the gates and `model.eval()` makes them deterministic.
 - forward gives the density penalty beside the loss. It does not add them up: that is the business of geco.py.
 - `record` shows every layer's gates and attention pattern, `keep` shuts chosen edges: the analysis needs no more.
+- `GPT.from_pretrained("gpt2")` brings OpenAI's weights (huggingface.py); `load_checkpoint` reads those, nanoGPT's and our own alike.
 - Two differences to nanoGPT: GELU is GPT-2's own tanh approximation, so that OpenAI's weights give OpenAI's logits
-  (nanoGPT's is exact), and there is no dropout on attention weights.
+  (a nanoGPT checkpoint gets the exact one, which it was trained with), and there is no dropout on attention weights.
+
+    python model.py sample out/stdlib --prompt="def "                      text from a model; see sample.py
+    python model.py export out/stdlib --to hf out/stdlib/hf                for transformers or TransformerLens; see export.py
 """
 
 import math
 import os
+import runpy
+import sys
 from dataclasses import asdict, dataclass, fields
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
+import huggingface
 from gate import gated_attention
 
 
@@ -40,6 +47,7 @@ class GPTConfig:
     dropout: float = 0.0
     bias: bool = True  # biases in Linear and LayerNorm layers
     tied: bool = True  # lm_head and wte are one matrix
+    gelu: str = "tanh"  # 'tanh', GPT-2's approximation, or 'none', the exact one, as in nanoGPT
     gated: bool = False  # attention through Bernoulli gates
     gate_bias: float = 3.0  # b in s = a + b
     gate_temperature: float = 1.0  # of the straight-through gradient
@@ -70,12 +78,13 @@ class MLP(nn.Module):
 
     def __init__(self, config):
         super().__init__()
+        self.gelu = config.gelu
         self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
         self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x):
-        return self.dropout(self.c_proj(F.gelu(self.c_fc(x), approximate="tanh")))
+        return self.dropout(self.c_proj(F.gelu(self.c_fc(x), approximate=self.gelu)))
 
 
 class Block(nn.Module):
@@ -151,6 +160,22 @@ class GPT(nn.Module):
         return logits, loss, torch.stack(densities).mean()
 
 
+    @classmethod
+    def from_pretrained(cls, source, device="cpu", **overrides):
+        """OpenAI's weights: 'gpt2' (124M parameters), 'gpt2-medium' (350M), 'gpt2-large' (774M), 'gpt2-xl' (1558M), downloaded on first use;
+        or a folder or file that transformers wrote, for machines without network. overrides change the GPTConfig, e.g. gated=True.
+        Raises CheckpointError."""
+        return load_checkpoint(source, device, **overrides)
+
+    def flops_per_token(self, context):
+        """Floating point operations per token of a training step, forward and backward, in dense attention (PaLM's appendix B).
+
+        6 for every weight that multiplies (the input embeddings only look up), and 12 C T per layer for scores and values.
+        """
+        embeddings = self.transformer.wpe.weight.numel() + (0 if self.config.tied else self.transformer.wte.weight.numel())
+        return 6 * (sum(p.numel() for p in self.parameters()) - embeddings) + 12 * self.config.n_layer * self.config.n_embd * context
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Checkpoints: nanoGPT's layout, {'model': state dict, 'model_args': GPTConfig as a dict, ...}. We read its checkpoints; it can load
 # our 'model', but its own GPTConfig does not know our further model_args
@@ -181,7 +206,15 @@ def save_checkpoint(path, checkpoint):
 
 
 def read_checkpoint(path, device="cpu"):
-    """Read the dict of a checkpoint file. Raises CheckpointError if it is missing, truncated or not a checkpoint of a GPT."""
+    """The dict {'model', 'model_args', ...} of a checkpoint: ours, nanoGPT's, or Hugging Face's in that layout (see huggingface.py).
+
+    Raises CheckpointError if it is missing, truncated or not a checkpoint of a GPT.
+    """
+    if huggingface.is_huggingface(path):
+        try:
+            return huggingface.read(path)
+        except (huggingface.HuggingFaceError, huggingface.DownloadError) as error:
+            raise CheckpointError(str(error)) from error
     if not os.path.exists(path):
         raise CheckpointError(f"there is no checkpoint {path}. Train one first, for instance: python train.py config/addition.py")
     try:
@@ -199,7 +232,8 @@ def read_checkpoint(path, device="cpu"):
 
 def load_weights(model, state, path="the checkpoint"):
     """Put a state dict into model. Raises CheckpointError naming every missing, extra or wrongly shaped tensor."""
-    state = {name.removeprefix("_orig_mod."): tensor for name, tensor in state.items()}  # what torch.compile puts in front
+    state = {name.removeprefix("_orig_mod.").removeprefix("module."): tensor for name, tensor in state.items()  # what torch.compile and DDP put in front
+             if not name.endswith(".attn.bias")}  # the causal mask of old nanoGPT checkpoints
     own = model.state_dict()
     wrong = [f"{n} is missing" for n in own if n not in state] + [f"{n} is extra" for n in state if n not in own]
     wrong += [f"{n} is {tuple(state[n].shape)}, the model's is {tuple(own[n].shape)}"
@@ -218,16 +252,41 @@ def model_of(checkpoint, path, device="cpu", **overrides):
     unknown = sorted(set(checkpoint["model_args"]) - {f.name for f in fields(GPTConfig)})
     if unknown:
         raise CheckpointError(f"{path} holds another architecture: its model_args have {', '.join(unknown)}, which GPTConfig does not know")
-    model = GPT(GPTConfig(**{**checkpoint["model_args"], **overrides})).to(device)
+    args = dict(checkpoint["model_args"])
+    if "gated" not in args:
+        args.setdefault("gelu", "none")  # a checkpoint of nanoGPT
+    model = GPT(GPTConfig(**{**args, **overrides})).to(device)
     load_weights(model, checkpoint["model"], path)
     return model.eval()
 
 
-def load_checkpoint(path, device="cpu", **overrides):
-    """The model saved at path: `read_checkpoint`, then `model_of`."""
-    return model_of(read_checkpoint(path, device), path, device, **overrides)
+def load_checkpoint(path, device="cpu", tokenizer=None, **overrides):
+    """The model saved at path: `read_checkpoint`, then `model_of`. tokenizer: name of the one that is to be used with it, see `tokenizer_of`.
+
+    Raises CheckpointError; also if the model is known to have been trained with another tokenizer.
+    """
+    checkpoint = read_checkpoint(path, device)
+    trained_with = tokenizer_of(checkpoint, path)
+    if tokenizer and trained_with and tokenizer != trained_with:
+        raise CheckpointError(f"{path} was trained on tokens of {trained_with!r}, the data has those of {tokenizer!r}: the same numbers mean other words. "
+                              f"Make the data again with --tokenizer={trained_with}, or start from another model")
+    return model_of(checkpoint, path, device, **overrides)
+
+
+def tokenizer_of(checkpoint, path=""):
+    """Name of the tokenizer that a checkpoint's model was trained with ('bytes', 'gpt2', ...), or None if nobody wrote it down."""
+    if "data" in checkpoint:
+        return checkpoint["data"]["tokenizer"]
+    return "gpt2" if huggingface.is_huggingface(path) or checkpoint["model_args"].get("vocab_size") in (50257, 50304) else None
 
 
 def checkpoint_of(model, **more):
     """The dict to save for a model; `more` is stored beside it (step, optimizer, ...)."""
     return {"model": model.state_dict(), "model_args": asdict(model.config), **more}
+
+
+if __name__ == "__main__":
+    if len(sys.argv) < 2 or sys.argv[1] not in ("sample", "export"):
+        sys.exit("usage: python model.py sample RUN --prompt=TEXT     or     python model.py export RUN --to hf|transformer_lens|nanogpt PATH")
+    sys.argv.pop(0)
+    runpy.run_path(os.path.join(os.path.dirname(os.path.abspath(__file__)), f"{sys.argv[0]}.py"), run_name="__main__")

@@ -1,6 +1,12 @@
 """Every dataset: how it is made, how it lies on disk, how it is read.
 
-    python prepare_data.py addition        two-digit addition, all 10,000 sums, made offline in a second
+    python prepare_data.py addition                     two-digit addition, all 10,000 sums, made offline in a second
+    python prepare_data.py stdlib                       the Python standard library's source, 12 MB of code, offline
+    python prepare_data.py stdlib --tokenizer=gpt2      the same in GPT-2's tokens: data/stdlib-gpt2
+    python prepare_data.py text --file=A --file=B       your own files
+    python prepare_data.py shakespeare                  tiny Shakespeare, 1 MB, by URL
+    python prepare_data.py openwebtext --processes=8    what GPT-2 was trained on, rebuilt: 9 billion tokens, 54 GB to download; needs `datasets`
+    python prepare_data.py fineweb --shards=10          ready GPT-2 tokens, 100 million (200 MB) a shard, by URL
 
 A dataset is a folder data/<name>/ with two files of 16-bit token ids and a description:
 
@@ -11,12 +17,13 @@ There are two kinds, and everything that reads data knows only these:
 - rows:   the file is (N, 2, T): per row T tokens that go into the model, then T targets, 65535 where nothing is asked.
           For tasks with a question and an answer.
 - stream: the file is one long run of tokens; a training example is any window of it, its targets the same window one later.
-          For text (none ships yet).
+          For text (text.py), every document with the tokenizer's separator before it.
 
-Notable: a split is made once, by a fixed seed, and never overlaps; files are written under a temporary name and renamed,
-meta.json last, so that a folder with a meta.json is whole. This file imports no other file of ours.
+Notable: a split is made once, always the same, and never overlaps; files are written under a temporary name and renamed,
+meta.json last, so that a folder with a meta.json is whole.
 """
 
+import argparse
 import hashlib
 import json
 import os
@@ -24,6 +31,10 @@ import sys
 from dataclasses import dataclass
 
 import numpy as np
+from tqdm import tqdm
+
+import text
+from download import DownloadError, download, sha256
 
 IGNORE = 65535  # a target that is not asked for, as stored; -1 once it is read
 
@@ -61,7 +72,7 @@ class Dataset:
         highest = max(x.max(), y.max())
         if highest >= self.meta["vocab_size"]:
             raise DataError(f"data/{self.name}/{split}.bin holds token {highest}, but its vocabulary has only "
-                            f"{self.meta['vocab_size']}: it is damaged. Make it again: {how_to_make(self.name)}")
+                            f"{self.meta['vocab_size']}: it is damaged. Make it again: {how_to_make(self.name, self.meta)}")
         return x, y
 
     def starts(self, split, block_size):
@@ -74,8 +85,9 @@ class Dataset:
         return len(data) - block_size
 
 
-def how_to_make(name):
-    return f"python prepare_data.py {name}"
+def how_to_make(name, meta=None):
+    """The command that makes dataset `name`."""
+    return (meta or {}).get("made_by") or f"python prepare_data.py {name.replace('-gpt2', ' --tokenizer=gpt2')}"
 
 
 def load(name, root="data"):
@@ -86,10 +98,11 @@ def load(name, root="data"):
     folder = os.path.join(root, name)
     if not os.path.exists(os.path.join(folder, "meta.json")):
         if name not in OFFLINE:
-            raise DataError(f"there is no dataset {folder}. Datasets that can be made here: {', '.join(OFFLINE)}, "
-                            f"for instance: {how_to_make(OFFLINE[0])}")
+            known = name.removesuffix("-gpt2") in DATASETS
+            raise DataError(f"there is no dataset {folder}. " + (f"Make it: {how_to_make(name)}" if known else
+                            f"Datasets that can be made: {', '.join(DATASETS)}, for instance: {how_to_make('addition')}"))
         print(f"making {folder} ...")
-        DATASETS[name](folder)
+        make(name.split("-")[0], folder, tokenizer="gpt2" if name.endswith("-gpt2") else "bytes")
     try:
         with open(os.path.join(folder, "meta.json")) as f:
             meta = json.load(f)
@@ -102,23 +115,15 @@ def load(name, root="data"):
         right_size = 2 * int(np.prod(meta["shape"][split]))
         if size != right_size:
             raise DataError(f"{path} has {size} bytes instead of {right_size}: it is truncated. "
-                            f"Delete {folder} and make it again: {how_to_make(name)}")
+                            f"Delete {folder} and make it again: {how_to_make(name, meta)}")
         if size <= 1 << 26 and sha256(path) != meta["sha256"][split]:
-            raise DataError(f"{path} has changed since it was made (wrong sha256). Delete {folder} and make it again: {how_to_make(name)}")
+            raise DataError(f"{path} has changed since it was made (wrong sha256). Delete {folder} and make it again: {how_to_make(name, meta)}")
         splits[split] = np.memmap(path, dtype=np.uint16, mode="r", shape=tuple(meta["shape"][split]))
     return Dataset(name, meta, **splits)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Writing
-
-
-def sha256(path):
-    digest = hashlib.sha256()
-    with open(path, "rb") as f:
-        while block := f.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def write_whole(path, content):
@@ -136,14 +141,30 @@ def write_json(path, content):
 
 
 def write_dataset(folder, train, val, **meta):
-    """Write a dataset folder. train, val: uint16 arrays, (N, 2, T) for kind='rows' or flat for kind='stream'."""
+    """Write a dataset folder. train, val: uint16 arrays, (N, 2, T) for kind='rows' or flat for kind='stream'; or, for a stream that
+    does not fit into memory, iterators of flat arrays. Raises DataError, leaving no half dataset, if the disk is full."""
     os.makedirs(folder, exist_ok=True)
-    digests = {}
+    meta |= {"shape": {}, "sha256": {}}
+    if os.path.exists(os.path.join(folder, "meta.json")):
+        os.remove(os.path.join(folder, "meta.json"))  # from here on the old dataset is not whole
     for split, data in (("train", train), ("val", val)):
         path = os.path.join(folder, f"{split}.bin")
-        write_whole(path, data.astype("<u2").tobytes())
-        digests[split] = sha256(path)
-    meta |= {"shape": {"train": list(train.shape), "val": list(val.shape)}, "sha256": digests}
+        digest, tokens = hashlib.sha256(), 0
+        try:
+            with open(path + ".tmp", "wb") as f:
+                for part in [data] if isinstance(data, np.ndarray) else data:
+                    content = part.astype("<u2").tobytes()
+                    f.write(content)
+                    digest.update(content)
+                    tokens += part.size
+                f.flush()
+                os.fsync(f.fileno())
+        except OSError as error:
+            os.remove(path + ".tmp")
+            raise DataError(f"cannot write {path}: {error}. Free some space and type the same command again") from error
+        os.replace(path + ".tmp", path)
+        meta["shape"][split] = list(data.shape) if isinstance(data, np.ndarray) else [tokens]
+        meta["sha256"][split] = digest.hexdigest()
     write_json(os.path.join(folder, "meta.json"), meta)
 
 
@@ -166,23 +187,141 @@ def addition_rows(a, b):
     return rows
 
 
-def make_addition(folder):
+def make_addition(folder, options):
     """All 10,000 pairs, shuffled by a fixed seed: 8,000 to train on, 2,000 held out, no pair in both."""
     order = np.random.default_rng(0).permutation(10_000)
     rows = addition_rows(order // 100, order % 100)
     write_dataset(folder, rows[:8000], rows[8000:], kind="rows", vocab_size=len(ADDITION_TOKENS), vocab=list(ADDITION_TOKENS))
 
 
-DATASETS = {"addition": make_addition}
-OFFLINE = ["addition"]  # those that need no network: train.py makes them on first use
+# ---------------------------------------------------------------------------------------------------------------------
+# text
+
+
+def write_text(folder, documents, tokenizer, **meta):
+    """Split documents (an iterable of bytes), encode them, write the dataset."""
+    tokens = text.tokenizer(tokenizer)
+    train, val = text.split(documents)
+    encoded = [np.concatenate([text.encode_document(document, tokens) for document in tqdm(side, desc=f"{split}, {tokens.name}", unit="document")])
+               for split, side in (("train", train), ("val", val))]
+    write_dataset(folder, *encoded, kind="stream", vocab_size=tokens.vocab_size, tokenizer=tokens.name,
+                  documents={"train": len(train), "val": len(val)}, **meta)
+
+
+def make_stdlib(folder, options):
+    """The Python standard library of the interpreter that runs this; its version is in meta.json, for another one is another text."""
+    write_text(folder, text.stdlib_documents(), options.tokenizer, python=sys.version.split()[0])
+
+
+def make_text(folder, options):
+    """The files given with --file."""
+    if not options.file:
+        raise DataError("text needs your files: python prepare_data.py text --file=A.txt --file=B.txt")
+    write_text(folder, text.file_documents(options.file), options.tokenizer, made_by="python prepare_data.py " + " ".join(sys.argv[1:]))
+
+
+SHAKESPEARE = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
+SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
+
+
+def make_shakespeare(folder, options):
+    """Tiny Shakespeare, as nanoGPT has it: one document, the last tenth held out."""
+    path = download(SHAKESPEARE, os.path.join(folder, "input.txt"), SHAKESPEARE_SHA256)
+    write_text(folder, text.file_documents([path]), options.tokenizer)
+
+
+OPENWEBTEXT = "Skylion007/openwebtext"
+
+
+def make_openwebtext(folder, options):
+    """OpenWebText (Gokaslan & Cohen 2019), 8 million documents, 9 billion GPT-2 tokens, one document in 2,000 held out, as in nanoGPT.
+
+    `datasets` downloads and encodes in parallel and caches both, finished part by finished part: a run that was stopped goes on from there.
+    """
+    try:
+        import datasets
+    except ImportError as error:
+        raise DataError("openwebtext needs a package that is not installed: pip install datasets") from error
+    text.tokenizer(options.tokenizer)  # an error now rather than in a worker after an hour
+    source = datasets.load_dataset(OPENWEBTEXT, split="train", num_proc=options.processes)
+    encoded = source.map(_encode_row, fn_kwargs={"tokenizer": options.tokenizer}, remove_columns=source.column_names, num_proc=options.processes, desc="encoding")
+    held_out = np.asarray(encoded.with_format("numpy")["held_out"][:])
+    sides = {"train": encoded.select(np.flatnonzero(~held_out)), "val": encoded.select(np.flatnonzero(held_out))}
+
+    def parts(split):
+        rows = sides[split].select_columns("ids").with_format("numpy")
+        for i in tqdm(range(0, len(rows), 1000), desc=f"writing {split}", unit="thousand documents"):
+            yield np.concatenate(list(rows[i:i + 1000]["ids"])).astype(np.uint16)
+
+    tokens = text.tokenizer(options.tokenizer)
+    write_dataset(folder, parts("train"), parts("val"), kind="stream", vocab_size=tokens.vocab_size, tokenizer=tokens.name,
+                  documents={split: len(side) for split, side in sides.items()})
+
+
+def _encode_row(row, tokenizer):
+    """One document of a `datasets` dataset, in a worker process, which builds its tokenizer once."""
+    if tokenizer not in _tokenizers:
+        _tokenizers[tokenizer] = text.tokenizer(tokenizer)
+    document = row["text"].encode()
+    return {"ids": text.encode_document(document, _tokenizers[tokenizer]), "held_out": text.is_held_out(document, 0.0005)}
+
+
+_tokenizers = {}
+FINEWEB = "https://huggingface.co/datasets/kjj0/fineweb10B-gpt2/resolve/main/fineweb_{}_{:06d}.bin"
+ENDOFTEXT = 50256
+
+
+def fineweb_tokens(path):
+    """The tokens of one of modded-nanogpt's shards: 256 int32 (magic number, version, number of tokens, zeros), then uint16 tokens."""
+    header = np.fromfile(path, dtype="<i4", count=256)
+    if len(header) < 256 or header[0] != 20240520 or header[1] != 1 or os.path.getsize(path) != 1024 + 2 * int(header[2]):
+        raise DataError(f"{path} is no shard of fineweb10B-gpt2, or a damaged one. Delete it and type the same command again")
+    return np.memmap(path, dtype="<u2", mode="r", offset=1024)
+
+
+def make_fineweb(folder, options):
+    """FineWeb (Penedo et al. 2024) in GPT-2's tokens, as Keller Jordan's modded-nanogpt hosts them; the first shard is held out."""
+    if options.tokenizer == "bytes":
+        raise DataError("fineweb comes in GPT-2's tokens already: python prepare_data.py fineweb --tokenizer=gpt2")
+    paths = [download(FINEWEB.format(*shard), os.path.join(folder, "shards", "fineweb_{}_{:06d}.bin".format(*shard)))
+             for shard in [("val", 0)] + [("train", i) for i in range(1, options.shards + 1)]]
+    first = fineweb_tokens(paths[1])
+    # A document starts with <|endoftext|>. The first shard begins in the middle of one, the last of the held-out ones: leave its rest away
+    begin = int(np.flatnonzero(first == ENDOFTEXT)[0])
+    train = (tokens for i, path in enumerate(tqdm(paths[1:], desc="writing train", unit="shard")) for tokens in [fineweb_tokens(path)[begin if i == 0 else 0:]])
+    write_dataset(folder, train, np.asarray(fineweb_tokens(paths[0])), kind="stream", vocab_size=50257, tokenizer="gpt2")
+
+
+DATASETS = {"addition": make_addition, "stdlib": make_stdlib, "text": make_text, "shakespeare": make_shakespeare,
+            "openwebtext": make_openwebtext, "fineweb": make_fineweb}
+OFFLINE = ["addition", "stdlib", "stdlib-gpt2"]  # those that need no network: train.py makes them on first use
+GPT2_TOKENS = ("openwebtext", "fineweb")  # made for GPT-2, and named without -gpt2
+
+
+def make(name, folder, file=(), tokenizer="bytes", shards=10, processes=4):
+    """Make dataset `name` in folder. The options are those of the command line."""
+    try:
+        DATASETS[name](folder, argparse.Namespace(file=file, tokenizer=tokenizer, shards=shards, processes=processes))
+    except (text.TextError, DownloadError) as error:
+        raise DataError(str(error)) from error
 
 
 def main(arguments):
-    if len(arguments) != 1 or arguments[0] not in DATASETS:
-        sys.exit(f"usage: python prepare_data.py NAME, with NAME one of: {', '.join(DATASETS)}")
-    folder = os.path.join("data", arguments[0])
-    DATASETS[arguments[0]](folder)
-    data = load(arguments[0])
+    parser = argparse.ArgumentParser(prog="prepare_data.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("name", choices=DATASETS)
+    parser.add_argument("--tokenizer", choices=["bytes", "gpt2"], help="of a text; bytes, but gpt2 for openwebtext and fineweb")
+    parser.add_argument("--file", action="append", default=[], help="of text: a file, one document; give it as often as you like")
+    parser.add_argument("--shards", type=int, default=10, help="of fineweb: how many of its 103 training shards")
+    parser.add_argument("--processes", type=int, default=os.cpu_count(), help="of openwebtext: how many encode at once")
+    options = parser.parse_args(arguments)
+    name, standard = options.name, "gpt2" if options.name in GPT2_TOKENS else "bytes"
+    options.tokenizer = options.tokenizer or standard
+    folder = os.path.join("data", name + ("" if options.tokenizer == standard else f"-{options.tokenizer}"))
+    try:
+        make(**(vars(options) | {"folder": folder}))
+        data = load(os.path.basename(folder))
+    except DataError as error:
+        sys.exit(f"error: {error}")
     print(f"{folder}: {data.meta['kind']}, train {data.train.shape}, val {data.val.shape}, vocabulary of {data.meta['vocab_size']}")
 
 

@@ -29,16 +29,21 @@ import shlex
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 
 import numpy as np
 import torch
+from torch.nn import functional as F
 from tqdm import tqdm
 
+import hardware
 import prepare_data
 from configure import ConfigError, parse_command_line, read_config_file
 from evaluate import evaluate_splits
 from geco import GECO
+from handover import HandoverError, fold_shift
+from huggingface import PRETRAINED, is_huggingface
 from model import GPT, CheckpointError, GPTConfig, checkpoint_of, load_checkpoint, model_of, save_checkpoint
 from resume import MetricsLog, RunError, StopRequest, claim_folder
 
@@ -48,12 +53,15 @@ class Config:
     """Every setting: default, unit, meaning. A config file's lines `name = value` win over it, the command line over both."""
 
     # where a run starts, what it reads, where it ends up
-    init_from: str = "scratch"  # 'scratch'; 'resume'; a run's folder; or a config file, whose run is trained first if need be
+    init_from: str = "scratch"  # 'scratch'; 'resume'; a run's folder; a config file, whose run is trained first if need be; OpenAI's 'gpt2',
+    # 'gpt2-medium', 'gpt2-large', 'gpt2-xl'; or a checkpoint: a .pt file, or a file or folder of transformers
+    target_from: str = ""  # of a gated run: the dense model whose loss is to be kept, written as init_from; '' is the one it starts from
     out_dir: str = ""  # folder of the run; '' is out/<name of the config file>, with -seed<N> behind it unless N is 1
     dataset: str = "addition"  # data/<dataset>, made by prepare_data.py
     seed: int = 1  # of initialisation, data order and gates; passed on to a parent that is trained first
     device: str = "auto"  # 'auto' is cuda, else mps (which nobody has tried yet), else cpu
-    compile: str = "auto"  # torch.compile: 'on', 'off', or 'auto', which is on for cuda only
+    compile: str = "auto"  # torch.compile: 'on', 'off', or 'auto': on cuda, and on a CPU with a C++ compiler for contexts of 64 and more
+    dtype: str = "float32"  # of matrix products: 'float32', 'bfloat16', or 'auto', bfloat16 where the hardware has it. Judged in float32 always
     # the model; a run that starts from another run takes these from there
     n_layer: int = 4
     n_head: int = 1
@@ -66,11 +74,14 @@ class Config:
     gated: bool = False  # False is an ordinary dense run; it ignores this block
     gate_bias: float = 3.0  # b in sigmoid(a + b); above 0 the edges start open
     gate_temperature: float = 1.0  # of the straight-through gradient
+    open_above: float = 0.0  # attention weight above which edges start open, by a shift of the key biases (handover.py); 0 is off, the paper's
+    distill_weight: float = 0.0  # of KL(dense || gated), nats, added to the loss that is trained on; the constraint and the judgement stay without
     linear_penalty_steps: int = 3000  # first steps, under the penalty that pulls at wide-open edges too (gate.py); 0 is the paper's
     density_weight: float = 1.0  # in L = density_weight * density + lambda (loss - target)
     loss_slack: float = 0.001  # nats above the dense loss that count as equal
     constraint_gates: str = "deterministic"  # gates under which the constraint's loss is taken; 'sampled' is the paper's
     constraint_interval: int = 4  # steps between two measurements of the constraint
+    constraint_paired: bool = False  # compare with the dense model on the very same batch: a batch's luck is ten times a slack of 0.01 nats
     constraint_scale: float = 0.001  # nats; a violation of this size moves lambda at full speed; no larger than loss_slack, see geco.py
     lambda_rate: float = 0.03  # largest relative change of lambda per measurement
     lambda_average: float = 0.9  # memory of the moving average of the violation
@@ -78,7 +89,8 @@ class Config:
     lambda_min: float = 0.2  # the floor: a low lambda cuts edges faster than the constraint can tell which were needed
     lambda_max: float = 4.0  # the cap: a high lambda lets nothing be shut for a long time after an error is gone
     # optimisation
-    batch_size: int = 128  # sequences per step
+    batch_size: int = 128  # sequences per step, of all processes together
+    micro_batch_size: int = 0  # sequences per forward pass; 0 is a process's whole share. Smaller needs less memory (gradient accumulation)
     max_steps: int = 4500
     learning_rate: float = 1e-3  # peak
     min_lr: float = 0.0  # at the end of the cosine
@@ -97,8 +109,8 @@ def limits():
     """{setting: (words, test)}: what a value must be beside its type."""
     at_least_1 = "n_layer n_head n_embd block_size constraint_interval batch_size max_steps eval_interval eval_batch_size"
     positive = "gate_temperature density_weight constraint_scale lambda_rate lambda_init lambda_min lambda_max learning_rate"
-    not_negative = "loss_slack linear_penalty_steps min_lr warmup_steps weight_decay grad_clip eval_batches"
-    fractions = "dropout lambda_average beta1 beta2"
+    not_negative = "loss_slack linear_penalty_steps min_lr warmup_steps weight_decay grad_clip eval_batches distill_weight micro_batch_size"
+    fractions = "dropout lambda_average beta1 beta2 open_above"
     return {
         **{key: ("at least 1", lambda v: v >= 1) for key in at_least_1.split()},
         **{key: ("above 0", lambda v: 0 < v < math.inf) for key in positive.split()},
@@ -107,6 +119,7 @@ def limits():
         "gate_bias": ("finite", math.isfinite),
         "constraint_gates": ("'deterministic' or 'sampled'", lambda v: v in ("deterministic", "sampled")),
         "compile": ("'auto', 'on' or 'off'", lambda v: v in ("auto", "on", "off")),
+        "dtype": ("'auto', 'float32' or 'bfloat16'", lambda v: v in ("auto", "float32", "bfloat16")),
         "device": ("'auto', 'cpu', 'mps', 'cuda' or 'cuda:N'", lambda v: re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", v) is not None),
         "seed": ("from 0 to a million", lambda v: 0 <= v <= 1_000_000),
     }
@@ -115,7 +128,7 @@ def limits():
 SHAPE = ("n_layer", "n_head", "n_embd", "block_size", "dropout", "bias", "tied")  # what a run takes over from its parent
 GATE = ("gated", "gate_bias", "gate_temperature")
 FIXED = (*SHAPE, *GATE, "dataset", "loss_slack", "eval_batches", "eval_batch_size")  # model and target: what no run may change on its way
-FREE = ("out_dir", "device", "compile")  # what may differ when a run goes on
+FREE = ("out_dir", "device", "compile", "dtype", "micro_batch_size")  # what may differ when a run goes on
 SETTINGS = list(Config.__annotations__)
 GATED_ONLY = SETTINGS[SETTINGS.index("gate_bias"):SETTINGS.index("lambda_max") + 1]  # the block that a dense run ignores
 
@@ -132,44 +145,41 @@ def make_config(path, given):
 
 
 def check_together(config):
-    """Raise ConfigError if settings contradict each other."""
+    """Raise ConfigError if settings contradict each other. Returns how many micro-batches a step has, over all processes."""
     if config.n_embd % config.n_head:
         raise ConfigError(f"n_embd={config.n_embd} must be a multiple of n_head={config.n_head}: the heads share the width")
     if config.gated and config.init_from == "scratch":
         raise ConfigError("a gated run needs a dense model whose loss it is to keep: set init_from to the run folder or the config file of one")
     if not config.lambda_min <= config.lambda_init <= config.lambda_max:
         raise ConfigError(f"lambda_init={config.lambda_init} must lie between lambda_min={config.lambda_min} and lambda_max={config.lambda_max}")
+    micro = config.micro_batch_size or config.batch_size // hardware.world()
+    if not micro or config.batch_size % (micro * hardware.world()):
+        raise ConfigError(f"batch_size={config.batch_size} does not divide into {hardware.world()} process(es) times micro-batches of micro_batch_size={micro}")
+    return config.batch_size // micro
 
 
-def find_parent(config):
-    """The checkpoint file that config.init_from names. A config file's run is trained first if it is not finished."""
-    folder = config.init_from
-    if folder.endswith(".py"):
-        parent, given = make_config(folder, {key: getattr(config, key) for key in ("seed", "device", "compile")})
-        if config.gated and parent.gated:
-            raise RunError(f"init_from={folder} is a gated run. Start from a dense one: its loss is the target")
-        folder = parent.out_dir
+def find_dense(source, config, what):
+    """The checkpoint that `source` (a value of init_from or target_from) names. A config file's run is trained first if it is not finished."""
+    folder = source
+    if is_huggingface(source) or os.path.isfile(source) and not source.endswith(".py"):
+        return source
+    if source.endswith(".py"):
+        run, given = make_config(source, {key: getattr(config, key) for key in ("seed", "device", "compile", "dtype")})
+        if config.gated and run.gated:
+            raise RunError(f"{what}={source} is a gated run. Start from a dense one: its loss is the target")
+        folder = run.out_dir
     if os.path.realpath(folder) == os.path.realpath(config.out_dir):
         raise RunError(f"{folder} is the run's own folder and its parent's as well. Give it another with --out_dir=out/NEW")
-    if config.init_from.endswith(".py"):
+    if source.endswith(".py"):
         try:
-            train(parent, given)
+            train(run, given)
         except RunError as error:
-            raise RunError(f"the parent, {config.init_from}: {error} (flags for the parent go with its own command)") from error
+            raise RunError(f"the parent, {source}: {error} (flags for the parent go with its own command)") from error
     for name in ("best.pt", "last.pt"):
         if os.path.exists(os.path.join(folder, name)):
             return os.path.join(folder, name)
-    raise RunError(f"init_from={config.init_from}: there is no best.pt or last.pt in {folder}. "
-                   "init_from takes 'scratch', 'resume', the folder of a run, or a config file")
-
-
-def pick_device(name):
-    """The torch device for a setting, as a string. Raises RunError if this machine has none such."""
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    if name.startswith("cuda") and int(name[5:] or 0) >= torch.cuda.device_count() or name == "mps" and not torch.backends.mps.is_available():
-        raise RunError(f"device={name}: this machine or this build of torch has none. Leave --device away, or use --device=cpu")
-    return name
+    raise RunError(f"{what}={source}: there is no best.pt or last.pt in {folder}. init_from takes 'scratch', 'resume', the folder of a run, "
+                   f"a config file, a checkpoint of nanoGPT or transformers, or one of {', '.join(PRETRAINED)}")
 
 
 def get_lr(step, c):
@@ -187,30 +197,48 @@ def meets_target(found, dense, target_loss):
         found[split]["correct"] >= dense[split]["correct"] for split in found if found[split]["accuracy"] is not None)
 
 
+def divergence(logits, teacher_logits):
+    """KL(teacher || student), the mean over positions, nats. Both (B, T, V)."""
+    student, teacher = (x.flatten(0, 1).float().log_softmax(-1) for x in (logits, teacher_logits))
+    return F.kl_div(student, teacher, log_target=True, reduction="batchmean")
+
+
 def train(config, given=frozenset()):
     """Train the run that config describes, from where its folder stands to the end. given: the settings that were set.
 
-    Leaves config.json, metrics.jsonl, best.pt and last.pt in config.out_dir. Raises RunError, ConfigError, CheckpointError or
-    DataError with a message for people; SystemExit after Ctrl-C, the run saved.
+    Leaves config.json, metrics.jsonl, best.pt and last.pt in config.out_dir. Raises RunError, ConfigError, CheckpointError, HardwareError,
+    HandoverError or DataError with a message for people; SystemExit after Ctrl-C, the run saved.
     """
-    c, device = config, pick_device(config.device)
+    c, device = config, hardware.pick_device(config.device)
     takes_over = asdict(c) if c.init_from == "resume" else SHAPE
     checkpoint = claim_folder(c, inherit=[key for key in takes_over if key not in given], fixed=FIXED,
                               free=lambda c: FREE if c.gated else (*FREE, *GATED_ONLY))
-    check_together(c)
+    micro_batches = check_together(c)
+    hardware.wait_for_all()  # nobody writes into the folder before everybody has read it
     if checkpoint and checkpoint["step"] >= c.max_steps:
-        print(f"{c.out_dir} is finished ({checkpoint['step']} steps)")
+        hardware.say(f"{c.out_dir} is finished ({checkpoint['step']} steps)")
         return
+    if hardware.rank() == 0:
+        prepare_data.load(c.dataset)  # makes it, if need be, once
+    hardware.wait_for_all()
     data = prepare_data.load(c.dataset)
+    belongs_to = {"dataset": c.dataset, "tokenizer": data.meta.get("tokenizer", c.dataset), "sha256": data.meta["sha256"]}
 
     # --- the model: new, the parent's weights, or the run's own -------------------------------------------------------
-    parent = checkpoint["parent"] if checkpoint else None if c.init_from == "scratch" else find_parent(c)
+    if checkpoint:
+        parent, reference = checkpoint["parent"], checkpoint["reference"]
+    else:
+        parent = None if c.init_from == "scratch" else find_dense(c.init_from, c, "init_from")
+        reference = parent if c.gated and not c.target_from else find_dense(c.target_from, c, "target_from") if c.gated else None
     torch.manual_seed(c.seed)
     gate_settings = {key: getattr(c, key) for key in GATE}
     if checkpoint:
         model = model_of(checkpoint, f"{c.out_dir}/last.pt", device)
+        if checkpoint.get("data", belongs_to) != belongs_to:
+            raise RunError(f"data/{c.dataset} is not the data that {c.out_dir} was begun with ({checkpoint['data']} there, {belongs_to} here): it cannot go on "
+                           "exactly. Put the old data back, or start a new run with --out_dir=out/NEW")
     elif parent:
-        model = load_checkpoint(parent, device, **gate_settings)
+        model = load_checkpoint(parent, device, tokenizer=belongs_to["tokenizer"], **gate_settings)
         for key in SHAPE:
             if key in given and getattr(c, key) != getattr(model.config, key):
                 raise RunError(f"{key}={getattr(c, key)!r}, but {parent} has {key}={getattr(model.config, key)!r}: "
@@ -222,106 +250,144 @@ def train(config, given=frozenset()):
         raise RunError(f"the model knows {model.config.vocab_size} tokens, data/{c.dataset} has {data.meta['vocab_size']}: they do not belong together")
     if data.meta["kind"] == "rows" and model.config.block_size < data.train.shape[2]:
         raise RunError(f"a row of data/{c.dataset} has {data.train.shape[2]} tokens, the model's block_size is {model.config.block_size}: make it larger")
-    model.train()  # samples the gates, drops out; load_checkpoint and evaluate leave models in evaluation mode
-    compiled = torch.compile(model) if c.compile == "on" or c.compile == "auto" and device.startswith("cuda") else model
+    # the dense model, frozen: it sets the target, it is compared with on the same batch, it teaches
+    dense_model = load_checkpoint(reference, device, tokenizer=belongs_to["tokenizer"]) if c.gated else None
+    if c.gated and dense_model.config.gated:
+        raise RunError(f"{'target' if c.target_from else 'init'}_from={c.target_from or c.init_from} is a gated run. Start from a dense one: its loss is the target")
+
+    context = data.train.shape[2] if data.meta["kind"] == "rows" else c.block_size
+    autocast, dtype = hardware.precision(c.dtype, device)
+    compiled = hardware.compiles(c.compile, device, context)
+    fast, fast_dense = (torch.compile(m) if compiled and m else m for m in (model, dense_model))
+    network = torch.nn.parallel.DistributedDataParallel(fast) if hardware.world() > 1 else fast
     matrices = [p for p in model.parameters() if p.dim() >= 2]
     others = [p for p in model.parameters() if p.dim() < 2]
     optimizer = torch.optim.AdamW([{"params": matrices, "weight_decay": c.weight_decay}, {"params": others, "weight_decay": 0.0}],
                                   lr=c.learning_rate, betas=(c.beta1, c.beta2), fused=device != "mps")
+    ours = range(hardware.rank(), micro_batches, hardware.world())  # the micro-batches of every step that are this process's
 
-    def batch_at(step):
-        """The training batch of a step, the same whenever it is asked for; a gated run has another order than its parent."""
-        draws = np.random.default_rng((c.seed, c.gated, step)).integers(0, data.starts("train", c.block_size), c.batch_size)
-        return tuple(torch.from_numpy(a).to(device) for a in data.batch("train", draws, c.block_size))
+    def indices_at(step):
+        """Which examples a step trains on: the same whenever it is asked for and however many processes there are; a child has another order than its parent."""
+        return np.random.default_rng((c.seed, parent is not None, step)).integers(0, data.starts("train", context), c.batch_size)
+
+    def batches_at(step, train=True):
+        """This process's micro-batches of a step, inputs and targets; before each, the generator of gate noise and dropout is seeded for it alone."""
+        for micro in ours:
+            x, y = data.batch("train", np.split(indices_at(step), micro_batches)[micro], context)
+            torch.manual_seed(c.seed * 1_000_003 + step + 2_654_435_769 * micro)  # golden ratio of 2^32: no two steps or micro-batches meet
+            yield torch.from_numpy(x).to(device), torch.from_numpy(y).to(device)
 
     @torch.no_grad()
-    def deterministic_loss(model, x, y):
-        """Mean loss of a batch, nats, under deterministic gates (or, in a dense model, under none)."""
-        was_training = model.training
-        loss = model.eval()(x, y)[1].item()
-        model.train(was_training)
-        return loss
+    def loss_at(step, net, sampled=False):
+        """Mean loss of a step's batch over all processes, nats, under deterministic gates or under those that training draws. net: model or dense."""
+        was_training = net.training
+        net.train(sampled)
+        with autocast():
+            losses = [net(x, y)[1].item() for x, y in batches_at(step)]
+        net.train(was_training)
+        return hardware.total([sum(losses)], device)[0] / micro_batches
 
     # --- where the run stands: what the dense model can do, lambda, the best checkpoint so far ------------------------
-    geco = dense = target_loss = best = smoothed_loss = constraint_loss = None
-    start, seconds = 0, 0.0
-    if c.gated:
-        geco = GECO(0.0, c.constraint_scale, c.lambda_rate, c.lambda_average, c.lambda_init, c.lambda_min, c.lambda_max)
+    state = {"step": 0, "seconds": 0.0, "best": None, "dense": None, "target_loss": None, "dense_on_training": None, "batch_loss": None, "constraint_loss": None}
+    geco = GECO(0.0, c.constraint_scale, c.lambda_rate, c.lambda_average, c.lambda_init, c.lambda_min, c.lambda_max) if c.gated else None
     if checkpoint:
         optimizer.load_state_dict(checkpoint["optimizer"])
         for group, decay in zip(optimizer.param_groups, (c.weight_decay, 0.0)):  # which --init_from=resume may change
             group.update(weight_decay=decay, betas=(c.beta1, c.beta2))
-        dense, target_loss, best, smoothed_loss, constraint_loss, start, seconds = (
-            checkpoint[key] for key in ("dense", "target_loss", "best", "smoothed_loss", "constraint_loss", "step", "seconds"))
+        state = {key: checkpoint[key] for key in state}
         if geco:
             geco.load_state_dict(checkpoint["geco"])
     elif c.gated:
-        reference = load_checkpoint(parent, device)
-        if reference.config.gated:
-            raise RunError(f"init_from={c.init_from} is a gated run. Start from a dense one: its loss is the target")
-        dense = evaluate_splits(reference, data, c.eval_batch_size, c.eval_batches)
-        target_loss = dense["val"]["loss"] + c.loss_slack
+        dense = state["dense"] = evaluate_splits(dense_model, data, c.eval_batch_size, c.eval_batches)
+        state["target_loss"] = dense["val"]["loss"] + c.loss_slack
         # Like with like: the measure and the stream of batches that the constraint below sees; 50 of them make a good mean.
-        dense_on_training = float(np.mean([deterministic_loss(reference, *batch_at(step)) for step in range(50)]))
-        geco.target = dense_on_training + c.loss_slack
-        print(f"dense model: held-out loss {dense['val']['loss']:.4f}, target {target_loss:.4f}; "
-              f"on training batches {dense_on_training:.4f}, the constraint's target {geco.target:.4f}")
+        state["dense_on_training"] = float(np.mean([loss_at(step, fast_dense) for step in range(50)]))
+        geco.target = state["dense_on_training"] + c.loss_slack
+        hardware.say(f"dense model: held-out loss {dense['val']['loss']:.4f}, target {state['target_loss']:.4f}; "
+                     f"on training batches {state['dense_on_training']:.4f}, the constraint's target {geco.target:.4f}")
+        if c.open_above:
+            x, _ = data.batch("train", indices_at(0)[:64], context)
+            fold_shift(model, torch.from_numpy(x).to(device), c.open_above)
+    start = state["step"]
+    model.train()  # samples the gates, drops out; load_checkpoint and evaluate leave models in evaluation mode
 
-    os.makedirs(c.out_dir, exist_ok=True)
-    prepare_data.write_json(os.path.join(c.out_dir, "config.json"), asdict(c))
-    evaluates_at_start = start % c.eval_interval == 0 or start == c.max_steps
-    log = MetricsLog(os.path.join(c.out_dir, "metrics.jsonl"), keep_until=start - evaluates_at_start)
-    print(f"{c.out_dir}: {'gated' if c.gated else 'dense'}, {sum(p.numel() for p in model.parameters()):,} parameters, "
-          f"{device}, {'compiled' if compiled is not model else 'not compiled'}, from step {start} to {c.max_steps}")
+    log = None
+    if hardware.rank() == 0:
+        os.makedirs(c.out_dir, exist_ok=True)
+        prepare_data.write_json(os.path.join(c.out_dir, "config.json"), asdict(c))
+        evaluates_at_start = start % c.eval_interval == 0 or start == c.max_steps
+        log = MetricsLog(os.path.join(c.out_dir, "metrics.jsonl"), keep_until=start - evaluates_at_start)
+    hardware.say(f"{c.out_dir}: {'gated' if c.gated else 'dense'}, {sum(p.numel() for p in model.parameters()):,} parameters, {hardware.world()} x {device}, {dtype}, "
+                 f"{'compiled' if compiled else 'not compiled'}, {micro_batches} micro-batch(es) of {c.batch_size // micro_batches} x {context} tokens, from step {start} to {c.max_steps}")
 
     def save(name, step):
-        save_checkpoint(os.path.join(c.out_dir, name), checkpoint_of(
-            model, optimizer=optimizer.state_dict(), geco=geco and geco.state_dict(), step=step, best=best, dense=dense,
-            target_loss=target_loss, parent=parent, seconds=seconds + time.time() - began, smoothed_loss=smoothed_loss, constraint_loss=constraint_loss, config=asdict(c)))
+        if hardware.rank() == 0:
+            save_checkpoint(os.path.join(c.out_dir, name), checkpoint_of(
+                model, optimizer=optimizer.state_dict(), geco=geco and geco.state_dict(), parent=parent, reference=reference, data=belongs_to, config=asdict(c),
+                **{**state, "step": step, "seconds": state["seconds"] + time.time() - began}))
 
     # --- the loop -----------------------------------------------------------------------------------------------------
-    began, open_edges = time.time(), "not counted yet"
-    with StopRequest() as stop, tqdm(total=c.max_steps, initial=start, desc=c.out_dir, unit="step", dynamic_ncols=True) as bar:
+    began, open_edges, speed = time.time(), "not counted yet", hardware.Speed(c.batch_size * context, model.flops_per_token(context), device)
+    with StopRequest() as stop, tqdm(total=c.max_steps, initial=start, desc=c.out_dir, unit="step", dynamic_ncols=True, disable=hardware.rank() > 0) as bar:
         for step in range(start, c.max_steps + 1):
             if step % c.eval_interval == 0 or step == c.max_steps:
+                speed.pause()
                 found = evaluate_splits(model, data, c.eval_batch_size, c.eval_batches)
                 val = found["val"]
                 open_edges = f"{val['open']:.1f} of {val['total']}"
-                passes = math.isfinite(val["loss"]) and (not c.gated or meets_target(found, dense, target_loss))
-                log.write(step=step, val_loss=val["loss"], accuracy=val["accuracy"], correct=val["correct"] + found["train"]["correct"],
-                         train_loss=found["train"]["loss"], batch_loss=smoothed_loss, open=val["open"], fraction=val["fraction"], passes=passes,
-                         target_loss=target_loss, seconds=seconds + time.time() - began,
-                         **({"constraint_target": geco.target, "constraint_loss": constraint_loss, "violation": geco.violation, "lambda": geco.lam} if geco else {}))
+                passes = math.isfinite(val["loss"]) and (not c.gated or meets_target(found, state["dense"], state["target_loss"]))
                 score = [val["open"], val["loss"]]  # the fewest edges; of a dense run, whose edges are all open, the lowest loss
-                is_best = passes and (best is None or score <= best)
-                best = score if is_best else best
+                is_best = passes and (state["best"] is None or score <= state["best"])
+                state["best"] = score if is_best else state["best"]
+                if log:
+                    log.write(step=step, val_loss=val["loss"], accuracy=val["accuracy"], correct=sum(f["correct"] for f in found.values()),
+                              train_loss=found["train"]["loss"] if "train" in found else None, batch_loss=state["batch_loss"],
+                              open=val["open"], fraction=val["fraction"], passes=passes, target_loss=state["target_loss"],
+                              seconds=state["seconds"] + time.time() - began, **speed.read(),
+                              **({"constraint_target": geco.target, "constraint_loss": state["constraint_loss"], "violation": geco.violation, "lambda": geco.lam} if geco else {}))
                 save("last.pt", step)  # first: a run that is killed in between evaluates again and writes best.pt then
                 if is_best:
                     save("best.pt", step)
+                speed.go_on()
             if step == c.max_steps:
                 break
 
             for group in optimizer.param_groups:
                 group["lr"] = get_lr(step, c)
-            torch.manual_seed(c.seed * 1_000_003 + step)  # gate noise and dropout of this step, whatever came before
-            x, y = batch_at(step)
-            _, loss, density = compiled(x, y, linear_penalty=step < c.linear_penalty_steps)
             if c.gated and step % c.constraint_interval == 0:
-                constraint_loss = loss.item() if c.constraint_gates == "sampled" else deterministic_loss(model, x, y)
-                geco.update(constraint_loss)
-            objective = geco.objective(loss, density, c.density_weight) if c.gated else loss
-            objective.backward()
-            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), c.grad_clip or math.inf)
-            if not math.isfinite(objective.item() + norm.item()):
-                raise RunError(f"the loss is {loss.item()}, the gradient's norm {norm.item()} at step {step}; {c.out_dir}/last.pt still holds an earlier step. "
+                measured = loss_at(step, fast, sampled=c.constraint_gates == "sampled")
+                if c.constraint_paired:  # the dense model's luck with this batch, taken off; on average it is 0
+                    measured -= loss_at(step, fast_dense) - state["dense_on_training"]
+                state["constraint_loss"] = measured
+                geco.update(measured)
+            sums = [0.0, 0.0]
+            for i, (x, y) in enumerate(batches_at(step)):
+                with nullcontext() if i == len(ours) - 1 or network is fast else network.no_sync(), autocast():
+                    logits, loss, density = network(x, y, linear_penalty=step < c.linear_penalty_steps)
+                    fidelity = loss
+                    if c.gated and c.distill_weight:
+                        with torch.no_grad():
+                            taught = fast_dense(x)[0]
+                        fidelity = loss + c.distill_weight * divergence(logits, taught)
+                    objective = geco.objective(fidelity, density, c.density_weight) if c.gated else loss
+                    (objective / len(ours)).backward()
+                sums = [sums[0] + loss.item(), sums[1] + objective.item()]
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), c.grad_clip or math.inf).item()
+            batch_loss, objective, stopping = hardware.total([sums[0] / micro_batches, sums[1], stop.asked], device)  # so that all processes see the same
+            if not math.isfinite(objective + norm):
+                if hardware.rank() == 0:
+                    prepare_data.write_json(os.path.join(c.out_dir, "offending_batch.json"), {"step": step, "dataset": c.dataset, "indices": indices_at(step).tolist()})
+                raise RunError(f"the loss is {batch_loss}, the gradient's norm {norm} at step {step}; {c.out_dir}/last.pt still holds an earlier step, "
+                               f"offending_batch.json the indices of the batch. "
                                f"Start again with a smaller step, for instance --learning_rate={c.learning_rate / 3:.1g} --out_dir=out/NEW")
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
+            speed.step()
 
-            smoothed_loss = loss.item() if smoothed_loss is None else 0.95 * smoothed_loss + 0.05 * loss.item()
+            state["batch_loss"] = batch_loss if state["batch_loss"] is None else 0.95 * state["batch_loss"] + 0.05 * batch_loss
             bar.update()
-            bar.set_postfix_str(f"loss {smoothed_loss:.4f}" + (f", open {open_edges}, lambda {geco.lam:.2f}" if c.gated else ""), refresh=False)
-            if stop.asked and step + 1 < c.max_steps:  # after the last step only the evaluation is left
+            bar.set_postfix_str(f"loss {state['batch_loss']:.4f}" + (f", open {open_edges}, lambda {geco.lam:.3f}" if c.gated else ""), refresh=False)
+            if stopping and step + 1 < c.max_steps:  # after the last step only the evaluation is left
                 save("last.pt", step + 1)
                 sys.exit(f"stopped and saved after {step + 1} steps. To go on: python train.py {shlex.join(sys.argv[1:])}")
 
@@ -333,14 +399,19 @@ def main(arguments):
     try:
         path, given = parse_command_line(arguments, Config, limits())
         config, names = make_config(path, given)
+        hardware.start_processes(hardware.pick_device(config.device))
         train(config, names)
-    except (ConfigError, RunError, CheckpointError, prepare_data.DataError, OSError) as error:
+        writes = hardware.rank() == 0
+        hardware.wait_for_all()
+    except (ConfigError, RunError, CheckpointError, HandoverError, hardware.HardwareError, prepare_data.DataError, OSError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit("stopped. The same command goes on from the last checkpoint")
-    # A process of its own: the loop needs no matplotlib, and a failing picture cannot harm a finished run.
-    here = os.path.dirname(os.path.abspath(__file__))
-    sys.exit(subprocess.run([sys.executable, os.path.join(here, "analyze.py"), "report", config.out_dir]).returncode)
+    finally:
+        hardware.stop_processes()
+    if writes:  # A process of its own: the loop needs no matplotlib, and a failing picture cannot harm a finished run.
+        here = os.path.dirname(os.path.abspath(__file__))
+        sys.exit(subprocess.run([sys.executable, os.path.join(here, "analyze.py"), "report", config.out_dir]).returncode)
 
 
 if __name__ == "__main__":

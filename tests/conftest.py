@@ -1,7 +1,10 @@
 """Shared by all tests: our files on the import path, a folder of its own for every test, one thread for repeatable numbers."""
 
+import hashlib
+import http.server
 import os
 import sys
+import threading
 
 import pytest
 import torch
@@ -21,3 +24,47 @@ def workplace(tmp_path, monkeypatch):
     """An empty folder as the current one: data/ and out/ of a test land there."""
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+class Server:
+    """Serves ./served on localhost, with ranges; cut_after: bytes after which the line breaks; corrupt: one bit is wrong."""
+
+    def __init__(self, root):
+        self.root, self.cut_after, self.corrupt, self.requests = root, None, False, []
+        server = self
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_GET(self):
+                server.requests.append(dict(self.headers))
+                path = os.path.join(server.root, self.path.lstrip("/"))
+                if not os.path.isfile(path):
+                    return self.send_error(404)
+                with open(path, "rb") as f:
+                    content = bytearray(f.read())
+                begin = int(self.headers["Range"].removeprefix("bytes=").rstrip("-")) if "Range" in self.headers else 0
+                if begin >= len(content):
+                    return self.send_error(416)
+                if server.corrupt:
+                    content[len(content) // 2] ^= 1
+                self.send_response(206 if begin else 200)
+                self.send_header("Content-Length", len(content) - begin)
+                self.end_headers()
+                self.wfile.write(content[begin:server.cut_after])
+
+            def log_message(self, *arguments):
+                """Quiet."""
+
+        self.http = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.http.server_port}"
+        threading.Thread(target=self.http.serve_forever, daemon=True).start()
+
+    def sha256(self, content):
+        return hashlib.sha256(content).hexdigest()
+
+
+@pytest.fixture
+def server(workplace):
+    server = Server(workplace / "served")
+    yield server
+    server.http.shutdown()
+    server.http.server_close()

@@ -1,5 +1,7 @@
 """The addition data, the file format, and what is said of damaged files."""
 
+import json
+import os
 import subprocess
 import sys
 
@@ -34,7 +36,7 @@ def test_all_pairs_none_twice(workplace):
 
 def test_the_split_is_always_the_same(workplace):
     first = load("addition").meta["sha256"]
-    prepare_data.make_addition("again")
+    prepare_data.make("addition", "again")
     assert load("again", root=".").meta["sha256"] == first
 
 
@@ -83,3 +85,131 @@ def test_command_line(workplace):
     assert done.returncode == 0 and "train (8000, 2, 11)" in done.stdout
     done = subprocess.run([*run, "nothing"], capture_output=True, text=True)
     assert done.returncode != 0 and "addition" in done.stderr and "Traceback" not in done.stderr
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# text
+
+
+def decoded(split, data):
+    return bytes(np.asarray(split).astype(np.uint8)).split(b"\0")[1:]
+
+
+def test_stdlib_is_whole_files_and_none_on_both_sides(workplace):
+    data = load("stdlib")  # made on first use
+    train, val = decoded(data.train, data), decoded(data.val, data)
+    assert len(train) == data.meta["documents"]["train"] > 300 and len(val) == data.meta["documents"]["val"] > 20
+    assert not set(train) & set(val) and 0.05 < len(data.val) / len(data.train) < 0.2
+    with open(json.__file__, "rb") as f:
+        assert f.read() in train + val
+    assert data.meta["tokenizer"] == "bytes" and data.meta["vocab_size"] == 256 and data.meta["python"] == sys.version.split()[0]
+
+
+def test_your_own_files_in_bytes_and_in_gpt2_tokens(workplace, monkeypatch):
+    for i in range(20):
+        (workplace / f"{i}.txt").write_text(f"Document number {i}.\n" * 50 + "\N{SNOWMAN}\n")
+    files = [f"--file={i}.txt" for i in range(20)]
+    prepare_data.main(["text", *files])
+    data = load("text")
+    found = decoded(data.train, data) + decoded(data.val, data)
+    assert sorted(found) == sorted((workplace / f"{i}.txt").read_bytes() for i in range(20))
+    assert data.meta["made_by"].startswith("python prepare_data.py")
+    if "TIKTOKEN_CACHE_DIR" not in os.environ:
+        pytest.skip("needs OpenAI's vocabulary: set TIKTOKEN_CACHE_DIR")
+    prepare_data.main(["text", "--tokenizer=gpt2", *files])
+    data = load("text-gpt2")
+    assert data.meta["vocab_size"] == 50257 and (np.asarray(data.train) == 50256).sum() == data.meta["documents"]["train"]
+    import tiktoken
+
+    pieces = tiktoken.get_encoding("gpt2").decode(np.asarray(data.val).tolist()).split("<|endoftext|>")[1:]
+    assert all(piece.encode() in found for piece in pieces)
+
+
+def test_bad_files_are_named(workplace):
+    (workplace / "empty.txt").write_text(" \n")
+    for arguments, message in ((["text"], "needs your files"), (["text", "--file=gone.txt"], "--file=gone.txt: No such file"), (["text", "--file=empty.txt"], "is empty"),
+                               (["fineweb", "--tokenizer=bytes"], "GPT-2's tokens already")):
+        with pytest.raises(SystemExit, match=message):
+            prepare_data.main(arguments)
+    with pytest.raises(DataError, match="Make it: python prepare_data.py openwebtext"):
+        load("openwebtext")
+    assert prepare_data.how_to_make("stdlib-gpt2") == "python prepare_data.py stdlib --tokenizer=gpt2"
+
+
+def test_shakespeare_by_url(workplace, server, monkeypatch):
+    play = ("ROMEO:\nBut soft, what light?\n\n" * 40).encode()
+    (workplace / "served").mkdir()
+    (workplace / "served/input.txt").write_bytes(play)
+    monkeypatch.setattr(prepare_data, "SHAKESPEARE", f"{server.url}/input.txt")
+    with pytest.raises(SystemExit, match="wrong sha256"):
+        prepare_data.main(["shakespeare"])
+    monkeypatch.setattr(prepare_data, "SHAKESPEARE_SHA256", server.sha256(play))
+    server.cut_after = 100
+    with pytest.raises(SystemExit, match="100 of 1200 bytes came before the line broke"):
+        prepare_data.main(["shakespeare"])
+    server.cut_after = None
+    prepare_data.main(["shakespeare"])
+    data = load("shakespeare")
+    assert decoded(data.train, data)[0] + decoded(data.val, data)[0] == play and decoded(data.val, data)[0].startswith(b"ROMEO")
+
+
+def fineweb_shard(path, tokens):
+    header = np.zeros(256, dtype="<i4")
+    header[:3] = 20240520, 1, len(tokens)
+    path.write_bytes(header.tobytes() + np.array(tokens, dtype="<u2").tobytes())
+
+
+def test_fineweb_leaves_out_the_document_that_began_in_the_held_out_shard(workplace, server, monkeypatch):
+    (workplace / "served").mkdir()
+    fineweb_shard(workplace / "served/fineweb_val_000000.bin", [50256, 1, 2, 50256, 3])
+    fineweb_shard(workplace / "served/fineweb_train_000001.bin", [4, 5, 50256, 6, 7])
+    fineweb_shard(workplace / "served/fineweb_train_000002.bin", [8, 50256, 9])
+    monkeypatch.setattr(prepare_data, "FINEWEB", server.url + "/fineweb_{}_{:06d}.bin")
+    prepare_data.main(["fineweb", "--shards=2"])
+    data = load("fineweb")
+    assert data.train.tolist() == [50256, 6, 7, 8, 50256, 9] and data.val.tolist() == [50256, 1, 2, 50256, 3]
+    asked = len(server.requests)
+    prepare_data.main(["fineweb", "--shards=2"])
+    assert len(server.requests) == asked == 3  # nothing is fetched twice
+    path = workplace / "data/fineweb/shards/fineweb_train_000002.bin"
+    path.write_bytes(path.read_bytes()[:-2])
+    with pytest.raises(SystemExit, match="train_000002.bin is no shard of fineweb10B-gpt2, or a damaged one"):
+        prepare_data.main(["fineweb", "--shards=2"])
+
+
+def test_openwebtext_through_datasets(workplace, monkeypatch):
+    """The real package, two processes, a local folder in the hub's place."""
+    pytest.importorskip("datasets", reason="pip install -r tests/requirements.txt")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", workplace / "cache")
+    documents = [f"This is document {i}. " * (1 + i % 3) for i in range(20_000)]
+    (workplace / "hub").mkdir()
+    (workplace / "hub/train.jsonl").write_text("".join(json.dumps({"text": d}) + "\n" for d in documents))
+    monkeypatch.setattr(prepare_data, "OPENWEBTEXT", str(workplace / "hub"))
+    prepare_data.main(["openwebtext", "--tokenizer=bytes", "--processes=2"])
+    data = load("openwebtext-bytes")
+    train, val = decoded(data.train, data), decoded(data.val, data)
+    assert sorted(d.decode() for d in train + val) == sorted(documents) and 1 <= len(val) <= 30
+
+
+def test_missing_packages_and_vocabularies_say_what_to_do(workplace, monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(SystemExit, match="pip install datasets"):
+        prepare_data.main(["openwebtext"])
+
+    def no_network(name):
+        raise ConnectionError("no route to host")
+
+    monkeypatch.setattr("tiktoken.get_encoding", no_network)
+    with pytest.raises(SystemExit, match=r"cannot be fetched \(ConnectionError\).*TIKTOKEN_CACHE_DIR.*--tokenizer=bytes"):
+        prepare_data.main(["stdlib", "--tokenizer=gpt2"])
+
+
+def test_a_full_disk_leaves_no_half_dataset(workplace, monkeypatch):
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(DataError, match="cannot write data/stdlib/train.bin.*No space left"):
+        load("stdlib")
+    assert os.listdir("data/stdlib") == []

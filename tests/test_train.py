@@ -143,7 +143,7 @@ def test_a_run_that_is_stopped_and_killed_everywhere_ends_bit_for_bit_like_one_t
     for a, b in finish:
         assert same(parameters(a), parameters(b)) and same(parameters(a, "best.pt"), parameters(b, "best.pt")), b
         for x, y in zip(metrics(a), metrics(b), strict=True):
-            assert {k: v for k, v in x.items() if k != "seconds"} == {k: v for k, v in y.items() if k != "seconds"}
+            assert {k: v for k, v in x.items() if k not in ("seconds", "tokens_per_second")} == {k: v for k, v in y.items() if k not in ("seconds", "tokens_per_second")}
 
 
 def start(*arguments):
@@ -258,7 +258,9 @@ def test_gates_are_sampled_in_every_training_step_and_never_when_judging(echo, c
     run("sparse.py", max_steps=20, constraint_gates=constraint_gates)
     training_steps = [mode for is_step, mode, _ in seen if is_step]
     assert training_steps == [True] * 20
-    assert not any(mode for is_step, mode, _ in seen if not is_step)
+    judging = [mode for is_step, mode, _ in seen if not is_step]
+    measured = len(range(0, 20, 4))  # by a pass of its own, which samples if the constraint is on sampled gates; always in the training modes' own noise
+    assert sum(judging) == (measured if constraint_gates == "sampled" else 0) and len(judging) > measured
 
 
 def test_the_constraints_target_is_the_dense_loss_on_training_batches_by_the_same_measure(echo):

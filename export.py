@@ -1,0 +1,72 @@
+"""Take a model elsewhere: to transformers, TransformerLens or nanoGPT.
+
+    python model.py export out/run --to hf PATH                 a folder: transformers.GPT2LMHeadModel.from_pretrained(PATH)
+    python model.py export out/run --to transformer_lens PATH   a file: {'cfg', 'state_dict'} for HookedTransformer (TransformerLens 2 and 3),
+                                                                through its convert_nanogpt_weights
+    python model.py export out/run --to nanogpt PATH            a file that nanoGPT resumes from: {'model', 'model_args', ...}
+
+TransformerLens 4 wraps a transformers model, so for its TransformerBridge export `--to hf`.
+
+Notable: all of them compute dense attention. A gated model is itself again once the deterministic gate A_ij = [a_ij + b > 0] is put
+back, with this model's b (`gate_bias` in the file or in config.json); README.md shows the few lines for each package, and tests prove them.
+"""
+
+import argparse
+import os
+import sys
+from dataclasses import asdict
+
+import huggingface
+from model import CheckpointError, load_checkpoint, save_checkpoint
+from sample import kept_checkpoint
+
+
+def transformer_lens(model):
+    """{'cfg', 'state_dict', 'gate_bias'}: keywords for HookedTransformerConfig, and the weights under nanoGPT's names, which TransformerLens'
+    own convert_nanogpt_weights takes."""
+    c = model.config
+    cfg = {"n_layers": c.n_layer, "n_heads": c.n_head, "d_model": c.n_embd, "d_head": c.n_embd // c.n_head, "d_mlp": 4 * c.n_embd, "n_ctx": c.block_size,
+           "d_vocab": c.vocab_size, "act_fn": huggingface.ACTIVATION[c.gelu], "normalization_type": "LN", "eps": 1e-5, "default_prepend_bos": False}
+    return {"cfg": cfg, "state_dict": model.state_dict(), "gate_bias": c.gate_bias if c.gated else None}
+
+
+def nanogpt(model):
+    """What nanoGPT's train.py writes as ckpt.pt, and 'gate_bias'. Raises CheckpointError if the model does not tie its embeddings, as nanoGPT always does."""
+    c = model.config
+    if not c.tied:
+        raise CheckpointError("nanoGPT ties the embeddings always, and this model was made with tied=False")
+    if c.gelu == "tanh":
+        print("note: nanoGPT computes the exact GELU and this model GPT-2's approximation, so its logits will differ from the third digit on")
+    args = {key: getattr(c, key) for key in ("n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size", "dropout")}
+    return {"model": model.state_dict(), "model_args": args, "gate_bias": c.gate_bias if c.gated else None, "iter_num": 0, "best_val_loss": 1e9, "config": {}}
+
+
+def export(run, kind, path):
+    """Write the model of a run's folder or checkpoint to path, as `kind`. Raises CheckpointError."""
+    model = load_checkpoint(kept_checkpoint(run))
+    if kind == "hf":
+        if os.path.isfile(path):
+            raise CheckpointError(f"{path} is a file; --to hf writes a folder. Choose another name")
+        try:
+            huggingface.write(path, model.state_dict(), asdict(model.config))
+        except (huggingface.HuggingFaceError, OSError) as error:
+            raise CheckpointError(str(error)) from error
+    else:
+        save_checkpoint(path, {"transformer_lens": transformer_lens, "nanogpt": nanogpt}[kind](model))
+
+
+def main(arguments):
+    parser = argparse.ArgumentParser(prog="model.py export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", help="a run's folder or a checkpoint")
+    parser.add_argument("path", help="folder (hf) or file to write")
+    parser.add_argument("--to", required=True, choices=["hf", "transformer_lens", "nanogpt"])
+    options = parser.parse_args(arguments)
+    try:
+        export(options.run, options.to, options.path)
+    except CheckpointError as error:
+        sys.exit(f"error: {error}")
+    print(f"wrote {options.path}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,144 @@
+"""Where a run computes: the device, the precision, and the processes that share the work.
+
+    python train.py ...                              one process
+    torchrun --nproc_per_node=8 train.py ...         eight; torchrun tells each its number in the environment
+
+Data parallel: every process holds the whole model and works on its share of every batch. Gradients are averaged by PyTorch's
+DistributedDataParallel; the few numbers that decisions hang on (loss, lambda's measurement, "please stop") are averaged or
+summed here, so that all processes decide alike. Without torchrun every function does the obvious thing for one process.
+
+Notable: NCCL connects GPUs, Gloo connects CPUs. This file imports no other file of ours.
+"""
+
+import functools
+import os
+import shutil
+import time
+
+import torch
+import torch.distributed as dist
+
+# Dense bf16 matrix FLOP/s that the data sheets promise, by a part of torch.cuda.get_device_name(). The first match counts
+PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "B200": 2250e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12, "A10": 125e12, "4090": 165e12, "3090": 71e12}
+
+
+class HardwareError(Exception):
+    """A device that this machine does not have. The message says what to type instead."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One process
+
+
+def pick_device(name):
+    """The torch device for the setting 'auto', 'cpu', 'mps', 'cuda' or 'cuda:N', as a string. Raises HardwareError if there is none such."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if name == "cuda" and "LOCAL_RANK" in os.environ:
+        name = f"cuda:{os.environ['LOCAL_RANK']}"  # under torchrun every process has a GPU of its own
+    if name.startswith("cuda") and int(name[5:] or 0) >= torch.cuda.device_count() or name == "mps" and not torch.backends.mps.is_available():
+        raise HardwareError(f"device={name}: this machine or this build of torch has none. Leave --device away, use --device=cpu, or start fewer processes")
+    return name
+
+
+def precision(name, device):
+    """A function that returns the autocast context for the setting 'auto', 'float32' or 'bfloat16'; and the choice in words.
+
+    'auto' is bfloat16 where the hardware multiplies it natively: GPUs since Ampere, CPUs with AMX (Intel's since 2023); else float32.
+    There is no float16: its gradients underflow without a loss scaler, and bfloat16 needs none.
+    """
+    kind = device.split(":")[0]
+    if name == "auto":
+        native = torch.cuda.is_bf16_supported(including_emulation=False) if kind == "cuda" else kind == "cpu" and torch.cpu._is_amx_tile_supported()
+        name = "bfloat16" if native else "float32"
+    return functools.partial(torch.autocast, kind, dtype=torch.bfloat16, enabled=name == "bfloat16"), name
+
+
+def compiles(setting, device, context):
+    """Shall torch.compile be used? 'on', 'off', or 'auto': on a GPU; on a CPU where it pays (long contexts) and a C++ compiler is there."""
+    compiler = any(shutil.which(name) for name in (os.environ.get("CXX", "c++"), "g++", "clang++", "cl"))
+    return setting == "on" or setting == "auto" and (device.startswith("cuda") or device == "cpu" and context >= 64 and compiler)
+
+
+def peak_flops(device):
+    """bf16 FLOP/s that the device could do at best, or None where nobody has written it down (PEAK_FLOPS)."""
+    if device.startswith("cuda"):
+        name = torch.cuda.get_device_name(device)
+        return next((flops for part, flops in PEAK_FLOPS.items() if part in name), None)
+    return None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Many processes
+
+
+def start_processes(device):
+    """Join the other processes that torchrun has started, if any."""
+    if "RANK" in os.environ and not dist.is_initialized():
+        if device.startswith("cuda"):
+            torch.cuda.set_device(device)
+        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+
+
+def stop_processes():
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def rank():
+    """This process's number, from 0 to world() - 1. Only 0 writes files and prints."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world():
+    """How many processes there are."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def wait_for_all():
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def total(values, device="cpu"):
+    """Sums over all processes of a list of numbers; every process gets them. A list of floats."""
+    summed = torch.tensor(values, dtype=torch.float64, device=device if device != "mps" else "cpu")
+    if dist.is_initialized():
+        dist.all_reduce(summed)
+    return summed.tolist()
+
+
+def say(*words):
+    """print, once and not once per process."""
+    if rank() == 0:
+        print(*words, flush=True)
+
+
+class Speed:
+    """A stopwatch for training steps that leaves evaluations out: tokens per second, model FLOPs utilisation, peak GPU memory.
+
+    tokens_per_step, over all processes; flops_per_token, forward and backward, see `GPT.flops_per_token`.
+    """
+
+    def __init__(self, tokens_per_step, flops_per_token, device):
+        self.tokens_per_step, self.flops_per_token, self.device = tokens_per_step, flops_per_token, device
+        self.peak = peak_flops(device)
+        self.steps, self.seconds, self.since = 0, 0.0, time.perf_counter()
+
+    def step(self):
+        self.steps += 1
+
+    def pause(self):
+        self.seconds += time.perf_counter() - self.since
+
+    def go_on(self):
+        self.since = time.perf_counter()
+
+    def read(self):
+        """What was measured since the last call, as a dict; null where there is nothing to tell. Call it while paused."""
+        speed = self.tokens_per_step * self.steps / self.seconds if self.steps else None
+        cuda = self.device.startswith("cuda")
+        found = {"tokens_per_second": speed, "mfu": speed * self.flops_per_token / (self.peak * world()) if speed and self.peak else None,
+                 "gpu_memory_gb": torch.cuda.max_memory_allocated(self.device) / 1e9 if cuda else None}
+        self.steps, self.seconds = 0, 0.0
+        return found

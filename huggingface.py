@@ -1,0 +1,137 @@
+"""GPT-2 as Hugging Face stores it: OpenAI's weights in, ours out.
+
+    our Linear:      y = x W^T + b    W (out, in)
+    their Conv1D:    y = x W + b      W (in, out)         so four matrices of every block are stored transposed
+
+Names are the same otherwise (nanoGPT took them over), but for a prefix `transformer.` that OpenAI's original files lack, a tied
+lm_head that is not stored twice, and the causal mask, which old files hold as `attn.bias`.
+
+Notable: `pytorch_model.bin` is read with torch.load(weights_only=True). `model.safetensors`, which transformers writes today, needs the
+package safetensors, imported only here. This file imports no file of ours but download.py.
+"""
+
+import json
+import os
+import re
+
+import torch
+
+from download import DownloadError, download
+
+# OpenAI's four, as the organisation openai-community hosts them. Size in bytes; sha256 where we could confirm one from several public sources
+PRETRAINED = {
+    "gpt2": {"n_layer": 12, "n_head": 12, "n_embd": 768, "size": 548118077, "sha256": "7c5d3f4b8b76583b422fcb9189ad6c89d5d97a094541ce8932dce3ecabde1421"},
+    "gpt2-medium": {"n_layer": 24, "n_head": 16, "n_embd": 1024, "size": None, "sha256": None},
+    "gpt2-large": {"n_layer": 36, "n_head": 20, "n_embd": 1280, "size": None, "sha256": None},
+    "gpt2-xl": {"n_layer": 48, "n_head": 25, "n_embd": 1600, "size": None, "sha256": None},
+}
+CONV1D = re.compile(r"(attn\.c_attn|attn\.c_proj|mlp\.c_fc|mlp\.c_proj)\.weight$")
+MASK = re.compile(r"\.attn\.(masked_)?bias$")
+GELU = {"gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu": "none"}  # their names -> torch's `approximate`
+ACTIVATION = {"tanh": "gelu_new", "none": "gelu"}  # and back
+# settings of theirs that change what the model computes, and the one value that our model computes
+FIXED = {"model_type": "gpt2", "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "layer_norm_epsilon": 1e-5, "add_cross_attention": False}
+
+
+class HuggingFaceError(Exception):
+    """A file or folder that is not a GPT-2 as transformers stores it. The message says what is wrong."""
+
+
+def is_huggingface(path):
+    """Does `path` name one of OpenAI's models, or a folder or file that transformers wrote?"""
+    return path in PRETRAINED or path.endswith((".safetensors", ".bin")) or os.path.exists(os.path.join(path, "config.json")) and any(
+        os.path.exists(os.path.join(path, name)) for name in WEIGHTS)
+
+
+WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+
+
+def read(source):
+    """A checkpoint as nanoGPT lays it out, {'model', 'model_args'}, from OpenAI's name, a folder of transformers, or a file of one.
+
+    An OpenAI name is downloaded once into torch's cache (TORCH_HOME) and checked. Raises HuggingFaceError, or DownloadError.
+    """
+    if source in PRETRAINED:
+        known = PRETRAINED[source]
+        host = os.environ.get("HF_ENDPOINT", "https://huggingface.co")  # as huggingface_hub: for mirrors
+        path = download(f"{host}/openai-community/{source}/resolve/main/pytorch_model.bin",
+                        os.path.join(torch.hub.get_dir(), "checkpoints", f"openai-community-{source}.bin"), known["sha256"], known["size"])
+        return convert(read_tensors(path), {"n_head": known["n_head"]}, source)
+    folder = source if os.path.isdir(source) else os.path.dirname(source)
+    theirs = {}
+    if os.path.exists(os.path.join(folder, "config.json")):
+        with open(os.path.join(folder, "config.json"), encoding="utf-8") as f:
+            theirs = json.load(f)
+    if not os.path.isdir(source):
+        return convert(read_tensors(source), theirs, source)
+    name = next(name for name in WEIGHTS if os.path.exists(os.path.join(folder, name)))
+    files = [name]
+    if name.endswith(".index.json"):  # several files, and one that says what is where
+        with open(os.path.join(folder, name), encoding="utf-8") as f:
+            files = sorted(set(json.load(f)["weight_map"].values()))
+    tensors = {}
+    for file in files:
+        tensors |= read_tensors(os.path.join(folder, file))
+    return convert(tensors, theirs, source)
+
+
+def read_tensors(path):
+    """{name: tensor} of a .bin or .safetensors file."""
+    if not os.path.exists(path):
+        raise HuggingFaceError(f"there is no {path}")
+    load = safetensors().load_file if path.endswith(".safetensors") else lambda path: torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        return load(path)
+    except Exception as error:  # of many types: all mean that the file is not what it should be
+        raise HuggingFaceError(f"{path} cannot be read ({type(error).__name__}): it is truncated or damaged. Delete it and bring it again") from error
+
+
+def convert(tensors, theirs, source):
+    """Their tensors and config (a dict, may be empty) -> {'model', 'model_args'}."""
+    different = [f"{key}={theirs[key]!r}" for key, value in FIXED.items() if theirs.get(key, value) != value]
+    activation = theirs.get("activation_function", "gelu_new")
+    if different or activation not in GELU or theirs.get("n_inner") not in (None, 4 * theirs.get("n_embd", 0)):
+        raise HuggingFaceError(f"{source} is no GPT-2 that model.py can compute: {', '.join(different) or 'n_inner or activation_function ' + str(activation)}")
+    state = {name.removeprefix("transformer."): tensor for name, tensor in tensors.items() if not MASK.search(name)}
+    if "wte.weight" not in state or "wpe.weight" not in state:
+        raise HuggingFaceError(f"{source} holds no GPT-2: wte.weight or wpe.weight is missing. It has {', '.join(list(tensors)[:3])}, ...")
+    state = {name: tensor.t().contiguous() if CONV1D.search(name) else tensor for name, tensor in state.items()}
+    vocab_size, n_embd = state["wte.weight"].shape
+    lm_head = state.pop("lm_head.weight", state["wte.weight"])
+    layers = {int(name.split(".")[1]) for name in state if name.startswith("h.")}
+    args = {"n_layer": theirs.get("n_layer", len(layers)), "n_head": theirs.get("n_head", n_embd // 64),  # every GPT-2 has heads of width 64
+            "n_embd": n_embd, "block_size": state["wpe.weight"].shape[0], "vocab_size": vocab_size, "bias": True, "gelu": GELU[activation],
+            "tied": torch.equal(lm_head, state["wte.weight"])}
+    return {"model": {f"transformer.{name}": tensor.float() for name, tensor in state.items()} | {"lm_head.weight": lm_head.float()}, "model_args": args}
+
+
+def write(folder, state, args):
+    """Write a folder that `transformers.GPT2LMHeadModel.from_pretrained` loads. state, args: as in `convert`'s result."""
+    if not args["bias"]:  # transformers' GPT-2 has biases always: ours that are not there are 0
+        state = dict(state)
+        for name in [name for name in state if name.endswith(".weight") and (CONV1D.search(name) or ".ln_" in name)]:
+            state[name.replace(".weight", ".bias")] = torch.zeros(state[name].shape[0])
+    tensors = {name: tensor.t().contiguous() if CONV1D.search(name) else tensor.contiguous() for name, tensor in state.items()
+               if not (args["tied"] and name == "lm_head.weight")}
+    config = FIXED | {"architectures": ["GPT2LMHeadModel"], "vocab_size": args["vocab_size"], "n_positions": args["block_size"], "n_embd": args["n_embd"],
+                      "n_layer": args["n_layer"], "n_head": args["n_head"], "tie_word_embeddings": args["tied"], "bos_token_id": 50256, "eos_token_id": 50256,
+                      "activation_function": ACTIVATION[args["gelu"]],
+                      **{key: args["dropout"] for key in ("resid_pdrop", "embd_pdrop")}, "attn_pdrop": 0.0}
+    if args["gated"]:
+        config["gate_bias"] = args["gate_bias"]  # transformers keeps what it does not know: model.config.gate_bias
+    os.makedirs(folder, exist_ok=True)
+    weights, settings = os.path.join(folder, "model.safetensors"), os.path.join(folder, "config.json")
+    safetensors().save_file(tensors, weights + ".tmp", metadata={"format": "pt"})
+    os.replace(weights + ".tmp", weights)
+    with open(settings + ".tmp", "w", encoding="utf-8") as f:
+        json.dump(config, f, indent=1)
+    os.replace(settings + ".tmp", settings)
+
+
+def safetensors():
+    """The package's module for torch, imported only where it is needed."""
+    try:
+        import safetensors.torch
+    except ImportError as error:
+        raise HuggingFaceError("files of the kind .safetensors need a package that is not installed: pip install safetensors") from error
+    return safetensors.torch

@@ -1,0 +1,111 @@
+"""Let a model write, and show what it read: text generation, with the open edges of every token.
+
+    python model.py sample out/stdlib --prompt="def read("               text
+    python model.py sample out/stdlib --prompt="def read(" --edges       and, for every new token, the earlier tokens that it read
+
+The next token is drawn from softmax(logits / temperature), restricted to the top_k likeliest. Gates are deterministic, as in every
+evaluation: what `--edges` marks is all that the position could see, in any head of any layer, before it chose.
+
+Notable: an edge passes what layers below have gathered at the earlier token, so its text can carry news from further back. The model
+sees the last block_size tokens; everything is computed anew for every token, since a cache of keys and values would hide the method.
+"""
+
+import argparse
+import os
+import shutil
+import sys
+
+import torch
+
+import hardware
+import text
+from model import CheckpointError, model_of, read_checkpoint, tokenizer_of
+
+READ, NEW, PLAIN = "\033[30;43m", "\033[1;36m", "\033[0m"  # black on yellow: read; bold cyan: the token that reads
+
+
+def kept_checkpoint(run):
+    """The checkpoint file of a run's folder: best.pt, or last.pt where no evaluation met the target. Other paths are returned as they are."""
+    found = [path for name in ("best.pt", "last.pt") if os.path.exists(path := os.path.join(run, name))]
+    return found[0] if found else run
+
+
+@torch.no_grad()
+def generate(model, idx, tokens, temperature=0.8, top_k=50, vocab_size=None):
+    """Yield, `tokens` times, the next token id and the (n_layer, H, T) edges that its position read, True where open.
+
+    idx (1, T0) token ids, at least one. temperature 0 takes the likeliest. vocab_size: ids from there on are padding and never drawn.
+    """
+    model.eval()
+    for _ in range(tokens):
+        idx = idx[:, -model.config.block_size:]
+        read = []
+        logits, _, _ = model(idx, record=lambda layer, gates: read.append(gates.open[0, :, -1] > 0))
+        logits = logits[0, -1, :vocab_size].float()
+        if temperature:
+            lowest = logits.topk(min(top_k, len(logits))).values[-1]
+            probabilities = (logits / temperature).masked_fill(logits < lowest, -torch.inf).softmax(-1)
+            token = torch.multinomial(probabilities, 1)
+        else:
+            token = logits.argmax().view(1)
+        yield token.item(), torch.stack(read)
+        idx = torch.cat([idx, token[None]], dim=1)
+
+
+def shown(ids, tokens):
+    """What each token looks like on one line of a terminal: a list of strings."""
+    return [tokens.decode([i]).replace("\n", "↵").replace("\t", "→").replace("\r", "←").replace("\0", "∎") for i in ids]
+
+
+def edges_line(context, new, read, tokens, width):
+    """One line: the last tokens that fit into `width`, those that were read marked, and then the new token."""
+    pieces = shown(context, tokens)
+    first, room = len(pieces), width - len(shown([new], tokens)[0]) - 12
+    while first > 0 and room - len(pieces[first - 1]) >= 0:
+        first -= 1
+        room -= len(pieces[first])
+    seen = read.any(dim=(0, 1)).tolist()  # (T,), by any head of any layer
+    earlier = sum(seen[:max(0, first - (len(context) - len(seen)))])
+    offset = len(context) - len(seen)
+    line = "".join(f"{READ}{piece}{PLAIN}" if i >= offset and seen[i - offset] else piece for i, piece in enumerate(pieces[first:], first))
+    return f"{line}{NEW}{shown([new], tokens)[0]}{PLAIN}  {int(read.sum())} edges" + (f", {earlier} tokens further left" if earlier else "")
+
+
+def main(arguments):
+    parser = argparse.ArgumentParser(prog="model.py sample", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", help="a run's folder, a checkpoint, or OpenAI's gpt2, gpt2-medium, ...")
+    parser.add_argument("--prompt", default="\n", help="what the text begins with")
+    parser.add_argument("--tokens", type=int, default=200, help="how many to write")
+    parser.add_argument("--temperature", type=float, default=0.8, help="0 always takes the likeliest token")
+    parser.add_argument("--top_k", type=int, default=50, help="choose among so many")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--edges", action="store_true", help="mark, for every new token, the tokens that it read")
+    options = parser.parse_args(arguments)
+    try:
+        path = kept_checkpoint(options.run)
+        checkpoint = read_checkpoint(path)
+        name = tokenizer_of(checkpoint, path) or "gpt2"
+        if name not in ("bytes", "gpt2"):
+            raise CheckpointError(f"{options.run} does not write text: it was trained on {name}. Choose a run on text, such as out/stdlib")
+        tokens = text.tokenizer(name)
+        device = hardware.pick_device(options.device)
+        model = model_of(checkpoint, path, device)
+        if options.tokens < 1 or options.temperature < 0 or options.top_k < 1:
+            raise CheckpointError("--tokens and --top_k must be at least 1, --temperature at least 0")
+        ids = list(tokens.encode(options.prompt.encode())) or [tokens.separator]
+    except (CheckpointError, text.TextError, hardware.HardwareError) as error:
+        sys.exit(f"error: {error}")
+    torch.manual_seed(options.seed)
+    start = len(ids)
+    idx = torch.tensor([[int(i) for i in ids]], device=device)
+    for token, read in generate(model, idx, options.tokens, options.temperature, options.top_k, tokens.vocab_size):
+        if options.edges:
+            print(edges_line(ids, token, read, tokens, shutil.get_terminal_size().columns))
+        ids.append(token)
+    if not options.edges:
+        print(options.prompt + tokens.decode(ids[start:]))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

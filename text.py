@@ -1,0 +1,116 @@
+"""Text as tokens: two tokenizers, where documents come from, and how they are split.
+
+    bytes   256 tokens, the bytes of UTF-8; token 0, which no text contains, stands before every document
+    gpt2    50,257 tokens, OpenAI's byte pair encoding, through tiktoken; token 50256, <|endoftext|>, stands before every document
+
+A held-out set is made of whole documents: had a document one half on each side, the model could remember names and phrases from the half
+that it trained on. Identical documents are taken once, so that none is on both sides.
+
+Notable: which side a document is on hangs on a hash of its text, not on its place in a list: the same files in any order, on any machine,
+are split alike. This file imports no other file of ours.
+"""
+
+import hashlib
+import os
+import sysconfig
+from typing import Callable, NamedTuple
+
+import numpy as np
+
+
+class TextError(Exception):
+    """A text or a vocabulary that cannot be had. The message says what to type instead."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tokenizers
+
+
+class Tokenizer(NamedTuple):
+    name: str
+    vocab_size: int
+    separator: int  # the token that stands before every document
+    encode: Callable  # bytes -> list or array of token ids
+    decode: Callable  # token ids -> str; bytes that are no UTF-8 become U+FFFD
+
+
+def tokenizer(name):
+    """The Tokenizer called 'bytes' or 'gpt2'. Raises TextError if there is none such, or its vocabulary cannot be fetched."""
+    if name == "bytes":
+        return Tokenizer(name, 256, 0, lambda text: np.frombuffer(text, dtype=np.uint8), lambda ids: bytes(ids).decode("utf-8", errors="replace"))
+    if name != "gpt2":
+        raise TextError(f"there is no tokenizer {name!r}: it is 'bytes' or 'gpt2'")
+    try:
+        import tiktoken  # here, because it is slow to import and bytes need it not
+
+        bpe = tiktoken.get_encoding("gpt2")
+    except Exception as error:  # no network, a proxy, a damaged cache: errors of many packages
+        raise TextError(f"OpenAI's vocabulary for --tokenizer=gpt2 cannot be fetched ({type(error).__name__}). tiktoken downloads it once and keeps it in the folder "
+                        "that the environment variable TIKTOKEN_CACHE_DIR names: copy that folder from a machine that has it, or use --tokenizer=bytes") from error
+    return Tokenizer(name, bpe.n_vocab, bpe.eot_token, lambda text: bpe.encode_ordinary(text.decode("utf-8", errors="replace")), lambda ids: bpe.decode(list(ids)))
+
+
+def encode_document(text, tokens):
+    """The token ids of one document (bytes), the separator first: uint16, flat. tokens: a Tokenizer."""
+    return np.concatenate([[tokens.separator], tokens.encode(text)]).astype(np.uint16)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Documents
+
+
+def stdlib_documents():
+    """The source files of the Python standard library that runs this, as bytes: 12 MB of real code that every machine has.
+
+    Without its tests, which some systems do not install, and without packages that were installed later.
+    """
+    root = sysconfig.get_path("stdlib")
+    for folder, folders, files in os.walk(root):
+        folders[:] = sorted(set(folders) - {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"})
+        for name in sorted(files):
+            if name.endswith(".py"):
+                with open(os.path.join(folder, name), "rb") as f:
+                    yield f.read()
+
+
+def file_documents(paths):
+    """The given files, one document each, as bytes. Raises TextError if one is missing or empty."""
+    for path in paths:
+        try:
+            with open(path, "rb") as f:
+                content = f.read()
+        except OSError as error:
+            raise TextError(f"--file={path}: {error.strerror}") from error
+        if not content.strip():
+            raise TextError(f"--file={path} is empty")
+        yield content
+
+
+def is_held_out(text, share):
+    """Does a document (bytes) of a large collection belong to the held-out set? share: of the documents, from 0 to 1."""
+    return int.from_bytes(hashlib.sha256(text).digest()[:8], "big") < share * 2**64
+
+
+def split(documents, share=0.1):
+    """Two lists of documents (bytes), training and held out, the latter about `share` of all bytes. Documents are taken in the order of their hash.
+
+    A single document is cut once, at the blank line (else the line, else the byte) next to 1 - share of it. Raises TextError if there is no text.
+    """
+    documents = sorted({text for text in documents if text.strip()}, key=lambda text: hashlib.sha256(text).digest())
+    if not documents:
+        raise TextError("there is no text to make a dataset of")
+    if len(documents) == 1:
+        text, cut = documents[0], int((1 - share) * len(documents[0]))
+        for ending in (b"\n\n", b"\n"):
+            if (place := text.rfind(ending, 0, cut)) > 0:
+                cut = place + len(ending)
+                break
+        return [text[:cut]], [text[cut:]]
+    room, train, val = 1.2 * share * sum(map(len, documents)), [], []
+    for text in documents:
+        held_out = sum(map(len, val)) < room / 1.2 and sum(map(len, val)) + len(text) <= room
+        (val if held_out else train).append(text)
+    if not val:  # all of them are large: the smallest
+        val.append(min(train, key=len))
+        train.remove(val[0])
+    return train, val
