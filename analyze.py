@@ -6,8 +6,8 @@
 
 Everything is computed again from the checkpoint by evaluate.py, the code that judged the run while it trained.
 
-Writes into the run's folder: report.json, training.png; for a gated run gates.png; for addition attention_flow.png,
-the paper's first figure; and from `explain` explain.json and explain.png.
+Writes into the run's folder: report.json, training.png; for a gated run gates.png and distance.png; for addition attention_flow.png,
+the paper's first figure; for text gallery.png; and from `explain` explain.json and explain.png.
 """
 
 import json
@@ -18,7 +18,9 @@ import numpy as np
 import torch
 
 import figures
+import hardware
 import prepare_data
+import text
 from evaluate import evaluate_splits
 from explain import damage, explain, when
 from model import CheckpointError, load_checkpoint, model_of, read_checkpoint
@@ -54,7 +56,8 @@ def report(run):
     run, seed, step (of the checkpoint), meets_target
     dense, sparse   {val_loss (nats, held out), accuracy (share of held-out rows right, null for text), correct, examples (both splits)}
     target_loss     nats; what the sparse val_loss had to stay at or below
-    edges           {open (mean per held-out sequence), total (causal pairs of all heads and layers), fraction, per_head [layer][head]}
+    edges           {open (mean per held-out sequence), total (causal pairs of all heads and layers), fraction, per_head [layer][head],
+                    by_distance [positions back]}
     heads_off       number of heads without any open edge
     seconds         {dense, sparse} of training
     A dense run has sparse, target_loss and seconds.sparse null.
@@ -62,7 +65,7 @@ def report(run):
     config = read_json(os.path.join(run, "config.json"))
     path, meets_target = kept_checkpoint(run)
     checkpoint = read_checkpoint(path)
-    model = model_of(checkpoint, path)
+    model = model_of(checkpoint, path, hardware.pick_device("auto"))
     seconds = read_checkpoint(os.path.join(run, "last.pt"))["seconds"]
     data = prepare_data.load(config["dataset"])
     judged = evaluate_splits(model, data, config["eval_batch_size"], config["eval_batches"])
@@ -78,7 +81,7 @@ def report(run):
     result = {
         "run": run, "seed": config["seed"], "step": checkpoint["step"], "meets_target": meets_target,
         "dense": summary(dense), "sparse": sparse and summary(sparse), "target_loss": checkpoint["target_loss"],
-        "edges": {key: judged["val"][key] for key in ("open", "total", "fraction", "per_head")},
+        "edges": {key: judged["val"][key] for key in ("open", "total", "fraction", "per_head", "by_distance")},
         "heads_off": sum(fraction == 0 for layer in judged["val"]["per_head"] for fraction in layer), "seconds": seconds}
     prepare_data.write_json(os.path.join(run, "report.json"), result)
 
@@ -86,8 +89,12 @@ def report(run):
         figures.training(os.path.join(run, "training.png"), [json.loads(line) for line in f], checkpoint["step"])
     if model.config.gated:
         figures.open_by_head(os.path.join(run, "gates.png"), judged["val"]["per_head"])
+        figures.open_by_distance(os.path.join(run, "distance.png"), judged["val"]["by_distance"], judged["val"]["open"])
+        dense_model = parent_of(parent, run)
         if config["dataset"] == "addition":
-            attention_flow(run, model, parent)
+            attention_flow(run, model.cpu(), dense_model)
+        elif data.meta["kind"] == "stream":
+            gallery(run, model.cpu(), dense_model, data, judged["val"]["per_head"])
     return result
 
 
@@ -111,6 +118,7 @@ def table(reports):
             ("rows right", [f"{sparse_or_dense(r)['correct']} of {sparse_or_dense(r)['examples']}"
                             if sparse_or_dense(r)["correct"] is not None else "-" for r in reports]),
             ("open edges", [f"{r['edges']['open']:.2f} of {r['edges']['total']} ({100 * r['edges']['fraction']:.2f} %)" for r in reports]),
+            ("open edges per token", [f"{r['edges']['open'] / len(r['edges']['by_distance']):.2f}" for r in reports]),
             ("heads off", [f"{r['heads_off']} of {sum(map(len, r['edges']['per_head']))}" for r in reports]),
             ("checkpoint of step", [str(r["step"]) for r in reports]),
             ("seconds, dense + sparse", [" + ".join("-" if s is None else f"{s:.0f}" for s in r["seconds"].values()) for r in reports])]
@@ -118,17 +126,24 @@ def table(reports):
     return "\n".join("  ".join([f"{name:24}", *(cell.rjust(width) for cell, width in zip(cells, widths))]) for name, cells in rows)
 
 
+def parent_of(parent, run):
+    """The dense model that a run started from, or None, said aloud, if its file is gone."""
+    try:
+        return load_checkpoint(parent)
+    except CheckpointError:
+        print(f"{parent} is gone: the figures in {run} show the sparse model only")
+        return None
+
+
 @torch.no_grad()
-def attention_flow(run, model, parent):
+def attention_flow(run, model, dense_model):
     """attention_flow.png: three sums through the dense parent (if it is still there) and the sparse model."""
     a, b = np.array([s[:2] for s in SUMS]).T
     questions = prepare_data.addition_rows(a, b)[:, 0].astype(np.int64)
     columns = [(f"{x} + {y} = {x + y}, {kind}", token_names(question)) for (x, y, kind), question in zip(SUMS, questions)]
     models = [("sparse", model)]
-    if os.path.exists(parent):
-        models.insert(0, ("dense", load_checkpoint(parent)))
-    else:
-        print(f"{parent} is gone: attention_flow.png shows the sparse model only")
+    if dense_model:
+        models.insert(0, ("dense", dense_model))
     rows = []
     for label, net in models:
         layers = []
@@ -137,6 +152,26 @@ def attention_flow(run, model, parent):
         weights = np.stack(layers, axis=1)  # (sums, n_layer, H, T, T)
         rows.append((label, [(w, [""] * 6 + token_names(answer[6:])) for w, answer in zip(weights, answers)]))
     figures.attention_flow(os.path.join(run, "attention_flow.png"), columns, rows)
+
+
+@torch.no_grad()
+def gallery(run, model, dense_model, data, per_head, heads=4, length=36):
+    """gallery.png: what the busiest heads of the sparse model attend to on one held-out snippet, and what the same heads did before."""
+    tokens = text.tokenizer(data.meta["tokenizer"])
+    ids = np.asarray(data.val[len(data.val) // 2:len(data.val) // 2 + 1000]).astype(np.int64)  # the middle of the held-out text,
+    line_ends = [i for i, piece in enumerate(text.pieces(ids.tolist(), tokens)) if piece.endswith("↵")]
+    begin = line_ends[0] + 1 if line_ends and line_ends[0] < 900 else 0  # from the beginning of a line
+    ids = ids[begin:begin + min(length, model.config.block_size)]
+    fractions = np.array(per_head)
+    busiest = sorted(np.ndindex(fractions.shape), key=lambda at: -fractions[at])[:min(heads, (fractions > 0).sum())]
+    rows = []
+    for label, net in (("dense", dense_model), ("sparse", model)):
+        if net:
+            layers = []
+            net(torch.from_numpy(ids)[None], record=lambda layer, gates: layers.append((gates.open * gates.pattern)[0].numpy()))
+            rows.append((label, [layers[layer][head] for layer, head in busiest]))
+    titles = [f"layer {layer}, head {head}: {100 * fractions[layer, head]:.2g} % open" for layer, head in busiest]
+    figures.gallery(os.path.join(run, "gallery.png"), titles, text.pieces(ids.tolist(), tokens), rows)
 
 
 def token_names(tokens):

@@ -21,7 +21,8 @@ def evaluate(model, data, split, batch_size=1000, max_batches=0):
     Rows are taken as they are, a stream is cut into windows of block_size that do not overlap. With max_batches the examples
     are spread evenly over the split, because its first documents need not be like the others.
     Returns a dict of plain numbers: loss, accuracy (None for a stream), correct and examples (numbers of rows),
-    open, total, fraction, per_head [n_layer][H] open fractions. Leaves the model in the mode in which it was.
+    open, total, fraction, per_head [n_layer][H] open fractions, by_distance [T] open fractions of the edges that reach
+    0, 1, 2, ... positions back. Leaves the model in the mode in which it was.
     """
     config, device = model.config, next(model.parameters()).device
     rows = data.meta["kind"] == "rows"
@@ -32,9 +33,12 @@ def evaluate(model, data, split, batch_size=1000, max_batches=0):
         indices = [indices[i * len(indices) // wanted] for i in range(wanted)]
     pairs = T * (T + 1) // 2
     open_edges = torch.zeros(config.n_layer, config.n_head, dtype=torch.float64)  # summed over sequences
+    reads = torch.zeros(T, T, dtype=torch.float64)  # query by key, summed over sequences, layers and heads
 
     def count(layer, gates):
-        open_edges[layer] += gates.open.sum(dim=(0, 2, 3)).cpu()
+        by_head = gates.open.sum(dim=0).cpu().double()  # (H, T, T)
+        open_edges[layer] += by_head.sum(dim=(1, 2))
+        reads.add_(by_head.sum(dim=0))
 
     was_training = model.training
     model.eval()
@@ -47,14 +51,17 @@ def evaluate(model, data, split, batch_size=1000, max_batches=0):
         targets_seen += asked.sum().item()
         correct += ((logits.argmax(-1) == y) | ~asked).all(dim=1).sum().item()
     model.train(was_training)
-    loss_sum, targets_seen, correct, *flat = hardware.total([loss_sum, targets_seen, correct, *open_edges.flatten().tolist()], device)
-    open_edges, correct = torch.tensor(flat, dtype=torch.float64).view_as(open_edges), int(correct)
+    reach = [reads.diagonal(-distance).sum().item() for distance in range(T)]
+    loss_sum, targets_seen, correct, *counted = hardware.total([loss_sum, targets_seen, correct, *open_edges.flatten().tolist(), *reach], device)
+    correct, heads = int(correct), config.n_layer * config.n_head
+    open_edges = torch.tensor(counted[:heads], dtype=torch.float64).view_as(open_edges)
 
     per_head = open_edges / len(indices) / pairs if config.gated else torch.ones_like(open_edges)
-    total = config.n_layer * config.n_head * pairs
+    by_distance = [counted[heads + d] / len(indices) / heads / (T - d) if config.gated else 1.0 for d in range(T)]
+    total = heads * pairs
     return {"loss": loss_sum / targets_seen, "accuracy": correct / len(indices) if rows else None, "correct": correct,
             "examples": len(indices), "open": per_head.sum().item() * pairs, "total": total,
-            "fraction": per_head.mean().item(), "per_head": per_head.tolist()}
+            "fraction": per_head.mean().item(), "per_head": per_head.tolist(), "by_distance": by_distance}
 
 
 def evaluate_splits(model, data, batch_size, max_batches):

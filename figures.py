@@ -122,6 +122,46 @@ def open_by_head(path, per_head):
     save(figure, path)
 
 
+def open_by_distance(path, by_distance, open_edges):
+    """How far back the open edges reach. by_distance [T]: open fraction of the edges that reach so many positions back; open_edges: mean number a sequence."""
+    fractions = np.array(by_distance)
+    T = len(fractions)
+    figure, ax = plt.subplots(figsize=(6.4, 3.6), layout="constrained")
+    ax.plot(np.arange(T) + 1, 100 * np.ma.masked_equal(fractions, 0), color="tab:blue", label="sparse model")
+    ax.axhline(100, color="tab:orange", ls="--", label="dense model: every edge")
+    share = fractions * (T - np.arange(T))
+    half = int(np.searchsorted(np.cumsum(share), share.sum() / 2)) if share.sum() else 0
+    ax.axvline(half + 1, color=GREY, lw=1)
+    ax.text(half + 1, 45, f" half of all {open_edges:.0f} open edges\n reach {half} or fewer back", fontsize=8, va="top")
+    ticks = [t for t in (0, 1, 3, 7, 15, 31, 63, 127, 255, 511, 1023) if t < T]
+    ax.set(xscale="log", yscale="log", xlabel="positions back (0: a token reads itself)", ylabel="open edges (%)", title="How far back do the edges reach?")
+    ax.set_xticks([t + 1 for t in ticks], [str(t) for t in ticks])
+    ax.minorticks_off()
+    ax.yaxis.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda y, _: f"{y:g}"))
+    ax.legend(fontsize=8, loc="lower left")
+    ax.grid(alpha=0.3)
+    save(figure, path)
+
+
+def gallery(path, titles, tokens, rows):
+    """Attention maps of a few heads on one snippet. titles: one per head; tokens: T strings; rows [(label, [weights (T, T), one per head])]."""
+    T, columns = len(tokens), max(1, len(titles))
+    figure, axes = plt.subplots(len(rows), columns, figsize=(4.2 * columns, 4.4 * len(rows)), squeeze=False, layout="constrained")
+    for r, (label, maps) in enumerate(rows):
+        for c, weights in enumerate(maps):
+            ax = axes[r, c]
+            ax.imshow(np.ma.masked_equal(weights, 0), cmap="Blues", norm=matplotlib.colors.PowerNorm(0.5, vmin=0, vmax=1))
+            ax.set_xticks(range(T), tokens, fontsize=7, family="monospace")
+            ax.set_yticks(range(T), tokens, fontsize=7, family="monospace")
+            ax.tick_params(length=0, pad=1)
+            ax.set_title(titles[c] if r == 0 else "", fontsize=9)
+        axes[r, 0].set_ylabel(f"{label}\nthe token that reads", fontsize=9)
+    for ax in axes[-1]:
+        ax.set_xlabel("the token that is read", fontsize=9)
+    figure.suptitle("The busiest heads of the sparse model on one held-out snippet; white: shut", fontsize=11)
+    save(figure, path)
+
+
 def explanation(path, tokens, n_layer, edges, title):
     """Every edge that ever opens, numbered, beside what is known about it.
 

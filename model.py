@@ -269,7 +269,7 @@ def load_checkpoint(path, device="cpu", tokenizer=None, **overrides):
     trained_with = tokenizer_of(checkpoint, path)
     if tokenizer and trained_with and tokenizer != trained_with:
         raise CheckpointError(f"{path} was trained on tokens of {trained_with!r}, the data has those of {tokenizer!r}: the same numbers mean other words. "
-                              f"Make the data again with --tokenizer={trained_with}, or start from another model")
+                              "Choose a dataset that belongs to it (prepare_data.py takes --tokenizer), or start from another model")
     return model_of(checkpoint, path, device, **overrides)
 
 

@@ -52,23 +52,18 @@ def generate(model, idx, tokens, temperature=0.8, top_k=50, vocab_size=None):
         idx = torch.cat([idx, token[None]], dim=1)
 
 
-def shown(ids, tokens):
-    """What each token looks like on one line of a terminal: a list of strings."""
-    return [tokens.decode([i]).replace("\n", "↵").replace("\t", "→").replace("\r", "←").replace("\0", "∎") for i in ids]
-
-
 def edges_line(context, new, read, tokens, width):
     """One line: the last tokens that fit into `width`, those that were read marked, and then the new token."""
-    pieces = shown(context, tokens)
-    first, room = len(pieces), width - len(shown([new], tokens)[0]) - 12
-    while first > 0 and room - len(pieces[first - 1]) >= 0:
+    *shown, chosen = text.pieces([*context, new], tokens)
+    seen = read.any(dim=(0, 1)).tolist()  # by any head of any layer
+    seen = [False] * (len(shown) - len(seen)) + seen  # what lies before the model's context was not read
+    first, room = len(shown), width - len(chosen) - len("  99999 edges, 9999 further left")
+    while first > 0 and room >= len(shown[first - 1]):
         first -= 1
-        room -= len(pieces[first])
-    seen = read.any(dim=(0, 1)).tolist()  # (T,), by any head of any layer
-    earlier = sum(seen[:max(0, first - (len(context) - len(seen)))])
-    offset = len(context) - len(seen)
-    line = "".join(f"{READ}{piece}{PLAIN}" if i >= offset and seen[i - offset] else piece for i, piece in enumerate(pieces[first:], first))
-    return f"{line}{NEW}{shown([new], tokens)[0]}{PLAIN}  {int(read.sum())} edges" + (f", {earlier} tokens further left" if earlier else "")
+        room -= len(shown[first])
+    line = "".join(f"{READ}{piece}{PLAIN}" if was_read else piece for piece, was_read in zip(shown[first:], seen[first:]))
+    further = f", {sum(seen[:first])} further left" if any(seen[:first]) else ""
+    return f"{line}{NEW}{chosen}{PLAIN}  {int(read.sum())} edges{further}"
 
 
 def main(arguments):

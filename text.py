@@ -55,6 +55,11 @@ def encode_document(text, tokens):
     return np.concatenate([[tokens.separator], tokens.encode(text)]).astype(np.uint16)
 
 
+def pieces(ids, tokens):
+    """How each token looks in one line, a list of strings: line ends, tabs and document marks are shown as signs."""
+    return [tokens.decode([i]).replace("\n", "↵").replace("\t", "→").replace("\r", "←").replace("\0", "∎") for i in ids]
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Documents
 

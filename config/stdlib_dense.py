@@ -7,7 +7,7 @@ config/stdlib_control.py shows what still more steps would have brought.
 dataset = 'stdlib'
 
 n_layer = 4
-n_head = 4
+n_head = 8
 n_embd = 128
 block_size = 128  # bytes: about four lines of code
 dtype = 'auto'  # bfloat16 where the CPU multiplies it natively; judged in float32 always

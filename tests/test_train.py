@@ -208,8 +208,11 @@ def test_a_run_that_cannot_start_from_its_parent_says_why(echo):
         run("sparse.py", init_from="out/sparse", out_dir="out/twice")
     with pytest.raises(RunError, match="a row of data/echo has 4 tokens, the model's block_size is 3"):
         run("dense.py", block_size=3, out_dir="out/short")
-    with pytest.raises(RunError, match="the model knows 9 tokens, data/addition has 13"):
+    with pytest.raises(CheckpointError, match="was trained on tokens of 'echo', the data has those of 'addition'"):
         run("sparse.py", init_from="out/dense", dataset="addition", out_dir="out/other")
+    torch.save({key: value for key, value in read_checkpoint("out/dense/last.pt").items() if key != "data"}, "unnamed.pt")  # as nanoGPT's, say
+    with pytest.raises(RunError, match="the model knows 9 tokens, data/addition has 13"):
+        run("sparse.py", init_from="unnamed.pt", dataset="addition", out_dir="out/other")
 
 
 def test_a_truncated_checkpoint_is_named_and_nothing_is_overwritten(echo):
@@ -234,6 +237,8 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpo
     with pytest.raises(RunError, match="the loss is nan, .* at step 29.*last.pt still holds.*--learning_rate="):
         run("dense.py")
     assert read_checkpoint("out/dense/last.pt")["step"] == 20
+    offending = json.load(open("out/dense/offending_batch.json"))
+    assert offending["step"] == 29 and offending["indices"] == np.random.default_rng((1, False, 29)).integers(0, 400, 32).tolist()
     assert all(p.isfinite().all() for p in parameters("out/dense").values())
 
 
@@ -316,3 +321,98 @@ def test_learning_rate_warms_up_and_falls_to_its_minimum():
     c = Config(learning_rate=1.0, min_lr=0.1, warmup_steps=10, max_steps=110)
     assert get_lr(0, c) == 0.1 and get_lr(9, c) == 1.0 and get_lr(10, c) == 1.0
     assert get_lr(60, c) == pytest.approx(0.55) and get_lr(110, c) == pytest.approx(0.1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# text: the hand-over, a teacher, another target, a control
+
+
+@pytest.fixture
+def counting(workplace):
+    """A stream in which every token is the one before plus 1 or 2, by a coin that its position tosses: a loss above 0, a few edges needed."""
+    tokens = (np.cumsum(np.random.default_rng(0).integers(1, 3, 6000)) % 10).astype(np.uint16)
+    prepare_data.write_dataset("data/count", tokens[:5000], tokens[5000:], kind="stream", vocab_size=10, tokenizer="digits")
+    shared = {k: v for k, v in SMALL.items() if k not in ("block_size", "n_layer", "n_head", "n_embd")} | {"dataset": "count", "eval_batches": 1, "eval_batch_size": 50}
+    shape = {k: SMALL[k] for k in ("n_layer", "n_head", "n_embd")} | {"block_size": 8}
+    (workplace / "dense.py").write_text("".join(f"{k} = {v!r}\n" for k, v in (shared | shape).items()))
+    (workplace / "control.py").write_text("init_from = 'dense.py'\n" + "".join(f"{k} = {v!r}\n" for k, v in shared.items()))
+    (workplace / "sparse.py").write_text((workplace / "control.py").read_text() + "gated = True\nopen_above = 0.02\nconstraint_paired = True\nloss_slack = 0.02\n")
+    return workplace
+
+
+def test_a_control_goes_on_from_the_parent_in_another_order_and_can_set_the_target(counting):
+    run("sparse.py", target_from="control.py", max_steps=20)
+    control, sparse = read_checkpoint("out/control/last.pt"), read_checkpoint("out/sparse/last.pt")
+    assert control["parent"] == sparse["parent"] == "out/dense/best.pt" and sparse["reference"] == "out/control/best.pt"
+    assert sparse["target_loss"] == pytest.approx(min(m["val_loss"] for m in metrics("out/control")) + 0.02)
+    assert metrics("out/control")[0]["val_loss"] == pytest.approx(min(m["val_loss"] for m in metrics("out/dense")), abs=1e-6)  # it starts where the parent ended
+    with pytest.raises(RunError, match="target_from=out/sparse is a gated run"):
+        run("sparse.py", target_from="out/sparse", out_dir="out/other")
+
+
+def test_the_paired_constraint_is_free_of_the_batchs_luck(counting):
+    """At step 0 with all edges open the gated model is the dense one: the measured loss is then exactly the dense mean, whatever the batch."""
+    folder = run("sparse.py", max_steps=1, open_above=0.0, gate_bias=50.0)
+    line = metrics(folder)[-1]
+    assert line["constraint_loss"] == pytest.approx(line["constraint_target"] - 0.02, abs=1e-5)
+    unpaired = metrics(run("sparse.py", max_steps=1, open_above=0.0, gate_bias=50.0, constraint_paired=False, out_dir="out/unpaired"))[-1]
+    assert abs(unpaired["constraint_loss"] - line["constraint_loss"]) > 1e-3
+
+
+def test_a_teacher_changes_the_gradient_and_only_the_gradient(counting):
+    with_teacher = metrics(run("sparse.py", max_steps=20, distill_weight=2.0, out_dir="out/taught"))
+    without = metrics(run("sparse.py", max_steps=20, out_dir="out/untaught"))
+    assert with_teacher[0]["constraint_target"] == without[0]["constraint_target"] and with_teacher[0]["target_loss"] == without[0]["target_loss"]
+    assert not same(parameters("out/taught"), parameters("out/untaught"))
+    teacher = load_checkpoint("out/dense/best.pt")
+    x, _ = prepare_data.load("count").batch("val", range(0, 400, 8), 8)
+    x = torch.from_numpy(x)
+    distance = [train_file.divergence(load_checkpoint(f"out/{name}/last.pt")(x)[0], teacher(x)[0]).item() for name in ("taught", "untaught")]
+    assert distance[0] < distance[1]
+
+
+def test_divergence_is_the_textbook_sum():
+    torch.manual_seed(0)
+    student, teacher = torch.randn(2, 3, 5), torch.randn(2, 3, 5)
+    p, q = teacher.softmax(-1), student.softmax(-1)
+    assert train_file.divergence(student, teacher).item() == pytest.approx((p * (p / q).log()).sum(-1).mean().item(), rel=1e-5)
+    assert train_file.divergence(teacher, teacher).item() == pytest.approx(0, abs=1e-6)
+
+
+def test_other_data_than_the_run_began_with_is_refused(counting):
+    run("dense.py", max_steps=20)
+    tokens = np.zeros(5000, np.uint16)
+    prepare_data.write_dataset("data/count", tokens, tokens, kind="stream", vocab_size=10, tokenizer="digits")
+    with pytest.raises(RunError, match="data/count is not the data that out/dense was begun with"):
+        run("dense.py", init_from="resume", max_steps=40)
+    prepare_data.write_dataset("data/count", tokens, tokens, kind="stream", vocab_size=10, tokenizer="letters")
+    with pytest.raises(CheckpointError, match="was trained on tokens of 'digits', the data has those of 'letters'"):
+        run("sparse.py", init_from="out/dense")
+
+
+def test_a_checkpoint_of_transformers_is_a_parent_and_resumes(counting):
+    """What init_from='gpt2' does, with a tiny folder in GPT-2's place."""
+    transformers = pytest.importorskip("transformers", reason="pip install -r tests/requirements.txt")
+    transformers.GPT2LMHeadModel(transformers.GPT2Config(n_layer=1, n_head=2, n_embd=16, n_positions=8, vocab_size=300)).save_pretrained("hf")
+    prepare_data.write_dataset("data/count", *(np.arange(n, dtype=np.uint16) % 7 for n in (500, 100)), kind="stream", vocab_size=300, tokenizer="gpt2")
+    run("sparse.py", init_from="hf", max_steps=20, gate_bias=5.0, batch_size=8)
+    run("sparse.py", init_from="resume", max_steps=30)
+    saved = read_checkpoint("out/sparse/last.pt")
+    assert saved["step"] == 30 and saved["parent"] == saved["reference"] == "hf" and saved["model_args"]["n_embd"] == 16
+
+
+def test_bfloat16_trains_and_is_judged_in_float32(counting):
+    torch.manual_seed(0)
+    exact, half = (metrics(run("dense.py", dtype=dtype, out_dir=f"out/{dtype}", max_steps=20)) for dtype in ("float32", "bfloat16"))
+    assert exact[0]["val_loss"] == half[0]["val_loss"]  # before training they are one model, and the judge is one
+    assert half[-1]["val_loss"] != exact[-1]["val_loss"] and half[-1]["val_loss"] == pytest.approx(exact[-1]["val_loss"], abs=0.05)
+    assert all(p.dtype == torch.float32 for p in parameters("out/bfloat16").values())
+    assert half[-1]["tokens_per_second"] > 0
+
+
+def test_torch_compile_gives_the_same_run(counting):
+    run("sparse.py", max_steps=20)
+    run("sparse.py", max_steps=20, compile="on", out_dir="out/compiled")
+    eager, compiled = metrics("out/sparse")[-1], metrics("out/compiled")[-1]
+    assert compiled["constraint_target"] == pytest.approx(eager["constraint_target"], abs=1e-5)
+    assert compiled["val_loss"] == pytest.approx(eager["val_loss"], abs=2e-3)  # the noise is the same, its sums are in another order

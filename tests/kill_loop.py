@@ -1,0 +1,69 @@
+"""Kill a small run with SIGKILL at random moments, again and again, and compare it with one that was never killed.
+
+    python tests/kill_loop.py               20 kills, about three minutes
+    python tests/kill_loop.py 100 7         100 kills, random moments of seed 7
+
+pytest does not collect this file; test_train.py kills a run at every file that it writes, which is quicker and less honest.
+"""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+
+import torch
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+TRAIN = os.path.join(os.path.dirname(HERE), "train.py")
+SETTINGS = ["--dataset=addition", "--device=cpu", "--max_steps=3000", "--eval_interval=20", "--eval_batches=1", "--eval_batch_size=50", "--batch_size=16", "--n_embd=16", "--dropout=0.1"]
+
+
+def run(*arguments, seconds=None):
+    """Run train.py to its end, or kill it after some seconds. True if it came to its end."""
+    process = subprocess.Popen([sys.executable, TRAIN, *SETTINGS, *arguments], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    try:
+        _, errors = process.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        return False
+    if process.returncode:
+        sys.exit(f"the run failed:\n{errors.decode()}")
+    return True
+
+
+def main(kills=20, seed=1):
+    draw = random.Random(seed)
+    with tempfile.TemporaryDirectory() as folder:
+        os.chdir(folder)
+        run("--out_dir=out/dense", "--max_steps=400")
+        gated = ["--gated=True", "--init_from=out/dense", "--linear_penalty_steps=1000"]
+        began = time.time()
+        run(*gated, "--out_dir=out/whole")
+        whole = time.time() - began
+        killed = 0
+        while killed < kills:
+            if run(*gated, "--out_dir=out/killed", seconds=draw.uniform(0.5, 1.0) * max(4.0, whole / 4)):
+                print(f"it came to its end after {killed} kills; that counts as one round, the next begins")
+                compare("out/whole", "out/killed")
+                os.rename("out/killed", f"out/killed-{killed}")
+            else:
+                killed += 1
+                saved = "out/killed/last.pt"
+                print(f"kill {killed}: at step {torch.load(saved, weights_only=True)['step'] if os.path.exists(saved) else 'none saved yet'}", flush=True)
+        run(*gated, "--out_dir=out/killed")
+        compare("out/whole", "out/killed")
+
+
+def compare(a, b):
+    a, b = (torch.load(f"{name}/last.pt", weights_only=True)["model"] for name in (a, b))
+    if not all(torch.equal(a[name], b[name]) for name in a):
+        sys.exit("FAILED: the final parameters differ")
+    print("the final parameters are bit for bit those of the run that was never killed")
+
+
+if __name__ == "__main__":
+    main(*map(int, sys.argv[1:]))

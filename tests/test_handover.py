@@ -1,0 +1,64 @@
+"""The shift of the key biases: the dense function stays, and the gates start as thresholds on the attention weight."""
+
+import pytest
+import torch
+
+from handover import HandoverError, fold_shift
+from model import GPT, GPTConfig
+
+
+@pytest.fixture
+def model():
+    """Random, gated, with scores and levels of scores of a trained model's size."""
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(block_size=32, vocab_size=20, n_layer=2, n_head=2, n_embd=32, gated=True, gate_bias=3.0)).eval()
+    for name, parameter in model.named_parameters():
+        parameter.data += (0.25 if "c_attn" in name else 0.1) * torch.randn_like(parameter)
+    return model
+
+
+def judge(model, idx):
+    """Share of edges whose gate says what p_ij > 0.05 says, and the share that is open."""
+    agree, opened = [], []
+    causal = torch.ones(32, 32, dtype=torch.bool).tril()
+
+    def look(layer, gates):
+        agree.append(((gates.open > 0) == (gates.pattern > 0.05))[..., causal].float().mean().item())
+        opened.append(gates.open[..., causal].mean().item())
+
+    model(idx, record=look)
+    return min(agree), max(opened)
+
+
+def test_the_dense_function_does_not_change_and_the_gates_do(model):
+    idx = torch.randint(0, 20, (8, 32))
+    dense = {"gated": False}
+    before = GPT(GPTConfig(**{**vars(model.config), **dense})).eval()
+    before.load_state_dict(model.state_dict())
+    agreed, _ = judge(model, idx)
+    fold_shift(model, torch.randint(0, 20, (64, 32)), open_above=0.05)
+    assert model.config.gated and not model.training
+    agrees, opened = judge(model, idx)
+    assert agrees > 0.6 > 0.4 > agreed and 0.05 < opened < 0.6
+    after = GPT(GPTConfig(**{**vars(model.config), **dense})).eval()
+    after.load_state_dict(model.state_dict())
+    assert (after(idx)[0] - before(idx)[0]).abs().max() < 1e-4
+    moved = {name for name, p in model.state_dict().items() if not torch.equal(p, before.state_dict()[name])}
+    assert moved == {f"transformer.h.{i}.attn.c_attn.bias" for i in range(2)}
+    bias = (model.state_dict()["transformer.h.0.attn.c_attn.bias"] - before.state_dict()["transformer.h.0.attn.c_attn.bias"]).view(3, 32)
+    assert (bias[0] == 0).all() and (bias[1] != 0).all() and (bias[2] == 0).all()  # the keys' alone
+
+
+def test_a_higher_threshold_opens_fewer_edges(model):
+    idx, shares = torch.randint(0, 20, (8, 32)), []
+    for threshold in (0.01, 0.05, 0.2):
+        other = GPT(model.config).eval()
+        other.load_state_dict(model.state_dict())
+        fold_shift(other, idx, threshold)
+        shares.append(judge(other, idx)[1])
+    assert shares[0] > shares[1] > shares[2]
+
+
+def test_without_biases_there_is_nothing_to_fold_into():
+    with pytest.raises(HandoverError, match="--open_above=0"):
+        fold_shift(GPT(GPTConfig(block_size=8, vocab_size=5, n_layer=1, n_head=1, n_embd=8, bias=False)), torch.zeros(1, 8, dtype=torch.long), 0.1)
