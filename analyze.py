@@ -157,21 +157,22 @@ def attention_flow(run, model, dense_model):
 @torch.no_grad()
 def gallery(run, model, dense_model, data, per_head, heads=4, length=36):
     """gallery.png: what the busiest heads of the sparse model attend to on one held-out snippet, and what the same heads did before."""
-    tokens = text.tokenizer(data.meta["tokenizer"])
-    ids = np.asarray(data.val[len(data.val) // 2:len(data.val) // 2 + 1000]).astype(np.int64)  # the middle of the held-out text,
-    line_ends = [i for i, piece in enumerate(text.pieces(ids.tolist(), tokens)) if piece.endswith("↵")]
-    begin = line_ends[0] + 1 if line_ends and line_ends[0] < 900 else 0  # from the beginning of a line
-    ids = ids[begin:begin + min(length, model.config.block_size)]
+    name = data.meta.get("tokenizer")
+    ids = np.asarray(data.val[len(data.val) // 2:][:1000]).astype(np.int64)  # the middle of the held-out text
+    pieces = text.pieces(ids.tolist(), text.tokenizer(name)) if name in text.TOKENIZERS else [str(i) for i in ids]
+    line_ends = [i for i, piece in enumerate(pieces[:900]) if piece.endswith("↵")]
+    begin = line_ends[0] + 1 if line_ends else 0  # from the beginning of a line
+    snippet = slice(begin, begin + min(length, model.config.block_size))
     fractions = np.array(per_head)
     busiest = sorted(np.ndindex(fractions.shape), key=lambda at: -fractions[at])[:min(heads, (fractions > 0).sum())]
     rows = []
     for label, net in (("dense", dense_model), ("sparse", model)):
         if net:
             layers = []
-            net(torch.from_numpy(ids)[None], record=lambda layer, gates: layers.append((gates.open * gates.pattern)[0].numpy()))
+            net(torch.from_numpy(ids[snippet])[None], record=lambda layer, gates: layers.append((gates.open * gates.pattern)[0].numpy()))
             rows.append((label, [layers[layer][head] for layer, head in busiest]))
     titles = [f"layer {layer}, head {head}: {100 * fractions[layer, head]:.2g} % open" for layer, head in busiest]
-    figures.gallery(os.path.join(run, "gallery.png"), titles, text.pieces(ids.tolist(), tokens), rows)
+    figures.gallery(os.path.join(run, "gallery.png"), titles, pieces[snippet], rows)
 
 
 def token_names(tokens):

@@ -81,7 +81,7 @@ def main(arguments):
         path = kept_checkpoint(options.run)
         checkpoint = read_checkpoint(path)
         name = tokenizer_of(checkpoint, path) or "gpt2"
-        if name not in ("bytes", "gpt2"):
+        if name not in text.TOKENIZERS:
             raise CheckpointError(f"{options.run} does not write text: it was trained on {name}. Choose a run on text, such as out/stdlib")
         tokens = text.tokenizer(name)
         device = hardware.pick_device(options.device)

@@ -34,11 +34,14 @@ class Tokenizer(NamedTuple):
     decode: Callable  # token ids -> str; bytes that are no UTF-8 become U+FFFD
 
 
+TOKENIZERS = ("bytes", "gpt2")
+
+
 def tokenizer(name):
     """The Tokenizer called 'bytes' or 'gpt2'. Raises TextError if there is none such, or its vocabulary cannot be fetched."""
     if name == "bytes":
         return Tokenizer(name, 256, 0, lambda text: np.frombuffer(text, dtype=np.uint8), lambda ids: bytes(ids).decode("utf-8", errors="replace"))
-    if name != "gpt2":
+    if name not in TOKENIZERS:
         raise TextError(f"there is no tokenizer {name!r}: it is 'bytes' or 'gpt2'")
     try:
         import tiktoken  # here, because it is slow to import and bytes need it not

@@ -2,6 +2,7 @@
 
     python train.py config/addition.py                  train, or go on with, the run that this file describes
     python train.py config/addition.py --seed=2         any setting can be changed on the command line
+    torchrun --nproc_per_node=8 train.py config/gpt2.py                 eight GPUs; the same run as on one
     python train.py --help                              every setting, its default and its meaning
 
     dense:   minimise  loss                                            an ordinary nanoGPT run
@@ -16,9 +17,10 @@ loss stays there. Three losses take part, and all of them are in the log:
 
 Notable:
 - best.pt is the checkpoint with the FEWEST open edges among the evaluations that pass that judgement, not the last one.
-- Every step seeds its own randomness from (seed, step). A run that is killed and started again (on the same CPU, with as many
-  threads) does bit for bit what it would have done, and no generator's state has to be saved.
+- A step's examples and noise hang on (seed, step) alone (batches.py): a run that is killed and started again does bit for bit what it would have
+  done, and one process that accumulates gradients does what many processes do (hardware.py).
 - The same command continues an unfinished run. A run's folder is never overwritten by a run with other settings.
+- How a dense model is handed to the gates without a shock: handover.py. What the dense model teaches its child: `distill_weight`.
 """
 
 import inspect
@@ -32,7 +34,6 @@ import time
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 
-import numpy as np
 import torch
 import torch._inductor.config
 from torch.nn import functional as F
@@ -40,6 +41,7 @@ from tqdm import tqdm
 
 import hardware
 import prepare_data
+from batches import Batches
 from configure import ConfigError, parse_command_line, read_config_file
 from evaluate import evaluate_splits
 from geco import GECO
@@ -268,28 +270,7 @@ def train(config, given=frozenset()):
     others = [p for p in model.parameters() if p.dim() < 2]
     optimizer = torch.optim.AdamW([{"params": matrices, "weight_decay": c.weight_decay}, {"params": others, "weight_decay": 0.0}],
                                   lr=c.learning_rate, betas=(c.beta1, c.beta2), fused=device != "mps")
-    ours = range(hardware.rank(), micro_batches, hardware.world())  # the micro-batches of every step that are this process's
-
-    def indices_at(step):
-        """Which examples a step trains on: the same whenever it is asked for and however many processes there are; a child has another order than its parent."""
-        return np.random.default_rng((c.seed, parent is not None, step)).integers(0, data.starts("train", context), c.batch_size)
-
-    def batches_at(step, train=True):
-        """This process's micro-batches of a step, inputs and targets; before each, the generator of gate noise and dropout is seeded for it alone."""
-        for micro in ours:
-            x, y = data.batch("train", np.split(indices_at(step), micro_batches)[micro], context)
-            torch.manual_seed(c.seed * 1_000_003 + step + 2_654_435_769 * micro)  # golden ratio of 2^32: no two steps or micro-batches meet
-            yield torch.from_numpy(x).to(device), torch.from_numpy(y).to(device)
-
-    @torch.no_grad()
-    def loss_at(step, net, sampled=False):
-        """Mean loss of a step's batch over all processes, nats, under deterministic gates or under those that training draws. net: model or dense."""
-        was_training = net.training
-        net.train(sampled)
-        with autocast():
-            losses = [net(x, y)[1].item() for x, y in batches_at(step)]
-        net.train(was_training)
-        return hardware.total([sum(losses)], device)[0] / micro_batches
+    batches = Batches(data, context, c.batch_size, micro_batches, c.seed, parent is not None, device)
 
     # --- where the run stands: what the dense model can do, lambda, the best checkpoint so far ------------------------
     state = {"step": 0, "seconds": 0.0, "best": None, "dense": None, "target_loss": None, "dense_on_training": None, "batch_loss": None, "density": None, "constraint_loss": None}
@@ -305,12 +286,12 @@ def train(config, given=frozenset()):
         dense = state["dense"] = evaluate_splits(dense_model, data, c.eval_batch_size, c.eval_batches)
         state["target_loss"] = dense["val"]["loss"] + c.loss_slack
         # Like with like: the measure and the stream of batches that the constraint below sees; 50 of them make a good mean.
-        state["dense_on_training"] = float(np.mean([loss_at(step, fast_dense) for step in range(50)]))
+        state["dense_on_training"] = sum(batches.mean_loss(step, fast_dense, autocast) for step in range(50)) / 50
         geco.target = state["dense_on_training"] + c.loss_slack - c.constraint_margin
         hardware.say(f"dense model: held-out loss {dense['val']['loss']:.4f}, target {state['target_loss']:.4f}; "
                      f"on training batches {state['dense_on_training']:.4f}, the constraint's target {geco.target:.4f}")
         if c.open_above:
-            x, _ = data.batch("train", indices_at(0)[:64], context)
+            x, _ = data.batch("train", batches.indices(0)[:64], context)
             fold_shift(model, torch.from_numpy(x).to(device), c.open_above)
     start = state["step"]
     model.train()  # samples the gates, drops out; load_checkpoint and evaluate leave models in evaluation mode
@@ -359,14 +340,14 @@ def train(config, given=frozenset()):
             for group in optimizer.param_groups:
                 group["lr"] = get_lr(step, c)
             if c.gated and step % c.constraint_interval == 0:
-                measured = loss_at(step, fast, sampled=c.constraint_gates == "sampled")
+                measured = batches.mean_loss(step, fast, autocast, sampled=c.constraint_gates == "sampled")
                 if c.constraint_paired:  # the dense model's luck with this batch, taken off; on average it is 0
-                    measured -= loss_at(step, fast_dense) - state["dense_on_training"]
+                    measured -= batches.mean_loss(step, fast_dense, autocast) - state["dense_on_training"]
                 state["constraint_loss"] = measured
                 geco.update(measured)
             sums = [0.0, 0.0, 0.0]
-            for i, (x, y) in enumerate(batches_at(step)):
-                with nullcontext() if i == len(ours) - 1 or network is fast else network.no_sync(), autocast():
+            for i, (x, y) in enumerate(batches.at(step)):
+                with nullcontext() if i == len(batches.ours) - 1 or network is fast else network.no_sync(), autocast():
                     logits, loss, density = network(x, y, linear_penalty=step < c.linear_penalty_steps)
                     fidelity = loss
                     if c.gated and c.distill_weight:
@@ -374,14 +355,14 @@ def train(config, given=frozenset()):
                             taught = fast_dense(x)[0]
                         fidelity = loss + c.distill_weight * divergence(logits, taught)
                     objective = geco.objective(fidelity, density, c.density_weight) if c.gated else loss
-                    (objective / len(ours)).backward()
+                    (objective / len(batches.ours)).backward()
                 sums = [before + now.item() for before, now in zip(sums, (loss, density, objective))]
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), c.grad_clip or math.inf).item()
             *sums, stopping = hardware.total([*sums, stop.asked], device)  # so that all processes see the same and decide alike
             batch_loss, state["density"], objective = (number / micro_batches for number in sums)
             if not math.isfinite(objective + norm):
                 if hardware.rank() == 0:
-                    prepare_data.write_json(os.path.join(c.out_dir, "offending_batch.json"), {"step": step, "dataset": c.dataset, "indices": indices_at(step).tolist()})
+                    prepare_data.write_json(os.path.join(c.out_dir, "offending_batch.json"), {"step": step, "dataset": c.dataset, "indices": batches.indices(step).tolist()})
                 raise RunError(f"the loss is {batch_loss}, the gradient's norm {norm} at step {step}; {c.out_dir}/last.pt still holds an earlier step, "
                                f"offending_batch.json the indices of the batch. "
                                f"Start again with a smaller step, for instance --learning_rate={c.learning_rate / 3:.1g} --out_dir=out/NEW")

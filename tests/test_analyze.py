@@ -7,6 +7,7 @@ import sys
 import pytest
 from PIL import Image
 
+import prepare_data
 from conftest import REPOSITORY
 from evaluate import evaluate
 from model import load_checkpoint
@@ -37,7 +38,7 @@ def test_report(folder, monkeypatch):
     monkeypatch.chdir(folder)
     again = evaluate(load_checkpoint("out/sparse/best.pt"), load("addition"), "val", 1000, 1)
     assert report["sparse"]["val_loss"] == pytest.approx(again["loss"], rel=1e-6) and report["sparse"]["accuracy"] == again["accuracy"]
-    assert report["edges"] == {key: pytest.approx(again[key]) for key in ("open", "total", "fraction")} | {"per_head": again["per_head"]}
+    assert report["edges"] == {key: pytest.approx(again[key]) for key in ("open", "total", "fraction")} | {key: again[key] for key in ("per_head", "by_distance")}
     assert report["edges"]["total"] == 2 * 66 and len(report["edges"]["per_head"]) == 2
     dense = evaluate(load_checkpoint("out/dense/best.pt"), load("addition"), "val", 1000, 1)
     assert report["dense"]["val_loss"] == pytest.approx(dense["loss"], rel=1e-6)
@@ -47,11 +48,35 @@ def test_report(folder, monkeypatch):
     assert f"{again['open']:.2f} of 132" in done.stdout and "out/dense" in done.stdout
 
 
-@pytest.mark.parametrize("name", ["attention_flow", "training", "gates"])
-def test_figures_are_pictures_of_a_sensible_size(folder, name):
-    if not (folder / "out/sparse/report.json").exists():
-        assert analyze(folder, "report", "out/sparse").returncode == 0
-    path = folder / f"out/sparse/{name}.png"
+@pytest.fixture(scope="module")
+def text_folder(folder):
+    """A short run on text, in the same place."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        (folder / "novel.txt").write_text("It was a dark and stormy night; the rain fell in torrents.\n" * 200)
+        prepare_data.main(["text", "--file=novel.txt"])
+        shared = "dataset = 'text'\nmax_steps = 20\neval_interval = 10\neval_batches = 1\neval_batch_size = 20\nbatch_size = 8\n"
+        (folder / "text_dense.py").write_text(shared + "n_layer = 2\nn_embd = 16\nblock_size = 32\n")
+        (folder / "text.py").write_text(shared + "init_from = 'text_dense.py'\ngated = True\ngate_bias = 0.0\n")
+        train(*make_config("text.py", {"device": "cpu"}))
+    return folder
+
+
+def test_a_run_on_text(text_folder):
+    done = analyze(text_folder, "report", "out/text")
+    assert done.returncode == 0, done.stderr
+    report = json.load(open(text_folder / "out/text/report.json"))
+    assert report["sparse"]["accuracy"] is None and report["sparse"]["correct"] is None and len(report["edges"]["by_distance"]) == 32
+    assert f"{report['edges']['open'] / 32:.2f}" in done.stdout
+    done = analyze(text_folder, "explain", "out/text")
+    assert done.returncode == 1 and "explain counts over sums" in done.stderr
+
+
+@pytest.mark.parametrize("run, name", [("sparse", "attention_flow"), ("sparse", "training"), ("sparse", "gates"), ("sparse", "distance"), ("text", "distance"), ("text", "gallery")])
+def test_figures_are_pictures_of_a_sensible_size(text_folder, run, name):
+    if not (text_folder / f"out/{run}/report.json").exists():
+        assert analyze(text_folder, "report", f"out/{run}").returncode == 0
+    path = text_folder / f"out/{run}/{name}.png"
     picture = Image.open(path).convert("L")
     assert picture.width > 200 and picture.height > 100 and path.stat().st_size < 300_000
     assert len(picture.getcolors()) > 10  # not blank

@@ -1,5 +1,6 @@
 """Every mistake in a setting ends in a line that says what to type; a config file is read, never run."""
 
+import os
 import subprocess
 import sys
 
@@ -7,7 +8,7 @@ import pytest
 
 from conftest import REPOSITORY
 from configure import ConfigError, parse_command_line, read_config_file
-from train import Config, limits, make_config, train
+from train import GATED_ONLY, Config, check_together, limits, make_config, train
 
 
 def parse(*arguments):
@@ -86,11 +87,23 @@ def test_out_dir_is_named_after_file_and_seed(workplace):
     assert parse("--out_dir=2024")[1] == {"out_dir": "2024"}
 
 
-@pytest.mark.parametrize("name", ["addition", "addition_dense"])
+@pytest.mark.parametrize("name", sorted(name[:-3] for name in os.listdir(os.path.join(REPOSITORY, "config"))))
 def test_the_projects_own_config_files_are_right(name, monkeypatch):
     monkeypatch.chdir(REPOSITORY)
     config, _ = make_config(f"config/{name}.py", {})
-    assert config.out_dir == f"out/{name}" and config.gated == (name == "addition")
+    assert config.out_dir == f"out/{name}" and config.gated == (name.split("_")[-1] not in ("dense", "control"))
+    check_together(config)
+    if name == "gpt2":  # one file for one GPU and for eight
+        assert config.batch_size % (8 * config.micro_batch_size) == 0
+
+
+def test_a_child_and_its_control_differ_in_the_gates_alone(monkeypatch):
+    """Or the control would control nothing. config/stdlib_strict.py is config/stdlib.py but for its target."""
+    monkeypatch.chdir(REPOSITORY)
+    child, control, strict = (vars(make_config(f"config/{name}.py", {})[0]) for name in ("stdlib", "stdlib_control", "stdlib_strict"))
+    about_gates = {"gated", "target_from", "out_dir", "open_above", "distill_weight", *GATED_ONLY}
+    assert {key for key in child if child[key] != control[key]} <= about_gates
+    assert {key for key in child if child[key] != strict[key]} == {"target_from", "out_dir"}
 
 
 @pytest.mark.parametrize("arguments", [["config/addition.py", "--learning_rte=1e-3"], ["config/nothing.py"],

@@ -25,6 +25,8 @@ def test_counts_on_rows(workplace):
     assert found["correct"] == right.sum() and found["accuracy"] == right.float().mean().item() and found["examples"] == 2000
     assert found["total"] == 2 * 2 * 66 and found["open"] == pytest.approx(sum(g.sum().item() for g in layers) / 2000)
     assert found["fraction"] == pytest.approx(found["open"] / found["total"])
+    gates = torch.stack(layers)  # (n_layer, B, H, T, T)
+    assert found["by_distance"] == pytest.approx([gates.diagonal(-d, dim1=-2, dim2=-1).mean().item() for d in range(11)])
     assert found["per_head"][1][0] == pytest.approx(layers[1][:, 0].sum().item() / 2000 / 66)
 
 
@@ -37,4 +39,8 @@ def test_a_stream_is_cut_into_windows_and_a_dense_model_is_all_open(workplace):
     windows = torch.from_numpy(tokens[:97].astype(np.int64))
     x, y = windows[:96].view(12, 8), windows[1:].view(12, 8)
     assert found["loss"] == pytest.approx(model(x, y)[1].item(), rel=1e-5)
-    assert evaluate(model, prepare_data.load("s"), "val", batch_size=5, max_batches=1)["examples"] == 5
+    assert found["by_distance"] == [1.0] * 8
+    some = evaluate(model, prepare_data.load("s"), "val", batch_size=5, max_batches=1)
+    spread = torch.tensor([0, 2, 4, 7, 9])  # five of twelve windows, from all over the text
+    assert some["examples"] == 5 and some["loss"] == pytest.approx(model(x[spread], y[spread])[1].item(), rel=1e-5)
+    assert evaluate(model, prepare_data.load("s"), "val", batch_size=5, max_batches=9)["examples"] == 12

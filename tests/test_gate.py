@@ -170,3 +170,17 @@ def test_wrong_arguments_are_named():
         gated_attention(q, k[:, :, :3], v)
     with pytest.raises(ValueError, match="temperature"):
         gated_attention(q, k, v, temperature=0.0)
+
+
+@pytest.mark.parametrize("dense", [True, False])
+def test_under_autocast_the_scores_stay_exact_and_the_output_has_the_values_type(dense):
+    """bfloat16 has 8 bits: a score of 20 would be off by 0.05, and the gate with it."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, 2, 16, 8).bfloat16() * 3 for _ in range(3))
+    with torch.autocast("cpu", torch.bfloat16):
+        y, density, gates = gated_attention(q, k, v, 0.3, dense=dense, return_gates=True)
+        fast = gated_attention(q, k, v, 0.3, dense=dense)[0]
+    expected, exact_density, exact = gated_attention(q.float(), k.float(), v.float(), 0.3, dense=dense, return_gates=True)
+    assert torch.equal(gates.open, exact.open) and torch.equal(gates.pattern, exact.pattern) and density.float() == exact_density
+    assert y.dtype == fast.dtype == torch.bfloat16
+    assert (y.float() - expected).abs().max() < 0.05 and (fast.float() - expected).abs().max() < 0.05
