@@ -18,12 +18,12 @@ import torch
 
 from download import DownloadError, download
 
-# OpenAI's four, as the organisation openai-community hosts them. Size in bytes; sha256 where we could confirm one from several public sources
+# OpenAI's four, as the organisation openai-community hosts them. Size in bytes; sha256 of the one that several public sources confirm
 PRETRAINED = {
     "gpt2": {"n_layer": 12, "n_head": 12, "n_embd": 768, "size": 548118077, "sha256": "7c5d3f4b8b76583b422fcb9189ad6c89d5d97a094541ce8932dce3ecabde1421"},
-    "gpt2-medium": {"n_layer": 24, "n_head": 16, "n_embd": 1024, "size": None, "sha256": None},
-    "gpt2-large": {"n_layer": 36, "n_head": 20, "n_embd": 1280, "size": None, "sha256": None},
-    "gpt2-xl": {"n_layer": 48, "n_head": 25, "n_embd": 1600, "size": None, "sha256": None},
+    "gpt2-medium": {"n_layer": 24, "n_head": 16, "n_embd": 1024, "size": 1520013706, "sha256": None},
+    "gpt2-large": {"n_layer": 36, "n_head": 20, "n_embd": 1280, "size": 3247202234, "sha256": None},
+    "gpt2-xl": {"n_layer": 48, "n_head": 25, "n_embd": 1600, "size": 6431878936, "sha256": None},
 }
 CONV1D = re.compile(r"(attn\.c_attn|attn\.c_proj|mlp\.c_fc|mlp\.c_proj)\.weight$")
 MASK = re.compile(r"\.attn\.(masked_)?bias$")

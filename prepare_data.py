@@ -231,6 +231,7 @@ def make_shakespeare(folder, options):
 
 
 OPENWEBTEXT = "Skylion007/openwebtext"
+OPENWEBTEXT_DOCUMENTS = 8_013_769
 
 
 def make_openwebtext(folder, options):
@@ -243,7 +244,15 @@ def make_openwebtext(folder, options):
     except ImportError as error:
         raise DataError("openwebtext needs a package that is not installed: pip install datasets") from error
     text.tokenizer(options.tokenizer)  # an error now rather than in a worker after an hour
-    source = datasets.load_dataset(OPENWEBTEXT, split="train", num_proc=options.processes)
+    try:
+        source = datasets.load_dataset(OPENWEBTEXT, split="train", num_proc=options.processes)
+    except RuntimeError as error:
+        if "scripts" not in str(error):
+            raise
+        # The repository is a loading script, which `datasets` has refused to run since version 4; Hugging Face's own conversion holds the same rows
+        source = datasets.load_dataset(OPENWEBTEXT, revision="refs/convert/parquet", split="train", num_proc=options.processes)
+    if len(source) != OPENWEBTEXT_DOCUMENTS:
+        print(f"note: this copy of OpenWebText has {len(source):,} documents; the whole is {OPENWEBTEXT_DOCUMENTS:,}")
     encoded = source.map(_encode_row, fn_kwargs={"tokenizer": options.tokenizer}, remove_columns=source.column_names, num_proc=options.processes, desc="encoding")
     held_out = np.asarray(encoded.with_format("numpy")["held_out"][:])
     sides = {"train": encoded.select(np.flatnonzero(~held_out)), "val": encoded.select(np.flatnonzero(held_out))}

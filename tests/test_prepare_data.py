@@ -186,7 +186,20 @@ def test_openwebtext_through_datasets(workplace, monkeypatch):
     (workplace / "hub").mkdir()
     (workplace / "hub/train.jsonl").write_text("".join(json.dumps({"text": d}) + "\n" for d in documents))
     monkeypatch.setattr(prepare_data, "OPENWEBTEXT", str(workplace / "hub"))
+    import datasets
+
+    real, revisions = datasets.load_dataset, []
+
+    def hub(path, revision=None, **options):
+        """As the hub does since datasets 4: the repository is a script, its conversion is not."""
+        revisions.append(revision)
+        if revision is None:
+            raise RuntimeError("Dataset scripts are no longer supported, but found openwebtext.py")
+        return real(path, **options)
+
+    monkeypatch.setattr(datasets, "load_dataset", hub)
     prepare_data.main(["openwebtext", "--tokenizer=bytes", "--processes=2"])
+    assert revisions == [None, "refs/convert/parquet"]
     data = load("openwebtext-bytes")
     train, val = decoded(data.train, data), decoded(data.val, data)
     assert sorted(d.decode() for d in train + val) == sorted(documents) and 1 <= len(val) <= 30
