@@ -2,7 +2,7 @@
 
     step -> batch_size examples -> micro-batches, dealt out to the processes in turn -> gates' noise and dropout of each
 
-So a run that was killed does bit for bit what it would have done (on the same machine), and no generator's state has to be saved; and a step
+So a run that was killed does bit for bit what it would have done (on the same CPU; GPUs add in an order of their own), and no generator's state has to be saved; and a step
 is the same for one process that accumulates the gradients of two micro-batches as for two processes with one each.
 
 Notable: the same step can be asked for again, by the measurement of the constraint, which wants the very batch, and even the very noise, that

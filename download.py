@@ -46,10 +46,12 @@ def download(url, path, sha256_wanted=None, size=None):
     part = path + ".part"
     by_hand = f"Without network here, bring {url} to {path} by hand"
     try:
-        announced = _fetch(url, part, os.path.basename(path))
+        have = os.path.getsize(part) if os.path.exists(part) else 0
+        announced = size if have and have == size else _fetch(url, part, os.path.basename(path))
     except (OSError, http.client.HTTPException) as error:  # URLError and HTTPError are OSErrors
         if isinstance(error, urllib.error.HTTPError) and error.code == 416:  # there is no such rest: what we hold is no beginning of this file
             os.remove(part)
+            raise DownloadError(f"{url}: what came before does not belong to this file; it is deleted. Type the same command again") from error
         raise DownloadError(f"{url}: {error}. The same command goes on where this one stopped. {by_hand}") from error
     size, have = size or announced, os.path.getsize(part)
     if size is not None and have < size:

@@ -32,11 +32,12 @@ def evaluate(model, data, split, batch_size=1000, max_batches=0):
         wanted = min(len(indices), max_batches * batch_size)
         indices = [indices[i * len(indices) // wanted] for i in range(wanted)]
     pairs = T * (T + 1) // 2
-    open_edges = torch.zeros(config.n_layer, config.n_head, dtype=torch.float64)  # summed over sequences
-    reads = torch.zeros(T, T, dtype=torch.float64)  # query by key, summed over sequences, layers and heads
+    counts_on = {"device": "cpu" if device.type == "mps" else device, "dtype": torch.float64}  # mps has no float64
+    open_edges = torch.zeros(config.n_layer, config.n_head, **counts_on)  # summed over sequences
+    reads = torch.zeros(T, T, **counts_on)  # query by key, summed over sequences, layers and heads
 
     def count(layer, gates):
-        by_head = gates.open.sum(dim=0).cpu().double()  # (H, T, T)
+        by_head = gates.open.sum(dim=0).to(**counts_on)  # (H, T, T)
         open_edges[layer] += by_head.sum(dim=(1, 2))
         reads.add_(by_head.sum(dim=0))
 
@@ -54,9 +55,9 @@ def evaluate(model, data, split, batch_size=1000, max_batches=0):
     reach = [reads.diagonal(-distance).sum().item() for distance in range(T)]
     loss_sum, targets_seen, correct, *counted = hardware.total([loss_sum, targets_seen, correct, *open_edges.flatten().tolist(), *reach], device)
     correct, heads = int(correct), config.n_layer * config.n_head
-    open_edges = torch.tensor(counted[:heads], dtype=torch.float64).view_as(open_edges)
+    open_edges = torch.tensor(counted[:heads], dtype=torch.float64).view(config.n_layer, config.n_head)
 
-    per_head = open_edges / len(indices) / pairs if config.gated else torch.ones_like(open_edges)
+    per_head = open_edges / len(indices) / pairs if config.gated else torch.ones(config.n_layer, config.n_head)
     by_distance = [counted[heads + d] / len(indices) / heads / (T - d) if config.gated else 1.0 for d in range(T)]
     total = heads * pairs
     return {"loss": loss_sum / targets_seen, "accuracy": correct / len(indices) if rows else None, "correct": correct,

@@ -151,7 +151,7 @@ def gallery(path, titles, tokens, rows):
         for c, weights in enumerate(maps):
             ax = axes[r, c]
             ax.imshow(np.ma.masked_equal(weights, 0), cmap="Blues", norm=matplotlib.colors.PowerNorm(0.5, vmin=0, vmax=1))
-            ax.set_xticks(range(T), tokens, fontsize=7, family="monospace")
+            ax.set_xticks(range(T), tokens, fontsize=7, family="monospace", rotation=90 if max(map(len, tokens)) > 1 else 0)
             ax.set_yticks(range(T), tokens, fontsize=7, family="monospace")
             ax.tick_params(length=0, pad=1)
             ax.set_title(titles[c] if r == 0 else "", fontsize=9)

@@ -10,16 +10,19 @@ summed here, so that all processes decide alike. Without torchrun every function
 Notable: NCCL connects GPUs, Gloo connects CPUs. This file imports no other file of ours.
 """
 
+import contextlib
+import datetime
 import functools
 import os
+import re
 import shutil
 import time
 
 import torch
 import torch.distributed as dist
 
-# Dense bf16 matrix FLOP/s that the data sheets promise, by a part of torch.cuda.get_device_name(). The first match counts
-PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "B200": 2250e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12, "A10": 125e12, "4090": 165e12, "3090": 71e12}
+# Dense bf16 matrix FLOP/s that the data sheets promise, by words in torch.cuda.get_device_name(). The first match counts
+PEAK_FLOPS = {"H100 PCIe": 756e12, "H200": 989e12, "H100": 989e12, "B200": 2250e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12, "A10": 125e12, "4090": 165e12, "3090": 71e12}
 
 
 class HardwareError(Exception):
@@ -32,6 +35,10 @@ class HardwareError(Exception):
 
 def pick_device(name):
     """The torch device for the setting 'auto', 'cpu', 'mps', 'cuda' or 'cuda:N', as a string. Raises HardwareError if there is none such."""
+    if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", name):
+        raise HardwareError(f"device={name}: it is 'auto', 'cpu', 'mps', 'cuda' or 'cuda:N'")
+    if ":" in name and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise HardwareError(f"device={name} would put all processes on one GPU. Leave --device away, and choose GPUs with CUDA_VISIBLE_DEVICES")
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     if name == "cuda" and "LOCAL_RANK" in os.environ:
@@ -64,7 +71,7 @@ def peak_flops(device):
     """bf16 FLOP/s that the device could do at best, or None where nobody has written it down (PEAK_FLOPS)."""
     if device.startswith("cuda"):
         name = torch.cuda.get_device_name(device)
-        return next((flops for part, flops in PEAK_FLOPS.items() if part in name), None)
+        return next((flops for part, flops in PEAK_FLOPS.items() if re.search(rf"\b{part}\b", name)), None)
     return None
 
 
@@ -77,7 +84,8 @@ def start_processes(device):
     if "RANK" in os.environ and not dist.is_initialized():
         if device.startswith("cuda"):
             torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+        # the timeout is how long the others wait while the first one downloads weights
+        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", timeout=datetime.timedelta(hours=2))
 
 
 def stop_processes():
@@ -98,6 +106,16 @@ def world():
 def wait_for_all():
     if dist.is_initialized():
         dist.barrier()
+
+
+@contextlib.contextmanager
+def first_alone():
+    """`with first_alone():` process 0 goes first, the others follow: it downloads or makes what they find ready."""
+    if rank() > 0:
+        wait_for_all()
+    yield
+    if rank() == 0:
+        wait_for_all()
 
 
 def total(values, device="cpu"):

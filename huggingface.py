@@ -60,19 +60,25 @@ def read(source):
     folder = source if os.path.isdir(source) else os.path.dirname(source)
     theirs = {}
     if os.path.exists(os.path.join(folder, "config.json")):
-        with open(os.path.join(folder, "config.json"), encoding="utf-8") as f:
-            theirs = json.load(f)
+        theirs = read_json(os.path.join(folder, "config.json"))
     if not os.path.isdir(source):
         return convert(read_tensors(source), theirs, source)
     name = next(name for name in WEIGHTS if os.path.exists(os.path.join(folder, name)))
     files = [name]
     if name.endswith(".index.json"):  # several files, and one that says what is where
-        with open(os.path.join(folder, name), encoding="utf-8") as f:
-            files = sorted(set(json.load(f)["weight_map"].values()))
+        files = sorted(set(read_json(os.path.join(folder, name)).get("weight_map", {}).values()))
     tensors = {}
     for file in files:
         tensors |= read_tensors(os.path.join(folder, file))
     return convert(tensors, theirs, source)
+
+
+def read_json(path):
+    with open(path, encoding="utf-8") as f:
+        try:
+            return json.load(f)
+        except ValueError as error:
+            raise HuggingFaceError(f"{path} is damaged: {error}") from error
 
 
 def read_tensors(path):
@@ -99,7 +105,7 @@ def convert(tensors, theirs, source):
     vocab_size, n_embd = state["wte.weight"].shape
     lm_head = state.pop("lm_head.weight", state["wte.weight"])
     layers = {int(name.split(".")[1]) for name in state if name.startswith("h.")}
-    args = {"n_layer": theirs.get("n_layer", len(layers)), "n_head": theirs.get("n_head", n_embd // 64),  # every GPT-2 has heads of width 64
+    args = {"n_layer": theirs.get("n_layer", len(layers)), "n_head": theirs.get("n_head", max(1, n_embd // 64)),  # every GPT-2 has heads of width 64
             "n_embd": n_embd, "block_size": state["wpe.weight"].shape[0], "vocab_size": vocab_size, "bias": True, "gelu": GELU[activation],
             "tied": torch.equal(lm_head, state["wte.weight"])}
     return {"model": {f"transformer.{name}": tensor.float() for name, tensor in state.items()} | {"lm_head.weight": lm_head.float()}, "model_args": args}
@@ -119,6 +125,8 @@ def write(folder, state, args):
                       **{key: args["dropout"] for key in ("resid_pdrop", "embd_pdrop")}, "attn_pdrop": 0.0}
     if args["gated"]:
         config["gate_bias"] = args["gate_bias"]  # transformers keeps what it does not know: model.config.gate_bias
+    if os.path.exists(os.path.join(folder, "last.pt")):
+        raise HuggingFaceError(f"{folder} is a run's folder, whose config.json would be lost. Choose another, such as {os.path.join(folder, 'hf')}")
     os.makedirs(folder, exist_ok=True)
     weights, settings = os.path.join(folder, "model.safetensors"), os.path.join(folder, "config.json")
     safetensors().save_file(tensors, weights + ".tmp", metadata={"format": "pt"})

@@ -202,7 +202,7 @@ def save_checkpoint(path, checkpoint):
         if os.path.exists(temporary):
             os.remove(temporary)
         raise CheckpointError(f"cannot write {path}: {error}. What it held before is untouched. "
-                              "Free some space, or choose another place with --out_dir=") from error
+                              "Free some space, or choose another place") from error
 
 
 def read_checkpoint(path, device="cpu"):
@@ -260,29 +260,29 @@ def model_of(checkpoint, path, device="cpu", **overrides):
     return model.eval()
 
 
-def load_checkpoint(path, device="cpu", tokenizer=None, **overrides):
-    """The model saved at path: `read_checkpoint`, then `model_of`. tokenizer: name of the one that is to be used with it, see `tokenizer_of`.
-
-    Raises CheckpointError; also if the model is known to have been trained with another tokenizer.
-    """
-    checkpoint = read_checkpoint(path, device)
-    trained_with = tokenizer_of(checkpoint, path)
-    if tokenizer and trained_with and tokenizer != trained_with:
-        raise CheckpointError(f"{path} was trained on tokens of {trained_with!r}, the data has those of {tokenizer!r}: the same numbers mean other words. "
-                              "Choose a dataset that belongs to it (prepare_data.py takes --tokenizer), or start from another model")
-    return model_of(checkpoint, path, device, **overrides)
+def load_checkpoint(path, device="cpu", **overrides):
+    """The model saved at path: `read_checkpoint`, then `model_of`."""
+    return model_of(read_checkpoint(path, device), path, device, **overrides)
 
 
-def tokenizer_of(checkpoint, path=""):
+def tokenizer_of(checkpoint):
     """Name of the tokenizer that a checkpoint's model was trained with ('bytes', 'gpt2', ...), or None if nobody wrote it down."""
     if "data" in checkpoint:
         return checkpoint["data"]["tokenizer"]
-    return "gpt2" if huggingface.is_huggingface(path) or checkpoint["model_args"].get("vocab_size") in (50257, 50304) else None
+    return "gpt2" if checkpoint["model_args"].get("vocab_size") in (50257, 50304) else None  # 50304: padded to a multiple of 64, as nanoGPT does
 
 
 def checkpoint_of(model, **more):
     """The dict to save for a model; `more` is stored beside it (step, optimizer, ...)."""
     return {"model": model.state_dict(), "model_args": asdict(model.config), **more}
+
+
+def require_tokenizer(checkpoint, path, tokenizer):
+    """Raise CheckpointError if the model in a checkpoint is known to have been trained with another tokenizer than the one of that name."""
+    trained_with = tokenizer_of(checkpoint)
+    if trained_with not in (None, tokenizer):
+        raise CheckpointError(f"{path} was trained on tokens of {trained_with!r}, the data has those of {tokenizer!r}: the same numbers mean other words. "
+                              "Choose a dataset that belongs to it (prepare_data.py takes --tokenizer), or start from another model")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Every dataset: how it is made, how it lies on disk, how it is read.
 
     python prepare_data.py addition                     two-digit addition, all 10,000 sums, made offline in a second
-    python prepare_data.py stdlib                       the Python standard library's source, 12 MB of code, offline
+    python prepare_data.py stdlib                       the Python standard library's source, 11 MB of code, offline
     python prepare_data.py stdlib --tokenizer=gpt2      the same in GPT-2's tokens: data/stdlib-gpt2
     python prepare_data.py text --file=A --file=B       your own files
     python prepare_data.py shakespeare                  tiny Shakespeare, 1 MB, by URL
@@ -106,15 +106,15 @@ def load(name, root="data"):
     try:
         with open(os.path.join(folder, "meta.json")) as f:
             meta = json.load(f)
-    except ValueError as error:
+        sizes = {split: 2 * int(np.prod(meta["shape"][split])) for split in ("train", "val")}
+    except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"{folder}/meta.json is damaged. Delete {folder} and make it again: {how_to_make(name)}") from error
     splits = {}
     for split in ("train", "val"):
         path = os.path.join(folder, f"{split}.bin")
         size = os.path.getsize(path) if os.path.exists(path) else 0
-        right_size = 2 * int(np.prod(meta["shape"][split]))
-        if size != right_size:
-            raise DataError(f"{path} has {size} bytes instead of {right_size}: it is truncated. "
+        if size != sizes[split]:
+            raise DataError(f"{path} has {size} bytes instead of {sizes[split]}: it is truncated. "
                             f"Delete {folder} and make it again: {how_to_make(name, meta)}")
         if size <= 1 << 26 and sha256(path) != meta["sha256"][split]:
             raise DataError(f"{path} has changed since it was made (wrong sha256). Delete {folder} and make it again: {how_to_make(name, meta)}")
@@ -323,13 +323,15 @@ def main(arguments):
     parser.add_argument("--shards", type=int, default=10, help="of fineweb: how many of its 103 training shards")
     parser.add_argument("--processes", type=int, default=os.cpu_count(), help="of openwebtext: how many encode at once")
     options = parser.parse_args(arguments)
+    if options.shards < 1 or options.processes < 1:
+        sys.exit("error: --shards and --processes must be at least 1")
     name, standard = options.name, "gpt2" if options.name in GPT2_TOKENS else "bytes"
     options.tokenizer = options.tokenizer or standard
     folder = os.path.join("data", name + ("" if options.tokenizer == standard else f"-{options.tokenizer}"))
     try:
         make(**(vars(options) | {"folder": folder}))
         data = load(os.path.basename(folder))
-    except DataError as error:
+    except (DataError, OSError) as error:
         sys.exit(f"error: {error}")
     print(f"{folder}: {data.meta['kind']}, train {data.train.shape}, val {data.val.shape}, vocabulary of {data.meta['vocab_size']}")
 

@@ -6,7 +6,7 @@ A run's folder out/<run>/ holds config.json, metrics.jsonl, best.pt, last.pt, re
 - Other settings are refused: two runs never mix in one folder. `--init_from=resume` says that the change is meant.
 - Files are written under a temporary name and renamed, config.json first, then last.pt, then best.pt; metrics.jsonl grows line
   by line. So a `kill -9` at any moment leaves a folder from which the run goes on: whatever came after last.pt is done again.
-- Ctrl-C and SIGTERM finish the step, save, and say how to go on.
+- Ctrl-C and SIGTERM finish the step, save, and say how to go on. Further SIGTERMs change nothing: torchrun and a scheduler may both send one.
 
 This file knows checkpoints (model.py) and no setting by name, but for init_from and out_dir.
 """
@@ -80,10 +80,13 @@ class MetricsLog:
         self.path = path
 
     def write(self, **values):
-        with open(self.path, "a", encoding="utf-8") as f:
-            f.write(json.dumps(values) + "\n")
-            f.flush()
-            os.fsync(f.fileno())
+        try:
+            with open(self.path, "a", encoding="utf-8") as f:
+                f.write(json.dumps(values) + "\n")
+                f.flush()
+                os.fsync(f.fileno())
+        except OSError as error:
+            raise RunError(f"cannot write {self.path}: {error}. The checkpoints are untouched: free some space, and the same command goes on") from error
 
 
 class StopRequest:
@@ -96,7 +99,7 @@ class StopRequest:
 
     def ask(self, number, frame):
         self.asked = True
-        self.__exit__()
+        signal.signal(signal.SIGINT, self.before[signal.SIGINT])
 
     def __exit__(self, *exception):
         for number, handler in self.before.items():

@@ -80,9 +80,9 @@ def main(arguments):
     try:
         path = kept_checkpoint(options.run)
         checkpoint = read_checkpoint(path)
-        name = tokenizer_of(checkpoint, path) or "gpt2"
+        name = tokenizer_of(checkpoint)
         if name not in text.TOKENIZERS:
-            raise CheckpointError(f"{options.run} does not write text: it was trained on {name}. Choose a run on text, such as out/stdlib")
+            raise CheckpointError(f"{options.run} does not write text of a tokenizer that is known here (trained on: {name}). Choose a run on text, such as out/stdlib")
         tokens = text.tokenizer(name)
         device = hardware.pick_device(options.device)
         model = model_of(checkpoint, path, device)

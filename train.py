@@ -17,8 +17,8 @@ loss stays there. Three losses take part, and all of them are in the log:
 
 Notable:
 - best.pt is the checkpoint with the FEWEST open edges among the evaluations that pass that judgement, not the last one.
-- A step's examples and noise hang on (seed, step) alone (batches.py): a run that is killed and started again does bit for bit what it would have
-  done, and one process that accumulates gradients does what many processes do (hardware.py).
+- A step's examples and noise hang on (seed, step) alone (batches.py): a run that is killed and started again does on a CPU bit for bit what it would
+  have done (GPUs sum in an order of their own), and one process that accumulates gradients does what many processes do (hardware.py).
 - The same command continues an unfinished run. A run's folder is never overwritten by a run with other settings.
 - How a dense model is handed to the gates without a shock: handover.py. What the dense model teaches its child: `distill_weight`.
 """
@@ -47,7 +47,7 @@ from evaluate import evaluate_splits
 from geco import GECO
 from handover import HandoverError, fold_shift
 from huggingface import PRETRAINED, is_huggingface
-from model import GPT, CheckpointError, GPTConfig, checkpoint_of, load_checkpoint, model_of, save_checkpoint
+from model import GPT, CheckpointError, GPTConfig, checkpoint_of, model_of, read_checkpoint, require_tokenizer, save_checkpoint
 from resume import MetricsLog, RunError, StopRequest, claim_folder
 
 
@@ -131,7 +131,8 @@ def limits():
 
 SHAPE = ("n_layer", "n_head", "n_embd", "block_size", "dropout", "bias", "tied")  # what a run takes over from its parent
 GATE = ("gated", "gate_bias", "gate_temperature")
-FIXED = (*SHAPE, *GATE, "dataset", "loss_slack", "eval_batches", "eval_batch_size")  # model and target: what no run may change on its way
+# model, start and target: what no run may change on its way
+FIXED = (*SHAPE, *GATE, "dataset", "target_from", "open_above", "lambda_init", "loss_slack", "constraint_margin", "eval_batches", "eval_batch_size")
 FREE = ("out_dir", "device", "compile", "dtype", "micro_batch_size")  # what may differ when a run goes on
 SETTINGS = list(Config.__annotations__)
 GATED_ONLY = SETTINGS[SETTINGS.index("gate_bias"):SETTINGS.index("lambda_max") + 1]  # the block that a dense run ignores
@@ -213,19 +214,17 @@ def train(config, given=frozenset()):
     Leaves config.json, metrics.jsonl, best.pt and last.pt in config.out_dir. Raises RunError, ConfigError, CheckpointError, HardwareError,
     HandoverError or DataError with a message for people; SystemExit after Ctrl-C, the run saved.
     """
-    c, device = config, hardware.pick_device(config.device)
+    c = config
     takes_over = asdict(c) if c.init_from == "resume" else SHAPE
     checkpoint = claim_folder(c, inherit=[key for key in takes_over if key not in given], fixed=FIXED,
                               free=lambda c: FREE if c.gated else (*FREE, *GATED_ONLY))
-    micro_batches = check_together(c)
+    device, micro_batches = hardware.pick_device(c.device), check_together(c)
     hardware.wait_for_all()  # nobody writes into the folder before everybody has read it
     if checkpoint and checkpoint["step"] >= c.max_steps:
         hardware.say(f"{c.out_dir} is finished ({checkpoint['step']} steps)")
         return
-    if hardware.rank() == 0:
-        prepare_data.load(c.dataset)  # makes it, if need be, once
-    hardware.wait_for_all()
-    data = prepare_data.load(c.dataset)
+    with hardware.first_alone():
+        data = prepare_data.load(c.dataset)
     belongs_to = {"dataset": c.dataset, "tokenizer": data.meta.get("tokenizer", c.dataset), "sha256": data.meta["sha256"]}
 
     # --- the model: new, the parent's weights, or the run's own -------------------------------------------------------
@@ -234,6 +233,16 @@ def train(config, given=frozenset()):
     else:
         parent = None if c.init_from == "scratch" else find_dense(c.init_from, c, "init_from")
         reference = parent if c.gated and not c.target_from else find_dense(c.target_from, c, "target_from") if c.gated else None
+    with hardware.first_alone():  # who downloads, if need be
+        compared_with = read_checkpoint(reference) if c.gated else {}
+        starts_from = compared_with if parent == reference else read_checkpoint(parent) if parent and not checkpoint else {}
+    for source, found in ((parent, starts_from), (reference, compared_with)):
+        if found:
+            require_tokenizer(found, source, belongs_to["tokenizer"])
+    reference_step = compared_with.get("step")
+    if checkpoint and checkpoint["reference_step"] != reference_step:
+        raise RunError(f"{reference} has been trained on since {c.out_dir} was begun (step {checkpoint['reference_step']} then, {reference_step} now): "
+                       "the target is not that model's any more. Put the old file back, or start a new run with --out_dir=out/NEW")
     torch.manual_seed(c.seed)
     gate_settings = {key: getattr(c, key) for key in GATE}
     if checkpoint:
@@ -242,7 +251,7 @@ def train(config, given=frozenset()):
             raise RunError(f"data/{c.dataset} is not the data that {c.out_dir} was begun with ({checkpoint['data']} there, {belongs_to} here): it cannot go on "
                            "exactly. Put the old data back, or start a new run with --out_dir=out/NEW")
     elif parent:
-        model = load_checkpoint(parent, device, tokenizer=belongs_to["tokenizer"], **gate_settings)
+        model = model_of(starts_from, parent, device, **gate_settings)
         for key in SHAPE:
             if key in given and getattr(c, key) != getattr(model.config, key):
                 raise RunError(f"{key}={getattr(c, key)!r}, but {parent} has {key}={getattr(model.config, key)!r}: "
@@ -255,17 +264,17 @@ def train(config, given=frozenset()):
     if data.meta["kind"] == "rows" and model.config.block_size < data.train.shape[2]:
         raise RunError(f"a row of data/{c.dataset} has {data.train.shape[2]} tokens, the model's block_size is {model.config.block_size}: make it larger")
     # the dense model, frozen: it sets the target, it is compared with on the same batch, it teaches
-    dense_model = load_checkpoint(reference, device, tokenizer=belongs_to["tokenizer"]) if c.gated else None
+    dense_model = model_of(compared_with, reference, device) if c.gated else None
     if c.gated and dense_model.config.gated:
         raise RunError(f"{'target' if c.target_from else 'init'}_from={c.target_from or c.init_from} is a gated run. Start from a dense one: its loss is the target")
 
+    del starts_from, compared_with  # with optimizer states, which may be large
     context = data.train.shape[2] if data.meta["kind"] == "rows" else c.block_size
     autocast, dtype = hardware.precision(c.dtype, device)
     compiled = hardware.compiles(c.compile, device, context)
     if compiled and device == "cpu":  # torch's own generator: three times faster there, and the same noise as without compiling
         torch._inductor.config.fallback_random = True
     fast, fast_dense = (torch.compile(m) if compiled and m else m for m in (model, dense_model))
-    network = torch.nn.parallel.DistributedDataParallel(fast) if hardware.world() > 1 else fast
     matrices = [p for p in model.parameters() if p.dim() >= 2]
     others = [p for p in model.parameters() if p.dim() < 2]
     optimizer = torch.optim.AdamW([{"params": matrices, "weight_decay": c.weight_decay}, {"params": others, "weight_decay": 0.0}],
@@ -291,9 +300,10 @@ def train(config, given=frozenset()):
         hardware.say(f"dense model: held-out loss {dense['val']['loss']:.4f}, target {state['target_loss']:.4f}; "
                      f"on training batches {state['dense_on_training']:.4f}, the constraint's target {geco.target:.4f}")
         if c.open_above:
-            x, _ = data.batch("train", batches.indices(0)[:64], context)
+            x, _ = data.batch("train", batches.indices(0)[:max(1, 8192 // context)], context)  # some thousand queries are plenty
             fold_shift(model, torch.from_numpy(x).to(device), c.open_above)
     start = state["step"]
+    network = torch.nn.parallel.DistributedDataParallel(fast) if hardware.world() > 1 else fast
     model.train()  # samples the gates, drops out; load_checkpoint and evaluate leave models in evaluation mode
 
     log = None
@@ -308,8 +318,10 @@ def train(config, given=frozenset()):
     def save(name, step):
         if hardware.rank() == 0:
             save_checkpoint(os.path.join(c.out_dir, name), checkpoint_of(
-                model, optimizer=optimizer.state_dict(), geco=geco and geco.state_dict(), parent=parent, reference=reference, data=belongs_to, config=asdict(c),
+                model, optimizer=optimizer.state_dict(), geco=geco and geco.state_dict(), parent=parent, reference=reference, reference_step=reference_step, data=belongs_to, config=asdict(c),
                 **{**state, "step": step, "seconds": state["seconds"] + time.time() - began}))
+
+    advice = f"Start again with a smaller step, for instance --learning_rate={c.learning_rate / 3:.1g} --out_dir=out/NEW"
 
     # --- the loop -----------------------------------------------------------------------------------------------------
     began, open_edges, speed = time.time(), "not counted yet", hardware.Speed(c.batch_size * context, model.flops_per_token(context), device)
@@ -320,7 +332,9 @@ def train(config, given=frozenset()):
                 found = evaluate_splits(model, data, c.eval_batch_size, c.eval_batches)
                 val = found["val"]
                 open_edges = f"{val['open']:.1f} of {val['total']}"
-                passes = math.isfinite(val["loss"]) and (not c.gated or meets_target(found, state["dense"], state["target_loss"]))
+                if not math.isfinite(val["loss"]):
+                    raise RunError(f"the held-out loss is {val['loss']} at step {step}; {c.out_dir}/last.pt still holds an earlier step. {advice}")
+                passes = not c.gated or meets_target(found, state["dense"], state["target_loss"])
                 score = [val["open"], val["loss"]]  # the fewest edges; of a dense run, whose edges are all open, the lowest loss
                 is_best = passes and (state["best"] is None or score <= state["best"])
                 state["best"] = score if is_best else state["best"]
@@ -330,9 +344,9 @@ def train(config, given=frozenset()):
                               density=state["density"], open=val["open"], fraction=val["fraction"], passes=passes, target_loss=state["target_loss"],
                               seconds=state["seconds"] + time.time() - began, **speed.read(),
                               **({"constraint_target": geco.target, "constraint_loss": state["constraint_loss"], "violation": geco.violation, "lambda": geco.lam} if geco else {}))
-                save("last.pt", step)  # first: a run that is killed in between evaluates again and writes best.pt then
-                if is_best:
-                    save("best.pt", step)
+                # last.pt first: a run that is killed in between evaluates again and writes best.pt then; but not after the last step
+                for name in sorted(["last.pt"] + ["best.pt"] * is_best, reverse=step < c.max_steps):
+                    save(name, step)
                 speed.go_on()
             if step == c.max_steps:
                 break
@@ -364,8 +378,7 @@ def train(config, given=frozenset()):
                 if hardware.rank() == 0:
                     prepare_data.write_json(os.path.join(c.out_dir, "offending_batch.json"), {"step": step, "dataset": c.dataset, "indices": batches.indices(step).tolist()})
                 raise RunError(f"the loss is {batch_loss}, the gradient's norm {norm} at step {step}; {c.out_dir}/last.pt still holds an earlier step, "
-                               f"offending_batch.json the indices of the batch. "
-                               f"Start again with a smaller step, for instance --learning_rate={c.learning_rate / 3:.1g} --out_dir=out/NEW")
+                               f"offending_batch.json the indices of the batch. {advice}")
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             speed.step()
@@ -375,7 +388,10 @@ def train(config, given=frozenset()):
             bar.set_postfix_str(f"loss {state['batch_loss']:.4f}" + (f", open {open_edges}, lambda {geco.lam:.3f}" if c.gated else ""), refresh=False)
             if stopping and step + 1 < c.max_steps:  # after the last step only the evaluation is left
                 save("last.pt", step + 1)
-                sys.exit(f"stopped and saved after {step + 1} steps. To go on: python train.py {shlex.join(sys.argv[1:])}")
+                hardware.wait_for_all()  # torchrun ends all processes as soon as one has ended
+                program = f"torchrun --nproc_per_node={hardware.world()}" if hardware.world() > 1 else "python"
+                sys.exit(f"stopped and saved after {step + 1} steps. To go on: {program} train.py {shlex.join(sys.argv[1:])}" if hardware.rank() == 0 else 1)
+    hardware.wait_for_all()  # a child that starts now finds the files whole
 
 
 def main(arguments):
@@ -388,7 +404,8 @@ def main(arguments):
         hardware.start_processes(hardware.pick_device(config.device))
         train(config, names)
         writes = hardware.rank() == 0
-        hardware.wait_for_all()
+    except torch.OutOfMemoryError as error:
+        sys.exit(f"error: out of memory: {str(error).splitlines()[0]} Try a smaller --micro_batch_size (the result stays the same) or --eval_batch_size")
     except (ConfigError, RunError, CheckpointError, HandoverError, hardware.HardwareError, prepare_data.DataError, OSError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:

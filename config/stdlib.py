@@ -10,7 +10,7 @@ dtype = 'auto'
 
 gate_bias = 3.0
 open_above = 0.003  # paper: nothing of the kind. Edges with an attention weight above this start open: no shock (handover.py)
-distill_weight = 1.0  # the dense parent teaches
+distill_weight = 1.0  # the dense model that sets the target teaches, too
 
 loss_slack = 0.0  # nats: no worse than the parent at all
 constraint_gates = 'deterministic'  # paper: 'sampled'. What counts in the end are deterministic gates

@@ -111,6 +111,10 @@ def test_mistakes_are_named(workplace, monkeypatch):
     save_checkpoint("ours.pt", checkpoint_of(random_model()))
     with pytest.raises(CheckpointError, match="is a file; --to hf writes a folder"):
         export.export("ours.pt", "hf", "ours.pt")
+    os.makedirs("out/run")
+    save_checkpoint("out/run/last.pt", checkpoint_of(random_model()))
+    with pytest.raises(CheckpointError, match="out/run is a run's folder, whose config.json would be lost"):
+        export.export("out/run", "hf", "out/run")
     monkeypatch.setitem(sys.modules, "safetensors.torch", None)
     with pytest.raises(CheckpointError, match="pip install safetensors"):
         export.export("ours.pt", "hf", "hf")

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import huggingface
-from model import GPT, CheckpointError, GPTConfig, checkpoint_of, load_checkpoint, read_checkpoint, save_checkpoint, tokenizer_of
+from model import GPT, CheckpointError, GPTConfig, checkpoint_of, load_checkpoint, read_checkpoint, require_tokenizer, save_checkpoint, tokenizer_of
 
 transformers = pytest.importorskip("transformers", reason="pip install -r tests/requirements.txt")
 TINY = {"n_layer": 2, "n_head": 2, "n_embd": 32, "n_positions": 16, "vocab_size": 50}
@@ -44,7 +44,7 @@ def test_the_full_124M_gives_its_logits_also_as_shards(workplace):
     model.save_pretrained("hf", max_shard_size="100MB")
     assert os.path.exists("hf/model.safetensors.index.json")
     ours = GPT.from_pretrained("hf")
-    assert sum(p.numel() for p in ours.parameters()) == 124_439_808 and tokenizer_of({}, "hf") == "gpt2"
+    assert sum(p.numel() for p in ours.parameters()) == 124_439_808 and tokenizer_of(read_checkpoint("hf")) == "gpt2"
     assert_same_logits(ours, model, T=64)
 
 
@@ -89,6 +89,10 @@ def test_wrong_files_are_named(workplace):
     fails(state, "model_type='llama'", model_type="llama")
     fails(state, "scale_attn_by_inverse_layer_idx=True", scale_attn_by_inverse_layer_idx=True)
     fails(state, "activation_function relu", activation_function="relu")
+    with open("bad/config.json", "w") as f:
+        f.write("{")
+    with pytest.raises(CheckpointError, match="bad/config.json is damaged"):
+        GPT.from_pretrained("bad")
     with open("hf/model.safetensors", "r+b") as f:
         f.truncate(1000)
     with pytest.raises(CheckpointError, match="hf/model.safetensors cannot be read .*truncated or damaged"):
@@ -166,4 +170,5 @@ def test_nanogpt_and_the_authors_checkpoints(workplace):
     assert torch.equal(model(idx)[0], ours(idx)[0]) and model.config.gelu == "none"
     assert tokenizer_of(read_checkpoint("ckpt.pt")) == "gpt2"
     with pytest.raises(CheckpointError, match="trained on tokens of 'gpt2', the data has those of 'bytes'"):
-        load_checkpoint("ckpt.pt", tokenizer="bytes")
+        require_tokenizer(read_checkpoint("ckpt.pt"), "ckpt.pt", "bytes")
+    require_tokenizer(read_checkpoint("ckpt.pt"), "ckpt.pt", "gpt2")

@@ -14,7 +14,7 @@ import torch
 import prepare_data
 import train as train_file
 from conftest import REPOSITORY
-from model import CheckpointError, load_checkpoint, read_checkpoint
+from model import CheckpointError, load_checkpoint, read_checkpoint, save_checkpoint
 from resume import RunError, StopRequest
 from train import Config, get_lr, make_config, meets_target, train
 
@@ -357,6 +357,23 @@ def test_the_paired_constraint_is_free_of_the_batchs_luck(counting):
     assert line["constraint_loss"] == pytest.approx(line["constraint_target"] - 0.02, abs=1e-5)
     unpaired = metrics(run("sparse.py", max_steps=1, open_above=0.0, gate_bias=50.0, constraint_paired=False, out_dir="out/unpaired"))[-1]
     assert abs(unpaired["constraint_loss"] - line["constraint_loss"]) > 1e-3
+
+
+def test_what_the_target_hangs_on_cannot_change_on_the_way(counting):
+    run("sparse.py", max_steps=10)
+    for changed in ({"open_above": 0.5}, {"constraint_margin": 0.3}, {"target_from": "out/nowhere"}):
+        with pytest.raises(RunError, match="another model or target"):
+            run("sparse.py", init_from="resume", max_steps=20, **changed)
+    save_checkpoint("out/dense/best.pt", read_checkpoint("out/dense/best.pt") | {"step": 999})  # the parent becomes better behind its child's back
+    with pytest.raises(RunError, match="out/dense/best.pt has been trained on since out/sparse was begun"):
+        run("sparse.py", init_from="resume", max_steps=20)
+
+
+def test_an_evaluation_that_is_not_finite_leaves_the_last_good_checkpoint(counting):
+    with pytest.raises(RunError, match="is nan at step|is inf at step|is nan, the gradient|is inf, the gradient"):
+        run("dense.py", learning_rate=1e30, eval_interval=1, max_steps=20, warmup_steps=0, grad_clip=0.0)
+    assert all(p.isfinite().all() for p in parameters("out/dense").values())
+    assert all(np.isfinite(m["val_loss"]) for m in metrics("out/dense"))
 
 
 def test_a_teacher_changes_the_gradient_and_only_the_gradient(counting):
