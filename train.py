@@ -202,9 +202,9 @@ def meets_target(found, dense, target_loss):
         found[split]["correct"] >= dense[split]["correct"] for split in found if found[split]["accuracy"] is not None)
 
 
-def divergence(logits, teacher_logits):
-    """KL(teacher || student), the mean over positions, nats. Both (B, T, V)."""
-    student, teacher = (x.flatten(0, 1).float().log_softmax(-1) for x in (logits, teacher_logits))
+def divergence(logits, teacher_logits, targets):
+    """KL(teacher || student), the mean over the positions where something is asked, nats. Logits (B, T, V), targets (B, T), -1 where nothing is."""
+    student, teacher = (x[targets != -1].float().log_softmax(-1) for x in (logits, teacher_logits))  # (asked, V)
     return F.kl_div(student, teacher, log_target=True, reduction="batchmean")
 
 
@@ -367,7 +367,7 @@ def train(config, given=frozenset()):
                     if c.gated and c.distill_weight:
                         with torch.no_grad():
                             taught = fast_dense(x)[0]
-                        fidelity = loss + c.distill_weight * divergence(logits, taught)
+                        fidelity = loss + c.distill_weight * divergence(logits, taught, y)
                     objective = geco.objective(fidelity, density, c.density_weight) if c.gated else loss
                     (objective / len(batches.ours)).backward()
                 sums = [before + now.item() for before, now in zip(sums, (loss, density, objective))]

@@ -384,7 +384,7 @@ def test_a_teacher_changes_the_gradient_and_only_the_gradient(counting):
     teacher = load_checkpoint("out/dense/best.pt")
     x, _ = prepare_data.load("count").batch("val", range(0, 400, 8), 8)
     x = torch.from_numpy(x)
-    distance = [train_file.divergence(load_checkpoint(f"out/{name}/last.pt")(x)[0], teacher(x)[0]).item() for name in ("taught", "untaught")]
+    distance = [train_file.divergence(load_checkpoint(f"out/{name}/last.pt")(x)[0], teacher(x)[0], x).item() for name in ("taught", "untaught")]
     assert distance[0] < distance[1]
 
 
@@ -392,8 +392,10 @@ def test_divergence_is_the_textbook_sum():
     torch.manual_seed(0)
     student, teacher = torch.randn(2, 3, 5), torch.randn(2, 3, 5)
     p, q = teacher.softmax(-1), student.softmax(-1)
-    assert train_file.divergence(student, teacher).item() == pytest.approx((p * (p / q).log()).sum(-1).mean().item(), rel=1e-5)
-    assert train_file.divergence(teacher, teacher).item() == pytest.approx(0, abs=1e-6)
+    targets = torch.tensor([[1, 2, -1], [0, -1, -1]])
+    expected = (p * (p / q).log()).sum(-1)[targets != -1].mean().item()
+    assert train_file.divergence(student, teacher, targets).item() == pytest.approx(expected, rel=1e-5)
+    assert train_file.divergence(teacher, teacher, targets).item() == pytest.approx(0, abs=1e-6)
 
 
 def test_other_data_than_the_run_began_with_is_refused(counting):
