@@ -61,10 +61,10 @@ def precision(name, device):
     return functools.partial(torch.autocast, kind, dtype=torch.bfloat16, enabled=name == "bfloat16"), name
 
 
-def compiles(setting, device, context):
-    """Shall torch.compile be used? 'on', 'off', or 'auto': on a GPU; on a CPU where it pays (long contexts) and a C++ compiler is there."""
+def compiles(setting, device, pays_on_cpu):
+    """Shall torch.compile be used? setting 'on', 'off', or 'auto': on a GPU; on a CPU if it pays there and a C++ compiler is at hand."""
     compiler = any(shutil.which(name) for name in (os.environ.get("CXX", "c++"), "g++", "clang++", "cl"))
-    return setting == "on" or setting == "auto" and (device.startswith("cuda") or device == "cpu" and context >= 64 and compiler)
+    return setting == "on" or setting == "auto" and (device.startswith("cuda") or device == "cpu" and pays_on_cpu and compiler)
 
 
 def peak_flops(device):

@@ -63,7 +63,7 @@ class Config:
     dataset: str = "addition"  # data/<dataset>, made by prepare_data.py
     seed: int = 1  # of initialisation, data order and gates; passed on to a parent that is trained first
     device: str = "auto"  # 'auto' is cuda, else mps (which nobody has tried yet), else cpu
-    compile: str = "auto"  # torch.compile: 'on', 'off', or 'auto': on cuda, and on a CPU with a C++ compiler for contexts of 64 and more
+    compile: str = "auto"  # torch.compile: 'on', 'off', or 'auto': on cuda; on a CPU with a C++ compiler, gated models with contexts of 64 and more
     dtype: str = "float32"  # of matrix products: 'float32', 'bfloat16', or 'auto', bfloat16 where the hardware has it. Judged in float32 always
     # the model; a run that starts from another run takes these from there
     n_layer: int = 4
@@ -271,10 +271,11 @@ def train(config, given=frozenset()):
     del starts_from, compared_with  # with optimizer states, which may be large
     context = data.train.shape[2] if data.meta["kind"] == "rows" else c.block_size
     autocast, dtype = hardware.precision(c.dtype, device)
-    compiled = hardware.compiles(c.compile, device, context)
-    if compiled and device == "cpu":  # torch's own generator: three times faster there, and the same noise as without compiling
+    if device == "cpu":  # let compiled code use torch's own generator: three times faster there, and the same noise as without compiling
         torch._inductor.config.fallback_random = True
-    fast, fast_dense = (torch.compile(m) if compiled and m else m for m in (model, dense_model))
+    compiled = hardware.compiles(c.compile, device, pays_on_cpu=c.gated and context >= 64)  # it fuses the gates; dense models are no faster
+    fast = torch.compile(model) if compiled else model
+    fast_dense = torch.compile(dense_model) if c.gated and hardware.compiles(c.compile, device, pays_on_cpu=False) else dense_model
     matrices = [p for p in model.parameters() if p.dim() >= 2]
     others = [p for p in model.parameters() if p.dim() < 2]
     optimizer = torch.optim.AdamW([{"params": matrices, "weight_decay": c.weight_decay}, {"params": others, "weight_decay": 0.0}],

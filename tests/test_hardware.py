@@ -2,8 +2,10 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -29,14 +31,19 @@ def launch(processes, *arguments):
     return done.stdout
 
 
+def count_dataset():
+    """Tokens that go up by 1 or 2, at random."""
+    tokens = (np.cumsum(np.random.default_rng(0).integers(1, 3, 3000)) % 10).astype(np.uint16)
+    prepare_data.write_dataset("data/count", tokens[:2000], tokens[2000:], kind="stream", vocab_size=10, tokenizer="digits")
+
+
 def metrics(folder):
     with open(f"{folder}/metrics.jsonl") as f:
         return [json.loads(line) for line in f]
 
 
 def test_two_processes_do_what_one_does_with_accumulation(workplace):
-    tokens = (np.cumsum(np.random.default_rng(0).integers(1, 3, 3000)) % 10).astype(np.uint16)
-    prepare_data.write_dataset("data/count", tokens[:2000], tokens[2000:], kind="stream", vocab_size=10, tokenizer="digits")
+    count_dataset()
     launch(1, *SETTINGS, "--out_dir=out/dense")
     shape = [s for s in SETTINGS if not s.startswith(("--n_", "--block", "--dropout"))]
     launch(1, *shape, *GATED, "--micro_batch_size=8", "--out_dir=out/one")
@@ -54,7 +61,25 @@ def test_two_processes_do_what_one_does_with_accumulation(workplace):
     assert read_checkpoint("out/two/last.pt")["step"] == 24
 
 
-def test_settings_in_words():
+def test_a_scheduler_that_stops_everybody_at_once_loses_nothing(workplace):
+    """SIGTERM to torchrun and to both its workers, as Slurm sends it."""
+    count_dataset()
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", os.path.join(REPOSITORY, "train.py"), *SETTINGS,
+               "--eval_interval=1000000", "--max_steps=1000000", "--out_dir=out/run"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, start_new_session=True)
+    for _ in range(600):
+        if os.path.exists("out/run/best.pt"):
+            break
+        time.sleep(0.1)
+    time.sleep(1)
+    os.killpg(process.pid, signal.SIGTERM)
+    _, errors = process.communicate(timeout=60)
+    step = read_checkpoint("out/run/last.pt")["step"]
+    assert step > 0 and f"stopped and saved after {step} steps. To go on: torchrun --nproc_per_node=2 train.py" in errors
+    assert errors.count("stopped and saved") == 1
+
+
+def test_settings_in_words(monkeypatch):
     context, name = hardware.precision("bfloat16", "cpu")
     with context():
         assert name == "bfloat16" and (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.bfloat16
@@ -62,10 +87,24 @@ def test_settings_in_words():
     with context():
         assert name == "float32" and (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.float32
     assert hardware.precision("auto", "mps")[1] == "float32"
-    assert hardware.compiles("auto", "cuda:0", 8) and hardware.compiles("on", "cpu", 8) and not hardware.compiles("off", "cuda", 99)
-    assert not hardware.compiles("auto", "cpu", 11)
+    assert hardware.compiles("auto", "cuda:0", False) and hardware.compiles("on", "cpu", False) and not hardware.compiles("off", "cuda", True)
+    assert not hardware.compiles("auto", "cpu", False)
     with pytest.raises(HardwareError, match="device=cuda:7.*--device=cpu"):
         hardware.pick_device("cuda:7")
+    with pytest.raises(HardwareError, match="device=foo: it is"):
+        hardware.pick_device("foo")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(HardwareError, match="all processes on one GPU"):
+        hardware.pick_device("cuda:0")
+
+
+def test_peak_flops_are_those_of_the_very_gpu(monkeypatch):
+    found = {}
+    for name in ("NVIDIA H100 80GB HBM3", "NVIDIA H100 PCIe", "NVIDIA H200", "NVIDIA A100-SXM4-80GB", "NVIDIA RTX A1000", "NVIDIA L40S", "NVIDIA L4", "NVIDIA GeForce RTX 4090"):
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, name=name: name)
+        found[name] = hardware.peak_flops("cuda:0")
+    assert list(found.values()) == [989e12, 756e12, 989e12, 312e12, None, 362e12, 121e12, 165e12]
+    assert hardware.peak_flops("cpu") is None
 
 
 def test_one_process_is_its_own_average():
