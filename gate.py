@@ -52,7 +52,8 @@ def gated_attention(q, k, v, bias=3.0, temperature=1.0, sample=False, *,
     linear_penalty  not the paper's: where s > 0 the penalty goes on along its tangent, 1/2 + s/4, so that it pulls as hard at a
                   wide-open edge as at one on the threshold. sigmoid(s) hardly pulls there: edges that do nothing stay open.
                   But it also charges needed edges for being certain to open, so the last steps want sigmoid(s) again
-    noise         (B, H, T, T) logistic noise n to use when sampling; None draws it. For tests
+    noise         n when sampling: None draws it, a tensor (B, H, T, T) is taken as it is, 0.0 leaves it out: then values are those of
+                  evaluation, A = [s > 0], and gradients those of training
     keep          bool, broadcasts to (B, H, T, T): an edge that is False here is shut whatever its gate says. The penalty does not see it
     return_gates  True: the third value is a `Gates`, else it is None
 
@@ -97,7 +98,7 @@ def gated_attention(q, k, v, bias=3.0, temperature=1.0, sample=False, *,
 def sampled_gates(s, temperature=1.0, noise=None):
     """Binary Gumbel-softmax, straight-through: the value is [s + n > 0], the gradient that of sigmoid((s + n) / temperature).
 
-    s, noise: (B, H, T, T). Source: Maddison et al. 2017, Jang et al. 2017; straight-through: Bengio et al. 2013.
+    s (B, H, T, T); noise: None draws it, else a tensor of that shape or 0.0. Source: Maddison et al. 2017, Jang et al. 2017; straight-through: Bengio et al. 2013.
     """
     noisy = s + (logistic_noise(s.shape, s.device) if noise is None else noise)
     hard = (noisy > 0).to(s.dtype)

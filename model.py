@@ -130,11 +130,12 @@ class GPT(nn.Module):
             elif name.endswith("bias"):
                 nn.init.zeros_(p)
 
-    def forward(self, idx, targets=None, keep=None, record=None, linear_penalty=False):
+    def forward(self, idx, targets=None, keep=None, record=None, linear_penalty=False, noise=None):
         """idx (B, T) token ids; targets (B, T) the token to predict at each position, -1 where nothing is asked.
 
         keep    bool, (n_layer, H, T, T) or (n_layer, B, H, T, T): an edge that is False here is forced shut
         record  called as record(layer, gates) for every layer, gates a `gate.Gates`: what is open, what is attended to
+        noise   of the gates in training mode; 0.0 leaves it out: gates are those of evaluation, with the gradient of training. See gate.py
         linear_penalty  the density is made of the penalty that does not saturate, see gate.py; False is the paper's
 
         Returns logits (B, T, vocab_size); loss, the mean cross-entropy in nats over the targets, None without targets;
@@ -149,7 +150,7 @@ class GPT(nn.Module):
         densities = []
         for layer, block in enumerate(self.transformer.h):
             x, density, gates = block(x, keep=None if keep is None else keep[layer], return_gates=record is not None,
-                                      linear_penalty=linear_penalty)
+                                      linear_penalty=linear_penalty, noise=noise)
             densities.append(density)
             if record is not None:
                 record(layer, gates)

@@ -80,6 +80,7 @@ class Config:
     open_above: float = 0.0  # attention weight above which edges start open, by a shift of the key biases (handover.py); 0 is off, the paper's
     distill_weight: float = 0.0  # of KL(dense || gated), nats, added to the loss that is trained on; the constraint and the judgement stay without
     linear_penalty_steps: int = 3000  # first steps, under the penalty that pulls at wide-open edges too (gate.py); 0 is the paper's
+    noise_free_steps: int = 0  # last steps, in which gates are not drawn but thresholds, as when they are judged; gradients stay straight-through. 0 is the paper's
     density_weight: float = 1.0  # in L = density_weight * density + lambda (loss - target)
     loss_slack: float = 0.001  # nats above the dense loss that count as equal
     constraint_gates: str = "deterministic"  # gates under which the constraint's loss is taken; 'sampled' is the paper's
@@ -113,7 +114,7 @@ def limits():
     """{setting: (words, test)}: what a value must be beside its type."""
     at_least_1 = "n_layer n_head n_embd block_size constraint_interval batch_size max_steps eval_interval eval_batch_size"
     positive = "gate_temperature density_weight constraint_scale lambda_rate lambda_init lambda_min lambda_max learning_rate"
-    not_negative = "loss_slack linear_penalty_steps min_lr warmup_steps weight_decay grad_clip eval_batches constraint_margin distill_weight micro_batch_size"
+    not_negative = "loss_slack linear_penalty_steps noise_free_steps min_lr warmup_steps weight_decay grad_clip eval_batches constraint_margin distill_weight micro_batch_size"
     fractions = "dropout lambda_average beta1 beta2 open_above"
     return {
         **{key: ("at least 1", lambda v: v >= 1) for key in at_least_1.split()},
@@ -363,7 +364,8 @@ def train(config, given=frozenset()):
             sums = [0.0, 0.0, 0.0]
             for i, (x, y) in enumerate(batches.at(step)):
                 with nullcontext() if i == len(batches.ours) - 1 or network is fast else network.no_sync(), autocast():
-                    logits, loss, density = network(x, y, linear_penalty=step < c.linear_penalty_steps)
+                    logits, loss, density = network(x, y, linear_penalty=step < c.linear_penalty_steps,
+                                                     noise=0.0 if step >= c.max_steps - c.noise_free_steps else None)
                     fidelity = loss
                     if c.gated and c.distill_weight:
                         with torch.no_grad():

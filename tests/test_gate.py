@@ -184,3 +184,14 @@ def test_under_autocast_the_scores_stay_exact_and_the_output_has_the_values_type
     assert torch.equal(gates.open, exact.open) and torch.equal(gates.pattern, exact.pattern) and density.float() == exact_density
     assert y.dtype == fast.dtype == torch.bfloat16
     assert (y.float() - expected).abs().max() < 0.05 and (fast.float() - expected).abs().max() < 0.05
+
+
+def test_without_noise_values_are_those_of_evaluation_and_gradients_those_of_training():
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, 2, 8, 4, dtype=torch.float64, requires_grad=True) for _ in range(3))
+    y, density, _ = gated_attention(q, k, v, 0.3, sample=True, noise=0.0)
+    judged, judged_density, _ = gated_attention(q, k, v, 0.3, sample=False)
+    assert torch.equal(y, judged) and torch.equal(density, judged_density)
+    as_zeros, _, _ = gated_attention(q, k, v, 0.3, sample=True, noise=torch.zeros(2, 2, 8, 8, dtype=torch.float64))
+    ours, plain, frozen = (torch.autograd.grad(out.square().sum(), (q, k), retain_graph=True) for out in (y, as_zeros, judged))
+    assert all(torch.allclose(a, b) for a, b in zip(ours, plain)) and not any(torch.allclose(a, b) for a, b in zip(ours, frozen))

@@ -376,6 +376,21 @@ def test_an_evaluation_that_is_not_finite_leaves_the_last_good_checkpoint(counti
     assert all(np.isfinite(m["val_loss"]) for m in metrics("out/dense"))
 
 
+def test_the_last_steps_without_noise(counting, monkeypatch):
+    real, seen = train_file.GPT.forward, []
+
+    def watched(self, *inputs, **options):
+        seen.append(options.get("noise")) if "linear_penalty" in options else None
+        return real(self, *inputs, **options)
+
+    run("dense.py")
+    monkeypatch.setattr(train_file.GPT, "forward", watched)
+    run("sparse.py", max_steps=20, noise_free_steps=5)
+    assert seen == [None] * 15 + [0.0] * 5
+    line = metrics("out/sparse")[-1]
+    assert line["val_loss"] != metrics(run("sparse.py", max_steps=20, out_dir="out/noisy"))[-1]["val_loss"]
+
+
 def test_a_teacher_changes_the_gradient_and_only_the_gradient(counting):
     with_teacher = metrics(run("sparse.py", max_steps=20, distill_weight=2.0, out_dir="out/taught"))
     without = metrics(run("sparse.py", max_steps=20, out_dir="out/untaught"))
