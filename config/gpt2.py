@@ -24,9 +24,10 @@ loss_slack = 0.01
 constraint_paired = True
 constraint_interval = 16  # a measurement is two forward passes over the whole batch: 4 % of the work at this interval
 constraint_scale = 0.01
-lambda_init = 0.3  # as in config/stdlib.py
+lambda_init = 0.1  # as in config/stdlib.py
 lambda_min = 0.01
-lambda_max = 0.3
+lambda_max = 0.1
+noise_free_steps = 10000
 
 # 128 x 1,024 tokens per step, a quarter of GPT-2's own batch of pre-training; 20,000 steps are 2.6 billion tokens, under a third of OpenWebText.
 # The plain formula of gate.py stores about eight T x T matrices per head and layer for the backward pass: 4 sequences want some 25 GB.

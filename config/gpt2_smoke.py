@@ -19,9 +19,10 @@ loss_slack = 0.01
 constraint_paired = True
 constraint_interval = 16
 constraint_scale = 0.01
-lambda_init = 0.3
+lambda_init = 0.1
 lambda_min = 0.01
-lambda_max = 0.3
+lambda_max = 0.1
+noise_free_steps = 150
 
 batch_size = 8
 micro_batch_size = 4

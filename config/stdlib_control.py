@@ -8,9 +8,9 @@ dataset = 'stdlib'
 dtype = 'auto'
 
 batch_size = 16
-max_steps = 12000
+max_steps = 14000
 learning_rate = 1e-3
-min_lr = 1e-4
-eval_interval = 500
+min_lr = 5e-5
+eval_interval = 1000
 eval_batch_size = 250
 eval_batches = 8
