@@ -84,20 +84,26 @@ def training(path, metrics, kept_step=None):
     curve(axes[0], "val_loss", "held-out set" + (", deterministic gates" if gated else ""), color="tab:blue")
     if gated:
         axes[0].axhline(metrics[0]["target_loss"], color="tab:green", ls="--", label="target: dense loss on the held-out set + slack")
+        axes[0].axhline(metrics[0]["constraint_target"], color="tab:orange", ls=":", label="dense loss on training batches, which moves lambda")
         curve(axes[1], "fraction", "all evaluations", 100, color="tab:blue")
         passed = [(m["step"], 100 * m["fraction"]) for m in metrics if m["passes"]]
         axes[1].plot(*zip(*passed) if passed else ([], []), "o", ms=4, color="tab:green", label="meets the target")
         for m in metrics:
             if m["step"] == kept_step and m["passes"]:
                 axes[1].plot(kept_step, 100 * m["fraction"], "*", ms=14, color="tab:red", label=f"kept: step {kept_step}, {m['open']:.2f} edges")
-        axes[1].set(yscale="log", ylabel="open edges (%)")
+        axes[1].set(ylabel="open edges (%)")
         axes[1].legend(fontsize=8)
         curve(axes[2], "lambda", "lambda", color="tab:purple")
-        axes[2].set(yscale="log", ylabel="lambda")
-        for ax in axes[1:]:
-            ax.yaxis.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda y, _: f"{y:g}"))
-    axes[0].set(yscale="log", ylabel="loss (nats)")
+        axes[2].set(ylabel="lambda")
+    axes[0].set(ylabel="loss (nats)")
     axes[0].legend(fontsize=8)
+    for ax in axes:
+        low, high = ax.dataLim.intervaly
+        if low > 0 and high > 10 * low:  # a logarithmic axis where there are decades to show
+            ax.set_yscale("log")
+            ax.yaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 5) if high < 100 * low else (1,)))
+            ax.yaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
+        ax.yaxis.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda y, _: f"{y:g}"))
     axes[-1].set_xlabel("step")
     for ax in axes:
         ax.grid(alpha=0.3)
