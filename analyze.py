@@ -122,6 +122,7 @@ def table(reports):
             ("heads off", [f"{r['heads_off']} of {sum(map(len, r['edges']['per_head']))}" for r in reports]),
             ("checkpoint of step", [str(r["step"]) for r in reports]),
             ("seconds, dense + sparse", [" + ".join("-" if s is None else f"{s:.0f}" for s in r["seconds"].values()) for r in reports])]
+    rows = [row for row in rows if set(row[1]) != {"-"}]  # nothing to say in any of the runs
     widths = [max(len(cells[i]) for _, cells in rows) for i in range(len(reports))]
     return "\n".join("  ".join([f"{name:24}", *(cell.rjust(width) for cell, width in zip(cells, widths))]) for name, cells in rows)
 

@@ -3,7 +3,7 @@
     python model.py export out/run --to hf PATH                 a folder: transformers.GPT2LMHeadModel.from_pretrained(PATH)
     python model.py export out/run --to transformer_lens PATH   a file: {'cfg', 'state_dict'} for HookedTransformer (TransformerLens 2 and 3),
                                                                 through its convert_nanogpt_weights
-    python model.py export out/run --to nanogpt PATH            a file that nanoGPT resumes from: {'model', 'model_args', ...}
+    python model.py export out/run --to nanogpt PATH            a file for nanoGPT's model.py and sample.py: {'model', 'model_args', ...}
 
 TransformerLens 4 wraps a transformers model, so for its TransformerBridge export `--to hf`.
 
@@ -31,22 +31,22 @@ def transformer_lens(model):
 
 
 def nanogpt(model):
-    """What nanoGPT's train.py writes as ckpt.pt, and 'gate_bias'. Raises CheckpointError if the model does not tie its embeddings, as nanoGPT always does."""
+    """Weights and model_args as in nanoGPT's ckpt.pt, and 'gate_bias'; no state of its optimizer, so its train.py cannot resume. Raises CheckpointError if the model does not tie its embeddings, as nanoGPT always does."""
     c = model.config
     if not c.tied:
         raise CheckpointError("nanoGPT ties the embeddings always, and this model was made with tied=False")
     if c.gelu == "tanh":
         print("note: nanoGPT computes the exact GELU and this model GPT-2's approximation, so its logits will differ from the third digit on")
     args = {key: getattr(c, key) for key in ("n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size", "dropout")}
-    return {"model": model.state_dict(), "model_args": args, "gate_bias": c.gate_bias if c.gated else None, "iter_num": 0, "best_val_loss": 1e9, "config": {}}
+    return {"model": model.state_dict(), "model_args": args, "gate_bias": c.gate_bias if c.gated else None}
 
 
 def export(run, kind, path):
-    """Write the model of a run's folder or checkpoint to path, as `kind`. Raises CheckpointError."""
+    """Write the model of a run's folder or checkpoint to path, as `kind`. Raises CheckpointError, also rather than overwrite anything."""
+    if os.path.exists(path) and (kind != "hf" or not os.path.isdir(path) or os.listdir(path)):
+        raise CheckpointError(f"{path} exists already. Choose another name, or delete it first")
     model = load_checkpoint(kept_checkpoint(run))
     if kind == "hf":
-        if os.path.isfile(path):
-            raise CheckpointError(f"{path} is a file; --to hf writes a folder. Choose another name")
         try:
             huggingface.write(path, model.state_dict(), asdict(model.config))
         except (huggingface.HuggingFaceError, OSError) as error:

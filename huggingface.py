@@ -120,13 +120,11 @@ def write(folder, state, args):
     tensors = {name: tensor.t().contiguous() if CONV1D.search(name) else tensor.contiguous() for name, tensor in state.items()
                if not (args["tied"] and name == "lm_head.weight")}
     config = FIXED | {"architectures": ["GPT2LMHeadModel"], "vocab_size": args["vocab_size"], "n_positions": args["block_size"], "n_embd": args["n_embd"],
-                      "n_layer": args["n_layer"], "n_head": args["n_head"], "tie_word_embeddings": args["tied"], "bos_token_id": 50256, "eos_token_id": 50256,
+                      "n_layer": args["n_layer"], "n_head": args["n_head"], "tie_word_embeddings": args["tied"], **{key: 50256 if args["vocab_size"] > 50256 else None for key in ("bos_token_id", "eos_token_id")},  # <|endoftext|>
                       "activation_function": ACTIVATION[args["gelu"]],
                       **{key: args["dropout"] for key in ("resid_pdrop", "embd_pdrop")}, "attn_pdrop": 0.0}
     if args["gated"]:
         config["gate_bias"] = args["gate_bias"]  # transformers keeps what it does not know: model.config.gate_bias
-    if os.path.exists(os.path.join(folder, "last.pt")):
-        raise HuggingFaceError(f"{folder} is a run's folder, whose config.json would be lost. Choose another, such as {os.path.join(folder, 'hf')}")
     os.makedirs(folder, exist_ok=True)
     weights, settings = os.path.join(folder, "model.safetensors"), os.path.join(folder, "config.json")
     safetensors().save_file(tensors, weights + ".tmp", metadata={"format": "pt"})

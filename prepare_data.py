@@ -5,7 +5,7 @@
     python prepare_data.py stdlib --tokenizer=gpt2      the same in GPT-2's tokens: data/stdlib-gpt2
     python prepare_data.py text --file=A --file=B       your own files
     python prepare_data.py shakespeare                  tiny Shakespeare, 1 MB, by URL
-    python prepare_data.py openwebtext --processes=8    what GPT-2 was trained on, rebuilt: 9 billion tokens, 54 GB to download; needs `datasets`
+    python prepare_data.py openwebtext --processes=8    what GPT-2 was trained on, rebuilt: 9 billion tokens; 90 GB of disk; needs `datasets`
     python prepare_data.py fineweb --shards=10          ready GPT-2 tokens, 100 million (200 MB) a shard, by URL
 
 A dataset is a folder data/<name>/ with two files of 16-bit token ids and a description:

@@ -19,6 +19,7 @@ import torch
 
 import hardware
 import text
+from huggingface import is_huggingface
 from model import CheckpointError, model_of, read_checkpoint, tokenizer_of
 
 READ, NEW, PLAIN = "\033[30;43m", "\033[1;36m", "\033[0m"  # black on yellow: read; bold cyan: the token that reads
@@ -27,6 +28,8 @@ READ, NEW, PLAIN = "\033[30;43m", "\033[1;36m", "\033[0m"  # black on yellow: re
 def kept_checkpoint(run):
     """The checkpoint file of a run's folder: best.pt, or last.pt where no evaluation met the target. Other paths are returned as they are."""
     found = [path for name in ("best.pt", "last.pt") if os.path.exists(path := os.path.join(run, name))]
+    if os.path.isdir(run) and not found and not is_huggingface(run):
+        raise CheckpointError(f"there is no best.pt or last.pt in {run}. Give a run's folder, such as out/stdlib")
     return found[0] if found else run
 
 
@@ -52,6 +55,11 @@ def generate(model, idx, tokens, temperature=0.8, top_k=50, vocab_size=None):
         idx = torch.cat([idx, token[None]], dim=1)
 
 
+def paint(words, color):
+    """Words in a color, if a terminal is there to show it."""
+    return f"{color}{words}{PLAIN}" if sys.stdout.isatty() else words
+
+
 def edges_line(context, new, read, tokens, width):
     """One line: the last tokens that fit into `width`, those that were read marked, and then the new token."""
     *shown, chosen = text.pieces([*context, new], tokens)
@@ -61,9 +69,9 @@ def edges_line(context, new, read, tokens, width):
     while first > 0 and room >= len(shown[first - 1]):
         first -= 1
         room -= len(shown[first])
-    line = "".join(f"{READ}{piece}{PLAIN}" if was_read else piece for piece, was_read in zip(shown[first:], seen[first:]))
+    line = "".join(paint(piece, READ) if was_read else piece for piece, was_read in zip(shown[first:], seen[first:]))
     further = f", {sum(seen[:first])} further left" if any(seen[:first]) else ""
-    return f"{line}{NEW}{chosen}{PLAIN}  {int(read.sum())} edges{further}"
+    return f"{line}{paint(chosen, NEW)}  {int(read.sum())} edges{further}"
 
 
 def main(arguments):
@@ -91,6 +99,8 @@ def main(arguments):
         ids = list(tokens.encode(options.prompt.encode())) or [tokens.separator]
     except (CheckpointError, text.TextError, hardware.HardwareError) as error:
         sys.exit(f"error: {error}")
+    if options.edges:
+        print(f"{paint('read', READ)} by some head of some layer, by {paint('the new token', NEW)}; the number counts the edges of all heads")
     torch.manual_seed(options.seed)
     start = len(ids)
     idx = torch.tensor([[int(i) for i in ids]], device=device)

@@ -180,7 +180,7 @@ def find_dense(source, config, what):
         try:
             train(run, given)
         except RunError as error:
-            raise RunError(f"the parent, {source}: {error} (flags for the parent go with its own command)") from error
+            raise RunError(f"the parent, {source}: {error} (flags for the parent go with its own command; another parent is named with --init_from=out/OTHER)") from error
     for name in ("best.pt", "last.pt"):
         if os.path.exists(os.path.join(folder, name)):
             return os.path.join(folder, name)
@@ -315,7 +315,7 @@ def train(config, given=frozenset()):
         evaluates_at_start = start % c.eval_interval == 0 or start == c.max_steps
         log = MetricsLog(os.path.join(c.out_dir, "metrics.jsonl"), keep_until=start - evaluates_at_start)
     hardware.say(f"{c.out_dir}: {'gated' if c.gated else 'dense'}, {sum(p.numel() for p in model.parameters()):,} parameters, {hardware.world()} x {device}, {dtype}, "
-                 f"{'compiled' if compiled else 'not compiled'}, {micro_batches} micro-batch(es) of {c.batch_size // micro_batches} x {context} tokens, from step {start} to {c.max_steps}")
+                 f"{'compiled (the first step takes half a minute, or more)' if compiled else 'not compiled'}, {micro_batches} micro-batch(es) of {c.batch_size // micro_batches} x {context} tokens, from step {start} to {c.max_steps}")
 
     def save(name, step):
         if hardware.rank() == 0:
@@ -401,6 +401,8 @@ def main(arguments):
     if {"-h", "--help"} & set(arguments):
         print(__doc__ + "\n" + inspect.getsource(Config))
         return
+    if not arguments:
+        sys.exit("error: no config file and no settings. Try: python train.py config/addition.py")
     try:
         path, given = parse_command_line(arguments, Config, limits())
         config, names = make_config(path, given)

@@ -1,6 +1,6 @@
 """The paper's experiment: OpenAI's GPT-2 (124M parameters) on OpenWebText, sparse at the loss of the dense model.
 
-    python prepare_data.py openwebtext                           once, 54 GB to download; or fineweb, and --dataset=fineweb below
+    python prepare_data.py openwebtext                           once, 90 GB of disk; or fineweb, and --dataset=fineweb below
     python train.py config/gpt2.py                               one GPU
     torchrun --nproc_per_node=8 train.py config/gpt2.py          eight; the same batches, the same run, up to rounding
 
@@ -30,7 +30,7 @@ lambda_max = 0.1
 noise_free_steps = 10000
 
 # 128 x 1,024 tokens per step, a quarter of GPT-2's own batch of pre-training; 20,000 steps are 2.6 billion tokens, under a third of OpenWebText.
-# The plain formula of gate.py stores about eight T x T matrices per head and layer for the backward pass: 4 sequences want some 25 GB.
+# The plain formula of gate.py stores 3.6 GB of T x T matrices per sequence for the backward pass: 14.5 GB for 4.
 batch_size = 128
 micro_batch_size = 4  # of one GPU; batch_size / (GPUs x micro_batch_size) micro-batches are accumulated: 32 on one, 4 on eight
 max_steps = 20000

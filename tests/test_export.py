@@ -84,7 +84,7 @@ def test_transformer_bridge(run):
     pytest.importorskip("transformer_lens.model_bridge")
     export.main(["out/run", "--to", "hf", "out/stdlib/hf"])
     gated, dense = logits_of(run)
-    names = {}
+    names = {"torch": torch}
     exec(readme_lines("convert_nanogpt_weights").split("def gate_hooks")[1].join(["def gate_hooks", ""]), names)
     exec(readme_lines("boot_transformers"), names)
     assert (names["bridge"](IDX) - dense).abs().max() < 1e-4
@@ -102,19 +102,18 @@ def test_nanogpt(workplace, capsys):
     assert torch.equal(load_checkpoint("ckpt.pt")(IDX)[0], model(IDX)[0]) and "exact GELU" not in capsys.readouterr().out
     save_checkpoint("ours.pt", checkpoint_of(random_model(tied=False)))
     with pytest.raises(SystemExit, match="ties the embeddings"):
-        export.main(["ours.pt", "--to", "nanogpt", "ckpt.pt"])
+        export.main(["ours.pt", "--to", "nanogpt", "untied.pt"])
 
 
 def test_mistakes_are_named(workplace, monkeypatch):
     with pytest.raises(SystemExit, match="no checkpoint out/none"):
         export.main(["out/none", "--to", "hf", "hf"])
     save_checkpoint("ours.pt", checkpoint_of(random_model()))
-    with pytest.raises(CheckpointError, match="is a file; --to hf writes a folder"):
-        export.export("ours.pt", "hf", "ours.pt")
-    os.makedirs("out/run")
-    save_checkpoint("out/run/last.pt", checkpoint_of(random_model()))
-    with pytest.raises(CheckpointError, match="out/run is a run's folder, whose config.json would be lost"):
-        export.export("out/run", "hf", "out/run")
+    os.makedirs("config")
+    (workplace / "config/mine.py").touch()
+    for kind, path in (("hf", "ours.pt"), ("hf", "config"), ("nanogpt", "ours.pt"), ("transformer_lens", "config")):
+        with pytest.raises(CheckpointError, match=f"{path} exists already. Choose another name"):
+            export.export("ours.pt", kind, path)
     monkeypatch.setitem(sys.modules, "safetensors.torch", None)
     with pytest.raises(CheckpointError, match="pip install safetensors"):
         export.export("ours.pt", "hf", "hf")

@@ -54,7 +54,8 @@ def test_what_is_marked_is_what_can_change_the_next_token():
     assert not torch.equal(model(idx, keep=keep)[0][0, -1], logits)
 
 
-def test_the_line_of_edges_fits_and_marks():
+def test_the_line_of_edges_fits_and_marks(monkeypatch):
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
     tokens = text.tokenizer("bytes")
     read = torch.zeros(2, 2, 6, dtype=torch.bool)
     read[0, 0, 5] = read[1, 1, 5] = read[1, 0, 0] = True
@@ -77,14 +78,14 @@ def test_command_line(run, capsys):
     assert done.returncode == 0 and done.stdout.startswith("def f("), done.stderr
     assert subprocess.run(command, capture_output=True, text=True).stdout == done.stdout  # a seed
     done = subprocess.run([*command, "--edges"], capture_output=True, text=True)
-    assert done.stdout.count(" edges") == 5 and sample.NEW in done.stdout
+    assert done.stdout.count(" edges\n") == 5 and sample.NEW not in done.stdout  # no colours into a pipe
     done = subprocess.run([sys.executable, f"{REPOSITORY}/model.py"], capture_output=True, text=True)
     assert done.returncode != 0 and "model.py sample RUN" in done.stderr
 
 
 def test_mistakes_are_named(run):
     save_checkpoint("sums.pt", checkpoint_of(random_model(), data=BYTES | {"tokenizer": "addition"}))
-    for arguments, message in ((["out/none"], "no checkpoint out/none"), (["sums.pt"], "does not write text .*trained on: addition"),
+    for arguments, message in ((["out/none"], "no checkpoint out/none"), (["out"], "no best.pt or last.pt in out"), (["sums.pt"], "does not write text .*trained on: addition"),
                                ([run, "--tokens=0"], "--tokens and --top_k must be at least 1"), ([run, "--device=cuda:9"], "device=cuda:9")):
         with pytest.raises(SystemExit, match=message):
             sample.main(arguments)
