@@ -8,7 +8,7 @@ dataset = 'stdlib'
 dtype = 'auto'
 
 batch_size = 16
-max_steps = 14000
+max_steps = 12000
 learning_rate = 1e-3
 min_lr = 5e-5
 eval_interval = 1000
