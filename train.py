@@ -355,8 +355,9 @@ def train(config, given=frozenset()):
 
             for group in optimizer.param_groups:
                 group["lr"] = get_lr(step, c)
+            noisy = step < c.max_steps - c.noise_free_steps
             if c.gated and step % c.constraint_interval == 0:
-                measured = batches.mean_loss(step, fast, autocast, sampled=c.constraint_gates == "sampled")
+                measured = batches.mean_loss(step, fast, autocast, sampled=noisy and c.constraint_gates == "sampled")
                 if c.constraint_paired:  # the dense model's luck with this batch, taken off; on average it is 0
                     measured -= batches.mean_loss(step, fast_dense, autocast) - state["dense_on_training"]
                 state["constraint_loss"] = measured
@@ -364,8 +365,7 @@ def train(config, given=frozenset()):
             sums = [0.0, 0.0, 0.0]
             for i, (x, y) in enumerate(batches.at(step)):
                 with nullcontext() if i == len(batches.ours) - 1 or network is fast else network.no_sync(), autocast():
-                    logits, loss, density = network(x, y, linear_penalty=step < c.linear_penalty_steps,
-                                                     noise=0.0 if step >= c.max_steps - c.noise_free_steps else None)
+                    logits, loss, density = network(x, y, linear_penalty=step < c.linear_penalty_steps, noise=None if noisy else 0.0)
                     fidelity = loss
                     if c.gated and c.distill_weight:
                         with torch.no_grad():
