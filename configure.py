@@ -6,7 +6,7 @@ nanoGPT runs its config files with `exec` and accepts any name; a typo is silent
 run: lines `name = value` with plain Python values. An unknown name, a value of the wrong type or out of range stops before
 anything is built, and the message names the nearest setting that exists.
 
-This file knows no setting by name; train.py's dataclass is handed in. It imports no other file of ours.
+This file knows no setting by name; settings.py's dataclass is handed in. It imports no other file of ours.
 """
 
 import ast

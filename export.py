@@ -31,7 +31,9 @@ def transformer_lens(model):
 
 
 def nanogpt(model):
-    """Weights and model_args as in nanoGPT's ckpt.pt, and 'gate_bias'; no state of its optimizer, so its train.py cannot resume. Raises CheckpointError if the model does not tie its embeddings, as nanoGPT always does."""
+    """Weights and model_args as in nanoGPT's ckpt.pt, and 'gate_bias'; no state of its optimizer, so its train.py cannot resume.
+
+    Raises CheckpointError if the model does not tie its embeddings, as nanoGPT always does."""
     c = model.config
     if not c.tied:
         raise CheckpointError("nanoGPT ties the embeddings always, and this model was made with tied=False")

@@ -140,7 +140,9 @@ def open_by_distance(path, by_distance, open_edges):
     ax.axvline(half + 1, color=GREY, lw=1)
     ax.text(half + 1, 45, f" half of all {open_edges:.0f} open edges\n reach {half} or fewer back", fontsize=8, va="top")
     ticks = [t for t in (0, 1, 3, 7, 15, 31, 63, 127, 255, 511, 1023) if t < T]
-    ax.set(xscale="log", yscale="log", ylim=(min(0.9 * 100 * fractions[fractions > 0].min(initial=1), 50), 150), xlabel="positions back (0: a token reads itself)", ylabel="open edges (%)", title="How far back do the edges reach?")
+    lowest = 100 * fractions[fractions > 0].min(initial=1)
+    ax.set(xscale="log", yscale="log", ylim=(min(0.9 * lowest, 50), 150), xlabel="positions back (0: a token reads itself)",
+           ylabel="open edges (%)", title="How far back do the edges reach?")
     ax.set_xticks([t + 1 for t in ticks], [str(t) for t in ticks])
     ax.minorticks_off()
     ax.yaxis.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda y, _: f"{y:g}"))

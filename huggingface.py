@@ -49,13 +49,16 @@ WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.b
 def read(source):
     """A checkpoint as nanoGPT lays it out, {'model', 'model_args'}, from OpenAI's name, a folder of transformers, or a file of one.
 
-    An OpenAI name is downloaded once into torch's cache (TORCH_HOME) and checked. Raises HuggingFaceError, or DownloadError.
+    An OpenAI name is downloaded once into torch's cache (TORCH_HOME) and checked. Raises HuggingFaceError.
     """
     if source in PRETRAINED:
         known = PRETRAINED[source]
         host = os.environ.get("HF_ENDPOINT", "https://huggingface.co")  # as huggingface_hub: for mirrors
-        path = download(f"{host}/openai-community/{source}/resolve/main/pytorch_model.bin",
-                        os.path.join(torch.hub.get_dir(), "checkpoints", f"openai-community-{source}.bin"), known["sha256"], known["size"])
+        path = os.path.join(torch.hub.get_dir(), "checkpoints", f"openai-community-{source}.bin")
+        try:
+            download(f"{host}/openai-community/{source}/resolve/main/pytorch_model.bin", path, known["sha256"], known["size"])
+        except DownloadError as error:
+            raise HuggingFaceError(str(error)) from error
         return convert(read_tensors(path), {"n_head": known["n_head"]}, source)
     folder = source if os.path.isdir(source) else os.path.dirname(source)
     theirs = {}
@@ -120,9 +123,10 @@ def write(folder, state, args):
     tensors = {name: tensor.t().contiguous() if CONV1D.search(name) else tensor.contiguous() for name, tensor in state.items()
                if not (args["tied"] and name == "lm_head.weight")}
     config = FIXED | {"architectures": ["GPT2LMHeadModel"], "vocab_size": args["vocab_size"], "n_positions": args["block_size"], "n_embd": args["n_embd"],
-                      "n_layer": args["n_layer"], "n_head": args["n_head"], "tie_word_embeddings": args["tied"], **{key: 50256 if args["vocab_size"] > 50256 else None for key in ("bos_token_id", "eos_token_id")},  # <|endoftext|>
+                      "n_layer": args["n_layer"], "n_head": args["n_head"], "tie_word_embeddings": args["tied"],
+                      **dict.fromkeys(("bos_token_id", "eos_token_id"), 50256 if args["vocab_size"] > 50256 else None),  # <|endoftext|>
                       "activation_function": ACTIVATION[args["gelu"]],
-                      **{key: args["dropout"] for key in ("resid_pdrop", "embd_pdrop")}, "attn_pdrop": 0.0}
+                      "resid_pdrop": args["dropout"], "embd_pdrop": args["dropout"], "attn_pdrop": 0.0}
     if args["gated"]:
         config["gate_bias"] = args["gate_bias"]  # transformers keeps what it does not know: model.config.gate_bias
     os.makedirs(folder, exist_ok=True)

@@ -214,7 +214,7 @@ def read_checkpoint(path, device="cpu"):
     if huggingface.is_huggingface(path):
         try:
             return huggingface.read(path)
-        except (huggingface.HuggingFaceError, huggingface.DownloadError) as error:
+        except huggingface.HuggingFaceError as error:
             raise CheckpointError(str(error)) from error
     if not os.path.exists(path):
         raise CheckpointError(f"there is no checkpoint {path}. Train one first, for instance: python train.py config/addition.py")

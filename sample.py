@@ -100,7 +100,7 @@ def main(arguments):
     except (CheckpointError, text.TextError, hardware.HardwareError) as error:
         sys.exit(f"error: {error}")
     if options.edges:
-        print(f"{paint('read', READ)} by some head of some layer, by {paint('the new token', NEW)}; the number counts the edges of all heads")
+        print(f"{paint('read', READ)} by some head of some layer before it chose {paint('the next token', NEW)}; the number counts the edges of all heads")
     torch.manual_seed(options.seed)
     start = len(ids)
     idx = torch.tensor([[int(i) for i in ids]], device=device)

@@ -49,7 +49,8 @@ def tokenizer(name):
         bpe = tiktoken.get_encoding("gpt2")
     except Exception as error:  # no network, a proxy, a damaged cache: errors of many packages
         raise TextError(f"OpenAI's vocabulary for --tokenizer=gpt2 cannot be fetched ({type(error).__name__}). tiktoken downloads it once and keeps it in the folder "
-                        "that the environment variable TIKTOKEN_CACHE_DIR names: copy that folder from a machine that has it, or make data of bytes: python prepare_data.py NAME --tokenizer=bytes") from error
+                        "that the environment variable TIKTOKEN_CACHE_DIR names: copy that folder from a machine that has it, "
+                        "or make data of bytes: python prepare_data.py NAME --tokenizer=bytes") from error
     return Tokenizer(name, bpe.n_vocab, bpe.eot_token, lambda text: bpe.encode_ordinary(text.decode("utf-8", errors="replace")), lambda ids: bpe.decode(list(ids)))
 
 

@@ -20,19 +20,19 @@ Notable:
 - A step's examples and noise hang on (seed, step) alone (batches.py): a run that is killed and started again does on a CPU bit for bit what it would
   have done (GPUs sum in an order of their own), and one process that accumulates gradients does what many processes do (hardware.py).
 - The same command continues an unfinished run. A run's folder is never overwritten by a run with other settings.
+- Every setting, with default, unit and meaning, is in settings.py.
 - How a dense model is handed to the gates without a shock: handover.py. What the dense model teaches its child: `distill_weight`.
 """
 
 import inspect
 import math
 import os
-import re
 import shlex
 import subprocess
 import sys
 import time
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 
 import torch
 import torch._inductor.config
@@ -42,126 +42,14 @@ from tqdm import tqdm
 import hardware
 import prepare_data
 from batches import Batches
-from configure import ConfigError, parse_command_line, read_config_file
+from configure import ConfigError, parse_command_line
 from evaluate import evaluate_splits
 from geco import GECO
 from handover import HandoverError, fold_shift
 from huggingface import PRETRAINED, is_huggingface
 from model import GPT, CheckpointError, GPTConfig, checkpoint_of, model_of, read_checkpoint, require_tokenizer, save_checkpoint
 from resume import MetricsLog, RunError, StopRequest, claim_folder
-
-
-@dataclass
-class Config:
-    """Every setting: default, unit, meaning. A config file's lines `name = value` win over it, the command line over both."""
-
-    # where a run starts, what it reads, where it ends up
-    init_from: str = "scratch"  # 'scratch'; 'resume'; a run's folder; a config file, whose run is trained first if need be; OpenAI's 'gpt2',
-    # 'gpt2-medium', 'gpt2-large', 'gpt2-xl'; or a checkpoint: a .pt file, or a file or folder of transformers
-    target_from: str = ""  # of a gated run: the dense model whose loss is to be kept, written as init_from; '' is the one it starts from
-    out_dir: str = ""  # folder of the run; '' is out/<name of the config file>, with -seed<N> behind it unless N is 1
-    dataset: str = "addition"  # data/<dataset>, made by prepare_data.py
-    seed: int = 1  # of initialisation, data order and gates; passed on to a parent that is trained first
-    device: str = "auto"  # 'auto' is cuda, else mps (which nobody has tried yet), else cpu
-    compile: str = "auto"  # torch.compile: 'on', 'off', or 'auto': on cuda; on a CPU with a C++ compiler, gated models with contexts of 64 and more
-    dtype: str = "float32"  # of matrix products: 'float32', 'bfloat16', or 'auto', bfloat16 where the hardware has it. Judged in float32 always
-    # the model; a run that starts from another run takes these from there
-    n_layer: int = 4
-    n_head: int = 1
-    n_embd: int = 64  # C, width of the residual stream
-    block_size: int = 11  # tokens of context
-    dropout: float = 0.0
-    bias: bool = True  # biases in Linear and LayerNorm layers
-    tied: bool = True  # input and output embedding are one matrix
-    # the gates, and the constraint that shuts them
-    gated: bool = False  # False is an ordinary dense run; it ignores this block
-    gate_bias: float = 3.0  # b in sigmoid(a + b); above 0 the edges start open
-    gate_temperature: float = 1.0  # of the straight-through gradient
-    open_above: float = 0.0  # attention weight above which edges start open, by a shift of the key biases (handover.py); 0 is off, the paper's
-    distill_weight: float = 0.0  # of KL(dense || gated), nats, added to the loss that is trained on; the constraint and the judgement stay without
-    linear_penalty_steps: int = 3000  # first steps, under the penalty that pulls at wide-open edges too (gate.py); 0 is the paper's
-    noise_free_steps: int = 0  # last steps, in which gates are not drawn but thresholds, as when they are judged; gradients stay straight-through. 0 is the paper's
-    density_weight: float = 1.0  # in L = density_weight * density + lambda (loss - target)
-    loss_slack: float = 0.001  # nats above the dense loss that count as equal
-    constraint_gates: str = "deterministic"  # gates under which the constraint's loss is taken; 'sampled' is the paper's
-    constraint_interval: int = 4  # steps between two measurements of the constraint
-    constraint_paired: bool = False  # compare with the dense model on the very same batch: a batch's luck is ten times a slack of 0.01 nats
-    constraint_margin: float = 0.0  # nats below the dense loss + loss_slack at which training aims; what is gained on training text is not all held-out gain
-    constraint_scale: float = 0.001  # nats; a violation of this size moves lambda at full speed; no larger than loss_slack, see geco.py
-    lambda_rate: float = 0.03  # largest relative change of lambda per measurement
-    lambda_average: float = 0.9  # memory of the moving average of the violation
-    lambda_init: float = 4.0  # at the cap: the loss jumps when the gates begin to sample
-    lambda_min: float = 0.2  # the floor: a low lambda cuts edges faster than the constraint can tell which were needed
-    lambda_max: float = 4.0  # the cap: a high lambda lets nothing be shut for a long time after an error is gone
-    # optimisation
-    batch_size: int = 128  # sequences per step, of all processes together
-    micro_batch_size: int = 0  # sequences per forward pass; 0 is a process's whole share. Smaller needs less memory (gradient accumulation)
-    max_steps: int = 4500
-    learning_rate: float = 1e-3  # peak
-    min_lr: float = 0.0  # at the end of the cosine
-    warmup_steps: int = 100
-    weight_decay: float = 0.0  # on matrices; it pulls q and k, and with them the gates, towards 0
-    beta1: float = 0.9
-    beta2: float = 0.99
-    grad_clip: float = 1.0  # largest norm of the gradient; 0 is off
-    # evaluation, on both splits
-    eval_interval: int = 100  # steps
-    eval_batch_size: int = 1000  # sequences
-    eval_batches: int = 0  # batches of each split; 0 is all of it
-
-
-def limits():
-    """{setting: (words, test)}: what a value must be beside its type."""
-    at_least_1 = "n_layer n_head n_embd block_size constraint_interval batch_size max_steps eval_interval eval_batch_size"
-    positive = "gate_temperature density_weight constraint_scale lambda_rate lambda_init lambda_min lambda_max learning_rate"
-    not_negative = "loss_slack linear_penalty_steps noise_free_steps min_lr warmup_steps weight_decay grad_clip eval_batches constraint_margin distill_weight micro_batch_size"
-    fractions = "dropout lambda_average beta1 beta2 open_above"
-    return {
-        **{key: ("at least 1", lambda v: v >= 1) for key in at_least_1.split()},
-        **{key: ("above 0", lambda v: 0 < v < math.inf) for key in positive.split()},
-        **{key: ("0 or more", lambda v: 0 <= v < math.inf) for key in not_negative.split()},
-        **{key: ("from 0 up to, not including, 1", lambda v: 0 <= v < 1) for key in fractions.split()},
-        "gate_bias": ("finite", math.isfinite),
-        "constraint_gates": ("'deterministic' or 'sampled'", lambda v: v in ("deterministic", "sampled")),
-        "compile": ("'auto', 'on' or 'off'", lambda v: v in ("auto", "on", "off")),
-        "dtype": ("'auto', 'float32' or 'bfloat16'", lambda v: v in ("auto", "float32", "bfloat16")),
-        "device": ("'auto', 'cpu', 'mps', 'cuda' or 'cuda:N'", lambda v: re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", v) is not None),
-        "seed": ("from 0 to a million", lambda v: 0 <= v <= 1_000_000),
-    }
-
-
-SHAPE = ("n_layer", "n_head", "n_embd", "block_size", "dropout", "bias", "tied")  # what a run takes over from its parent
-GATE = ("gated", "gate_bias", "gate_temperature")
-# model, start and target: what no run may change on its way
-FIXED = (*SHAPE, *GATE, "dataset", "target_from", "open_above", "lambda_init", "loss_slack", "constraint_margin", "eval_batches", "eval_batch_size")
-FREE = ("out_dir", "device", "compile", "dtype", "micro_batch_size")  # what may differ when a run goes on
-SETTINGS = list(Config.__annotations__)
-GATED_ONLY = SETTINGS[SETTINGS.index("gate_bias"):SETTINGS.index("lambda_max") + 1]  # the block that a dense run ignores
-
-
-def make_config(path, given):
-    """Config of a config file (or None) and a dict of settings that win over it; and the names of all that were set."""
-    values = (read_config_file(path, Config, limits()) if path else {}) | given
-    config = Config(**values)
-    if not config.out_dir:
-        name = os.path.splitext(os.path.basename(path))[0] if path else "run"
-        config.out_dir = f"out/{name}" + (f"-seed{config.seed}" if config.seed != 1 else "")
-    config.out_dir = os.path.normpath(config.out_dir)
-    return config, set(values)
-
-
-def check_together(config):
-    """Raise ConfigError if settings contradict each other. Returns how many micro-batches a step has, over all processes."""
-    if config.n_embd % config.n_head:
-        raise ConfigError(f"n_embd={config.n_embd} must be a multiple of n_head={config.n_head}: the heads share the width")
-    if config.gated and config.init_from == "scratch":
-        raise ConfigError("a gated run needs a dense model whose loss it is to keep: set init_from to the run folder or the config file of one")
-    if not config.lambda_min <= config.lambda_init <= config.lambda_max:
-        raise ConfigError(f"lambda_init={config.lambda_init} must lie between lambda_min={config.lambda_min} and lambda_max={config.lambda_max}")
-    micro = config.micro_batch_size or config.batch_size // hardware.world()
-    if not micro or config.batch_size % (micro * hardware.world()):
-        raise ConfigError(f"batch_size={config.batch_size} does not divide into {hardware.world()} process(es) times micro-batches of micro_batch_size={micro}")
-    return config.batch_size // micro
+from settings import FIXED, FREE, GATE, GATED_ONLY, SHAPE, Config, check_together, limits, make_config
 
 
 def find_dense(source, config, what):
@@ -315,7 +203,8 @@ def train(config, given=frozenset()):
         evaluates_at_start = start % c.eval_interval == 0 or start == c.max_steps
         log = MetricsLog(os.path.join(c.out_dir, "metrics.jsonl"), keep_until=start - evaluates_at_start)
     hardware.say(f"{c.out_dir}: {'gated' if c.gated else 'dense'}, {sum(p.numel() for p in model.parameters()):,} parameters, {hardware.world()} x {device}, {dtype}, "
-                 f"{'compiled (the first step takes half a minute, or more)' if compiled else 'not compiled'}, {micro_batches} micro-batch(es) of {c.batch_size // micro_batches} x {context} tokens, from step {start} to {c.max_steps}")
+                 f"{'compiled (the first step takes half a minute, or more)' if compiled else 'not compiled'}, "
+                 f"{micro_batches} micro-batch(es) of {c.batch_size // micro_batches} x {context} tokens, from step {start} to {c.max_steps}")
 
     def save(name, step):
         if hardware.rank() == 0:

@@ -12,7 +12,8 @@ from conftest import REPOSITORY
 from evaluate import evaluate
 from model import load_checkpoint
 from prepare_data import load
-from train import make_config, train
+from settings import make_config
+from train import train
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,8 @@ import pytest
 
 from conftest import REPOSITORY
 from configure import ConfigError, parse_command_line, read_config_file
-from train import GATED_ONLY, Config, check_together, limits, make_config, train
+from settings import GATED_ONLY, Config, check_together, limits, make_config
+from train import train
 
 
 def parse(*arguments):

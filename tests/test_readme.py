@@ -5,7 +5,7 @@ import os
 import re
 
 from conftest import REPOSITORY
-from train import Config
+from settings import Config
 
 with open(os.path.join(REPOSITORY, "README.md"), encoding="utf-8") as f:
     README = f.read()
@@ -63,5 +63,6 @@ def test_our_files_import_each_other_in_one_direction_only():
     for basic in ("gate", "geco", "handover", "hardware", "text", "download", "configure", "figures"):
         assert imports[basic] == set()
     assert imports["prepare_data"] == {"text", "download"} and imports["huggingface"] == {"download"} and imports["evaluate"] == imports["batches"] == {"hardware"}
+    assert imports["settings"] == {"hardware", "configure"}
     assert imports["model"] == {"gate", "huggingface"} and imports["resume"] == {"model", "prepare_data"}
     assert not any({"train", "analyze"} & found for found in imports.values())

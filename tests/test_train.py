@@ -16,7 +16,8 @@ import train as train_file
 from conftest import REPOSITORY
 from model import CheckpointError, load_checkpoint, read_checkpoint, save_checkpoint
 from resume import RunError, StopRequest
-from train import Config, get_lr, make_config, meets_target, train
+from settings import Config, make_config
+from train import get_lr, meets_target, train
 
 SMALL = {"dataset": "echo", "n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": 4, "batch_size": 32, "max_steps": 60, "warmup_steps": 5,
          "learning_rate": 3e-3, "eval_interval": 20, "eval_batch_size": 500, "device": "cpu"}
@@ -105,7 +106,7 @@ class Killed(BaseException):
 @pytest.mark.parametrize("config, settings", [("dense.py", {"dropout": 0.1}), ("sparse.py", {}), ("sparse.py", {"constraint_gates": "sampled"})])
 def test_a_run_that_is_stopped_and_killed_everywhere_ends_bit_for_bit_like_one_that_is_not(echo, config, settings, monkeypatch):
     """Stopped after steps 1 and 33 (no evaluation steps), and killed before and after every single file that it renames."""
-    whole = run(config, out_dir="out/whole", **settings)
+    run(config, out_dir="out/whole", **settings)
     again = {"out_dir": "out/again", **settings}
 
     for steps in (1, 32):
