@@ -24,6 +24,7 @@ import text
 from evaluate import evaluate_splits
 from explain import damage, explain, when
 from model import CheckpointError, load_checkpoint, model_of, read_checkpoint
+from resume import kept_checkpoint
 
 SUMS = [(53, 21, "no carry"), (36, 28, "carry out of the units"), (43, 59, "carry into the hundreds")]  # the paper's three kinds
 
@@ -38,12 +39,6 @@ def read_json(path):
                             "Train one first, for instance: python train.py config/addition.py")
     with open(path, encoding="utf-8") as f:
         return json.load(f)
-
-
-def kept_checkpoint(run):
-    """The path of a run's best.pt, or of its last.pt where no evaluation met the target; and whether the target was met."""
-    best = os.path.join(run, "best.pt")
-    return (best, True) if os.path.exists(best) else (os.path.join(run, "last.pt"), False)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -63,7 +58,8 @@ def report(run):
     A dense run has sparse, target_loss and seconds.sparse null.
     """
     config = read_json(os.path.join(run, "config.json"))
-    path, meets_target = kept_checkpoint(run)
+    path = kept_checkpoint(run) or os.path.join(run, "last.pt")
+    meets_target = os.path.basename(path) == "best.pt"
     checkpoint = read_checkpoint(path)
     model = model_of(checkpoint, path, hardware.pick_device("auto"))
     seconds = read_checkpoint(os.path.join(run, "last.pt"))["seconds"]
@@ -193,7 +189,7 @@ def explain_run(run):
     if config["dataset"] != "addition" or not config["gated"]:
         raise AnalysisError(f"{run} is {'a gated' if config['gated'] else 'a dense'} run on {config['dataset']}: "
                             "explain counts over sums and describes gates, so it needs a gated run on addition, such as out/addition")
-    path, _ = kept_checkpoint(run)
+    path = kept_checkpoint(run) or os.path.join(run, "last.pt")
     model = load_checkpoint(path)
     edges, intact = explain(model)
     prepare_data.write_json(os.path.join(run, "explain.json"), edges)

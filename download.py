@@ -24,13 +24,9 @@ class DownloadError(Exception):
 def sha256(path):
     """The sha256 of a file, as 64 hexadecimal digits."""
     with open(path, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _sha256_before_python_3_11(f)
-
-
-def _sha256_before_python_3_11(f):
-    digest = hashlib.sha256()
-    while block := f.read(1 << 20):
-        digest.update(block)
+        digest = hashlib.sha256()
+        while block := f.read(1 << 20):
+            digest.update(block)
     return digest.hexdigest()
 
 

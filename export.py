@@ -18,7 +18,7 @@ from dataclasses import asdict
 
 import huggingface
 from model import CheckpointError, load_checkpoint, save_checkpoint
-from sample import kept_checkpoint
+from sample import checkpoint_named
 
 
 def transformer_lens(model):
@@ -47,7 +47,7 @@ def export(run, kind, path):
     """Write the model of a run's folder or checkpoint to path, as `kind`. Raises CheckpointError, also rather than overwrite anything."""
     if os.path.exists(path) and (kind != "hf" or not os.path.isdir(path) or os.listdir(path)):
         raise CheckpointError(f"{path} exists already. Choose another name, or delete it first")
-    model = load_checkpoint(kept_checkpoint(run))
+    model = load_checkpoint(checkpoint_named(run))
     if kind == "hf":
         try:
             huggingface.write(path, model.state_dict(), asdict(model.config))

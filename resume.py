@@ -24,6 +24,12 @@ class RunError(Exception):
     """A run that cannot start or go on. The message says what to type instead."""
 
 
+def kept_checkpoint(folder):
+    """The checkpoint file that a run is known by: best.pt, or last.pt where no evaluation met the target; None if there is neither."""
+    paths = [os.path.join(folder, name) for name in ("best.pt", "last.pt")]
+    return next((path for path in paths if os.path.exists(path)), None)
+
+
 def claim_folder(config, inherit, fixed, free):
     """Find out what config.out_dir holds; return the checkpoint to go on from, or None to start at step 0.
 

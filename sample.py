@@ -21,16 +21,17 @@ import hardware
 import text
 from huggingface import is_huggingface
 from model import CheckpointError, model_of, read_checkpoint, tokenizer_of
+from resume import kept_checkpoint
 
 READ, NEW, PLAIN = "\033[30;43m", "\033[1;36m", "\033[0m"  # black on yellow: read; bold cyan: the token that reads
 
 
-def kept_checkpoint(run):
-    """The checkpoint file of a run's folder: best.pt, or last.pt where no evaluation met the target. Other paths are returned as they are."""
-    found = [path for name in ("best.pt", "last.pt") if os.path.exists(path := os.path.join(run, name))]
-    if os.path.isdir(run) and not found and not is_huggingface(run):
+def checkpoint_named(run):
+    """The checkpoint that `run` means: the one a run's folder is known by; any other path is returned as it is. Raises CheckpointError."""
+    path = kept_checkpoint(run)
+    if os.path.isdir(run) and not path and not is_huggingface(run):
         raise CheckpointError(f"there is no best.pt or last.pt in {run}. Give a run's folder, such as out/stdlib")
-    return found[0] if found else run
+    return path or run
 
 
 @torch.no_grad()
@@ -86,7 +87,7 @@ def main(arguments):
     parser.add_argument("--edges", action="store_true", help="mark, for every new token, the tokens that it read")
     options = parser.parse_args(arguments)
     try:
-        path = kept_checkpoint(options.run)
+        path = checkpoint_named(options.run)
         checkpoint = read_checkpoint(path)
         name = tokenizer_of(checkpoint)
         if name not in text.TOKENIZERS:

@@ -48,7 +48,7 @@ from geco import GECO
 from handover import HandoverError, fold_shift
 from huggingface import PRETRAINED, is_huggingface
 from model import GPT, CheckpointError, GPTConfig, checkpoint_of, model_of, read_checkpoint, require_tokenizer, save_checkpoint
-from resume import MetricsLog, RunError, StopRequest, claim_folder
+from resume import MetricsLog, RunError, StopRequest, claim_folder, kept_checkpoint
 from settings import FIXED, FREE, GATE, GATED_ONLY, SHAPE, Config, check_together, limits, make_config
 
 
@@ -69,9 +69,8 @@ def find_dense(source, config, what):
             train(run, given)
         except RunError as error:
             raise RunError(f"the parent, {source}: {error} (flags for the parent go with its own command; another parent is named with --init_from=out/OTHER)") from error
-    for name in ("best.pt", "last.pt"):
-        if os.path.exists(os.path.join(folder, name)):
-            return os.path.join(folder, name)
+    if path := kept_checkpoint(folder):
+        return path
     raise RunError(f"{what}={source}: there is no best.pt or last.pt in {folder}. init_from takes 'scratch', 'resume', the folder of a run, "
                    f"a config file, a checkpoint of nanoGPT or transformers, or one of {', '.join(PRETRAINED)}")
 
