@@ -20,10 +20,10 @@ from download import DownloadError, download
 
 # OpenAI's four, as the organisation openai-community hosts them. Size in bytes; sha256 of the one that several public sources confirm
 PRETRAINED = {
-    "gpt2": {"n_layer": 12, "n_head": 12, "n_embd": 768, "size": 548118077, "sha256": "7c5d3f4b8b76583b422fcb9189ad6c89d5d97a094541ce8932dce3ecabde1421"},
-    "gpt2-medium": {"n_layer": 24, "n_head": 16, "n_embd": 1024, "size": 1520013706, "sha256": None},
-    "gpt2-large": {"n_layer": 36, "n_head": 20, "n_embd": 1280, "size": 3247202234, "sha256": None},
-    "gpt2-xl": {"n_layer": 48, "n_head": 25, "n_embd": 1600, "size": 6431878936, "sha256": None},
+    "gpt2": {"size": 548118077, "sha256": "7c5d3f4b8b76583b422fcb9189ad6c89d5d97a094541ce8932dce3ecabde1421"},
+    "gpt2-medium": {"size": 1520013706, "sha256": None},
+    "gpt2-large": {"size": 3247202234, "sha256": None},
+    "gpt2-xl": {"size": 6431878936, "sha256": None},
 }
 CONV1D = re.compile(r"(attn\.c_attn|attn\.c_proj|mlp\.c_fc|mlp\.c_proj)\.weight$")
 MASK = re.compile(r"\.attn\.(masked_)?bias$")
@@ -59,7 +59,7 @@ def read(source):
             download(f"{host}/openai-community/{source}/resolve/main/pytorch_model.bin", path, known["sha256"], known["size"])
         except DownloadError as error:
             raise HuggingFaceError(str(error)) from error
-        return convert(read_tensors(path), {"n_head": known["n_head"]}, source)
+        return convert(read_tensors(path), {}, source)
     folder = source if os.path.isdir(source) else os.path.dirname(source)
     theirs = {}
     if os.path.exists(os.path.join(folder, "config.json")):

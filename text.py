@@ -116,10 +116,13 @@ def split(documents, share=0.1):
                 cut = place + len(ending)
                 break
         return [text[:cut]], [text[cut:]]
-    room, train, val = 1.2 * share * sum(map(len, documents)), [], []
+    wanted, held, train, val = share * sum(map(len, documents)), 0, [], []
     for text in documents:
-        held_out = sum(map(len, val)) < room / 1.2 and sum(map(len, val)) + len(text) <= room
-        (val if held_out else train).append(text)
+        if held < wanted and held + len(text) <= 1.2 * wanted:
+            val.append(text)
+            held += len(text)
+        else:
+            train.append(text)
     if not val:  # all of them are large: the smallest
         val.append(min(train, key=len))
         train.remove(val[0])

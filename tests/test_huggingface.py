@@ -116,7 +116,7 @@ def hub(workplace, monkeypatch, server):
     monkeypatch.setenv("HF_ENDPOINT", server.url)
     monkeypatch.setenv("TORCH_HOME", str(workplace / "cache"))
     content = (folder / "pytorch_model.bin").read_bytes()
-    monkeypatch.setitem(huggingface.PRETRAINED, "gpt2", {"n_head": 1, "size": len(content), "sha256": server.sha256(content)})
+    monkeypatch.setitem(huggingface.PRETRAINED, "gpt2", {"size": len(content), "sha256": server.sha256(content)})
     return model, server, workplace / "cache" / "hub" / "checkpoints" / "openai-community-gpt2.bin"
 
 
