@@ -17,14 +17,19 @@ Notable:
   One addition of ours, off by default, keeps it from going flat: see linear_penalty below.
 - A pair with j > i is never open, never counted, and sends no gradient.
 
-Everything here is written for reading: it stores T x T matrices. This file imports no other file of ours.
+Everything here is written for reading: it stores T x T matrices. Two fast forms compute the same without: gate_tiled.py for CPUs,
+gate_triton.py for GPUs; `choose_impl` says when. Nothing else in the project knows which one is used.
 """
 
+import importlib.util
 import math
+import os
 from typing import NamedTuple
 
 import torch
 from torch.nn import functional as F
+
+from noise import new_seed
 
 
 class Gates(NamedTuple):
@@ -41,7 +46,7 @@ def logistic_noise(shape, device=None):
 
 
 def gated_attention(q, k, v, bias=3.0, temperature=1.0, sample=False, *,
-                    dense=False, linear_penalty=False, noise=None, keep=None, return_gates=False):
+                    dense=False, linear_penalty=False, noise=None, keep=None, return_gates=False, impl="auto"):
     """Causal attention with a Bernoulli gate on every edge, as the paper writes it.
 
     q, k, v       (B, H, T, D) queries, keys, values
@@ -56,6 +61,8 @@ def gated_attention(q, k, v, bias=3.0, temperature=1.0, sample=False, *,
                   evaluation, A = [s > 0], and gradients those of training
     keep          bool, broadcasts to (B, H, T, T): an edge that is False here is shut whatever its gate says. The penalty does not see it
     return_gates  True: the third value is a `Gates`, else it is None
+    impl          'plain', 'tiled', 'triton' or 'auto', see `choose_impl`. The fast forms know no keep, no return_gates, no noise tensor, no bias that
+                  varies inside a head, no dense=True: those are computed by the plain formula always
 
     Returns y (B, H, T, D); density, a scalar, the mean of the penalty sigmoid(s) over causal pairs, heads and batch;
     and the gates. (Under linear_penalty the density may exceed 1.) Raises ValueError if q, k and v differ in shape or temperature is not above 0.
@@ -73,6 +80,15 @@ def gated_attention(q, k, v, bias=3.0, temperature=1.0, sample=False, *,
         with torch.autocast(q.device.type, enabled=False):
             return F.scaled_dot_product_attention(q, k, v, is_causal=True).to(dtype), q.new_ones(()), None
 
+    head_bias = bias_of_heads(bias, H, q.device, exact)
+    if not (dense or return_gates or keep is not None or torch.is_tensor(noise) or head_bias is None) and (impl := choose_impl(impl, q.device.type, T, D, q.dtype)) != "plain":
+        import gate_op  # here, so that the formula can be read, and run, without it
+        seed = new_seed(q.device) if sample and noise is None else None
+        impl = "tiled compiled" if impl == "tiled" and torch.compiler.is_compiling() else impl
+        y, penalty, _ = gate_op.forward(q, k, v, head_bias, seed, sample, temperature, linear_penalty, impl)
+        return y, penalty.sum() / (B * H * T * (T + 1) / 2), None
+
+    # The plain formula: everything below
     causal = torch.ones(T, T, dtype=torch.bool, device=q.device).tril()  # (T, T), True where j <= i
     with torch.autocast(q.device.type, enabled=False):
         scores = q.to(exact) @ k.to(exact).transpose(-2, -1) / math.sqrt(D)  # a_ij       (B, H, T, T)
@@ -104,3 +120,30 @@ def sampled_gates(s, temperature=1.0, noise=None):
     hard = (noisy > 0).to(s.dtype)
     soft = (noisy / temperature).sigmoid()
     return hard + (soft - soft.detach())  # the bracket is exactly 0, so the value is exactly 0 or 1
+
+
+def choose_impl(name, device, T, D, dtype=torch.float32):
+    """Who computes gated attention: 'plain', this file's formula; 'tiled' (gate_tiled.py); 'triton' (gate_triton.py). 'auto' is the fastest that fits.
+
+    That is triton on a GPU that the triton package knows, for heads up to 128 wide, float32 and half precision; tiled on a CPU for contexts of 64 and more.
+    device: 'cpu', 'cuda', ...; T tokens of context, D the width of a head. TRITON_INTERPRET=1 lets 'triton', asked for by name, run on a CPU, slowly.
+    Raises ValueError if name is none of these, or 'triton' where it cannot run.
+    """
+    gpu = device.startswith("cuda")
+    triton_fits = D <= 128 and dtype != torch.float64 and importlib.util.find_spec("triton") is not None
+    if name == "auto":
+        return "triton" if gpu and triton_fits else "tiled" if device == "cpu" and T >= 64 else "plain"
+    if name not in ("plain", "tiled", "triton"):
+        raise ValueError(f"attention_impl is 'auto', 'plain', 'tiled' or 'triton', not {name!r}")
+    if name == "triton" and not (triton_fits and (gpu or os.environ.get("TRITON_INTERPRET") == "1")):
+        raise ValueError(f"attention_impl='triton' needs a GPU, the triton package, heads up to 128 wide and no float64; here: {device}, width {D}, {dtype}. Use 'auto'")
+    return name
+
+
+def bias_of_heads(bias, H, device, dtype):
+    """bias as a tensor (H,), or None if it varies inside a head."""
+    if not torch.is_tensor(bias):
+        return torch.full((H,), bias, device=device, dtype=dtype)
+    if bias.numel() == 1:
+        return bias.detach().reshape(1).to(device, dtype).expand(H)
+    return bias.detach().reshape(H).to(device, dtype) if bias.shape[-3:] == (H, 1, 1) and bias.numel() == H else None

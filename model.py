@@ -130,6 +130,8 @@ class GPT(nn.Module):
             elif name.endswith("bias"):
                 nn.init.zeros_(p)
 
+    attention_impl = "auto"  # who computes gated attention: see `gate.choose_impl`. A choice of this run, not of the model: in no checkpoint
+
     def forward(self, idx, targets=None, keep=None, record=None, linear_penalty=False, noise=None):
         """idx (B, T) token ids; targets (B, T) the token to predict at each position, -1 where nothing is asked.
 
@@ -150,7 +152,7 @@ class GPT(nn.Module):
         densities = []
         for layer, block in enumerate(self.transformer.h):
             x, density, gates = block(x, keep=None if keep is None else keep[layer], return_gates=record is not None,
-                                      linear_penalty=linear_penalty, noise=noise)
+                                      linear_penalty=linear_penalty, noise=noise, impl=self.attention_impl)
             densities.append(density)
             if record is not None:
                 record(layer, gates)

@@ -28,6 +28,7 @@ class Config:
     seed: int = 1  # of initialisation, data order and gates; passed on to a parent that is trained first
     device: str = "auto"  # 'auto' is cuda, else mps (which nobody has tried yet), else cpu
     compile: str = "auto"  # torch.compile: 'on', 'off', or 'auto': on cuda; on a CPU with a C++ compiler, gated models with contexts of 64 and more
+    attention_impl: str = "auto"  # of gated attention: 'plain', the formula; 'tiled', for CPUs; 'triton', for GPUs; 'auto' is the fastest that fits (gate.py)
     dtype: str = "float32"  # of matrix products: 'float32', 'bfloat16', or 'auto', bfloat16 where the hardware has it. Judged in float32 always
     # the model; a run that starts from another run takes these from there
     n_layer: int = 4
@@ -88,6 +89,7 @@ def limits():
         "gate_bias": ("finite", math.isfinite),
         "constraint_gates": ("'deterministic' or 'sampled'", lambda v: v in ("deterministic", "sampled")),
         "compile": ("'auto', 'on' or 'off'", lambda v: v in ("auto", "on", "off")),
+        "attention_impl": ("'auto', 'plain', 'tiled' or 'triton'", lambda v: v in ("auto", "plain", "tiled", "triton")),
         "dtype": ("'auto', 'float32' or 'bfloat16'", lambda v: v in ("auto", "float32", "bfloat16")),
         "device": ("'auto', 'cpu', 'mps', 'cuda' or 'cuda:N'", lambda v: re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", v) is not None),
         "seed": ("from 0 to a million", lambda v: 0 <= v <= 1_000_000),
@@ -98,7 +100,7 @@ SHAPE = ("n_layer", "n_head", "n_embd", "block_size", "dropout", "bias", "tied")
 GATE = ("gated", "gate_bias", "gate_temperature")
 # model, start and target: what no run may change on its way
 FIXED = (*SHAPE, *GATE, "dataset", "target_from", "open_above", "lambda_init", "loss_slack", "constraint_margin", "eval_batches", "eval_batch_size")
-FREE = ("out_dir", "device", "compile", "dtype", "micro_batch_size")  # what may differ when a run goes on
+FREE = ("out_dir", "device", "compile", "attention_impl", "dtype", "micro_batch_size")  # what may differ when a run goes on
 SETTINGS = list(Config.__annotations__)
 GATED_ONLY = SETTINGS[SETTINGS.index("gate_bias"):SETTINGS.index("lambda_max") + 1]  # the block that a dense run ignores
 

@@ -44,6 +44,7 @@ import prepare_data
 from batches import Batches
 from configure import ConfigError, parse_command_line
 from evaluate import evaluate_splits
+from gate import choose_impl
 from geco import GECO
 from handover import HandoverError, fold_shift
 from huggingface import PRETRAINED, is_huggingface
@@ -151,6 +152,7 @@ def train(config, given=frozenset()):
         raise RunError(f"the model knows {model.config.vocab_size} tokens, data/{c.dataset} has {data.meta['vocab_size']}: they do not belong together")
     if data.meta["kind"] == "rows" and model.config.block_size < data.train.shape[2]:
         raise RunError(f"a row of data/{c.dataset} has {data.train.shape[2]} tokens, the model's block_size is {model.config.block_size}: make it larger")
+    model.attention_impl = c.attention_impl
     # the dense model, frozen: it sets the target, it is compared with on the same batch, it teaches
     dense_model = model_of(compared_with, reference, device) if c.gated else None
     if c.gated and dense_model.config.gated:
@@ -201,7 +203,11 @@ def train(config, given=frozenset()):
         prepare_data.write_json(os.path.join(c.out_dir, "config.json"), asdict(c))
         evaluates_at_start = start % c.eval_interval == 0 or start == c.max_steps
         log = MetricsLog(os.path.join(c.out_dir, "metrics.jsonl"), keep_until=start - evaluates_at_start)
-    hardware.say(f"{c.out_dir}: {'gated' if c.gated else 'dense'}, {sum(p.numel() for p in model.parameters()):,} parameters, {hardware.world()} x {device}, {dtype}, "
+    try:
+        impl = choose_impl(c.attention_impl, device.split(":")[0], context, model.config.n_embd // model.config.n_head) if c.gated else "dense"
+    except ValueError as error:
+        raise RunError(str(error)) from error
+    hardware.say(f"{c.out_dir}: {'gated' if c.gated else 'dense'}, {sum(p.numel() for p in model.parameters()):,} parameters, {hardware.world()} x {device}, {dtype}, attention {impl}, "
                  f"{'compiled (the first step takes half a minute, or more)' if compiled else 'not compiled'}, "
                  f"{micro_batches} micro-batch(es) of {c.batch_size // micro_batches} x {context} tokens, from step {start} to {c.max_steps}")
 
