@@ -230,7 +230,7 @@ def forward(q, k, v, bias, seed, sample, temperature, linear_penalty, tile=None)
     rows, columns = tile or tiles(D, backward=False)
     y, lse = torch.empty_like(q, memory_format=torch.contiguous_format), q.new_empty(B, H, T, dtype=torch.float32)
     penalty = q.new_empty(B * H, triton.cdiv(T, rows), dtype=torch.float32)
-    forward_kernel[(B * H, triton.cdiv(T, rows))](q, k, v, y, lse, penalty, bias, seed, *numbers, **options, ROWS=rows, COLUMNS=columns, LINEAR=linear_penalty, num_warps=4)
+    forward_kernel[(B * H, triton.cdiv(T, rows))](q, k, v, y, lse, penalty, bias, seed, *numbers, **options, ROWS=rows, COLUMNS=columns, LINEAR=linear_penalty, num_warps=8 if rows == 128 else 4)
     return y, penalty.sum(1), lse
 
 

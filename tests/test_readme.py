@@ -39,7 +39,7 @@ def test_every_setting_in_the_tables_exists():
     names = re.findall(r"`(\w+)`", "".join(line.split("|")[1] for line in table.splitlines() if line.startswith("| `")))
     assert len(names) >= 10 and set(names) <= set(Config.__annotations__)
     flags = re.findall(r"--(\w+)=", README)
-    others = {"learning_rte", "nproc_per_node", "tokenizer", "file", "shards", "processes", "prompt", "tokens", "temperature"}  # a typo, and other programs' flags
+    others = {"learning_rte", "nproc_per_node", "tokenizer", "file", "shards", "processes", "prompt", "tokens", "temperature", "open", "model", "splash"}  # a typo, and other programs' flags
     assert set(flags) - others <= set(Config.__annotations__) | {"index"}
 
 
@@ -60,9 +60,10 @@ def test_our_files_import_each_other_in_one_direction_only():
     for name in ours:
         with open(os.path.join(REPOSITORY, name + ".py"), encoding="utf-8") as f:
             imports[name] = set(re.findall(r"^(?:from|import) (\w+)", f.read(), re.M)) & ours
-    for basic in ("gate", "geco", "handover", "hardware", "text", "download", "configure", "figures"):
+    for basic in ("noise", "geco", "handover", "hardware", "text", "download", "configure", "figures"):
         assert imports[basic] == set()
     assert imports["prepare_data"] == {"text", "download"} and imports["huggingface"] == {"download"} and imports["evaluate"] == imports["batches"] == {"hardware"}
+    assert imports["gate"] == imports["gate_tiled"] == imports["gate_triton"] == {"noise"} and imports["gate_op"] == {"gate_tiled"}
     assert imports["settings"] == {"hardware", "configure"}
     assert imports["model"] == {"gate", "huggingface"} and imports["resume"] == {"model", "prepare_data"}
     assert not any({"train", "analyze"} & found for found in imports.values())

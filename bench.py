@@ -1,0 +1,251 @@
+"""How fast is gated attention, and how much memory does it take? Every way of computing it, beside dense attention, in one run.
+
+    python bench.py                              one table: B=2 H=12 T=1024 D=64 in float32 on a CPU; B=8, bfloat16 on a GPU
+    python bench.py --open=1,0.1,0.01,0.004      the same at other shares of open edges
+    python bench.py --lengths                    T from 128 to 8192: table and chart
+    python bench.py --model=stdlib               a training step of a whole model, dense and gated: the text experiment's, or --model=gpt2
+    python bench.py --splash=PATH                also the package of the paper's authors (hrpan/splash_attention), from a folder or installed ('')
+
+Everything is written to out/bench/ as well: bench.json, and bench.png for --lengths. A time is the median of --repeats calls, with the quartiles behind
+it; a ratio compares medians of one run, whose ways take turns, so that a noisy machine is noisy for all. Memory is what a call needs
+beyond its inputs, at its peak (on a CPU only Linux tells).
+
+Notable: the open edges of a post-trained model lie together, near the diagonal, and so do the ones here: q and k are waves of the position,
+so that scores depend on the distance and edges open up to some distance. Gates are sampled, as in training.
+"""
+
+import argparse
+import ctypes
+import functools
+import json
+import math
+import os
+import statistics
+import sys
+import time
+
+import torch
+from torch.nn import functional as F
+
+import hardware
+from gate import choose_impl, gated_attention
+from model import GPT, GPTConfig
+
+SHAPES = {"stdlib": dict(vocab_size=256, n_layer=4, n_head=16, n_embd=128, block_size=128), "gpt2": dict(vocab_size=50304)}
+
+
+def make_inputs(B, H, T, D, share, dtype, device):
+    """q, k, v, dy (B, H, T, D) and a bias, for which about `share` of the causal edges are open under deterministic gates."""
+    generator = torch.Generator().manual_seed(0)
+    position = torch.arange(T, dtype=torch.float64)
+    frequencies = torch.randn(D // 2, generator=generator, dtype=torch.float64)
+    v, dy = (torch.randn(B, H, T, D, generator=generator) for _ in range(2))
+
+    def waves(reach):  # a_ij = 20 mean_d cos(frequency_d (i - j) / reach): 20 on the diagonal, falling off over `reach` positions
+        angles = position[:, None] * frequencies / reach
+        return torch.cat([angles.cos(), angles.sin()], 1) * math.sqrt(20 * math.sqrt(D) / (D // 2))
+
+    low, high, bias = 1e-3, 1e3 * T, -12.0
+    for _ in range(40):  # the reach for which the right share of edges has a score above 12
+        reach = math.sqrt(low * high)
+        x = waves(reach)
+        opened = ((x @ x.T / math.sqrt(D) + bias > 0).tril().sum() / (T * (T + 1) / 2)).item()
+        low, high = (reach, high) if opened < share else (low, reach)
+    if share >= 1:
+        bias = 25.0
+    q = k = x.float().expand(B, H, T, D)
+    return [x.to(device, dtype).contiguous() for x in (q, k, v, dy)], bias
+
+
+def ways(device, T, D, dtype, splash):
+    """{name: function (q, k, v, bias) -> (y, density)}: everything that can be timed here. The first is the floor."""
+    def plain(q, k, v, bias):
+        return gated_attention(q, k, v, bias, sample=True, impl="plain")[:2]
+
+    found = {"dense (SDPA)": lambda q, k, v, bias: (F.scaled_dot_product_attention(q, k, v, is_causal=True), q.new_zeros(())),
+             "plain, eager": plain, "plain, compiled": torch.compile(plain, dynamic=False)}
+    if device == "cpu":
+        found["tiled, eager"] = lambda q, k, v, bias: gated_attention(q, k, v, bias, sample=True, impl="tiled")[:2]
+        found["tiled, compiled"] = torch.compile(lambda q, k, v, bias: gated_attention(q, k, v, bias, sample=True, impl="tiled")[:2], dynamic=False)
+    elif choose_impl("auto", device, T, D, dtype) == "triton":
+        found["triton"] = lambda q, k, v, bias: gated_attention(q, k, v, bias, sample=True, impl="triton")[:2]
+    if splash is not None:
+        sys.path.insert(0, splash)
+        from splash_attention import splash_attention  # (q, k, v, bias, causal, sample, return_map) -> y, mean of sigmoid, map
+        found["splash (authors)"] = lambda q, k, v, bias: splash_attention(q, k, v, bias, True, True, False)[:2]
+    return found
+
+
+def wait(device):
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+
+
+def peak_memory(call, device):
+    """Bytes that a call needs at its peak beyond what is there before; None where nobody tells."""
+    wait(device)
+    if device.startswith("cuda"):
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        return torch.cuda.max_memory_allocated() - before
+    if not sys.platform.startswith("linux"):
+        return None
+    ctypes.CDLL("libc.so.6").malloc_trim(0)  # what an earlier call has freed is given back, so that it counts again
+    with open("/proc/self/clear_refs", "w") as f:
+        f.write("5")  # resets VmHWM, the high-water mark
+    before = from_status("VmRSS")
+    call()
+    return max(0, from_status("VmHWM") - before)
+
+
+def from_status(key):
+    with open("/proc/self/status") as f:
+        return next(int(line.split()[1]) * 1024 for line in f if line.startswith(key + ":"))
+
+
+def measure(calls, device, repeats):
+    """{name: call} -> {name: (times in ms, sorted; peak bytes)}. Calls take turns. One that runs out of memory is left out."""
+    results, memory = {}, {}
+    for name, call in calls.items():
+        try:
+            call()  # compiles
+            call()
+            memory[name], results[name] = peak_memory(call, device), []
+        except (torch.OutOfMemoryError, RuntimeError) as error:
+            if "memory" not in str(error):
+                raise
+            print(f"{name}: out of memory")
+    for _ in range(repeats):
+        for name in results:
+            wait(device)
+            began = time.perf_counter()
+            calls[name]()
+            wait(device)
+            results[name].append(1000 * (time.perf_counter() - began))
+    return {name: (sorted(times), memory[name]) for name, times in results.items()}
+
+
+def attention(options, device, T, share):
+    """Rows of the table for one length and one share of open edges."""
+    dtype = getattr(torch, options.dtype)
+    (q, k, v, dy), bias = make_inputs(options.B, options.H, T, options.D, share, dtype, device)
+    q, k, v = (x.requires_grad_() for x in (q, k, v))
+
+    def backward_too(way):
+        y, density = way(q, k, v, bias)
+        torch.autograd.grad((y * dy).sum() + density, (q, k, v))
+
+    def forward(way):
+        with torch.no_grad():
+            way(q, k, v, bias)
+
+    found = {name: way for name, way in ways(device, T, options.D, dtype, options.splash).items()
+             if "plain" not in name or options.B * options.H * T * T * q.element_size() * 16 < options.most_memory * 1e9}
+    rows = []
+    forwards = measure({name: functools.partial(forward, way) for name, way in found.items()}, device, options.repeats)
+    both = measure({name: functools.partial(backward_too, way) for name, way in found.items()}, device, options.repeats)
+    for name, (times, memory) in both.items():
+        rows.append({"T": T, "open": share, "way": name, "forward_ms": statistics.median(forwards[name][0]), "ms": statistics.median(times),
+                     "quartiles_ms": [times[len(times) // 4], times[3 * len(times) // 4]], "memory_mb": None if memory is None else memory / 1e6})
+    return rows
+
+
+def whole_model(options, device, name):
+    """A training step, forward, backward, AdamW, compiled: dense and gated."""
+    shape = SHAPES[name]
+    context = shape.get("block_size", 1024)
+    x = torch.randint(0, shape["vocab_size"], (options.B, context), device=device)
+    autocast, _ = hardware.precision("auto", device)
+    calls = {}
+    for impl in ("dense", "plain") + (("triton",) if device != "cpu" else ("tiled",)):
+        model = GPT(GPTConfig(**shape, gated=impl != "dense", gate_bias=options.gate_bias)).to(device)
+        model.attention_impl = impl if impl != "dense" else "auto"
+        optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+
+        def step(network=torch.compile(model) if impl != "dense" or device != "cpu" else model, optimizer=optimizer):
+            with autocast():
+                _, loss, density = network(x, x)
+            (loss + density).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+        calls[f"{name}, {impl}"] = step
+    return [{"T": context, "open": None, "way": way, "forward_ms": None, "ms": statistics.median(times), "quartiles_ms": [times[len(times) // 4], times[3 * len(times) // 4]],
+             "memory_mb": None if memory is None else memory / 1e6} for way, (times, memory) in measure(calls, device, options.repeats).items()]
+
+
+def show(rows):
+    """The table: within a length and a share of open edges, ratios to the first way."""
+    print("|     T |   open | way              | forward, ms | with backward, ms | quartiles     | x dense | memory, MB | x dense |")
+    print("|------:|-------:|------------------|------------:|------------------:|---------------|--------:|-----------:|--------:|")
+    for row in rows:
+        floor = next(other for other in rows if (other["T"], other["open"]) == (row["T"], row["open"]))
+        opened = "" if row["open"] is None else f"{100 * row['open']:.1f} %"
+        forward = "" if row["forward_ms"] is None else f"{row['forward_ms']:.2f}"
+        memory, more = ("", "") if row["memory_mb"] is None else (f"{row['memory_mb']:.0f}", f"{row['memory_mb'] / max(1e-9, floor['memory_mb']):.1f}")
+        low, high = row["quartiles_ms"]
+        print(f"| {row['T']:5d} | {opened:>6} | {row['way']:16} | {forward:>11} | {row['ms']:17.2f} | {low:.1f} to {high:.1f} | {row['ms'] / floor['ms']:7.2f} | {memory:>10} | {more:>7} |")
+
+
+def chart(rows, path, title):
+    """Time and memory over T, both axes logarithmic."""
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4), constrained_layout=True)
+    for axis, key, label in ((axes[0], "ms", "forward and backward, ms"), (axes[1], "memory_mb", "memory beyond the inputs, MB")):
+        for way in dict.fromkeys(row["way"] for row in rows):
+            points = [(row["T"], row[key]) for row in rows if row["way"] == way and row[key]]
+            if points:
+                axis.loglog(*zip(*points), "o-", label=way, markersize=4)
+        axis.set_xticks(sorted({row["T"] for row in rows}), [str(T) for T in sorted({row["T"] for row in rows})])
+        axis.minorticks_off()
+        axis.set_xlabel("T, tokens of context")
+        axis.set_ylabel(label)
+        axis.grid(alpha=0.3)
+    axes[0].legend(frameon=False)
+    figure.suptitle(title)
+    figure.savefig(path, dpi=110)
+
+
+def main(arguments):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="auto")
+    for name, meaning in (("B", "examples; default 2, on a GPU 8"), ("H", "heads"), ("T", "tokens"), ("D", "width of a head")):
+        parser.add_argument(f"--{name}", type=int, default={"H": 12, "T": 1024, "D": 64}.get(name), help=meaning)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default float32, on a GPU bfloat16")
+    parser.add_argument("--open", default="0.01", help="shares of open edges, e.g. 1,0.1,0.01,0.004")
+    parser.add_argument("--lengths", nargs="?", const="128,256,512,1024,2048,4096,8192", help="lengths T for a table and a chart; alone: 128 to 8192")
+    parser.add_argument("--model", choices=SHAPES, help="a whole model's training step")
+    parser.add_argument("--gate_bias", type=float, default=3.0, help="of --model: below 0 most gates are shut")
+    parser.add_argument("--splash", nargs="?", const="", help="folder of the authors' package; alone: it is installed")
+    parser.add_argument("--repeats", type=int, default=11)
+    parser.add_argument("--most_memory", type=float, default=8.0, help="GB: lengths for which the plain formula would need more are left out for it")
+    parser.add_argument("--out_dir", default="out/bench")
+    options = parser.parse_args(arguments)
+    try:
+        device = hardware.pick_device(options.device)
+    except hardware.HardwareError as error:
+        sys.exit(f"error: {error}")
+    options.B = options.B or (8 if device.startswith("cuda") else 2)
+    options.dtype = options.dtype or ("bfloat16" if device.startswith("cuda") else "float32")
+
+    where = torch.cuda.get_device_name(device) if device.startswith("cuda") else f"CPU, {torch.get_num_threads()} threads"
+    title = f"{where}, torch {torch.__version__}, B={options.B} H={options.H} D={options.D} {options.dtype}"
+    print(title)
+    if options.model:
+        rows = whole_model(options, device, options.model)
+    else:
+        rows = [row for T in map(int, (options.lengths or str(options.T)).split(",")) for share in map(float, options.open.split(",")) for row in attention(options, device, T, share)]
+    show(rows)
+    os.makedirs(options.out_dir, exist_ok=True)
+    with open(os.path.join(options.out_dir, "bench.json"), "w") as f:
+        json.dump({"machine": title, "rows": rows}, f, indent=1)
+    if options.lengths:
+        chart(rows, os.path.join(options.out_dir, "bench.png"), title)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,41 @@
+"""bench.py: the inputs are as open as asked for, and one small run prints, writes and draws every way."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from bench import make_inputs, peak_memory
+from conftest import REPOSITORY
+from gate import gated_attention
+
+
+@pytest.mark.parametrize("share", [1.0, 0.1, 0.01])
+def test_inputs_have_the_share_of_open_edges_and_they_lie_together(share):
+    T = 512
+    (q, k, v, _), bias = make_inputs(1, 1, T, 64, share, torch.float32, "cpu")
+    _, _, gates = gated_attention(q, k, v, bias, return_gates=True)
+    opened = gates.open.sum().item() / (T * (T + 1) / 2)
+    assert opened == 1 if share == 1 else 0.7 * share < opened < 1.4 * share
+    tiles = gates.open.view(T // 64, 64, T // 64, 64).amax((1, 3))
+    assert tiles.tril().mean().item() < 0.5 or share > 0.01
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux tells the peak")
+def test_peak_memory_sees_what_a_call_makes_and_frees():
+    found = peak_memory(lambda: torch.ones(50_000_000).sum(), "cpu")
+    assert 190e6 < found < 300e6
+
+
+def test_a_small_run(workplace):
+    done = subprocess.run([sys.executable, os.path.join(REPOSITORY, "bench.py"), "--lengths=64", "--B=1", "--H=1", "--D=8", "--repeats=2", "--device=cpu"],
+                          capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    with open("out/bench/bench.json") as f:
+        rows = json.load(f)["rows"]
+    assert [row["way"] for row in rows] == ["dense (SDPA)", "plain, eager", "plain, compiled", "tiled, eager", "tiled, compiled"]
+    assert all(0 < row["forward_ms"] and 0 < row["ms"] for row in rows) and all(row["way"] in done.stdout for row in rows)
+    assert os.path.getsize("out/bench/bench.png") > 5000
