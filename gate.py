@@ -81,7 +81,8 @@ def gated_attention(q, k, v, bias=3.0, temperature=1.0, sample=False, *,
             return F.scaled_dot_product_attention(q, k, v, is_causal=True).to(dtype), q.new_ones(()), None
 
     head_bias = bias_of_heads(bias, H, q.device, exact)
-    if not (dense or return_gates or keep is not None or torch.is_tensor(noise) or head_bias is None) and (impl := choose_impl(impl, q.device.type, T, D, q.dtype)) != "plain":
+    drawn_or_none = noise is None or not torch.is_tensor(noise) and noise == 0
+    if not (dense or return_gates or keep is not None or head_bias is None) and drawn_or_none and (impl := choose_impl(impl, q.device.type, T, D, q.dtype)) != "plain":
         import gate_op  # here, so that the formula can be read, and run, without it
         seed = new_seed(q.device) if sample and noise is None else None
         impl = "tiled compiled" if impl == "tiled" and torch.compiler.is_compiling() else impl
@@ -125,14 +126,14 @@ def sampled_gates(s, temperature=1.0, noise=None):
 def choose_impl(name, device, T, D, dtype=torch.float32):
     """Who computes gated attention: 'plain', this file's formula; 'tiled' (gate_tiled.py); 'triton' (gate_triton.py). 'auto' is the fastest that fits.
 
-    That is triton on a GPU that the triton package knows, for heads up to 128 wide, float32 and half precision; tiled on a CPU for contexts of 64 and more.
+    That is, for contexts of 64 and more, triton on a GPU (heads up to 128 wide, no float64) and tiled on a CPU.
     device: 'cpu', 'cuda', ...; T tokens of context, D the width of a head. TRITON_INTERPRET=1 lets 'triton', asked for by name, run on a CPU, slowly.
     Raises ValueError if name is none of these, or 'triton' where it cannot run.
     """
     gpu = device.startswith("cuda")
     triton_fits = D <= 128 and dtype != torch.float64 and importlib.util.find_spec("triton") is not None
     if name == "auto":
-        return "triton" if gpu and triton_fits else "tiled" if device == "cpu" and T >= 64 else "plain"
+        return "plain" if T < 64 else "triton" if gpu and triton_fits else "tiled" if device == "cpu" else "plain"
     if name not in ("plain", "tiled", "triton"):
         raise ValueError(f"attention_impl is 'auto', 'plain', 'tiled' or 'triton', not {name!r}")
     if name == "triton" and not (triton_fits and (gpu or os.environ.get("TRITON_INTERPRET") == "1")):
@@ -141,9 +142,11 @@ def choose_impl(name, device, T, D, dtype=torch.float32):
 
 
 def bias_of_heads(bias, H, device, dtype):
-    """bias as a tensor (H,), or None if it varies inside a head."""
+    """bias as a tensor (H,), or None if it varies inside a head or wants a gradient."""
     if not torch.is_tensor(bias):
         return torch.full((H,), bias, device=device, dtype=dtype)
+    if bias.requires_grad:
+        return None
     if bias.numel() == 1:
-        return bias.detach().reshape(1).to(device, dtype).expand(H)
-    return bias.detach().reshape(H).to(device, dtype) if bias.shape[-3:] == (H, 1, 1) and bias.numel() == H else None
+        return bias.reshape(1).to(device, dtype).expand(H)
+    return bias.reshape(H).to(device, dtype) if bias.shape[-3:] == (H, 1, 1) and bias.numel() == H else None

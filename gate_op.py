@@ -29,7 +29,8 @@ def forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tenso
             sample: bool, temperature: float, linear_penalty: bool, impl: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """q, k, v (B, H, T, D); bias (H,). Returns y (B, H, T, D); the penalty's sum over the causal pairs of every head (B H); lse (B, H, T)."""
     module, options = computed_by(impl)
-    return module.forward(q, k, v, bias, seed, sample, temperature, linear_penalty, **options)
+    with torch.autocast(q.device.type, enabled=False):  # an operator does not leave autocast by itself, and half precision is too coarse for gates
+        return module.forward(q, k, v, bias, seed, sample, temperature, linear_penalty, **options)
 
 
 @forward.register_fake
@@ -44,7 +45,8 @@ def backward(dy: torch.Tensor, dpenalty: torch.Tensor, q: torch.Tensor, k: torch
              y: torch.Tensor, lse: torch.Tensor, sample: bool, temperature: float, linear_penalty: bool, impl: str) -> list[torch.Tensor]:
     """The gradients of `forward`'s y and penalty. Returns dq, dk, dv."""
     module, options = computed_by(impl)
-    return module.backward(dy, dpenalty, q, k, v, bias, seed, y, lse, sample, temperature, linear_penalty, **options)
+    with torch.autocast(q.device.type, enabled=False):
+        return module.backward(dy, dpenalty, q, k, v, bias, seed, y, lse, sample, temperature, linear_penalty, **options)
 
 
 @backward.register_fake
@@ -55,6 +57,7 @@ def _(dy, dpenalty, q, k, v, *rest):
 def keep(ctx, inputs, output):
     q, k, v, bias, seed, *ctx.options = inputs
     y, _, lse = output
+    ctx.mark_non_differentiable(lse)
     ctx.save_for_backward(q, k, v, bias, seed, y, lse)
 
 

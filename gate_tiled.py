@@ -34,7 +34,7 @@ import torch
 
 from noise import edge_codes, uniform
 
-STRIP = 2**17  # scores in a strip: half a megabyte in float32; the few such arrays that are alive at once stay in a core's cache
+STRIP = 2**17  # scores in a strip, where contexts are short enough: half a megabyte in float32; the few such arrays that are alive at once stay in the cache
 ROWS = 64  # queries in a strip: enough for a matrix product to be fast, and few enough that little is computed above the diagonal
 
 
@@ -103,12 +103,12 @@ def prepare(q, k, v, bias, seed):
     """Heads of all examples in one row, in float32 or better: q / sqrt(D), k, v (B H, T, D); bias (B H); the noise's codes or two Nones."""
     B, H, T, D = q.shape
     exact = torch.promote_types(q.dtype, torch.float32)
-    q, k, v = (x.reshape(B * H, T, D).to(exact) for x in (q, k, v))
+    q, k, v = (x.reshape(B * H, T, D).to(exact).contiguous() for x in (q, k, v))
     return q / math.sqrt(D), k, v, bias.to(exact).repeat(B), *((None, None) if seed is None else edge_codes(seed, B * H, T))
 
 
 def forward(q, k, v, bias, seed, sample, temperature, linear_penalty, fuse=False):
-    """q, k, v (B, H, T, D); bias (H,); seed (1,) of the noise, or None. Returns y (B, H, T, D), the penalty's sum per head (B H), lse (B, H, T).
+    """q, k, v (B, H, T, D); bias (H,); seed (2,) of the noise, or None. Returns y (B, H, T, D), the penalty's sum per head (B H), lse (B, H, T).
     fuse: compile the strips."""
     (B, H, T, D), dtype = q.shape, v.dtype
     q, k, v, bias, rows, columns = prepare(q, k, v, bias, seed)

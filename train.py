@@ -153,6 +153,10 @@ def train(config, given=frozenset()):
     if data.meta["kind"] == "rows" and model.config.block_size < data.train.shape[2]:
         raise RunError(f"a row of data/{c.dataset} has {data.train.shape[2]} tokens, the model's block_size is {model.config.block_size}: make it larger")
     model.attention_impl = c.attention_impl
+    try:
+        impl = choose_impl(c.attention_impl, device.split(":")[0], model.config.block_size, model.config.n_embd // model.config.n_head) if c.gated else "dense"
+    except ValueError as error:
+        raise RunError(str(error)) from error
     # the dense model, frozen: it sets the target, it is compared with on the same batch, it teaches
     dense_model = model_of(compared_with, reference, device) if c.gated else None
     if c.gated and dense_model.config.gated:
@@ -203,10 +207,6 @@ def train(config, given=frozenset()):
         prepare_data.write_json(os.path.join(c.out_dir, "config.json"), asdict(c))
         evaluates_at_start = start % c.eval_interval == 0 or start == c.max_steps
         log = MetricsLog(os.path.join(c.out_dir, "metrics.jsonl"), keep_until=start - evaluates_at_start)
-    try:
-        impl = choose_impl(c.attention_impl, device.split(":")[0], context, model.config.n_embd // model.config.n_head) if c.gated else "dense"
-    except ValueError as error:
-        raise RunError(str(error)) from error
     hardware.say(f"{c.out_dir}: {'gated' if c.gated else 'dense'}, {sum(p.numel() for p in model.parameters()):,} parameters, {hardware.world()} x {device}, {dtype}, attention {impl}, "
                  f"{'compiled (the first step takes half a minute, or more)' if compiled else 'not compiled'}, "
                  f"{micro_batches} micro-batch(es) of {c.batch_size // micro_batches} x {context} tokens, from step {start} to {c.max_steps}")

@@ -9,7 +9,7 @@ gated = True
 dtype = 'auto'
 
 gate_bias = 3.0
-open_above = 0.003  # paper: nothing of the kind. Edges with an attention weight above this start open: no shock (handover.py)
+open_above = 0.01  # paper: nothing of the kind. Edges with an attention weight above this start open: no shock (handover.py)
 distill_weight = 1.0  # the dense model that sets the target teaches, too
 
 loss_slack = 0.0  # nats: no worse than the parent at all
@@ -26,6 +26,6 @@ batch_size = 8
 max_steps = 10000
 learning_rate = 1e-3
 min_lr = 5e-5
-eval_interval = 500
+eval_interval = 1000
 eval_batch_size = 20
 eval_batches = 50  # 1,000 windows of held-out files, the same for parent, control and child; small batches of T x T matrices stay in the cache

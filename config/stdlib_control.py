@@ -11,6 +11,6 @@ batch_size = 8
 max_steps = 10000
 learning_rate = 1e-3
 min_lr = 5e-5
-eval_interval = 500
+eval_interval = 1000
 eval_batch_size = 20
 eval_batches = 50  # 1,000 windows of held-out files, the same for parent, control and child; small batches of T x T matrices stay in the cache

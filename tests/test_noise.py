@@ -6,14 +6,14 @@ import torch
 
 from batches import Batches
 from gate import gated_attention
-from noise import edge_codes, edge_noise, new_seed, uniform
+from noise import edge_codes, edge_noise, mix, new_seed, uniform
 
 HEADS, T = 8, 512
 
 
 @pytest.fixture(scope="module")
 def u():
-    rows, columns = edge_codes(torch.tensor([900450186894289455]), HEADS, T)
+    rows, columns = edge_codes(torch.tensor([900450186, 894289455]), HEADS, T)
     return uniform(rows[:, :, None], columns[:, None, :]).double()  # (HEADS, T, T)
 
 
@@ -21,6 +21,15 @@ def standard_deviations(x, y):
     """How far the correlation of two arrays is from 0, in standard deviations of what chance does. Centred for uniform numbers, whose variance is 1/12."""
     x, y = x - 0.5, y - 0.5
     return abs((x * y).mean().item()) * 12 * x.numel() ** 0.5
+
+
+def test_mix_is_a_permutation_in_which_every_input_bit_moves_every_output_bit_half_of_the_time():
+    x = torch.randint(-2**31, 2**31, (200_000,)).to(torch.int32)
+    assert len(mix(x.unique()).unique()) == len(x.unique())
+    for bit in range(32):
+        flipped = mix(x) ^ mix(x ^ torch.tensor(1 << bit if bit < 31 else -2**31, dtype=torch.int32))
+        for other in range(32):
+            assert 0.48 < ((flipped >> other) & 1).float().mean().item() < 0.52, (bit, other)
 
 
 def test_mean_variance_and_range(u):
@@ -60,8 +69,8 @@ def test_a_row_is_not_its_mirror_or_its_column(u):
 def test_heads_are_independent_and_so_are_neighbouring_seeds(u):
     for other in range(1, HEADS):
         assert standard_deviations(u[:HEADS - other], u[other:]) < 5
-    for step in (1, 2, 2**32, 2**33):
-        rows, columns = edge_codes(torch.tensor([900450186894289455 + step]), HEADS, T)
+    for step in ([1, 0], [0, 1], [1, 1], [2, 0]):
+        rows, columns = edge_codes(torch.tensor([900450186, 894289455]) + torch.tensor(step), HEADS, T)
         assert standard_deviations(u, uniform(rows[:, :, None], columns[:, None, :]).double()) < 5
 
 
@@ -76,9 +85,9 @@ def test_layers_steps_and_processes_draw_different_seeds():
             return np.zeros((len(indices), 2)), np.zeros((len(indices), 2))
 
     batches = Batches(Data(), 2, 4, 2, seed=1, child=True, device="cpu")
-    seeds = [new_seed().item() for step in range(50) for _ in batches.at(step) for layer in range(4)]  # one process computes both micro-batches
+    seeds = [tuple(new_seed().tolist()) for step in range(50) for _ in batches.at(step) for layer in range(4)]  # one process computes both micro-batches
     assert len(set(seeds)) == 50 * 2 * 4
-    assert seeds[:8] == [new_seed().item() for _ in batches.at(0) for layer in range(4)]  # and again, if the step is asked for again
+    assert seeds[:8] == [tuple(new_seed().tolist()) for _ in batches.at(0) for layer in range(4)]  # and again, if the step is asked for again
 
 
 def test_gates_open_as_often_as_their_probability_says():
