@@ -19,7 +19,7 @@ from model import read_checkpoint
 
 SETTINGS = ["--dataset=count", "--n_layer=2", "--n_head=2", "--n_embd=16", "--block_size=8", "--batch_size=16", "--learning_rate=3e-3", "--eval_interval=1",
             "--eval_batch_size=7", "--eval_batches=5", "--warmup_steps=2", "--max_steps=20", "--dropout=0.1", "--device=cpu"]
-GATED = ["--init_from=out/dense", "--gated=True", "--distill_weight=0.5", "--constraint_paired=True", "--open_above=0.02", "--linear_penalty_steps=10"]
+GATED = ["--init_from=out/dense", "--gated=True", "--distill_weight=0.5", "--constraint_paired=True", "--open_above=0.02", "--linear_penalty_steps=10", "--attention_impl=tiled"]
 
 
 def launch(processes, *arguments):

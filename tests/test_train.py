@@ -103,7 +103,7 @@ class Killed(BaseException):
     """Stands for kill -9: nothing catches it, nothing is saved."""
 
 
-@pytest.mark.parametrize("config, settings", [("dense.py", {"dropout": 0.1}), ("sparse.py", {}), ("sparse.py", {"constraint_gates": "sampled"})])
+@pytest.mark.parametrize("config, settings", [("dense.py", {"dropout": 0.1}), ("sparse.py", {"attention_impl": "tiled"}), ("sparse.py", {"constraint_gates": "sampled"})])
 def test_a_run_that_is_stopped_and_killed_everywhere_ends_bit_for_bit_like_one_that_is_not(echo, config, settings, monkeypatch):
     """Stopped after steps 1 and 33 (no evaluation steps), and killed before and after every single file that it renames."""
     run(config, out_dir="out/whole", **settings)
@@ -445,9 +445,28 @@ def test_bfloat16_trains_and_is_judged_in_float32(counting):
     assert half[-1]["tokens_per_second"] > 0
 
 
-def test_torch_compile_gives_the_same_run(counting):
-    run("sparse.py", max_steps=20)
-    run("sparse.py", max_steps=20, compile="on", out_dir="out/compiled")
+@pytest.mark.parametrize("impl", ["plain", "tiled"])
+def test_torch_compile_gives_the_same_run(counting, impl):
+    run("sparse.py", max_steps=20, attention_impl=impl)
+    run("sparse.py", max_steps=20, attention_impl=impl, compile="on", out_dir="out/compiled")
     eager, compiled = metrics("out/sparse")[-1], metrics("out/compiled")[-1]
     assert compiled["constraint_target"] == pytest.approx(eager["constraint_target"], abs=1e-5)
     assert compiled["val_loss"] == pytest.approx(eager["val_loss"], abs=2e-3)  # the noise is the same, its sums are in another order
+
+
+def test_the_ways_of_computing_attention_train_alike_and_the_choice_is_printed(counting, capsys):
+    """Without noise they compute the same numbers but for rounding; with it they draw from different generators."""
+    found = {}
+    for impl in ("plain", "tiled", "triton"):
+        found[impl] = metrics(run("sparse.py", max_steps=10, noise_free_steps=10, attention_impl=impl, out_dir=f"out/{impl}"))[-1]
+        assert f"attention {impl}" in capsys.readouterr().out
+    for impl in ("tiled", "triton"):
+        assert found[impl]["val_loss"] == pytest.approx(found["plain"]["val_loss"], abs=1e-3) and found[impl]["open"] == pytest.approx(found["plain"]["open"], abs=0.5)
+
+
+def test_triton_without_a_gpu_is_refused_before_anything_is_built(counting, monkeypatch):
+    run("dense.py", max_steps=5)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(RunError, match="attention_impl='triton' needs a GPU"):
+        run("sparse.py", attention_impl="triton", device="cpu", init_from="out/dense")
+    assert not os.path.exists("out/sparse")
