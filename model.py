@@ -61,16 +61,30 @@ class CausalSelfAttention(nn.Module):
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.resid_dropout = nn.Dropout(config.dropout)
 
+    def attend(self, q, k, v, **gate_options):
+        return gated_attention(q, k, v, self.config.gate_bias, self.config.gate_temperature, sample=self.training, dense=not self.config.gated, **gate_options)
+
     def forward(self, x, **gate_options):
         """x (B, T, C) -> y (B, T, C); density, a scalar; gates, a `gate.Gates` or None. Options: see `gated_attention`."""
         B, T, C = x.shape
         H, D = self.config.n_head, C // self.config.n_head
         q, k, v = (part.view(B, T, H, D).transpose(1, 2) for part in self.c_attn(x).split(C, dim=2))  # (B, H, T, D)
-        y, density, gates = gated_attention(
-            q, k, v, self.config.gate_bias, self.config.gate_temperature, sample=self.training,
-            dense=not self.config.gated, **gate_options)
+        y, density, gates = self.attend(q, k, v, **gate_options)
         y = y.transpose(1, 2).reshape(B, T, C)  # heads side by side
         return self.resid_dropout(self.c_proj(y)), density, gates
+
+    def by_head(self, x, norm, hooks, layer, **gate_options):
+        """As norm, then `forward`, every head on its own: what its q, k and v read, and what it writes, goes through `hooks` (see `GPT.forward`)."""
+        H, C = self.config.n_head, x.shape[-1]
+        reading = self.c_attn.weight.view(3, H, -1, C).transpose(2, 3)  # (3, H, C, D)
+        constant = self.c_attn.bias.view(3, H, 1, -1) if self.config.bias else (0.0, 0.0, 0.0)
+        qkv = []
+        for part, name in enumerate("qkv"):
+            read = norm(hooks.read(name, layer, x))  # (B, T, C), one for all heads, or (B, H, T, C)
+            qkv.append((read if read.dim() == 4 else read.unsqueeze(1)) @ reading[part] + constant[part])  # (B, H, T, D)
+        y, density, gates = self.attend(*qkv, **gate_options)
+        heads = hooks.write("heads", layer, y @ self.c_proj.weight.view(C, H, -1).permute(1, 2, 0))  # (B, H, T, C)
+        return heads.sum(dim=1) + (self.c_proj.bias if self.config.bias else 0.0), density, gates
 
 
 class MLP(nn.Module):
@@ -95,11 +109,16 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
         self.mlp = MLP(config)
 
-    def forward(self, x, **gate_options):
+    def forward(self, x, hooks=None, layer=None, **gate_options):
         """As attention, y being the residual stream after both writes."""
-        y, density, gates = self.attn(self.ln_1(x), **gate_options)
-        x = x + y
-        x = x + self.mlp(self.ln_2(x))
+        if hooks is None:
+            y, density, gates = self.attn(self.ln_1(x), **gate_options)
+            x = x + y
+            x = x + self.mlp(self.ln_2(x))
+        else:
+            y, density, gates = self.attn.by_head(x, self.ln_1, hooks, layer, **gate_options)
+            x = x + y
+            x = x + hooks.write("mlp", layer, self.mlp(self.ln_2(hooks.read("mlp", layer, x))))
         return x, density, gates
 
 
@@ -132,12 +151,16 @@ class GPT(nn.Module):
 
     attention_impl = "auto"  # who computes gated attention: see `gate.choose_impl`. A choice of this run, not of the model: in no checkpoint
 
-    def forward(self, idx, targets=None, keep=None, record=None, linear_penalty=False, noise=None):
+    def forward(self, idx, targets=None, keep=None, record=None, linear_penalty=False, noise=None, hooks=None):
         """idx (B, T) token ids; targets (B, T) the token to predict at each position, -1 where nothing is asked.
 
         keep    bool, (n_layer, H, T, T) or (n_layer, B, H, T, T): an edge that is False here is forced shut
         record  called as record(layer, gates) for every layer, gates a `gate.Gates`: what is open, what is attended to
         noise   of the gates in training mode; 0.0 leaves it out: gates are those of evaluation, with the gradient of training. See gate.py
+        hooks   sees, and may replace, what every component reads from the residual stream and what it writes to it (circuit.py):
+                hooks.read(name, layer, x)   what 'q', 'k', 'v' (all heads; may return (B, H, T, C), one for each head), 'mlp' or 'final' read, (B, T, C)
+                hooks.write(name, layer, y)  what 'embed' or 'mlp' write, (B, T, C), or 'heads', each after its slice of c_proj, (B, H, T, C)
+                Gates are computed from what q and k read, so they follow a replacement. layer is None for 'embed' and 'final'
         linear_penalty  the density is made of the penalty that does not saturate, see gate.py; False is the paper's
 
         Returns logits (B, T, vocab_size); loss, the mean cross-entropy in nats over the targets, None without targets;
@@ -149,13 +172,17 @@ class GPT(nn.Module):
             raise ValueError(f"a context of {T} tokens does not fit into this model's block_size of {self.config.block_size}")
         x = self.transformer.wte(idx) + self.transformer.wpe(torch.arange(T, device=idx.device))  # (B, T, C)
         x = self.transformer.drop(x)
+        if hooks is not None:
+            x = hooks.write("embed", None, x)
         densities = []
         for layer, block in enumerate(self.transformer.h):
             x, density, gates = block(x, keep=None if keep is None else keep[layer], return_gates=record is not None,
-                                      linear_penalty=linear_penalty, noise=noise, impl=self.attention_impl)
+                                      linear_penalty=linear_penalty, noise=noise, impl=self.attention_impl, hooks=hooks, layer=layer)
             densities.append(density)
             if record is not None:
                 record(layer, gates)
+        if hooks is not None:
+            x = hooks.read("final", None, x)
         logits = self.lm_head(self.transformer.ln_f(x))  # (B, T, V)
         loss = None
         if targets is not None:

@@ -64,6 +64,7 @@ def test_our_files_import_each_other_in_one_direction_only():
         assert imports[basic] == set()
     assert imports["prepare_data"] == {"text", "download"} and imports["huggingface"] == {"download"} and imports["evaluate"] == imports["batches"] == {"hardware"}
     assert imports["gate"] == imports["gate_tiled"] == imports["gate_triton"] == {"noise"} and imports["gate_op"] == {"gate_tiled"}
+    assert imports["circuit"] == {"tasks"}
     assert imports["settings"] == {"hardware", "configure"}
     assert imports["model"] == {"gate", "huggingface"} and imports["resume"] == {"model", "prepare_data"}
     assert not any({"train", "analyze"} & found for found in imports.values())

@@ -1,0 +1,350 @@
+"""Circuits: which components, and which edges between them, carry a task.
+
+The residual stream is a sum of what components write: x = embed + sum of heads + sum of MLPs. So a model is a graph, with an edge from every
+writer to every reader behind it; the q, k and v of a head are readers of their own, since each may listen to something else:
+
+    writers   embed, L H heads, L MLPs                        readers   3 L H of heads (q, k, v), L of MLPs, the final one
+    edges     GPT-2 small: 157 writers, 445 readers, 32,491 edges
+
+What does an edge carry? On a pair of prompts (tasks.py) the writer's activation is d = corrupted - clean away from its twin's. Cutting the edge
+replaces, for this reader alone, the one by the other (interchange):
+
+    exact                       metric(edge cut) - metric(clean)                                           a run of the model for every edge
+    attribution (EAP)           d . grad of the metric by what the reader reads                            a first-order guess, all edges at once
+    with integrated gradients   the mean of that gradient over `steps` inputs between corrupted and clean  (EAP-IG), where the first order misleads
+
+A circuit keeps the n edges (or components) with the largest |score| and cuts all others. How much of the task it explains:
+
+    explained effect = (metric(circuit) - metric(corrupted)) / (metric(clean) - metric(corrupted))         1 the whole model, 0 nothing
+
+Notable:
+- Gates are computed from the patched q and k in every run: to cut an edge between components may open or shut attention edges.
+- Edges that lie on no path from the embedding to the output cannot matter: they are dropped before a circuit is counted or run.
+- Heads without an open edge on the task's prompts write a constant: they and their edges are out of the graph from the start (`dead_heads`).
+- Scores come from one set of prompts, explained effects from another.
+Sources: attribution patching, Nanda 2022; EAP, Syed et al. 2023; EAP-IG, Hanna et al. 2024 (their definitions, by their public package);
+the paper's section on circuits (arXiv 2512.05865). Imports tasks.py for its `Pair`; works on any model whose `forward` takes `hooks`.
+"""
+
+import math
+
+import numpy as np
+import torch
+
+from tasks import PROBABILITY
+
+
+class Graph:
+    """The numbering of writers and readers of a model with L layers of H heads, and which edges there are.
+
+    writers   0 the embedding; 1 + layer (H + 1) + head the heads; 1 + layer (H + 1) + H the MLPs        (W of them)
+    readers   layer (3 H + 1) + part H + head, part 0, 1, 2 being q, k, v; layer (3 H + 1) + 3 H the MLPs; the last is the final one  (R)
+    """
+
+    def __init__(self, n_layer, n_head):
+        self.L, self.H = L, H = n_layer, n_head
+        self.W, self.R = 1 + L * (H + 1), L * (3 * H + 1) + 1
+        self.edges = torch.zeros(self.W, self.R, dtype=torch.bool)  # which pairs (writer, reader) are edges: the writer comes first
+        for layer in range(L):
+            for name in ("q", "k", "v", "mlp"):
+                self.edges[:self.before(name, layer), self.reader(name, layer)] = True
+        self.edges[:, self.reader("final", None)] = True
+
+    def writer(self, name, layer):
+        """The slice of writers that `hooks.write(name, layer, ...)` brings."""
+        first = 0 if name == "embed" else 1 + layer * (self.H + 1) + (self.H if name == "mlp" else 0)
+        return slice(first, first + (self.H if name == "heads" else 1))
+
+    def reader(self, name, layer):
+        """The slice of readers that `hooks.read(name, layer, ...)` asks for."""
+        if name == "final":
+            return slice(self.R - 1, self.R)
+        first = layer * (3 * self.H + 1) + "qkv".find(name) * self.H if name != "mlp" else layer * (3 * self.H + 1) + 3 * self.H
+        return slice(first, first + (1 if name == "mlp" else self.H))
+
+    def before(self, name, layer):
+        """How many writers have written when this reader reads: the first so many."""
+        return self.W if name == "final" else 1 + layer * (self.H + 1) + (self.H if name == "mlp" else 0)
+
+    def writer_names(self):
+        return ["embed"] + [name for layer in range(self.L) for name in [*(f"{layer}.{head}" for head in range(self.H)), f"mlp {layer}"]]
+
+    def reader_names(self):
+        return [name for layer in range(self.L) for name in [*(f"{layer}.{head} {part}" for part in "qkv" for head in range(self.H)), f"mlp {layer}"]] + ["output"]
+
+    def owner(self, reader):
+        """The writer that a reader belongs to; W for the final one."""
+        if reader == self.R - 1:
+            return self.W
+        layer, place = divmod(reader, 3 * self.H + 1)
+        return 1 + layer * (self.H + 1) + (place % self.H if place < 3 * self.H else self.H)
+
+    def on_paths(self, edges):
+        """edges (W, R) bool without those that lie on no path from the embedding to the output."""
+        owner = torch.tensor([self.owner(reader) for reader in range(self.R)])
+        reached = torch.zeros(self.W + 1, dtype=torch.bool)  # from the embedding
+        reached[0] = True
+        for reader in range(self.R):  # readers are in the order of the layers, and so are the writers that they belong to
+            reached[owner[reader]] |= bool((edges[:, reader] & reached[:self.W]).any())
+        useful = torch.zeros(self.W + 1, dtype=torch.bool)  # for the output
+        useful[self.W] = True
+        for writer in reversed(range(self.W)):
+            useful[writer] = bool((edges[writer] & useful[owner]).any())
+        return edges & reached[:self.W, None] & useful[owner][None, :]
+
+    def of_components(self, kept):
+        """The edges among kept writers (W,) bool: all whose two ends are kept. The output is always there."""
+        owner = torch.tensor([self.owner(reader) for reader in range(self.R)])
+        return self.edges & kept[:, None] & torch.cat([kept, torch.tensor([True])])[owner][None, :]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Hooks: what model.py calls with every read and write
+
+
+class Watch:
+    """Changes nothing, remembers all writes: `writes` (B, W, T, C)."""
+
+    def __init__(self, graph):
+        self.graph, self.parts = graph, []
+
+    def read(self, name, layer, x):
+        return x
+
+    def write(self, name, layer, y):
+        self.parts.append(y if y.dim() == 4 else y.unsqueeze(1))
+        return y
+
+    @property
+    def writes(self):
+        return torch.cat(self.parts, dim=1)
+
+
+class Cut(Watch):
+    """Runs a circuit: a reader sees the writers whose edge is kept as they are now, the others as they were in the corrupted run.
+
+    keep (W, R) bool; corrupted (B, W, T, C), the corrupted run's writes.
+    """
+
+    def __init__(self, graph, keep, corrupted):
+        super().__init__(graph)
+        self.keep, self.corrupted = keep, corrupted
+
+    def read(self, name, layer, x):
+        first = self.graph.before(name, layer)
+        cut = ~self.keep[:first, self.graph.reader(name, layer)]  # (writers so far, heads or 1)
+        if not cut.any():
+            return x
+        involved = cut.any(dim=1)  # usually most; but all edges into one reader may be kept
+        difference = self.corrupted[:, :first][:, involved] - self.writes[:, involved]  # (B, w, T, C)
+        change = torch.einsum("bwtc,wr->brtc", difference, cut[involved].to(x.dtype))
+        return x + change[:, 0] if change.shape[1] == 1 else x.unsqueeze(1) + change
+
+
+class Replace(Watch):
+    """Patches components: the writers in `replaced` (W,) bool write what they wrote in the corrupted run."""
+
+    def __init__(self, graph, replaced, corrupted):
+        super().__init__(graph)
+        self.replaced, self.corrupted = replaced, corrupted
+
+    def write(self, name, layer, y):
+        who = self.graph.writer(name, layer)
+        patched = torch.where(self.replaced[who].view(1, -1, 1, 1), self.corrupted[:, who], y if y.dim() == 4 else y.unsqueeze(1))
+        return super().write(name, layer, patched if y.dim() == 4 else patched[:, 0])
+
+
+class Gradients(Watch):
+    """Keeps what every reader reads apart, so that the gradient by it can be asked for; and the embedding may be another one."""
+
+    def __init__(self, graph, embed=None):
+        super().__init__(graph)
+        self.embed, self.reads = embed, []
+
+    def read(self, name, layer, x):
+        x = x.unsqueeze(1).expand(-1, self.graph.H, -1, -1) if name in ("q", "k", "v") else x.clone()
+        self.reads.append((self.graph.reader(name, layer), self.graph.before(name, layer), x))
+        return x
+
+    def write(self, name, layer, y):
+        y = self.embed if name == "embed" and self.embed is not None else y
+        y = y.clone() if name != "heads" else y
+        self.parts.append(y)
+        return y
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Metrics
+
+
+def tokens_of(pairs, device="cpu"):
+    """[(clean (B, T), corrupted (B, T), pairs)] : pairs of equal length together, since prompts of other lengths cannot share a batch."""
+    groups = {}
+    for pair in pairs:
+        groups.setdefault(len(pair.clean), []).append(pair)
+    return [(torch.tensor([p.clean for p in group], device=device), torch.tensor([p.corrupted for p in group], device=device), group) for group in groups.values()]
+
+
+def metric_of(logits, pairs, metric):
+    """(B,): how well each pair's answer is known, by tasks.py's definition, the mean over its positions. logits (B, T, V)."""
+    values = []
+    for row, pair in zip(logits, pairs):
+        row = row[pair.positions]  # (answers, V)
+        if metric == PROBABILITY:
+            row = row.softmax(-1)
+            found = [row[i, right].sum() - row[i, wrong].sum() for i, (right, wrong) in enumerate(zip(pair.right, pair.wrong))]
+        else:
+            found = [row[i, right].mean() - row[i, wrong].mean() for i, (right, wrong) in enumerate(zip(pair.right, pair.wrong))]
+        values.append(torch.stack(found).mean())
+    return torch.stack(values)
+
+
+def batches(pairs, size, device="cpu"):
+    """tokens_of, in batches of at most `size` pairs."""
+    for clean, corrupted, group in tokens_of(pairs, device):
+        for i in range(0, len(group), size):
+            yield clean[i:i + size], corrupted[i:i + size], group[i:i + size]
+
+
+def run(model, tokens, hooks=None):
+    return model(tokens, hooks=hooks)[0]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Scores
+
+
+def attribute_edges(model, pairs, metric, steps=1, batch_size=16):
+    """Scores (W, R) of all edges: what the metric changes by, to first order, if the edge is cut. 0 where there is no edge.
+
+    steps=1: EAP, gradients at the clean prompt. More: EAP-IG along the inputs, k / steps of the way from corrupted to clean, k from 0.
+    """
+    graph = Graph(model.config.n_layer, model.config.n_head)
+    scores = torch.zeros(graph.W, graph.R)
+    for clean, corrupted, group in batches(pairs, batch_size, next(model.parameters()).device):
+        with torch.no_grad():
+            watch_clean, watch_corrupted = Watch(graph), Watch(graph)
+            run(model, clean, watch_clean), run(model, corrupted, watch_corrupted)
+            embeds = [watch.parts[0][:, 0] for watch in (watch_corrupted, watch_clean)]
+            difference = (watch_corrupted.writes - watch_clean.writes).transpose(0, 1).flatten(1)  # (W, B T C)
+        for k in range(steps):
+            way = 1.0 if steps == 1 else k / steps
+            hooks = Gradients(graph, (embeds[0] + way * (embeds[1] - embeds[0])).requires_grad_())
+            value = metric_of(run(model, clean, hooks), group, metric).sum()
+            for (readers, first, _), gradient in zip(hooks.reads, torch.autograd.grad(value, [x for _, _, x in hooks.reads])):
+                by_reader = (gradient if gradient.dim() == 4 else gradient.unsqueeze(1)).transpose(0, 1).flatten(1)  # (readers, B T C)
+                scores[:first, readers] += (difference[:first] @ by_reader.T).cpu() / steps / len(pairs)
+    return scores
+
+
+def attribute_components(model, pairs, metric, steps=1, batch_size=16):
+    """Scores (W,) of all components, as `attribute_edges`: difference of what it writes times the gradient by it."""
+    graph = Graph(model.config.n_layer, model.config.n_head)
+    scores = torch.zeros(graph.W)
+    for clean, corrupted, group in batches(pairs, batch_size, next(model.parameters()).device):
+        with torch.no_grad():
+            watch_clean, watch_corrupted = Watch(graph), Watch(graph)
+            run(model, clean, watch_clean), run(model, corrupted, watch_corrupted)
+            embeds = [watch.parts[0][:, 0] for watch in (watch_corrupted, watch_clean)]
+            difference = watch_corrupted.writes - watch_clean.writes  # (B, W, T, C)
+        for k in range(steps):
+            way = 1.0 if steps == 1 else k / steps
+            hooks = Gradients(graph, (embeds[0] + way * (embeds[1] - embeds[0])).requires_grad_())
+            value = metric_of(run(model, clean, hooks), group, metric).sum()
+            gradients = torch.cat([g if g.dim() == 4 else g.unsqueeze(1) for g in torch.autograd.grad(value, hooks.parts)], dim=1)  # (B, W, T, C)
+            scores += (difference * gradients).sum((0, 2, 3)).cpu() / steps / len(pairs)
+    return scores
+
+
+@torch.no_grad()
+def patch_components(model, pairs, metric, batch_size=64):
+    """Exact scores (W,): metric with this one component's write replaced by the corrupted run's, minus the clean metric; the mean over pairs."""
+    graph = Graph(model.config.n_layer, model.config.n_head)
+    scores = torch.zeros(graph.W)
+    for clean, corrupted, group in batches(pairs, batch_size, next(model.parameters()).device):
+        watch = Watch(graph)
+        run(model, corrupted, watch)
+        base = metric_of(run(model, clean), group, metric)
+        for writer in range(graph.W):
+            replaced = torch.zeros(graph.W, dtype=torch.bool, device=clean.device)
+            replaced[writer] = True
+            scores[writer] += (metric_of(run(model, clean, Replace(graph, replaced, watch.writes)), group, metric) - base).sum().item() / len(pairs)
+    return scores
+
+
+@torch.no_grad()
+def dead_heads(model, pairs, batch_size=64):
+    """(L, H) bool: heads without an open edge on any of the prompts, clean or corrupted. A dense model has none."""
+    opened = torch.zeros(model.config.n_layer, model.config.n_head)
+    if not model.config.gated:
+        return opened.bool()
+
+    def look(layer, gates):
+        opened[layer] += gates.open.sum((0, 2, 3)).cpu()
+
+    for clean, corrupted, _ in batches(pairs, batch_size, next(model.parameters()).device):
+        for tokens in (clean, corrupted):
+            model(tokens, record=look)
+    return opened == 0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Circuits and their curves
+
+
+def without_dead_heads(graph, dead):
+    """The graph's edges (W, R) bool, minus those from and to heads that never open. dead (L, H) bool."""
+    alive = torch.ones(graph.W, dtype=torch.bool)
+    for layer in range(graph.L):
+        alive[graph.writer("heads", layer)] = ~dead[layer]
+    return graph.of_components(alive)
+
+
+def best_edges(scores, edges, n):
+    """The n edges with the largest |score|, (W, R) bool."""
+    kept = torch.zeros_like(edges)
+    order = torch.where(edges, scores.abs(), -1.0).flatten().argsort(descending=True, stable=True)
+    kept.view(-1)[order[:n]] = True
+    return kept & edges
+
+
+@torch.no_grad()
+def effects(model, pairs, metric, circuits, batch_size=64):
+    """Metrics of the clean run, the corrupted run (pairs,), and of every circuit (circuits, pairs); a circuit is (W, R) bool, the edges that are kept."""
+    graph = Graph(model.config.n_layer, model.config.n_head)
+    device = next(model.parameters()).device
+    clean_values, corrupted_values, values = [], [], []
+    for clean, corrupted, group in batches(pairs, batch_size, device):
+        watch = Watch(graph)
+        corrupted_values.append(metric_of(run(model, corrupted, watch), group, metric))
+        clean_values.append(metric_of(run(model, clean), group, metric))
+        values.append(torch.stack([metric_of(run(model, clean, Cut(graph, keep.to(device), watch.writes)), group, metric) for keep in circuits]))
+    return torch.cat(clean_values).cpu(), torch.cat(corrupted_values).cpu(), torch.cat(values, dim=1).cpu()
+
+
+def explained(clean, corrupted, circuits, resamples=1000, seed=0):
+    """Explained effect of every circuit and its 95 % band, a bootstrap over pairs: arrays (circuits,), (circuits,), (circuits,)."""
+    clean, corrupted, circuits = (np.asarray(x, dtype=np.float64) for x in (clean, corrupted, circuits))
+
+    def ratio(which):
+        return (circuits[:, which].mean(-1) - corrupted[which].mean(-1)) / (clean[which].mean(-1) - corrupted[which].mean(-1))
+
+    which = np.random.default_rng(seed).integers(0, len(clean), (resamples, len(clean)))
+    low, high = np.quantile(ratio(which), [0.025, 0.975], axis=1)
+    return ratio(np.arange(len(clean))), low, high
+
+
+def sizes(most, points=30):
+    """About `points` sizes from 1 to `most`, evenly spaced on a logarithmic axis, without doubles."""
+    return sorted({round(most ** (i / (points - 1))) for i in range(points)})
+
+
+def needed(counts, shares, level):
+    """The size at which the explained effect first reaches `level`, between two sizes interpolated on the logarithmic axis; None if none does."""
+    for i, share in enumerate(shares):
+        if share >= level:
+            if i == 0 or share == shares[i - 1]:
+                return float(counts[i])
+            part = (level - shares[i - 1]) / (share - shares[i - 1])
+            return math.exp((1 - part) * math.log(counts[i - 1]) + part * math.log(counts[i]))
+    return None
