@@ -3,28 +3,36 @@
     python analyze.py report out/addition                 report.json and figures; train.py calls this at the end of a run
     python analyze.py report out/addition out/other ...   the same for several runs, one table
     python analyze.py explain out/addition                when does each edge open, and what is it for (explain.py)
+    python analyze.py circuit out/stdlib_dense out/stdlib --task=quote      how small is a task's circuit, dense and sparse (compare.py)
+    python analyze.py induction out/stdlib                which heads copy: prefix matching and copying score of every head
 
 Everything is computed again from the checkpoint by evaluate.py, the code that judged the run while it trained.
 
 Writes into the run's folder: report.json, training.png; for a gated run gates.png and distance.png; for addition attention_flow.png,
-the paper's first figure; for text gallery.png; and from `explain` explain.json and explain.png.
+the paper's first figure; for text gallery.png; from `explain` explain.json and explain.png; from `circuit`, into the sparse run's folder,
+circuit-<task>.json and its figures; from `induction` induction.json.
 """
 
 import json
 import os
 import sys
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 
+import compare
 import figures
 import hardware
 import prepare_data
 import text
 from evaluate import evaluate_splits
+from circuit import copying_scores, prefix_matching
+from configure import ConfigError, parse_command_line
 from explain import damage, explain, when
 from model import CheckpointError, load_checkpoint, model_of, read_checkpoint
 from resume import kept_checkpoint
+from tasks import TaskError
 
 SUMS = [(53, 21, "no carry"), (36, 28, "carry out of the units"), (43, 59, "carry into the hundreds")]  # the paper's three kinds
 
@@ -206,21 +214,65 @@ def explain_run(run):
                         [{**edge, "share": edge["open_on"] / 10_000, "text": "\n    ".join(line)} for edge, line in zip(edges, lines)], title)
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# circuits
+
+
+@dataclass
+class CircuitOptions:
+    """Flags of `analyze.py circuit`."""
+
+    task: str = ""  # see `python tasks.py`
+    n: int = 64  # pairs of prompts to rank on, and as many others to test on
+    seed: int = 1
+    steps: int = 5  # of integrated gradients; 1 is plain attribution
+
+
+def model_and_meta(run):
+    """The kept model of a run's folder, and the meta.json of its data."""
+    config = read_json(os.path.join(run, "config.json"))
+    return load_checkpoint(kept_checkpoint(run) or os.path.join(run, "last.pt")), prepare_data.load(config["dataset"]).meta
+
+
+def circuit_run(dense_run, sparse_run, options):
+    """Compare two runs on a task: print the table, write JSON and figures into the sparse run's folder."""
+    (dense, meta), (sparse, other) = model_and_meta(dense_run), model_and_meta(sparse_run)
+    if dense.config.gated or meta.get("tokenizer") != other.get("tokenizer") or dense.config.vocab_size != sparse.config.vocab_size:
+        raise AnalysisError(f"circuit compares a dense run with a sparse one of the same vocabulary: `analyze.py circuit DENSE SPARSE --task=...`, not {dense_run} with {sparse_run}")
+    result = compare.compare(dense, sparse, meta, options.task, options.n, options.seed, options.steps, sparse_run)
+    print(compare.table(result) + f"\nfigures: {sparse_run}/circuit-{options.task}.png, -graph.png, -gallery.png")
+
+
+def induction_run(run):
+    """Print and write both induction scores of every head."""
+    model, _ = model_and_meta(run)
+    matching, copying = prefix_matching(model), copying_scores(model)
+    heads = [{"layer": layer, "head": head, "prefix_matching": matching[layer, head].item(), "copying": copying[layer, head].item()} for layer, head in np.ndindex(*matching.shape)]
+    prepare_data.write_json(os.path.join(run, "induction.json"), heads)
+    print(f"{run}: the ten heads that match prefixes best, of {len(heads)}\n{'head':>6} {'prefix matching':>16} {'copying':>8}")
+    for found in sorted(heads, key=lambda found: -found["prefix_matching"])[:10]:
+        print(f"{found['layer']:>3}.{found['head']:<2} {found['prefix_matching']:16.3f} {found['copying']:8.2f}")
+
+
 USAGE = __doc__.split("\n\n")[1]
 
 
 def main(arguments):
-    command, runs = (arguments[0] if arguments else ""), [run.rstrip("/") for run in arguments[1:]]
-    if command not in ("report", "explain") or not runs:
+    command, runs = (arguments[0] if arguments else ""), [run.rstrip("/") for run in arguments[1:] if not run.startswith("--")]
+    flags = [flag for flag in arguments[1:] if flag.startswith("--")]
+    if command not in ("report", "explain", "circuit", "induction") or not runs or (command == "circuit") != bool(flags) or command == "circuit" and len(runs) != 2:
         sys.exit(f"usage:\n{USAGE}")
     try:
         if command == "report":
             print(table([report(run) for run in runs]))
             print(f"report.json and figures are in {', '.join(runs)}")
+        elif command == "circuit":
+            limits = {"n": ("at least 2", lambda v: v >= 2), "steps": ("at least 1", lambda v: v >= 1), "seed": ("0 or more", lambda v: v >= 0)}
+            circuit_run(*runs, CircuitOptions(**parse_command_line(flags, CircuitOptions, limits)[1]))
         else:
             for run in runs:
-                explain_run(run)
-    except (AnalysisError, CheckpointError, prepare_data.DataError, OSError) as error:
+                (explain_run if command == "explain" else induction_run)(run)
+    except (AnalysisError, CheckpointError, ConfigError, TaskError, prepare_data.DataError, OSError) as error:
         sys.exit(f"error: {error}")
 
 

@@ -310,3 +310,33 @@ def test_metrics_are_what_the_tasks_say():
     assert metric_of(logits, [pair], LOGIT).item() == pytest.approx(((4 - 0.5) + (1 - 0)) / 2)
     p = logits.softmax(-1)[0]
     assert metric_of(logits, [pair], PROBABILITY).item() == pytest.approx(((p[0, 3] - p[0, 0] - p[0, 1]) + (p[1, 0] - p[1, 1])).item() / 2)
+
+
+def test_prefix_matching_and_copying_by_their_definitions(model):
+    scores, length = circuit.prefix_matching(model.float(), sequences=2, length=9), 9
+    seen = []
+    generator = torch.Generator().manual_seed(0)
+    first = torch.rand(2, V, generator=generator).argsort(dim=1)[:, :length]
+    with torch.no_grad():
+        model(torch.cat([first, first], 1), record=lambda layer, gates: seen.append(gates.open * gates.pattern))
+    for layer in range(L):
+        for head in range(H):
+            weights = [seen[layer][b, head, i, i - length + 1].item() for b in range(2) for i in range(length, 2 * length)]
+            assert scores[layer, head].item() == pytest.approx(np.mean(weights), abs=1e-6)
+    copying = circuit.copying_scores(model)
+    for layer, block in enumerate(model.transformer.h):
+        for head in range(H):
+            part = slice(head * C // H, (head + 1) * C // H)
+            whole = (model.lm_head.weight * model.transformer.ln_f.weight) @ block.attn.c_proj.weight[:, part] @ block.attn.c_attn.weight[2 * C:][part] @ (model.transformer.wte.weight * block.ln_1.weight).T
+            eigenvalues = torch.linalg.eigvals(whole.double())  # (V, V), of rank D
+            assert copying[layer, head].item() == pytest.approx((eigenvalues.sum().real / eigenvalues.abs().sum()).item(), abs=1e-3)
+
+
+def test_a_head_that_copies_scores_one():
+    model = make(False).float()
+    with torch.no_grad():
+        block = model.transformer.h[0]
+        model.transformer.ln_f.weight[:] = block.ln_1.weight[:] = 1.0
+        block.attn.c_attn.weight[2 * C:2 * C + C // H] = model.transformer.wte.weight[:C // H]  # reads what the embedding wrote, and writes it again
+        block.attn.c_proj.weight[:, :C // H] = model.transformer.wte.weight[:C // H].T
+    assert circuit.copying_scores(model)[0, 0] > 0.99

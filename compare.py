@@ -1,0 +1,131 @@
+"""Dense against sparse: how small is the circuit of a task in each, as a table, two curves, a gallery and a drawing.
+
+    python analyze.py circuit out/stdlib_dense out/stdlib --task=quote
+
+The question of the paper's section on circuits: does sparse attention make the circuits of tasks small? For both models alike, heads or edges
+are ranked by their score on one set of prompts (circuit.py; EAP-IG); the best n are kept, all others see the corrupted prompt's activations; and
+the explained effect is measured on other prompts, for n from 1 to all. The fewer are needed for 90 %, the smaller the circuit.
+
+Notable: in the curve over heads embedding and MLPs are always kept, as in the paper; in the curve over edges everything has to be earned. An edge counts
+only if it lies on a path from the embedding to the output. Heads that never open on the task's prompts are out before anything is ranked.
+"""
+
+import os
+
+import torch
+
+import figures
+import prepare_data
+import text
+from circuit import (Graph, attribute_components, attribute_edges, best_edges, dead_heads, effects, explained, needed, sizes, without_dead_heads)
+from tasks import Vocabulary, make_pairs, vocabulary
+
+LEVELS = (0.8, 0.9, 0.95)
+
+
+def vocabulary_of(meta, size):
+    """The tasks.Vocabulary of a dataset's meta.json: 'gpt2', 'bytes', 'addition', or a name that only `copy` fits."""
+    name = meta.get("tokenizer") or ("addition" if "vocab" in meta else "of its own")
+    return vocabulary(name) if name in ("gpt2", "bytes", "addition") else Vocabulary(name, size, None)
+
+
+def measure(model, pairs_to_score, pairs_to_test, metric, steps):
+    """One model's curves: a dict of plain numbers, and what the figures want of it (scores (W, R), the edges of the 90 % circuit)."""
+    graph = Graph(model.config.n_layer, model.config.n_head)
+    dead = dead_heads(model, pairs_to_score + pairs_to_test)
+    edges = without_dead_heads(graph, dead)
+    scores = attribute_edges(model, pairs_to_score, metric, steps)
+    components = attribute_components(model, pairs_to_score, metric, steps)
+    found = {"heads": int((~dead).sum()), "heads_off": int(dead.sum()), "edges": int(edges.sum())}
+
+    heads = torch.zeros(graph.W, dtype=torch.bool)
+    for layer in range(graph.L):
+        heads[graph.writer("heads", layer)] = ~dead[layer]
+    ranked = torch.where(heads, components.abs(), -1.0).argsort(descending=True)
+    counts = [0] + (list(range(1, found["heads"] + 1)) if found["heads"] <= 40 else sizes(found["heads"]))
+    always = torch.zeros(graph.W, dtype=torch.bool)
+    always[0] = True
+    for layer in range(graph.L):
+        always[graph.writer("mlp", layer)] = True
+    circuits = []
+    for n in counts:
+        kept = always.clone()
+        kept[ranked[:n]] = True
+        circuits.append(graph.of_components(kept))
+    clean, corrupted, values = effects(model, pairs_to_test, metric, circuits)
+    share, low, high = explained(clean, corrupted, values)
+    found["metric"] = {"clean": clean.mean().item(), "corrupted": corrupted.mean().item()}
+    found["by_heads"] = {"n": counts, "explained": share.tolist(), "low": low.tolist(), "high": high.tolist(),
+                         "needed": {str(level): needed([max(n, 1) for n in counts], share, level) for level in LEVELS}}
+
+    circuits, counts = [], []
+    for n in sizes(found["edges"]):
+        kept = graph.on_paths(best_edges(scores, edges, n))
+        if kept.any() and int(kept.sum()) not in counts:
+            circuits.append(kept)
+            counts.append(int(kept.sum()))
+    share, low, high = explained(*effects(model, pairs_to_test, metric, circuits))
+    found["by_edges"] = {"n": counts, "explained": share.tolist(), "low": low.tolist(), "high": high.tolist(), "needed": {str(level): needed(counts, share, level) for level in LEVELS}}
+    chosen = next((circuit for circuit, part in zip(circuits, share) if part >= 0.9), circuits[-1])
+    return found, scores, chosen
+
+
+def ratio(dense, sparse, by, level):
+    """How many times fewer the sparse model needs; None if one of the two never gets there."""
+    a, b = (model[by]["needed"][str(level)] for model in (dense, sparse))
+    return a / b if a and b else None
+
+
+def compare(dense, sparse, meta, task, n, seed, steps, folder):
+    """Measure both models (GPTs with one vocabulary; meta: their data's meta.json), write circuit-<task>.json and the figures into folder; return the dict."""
+    tokens = vocabulary_of(meta, sparse.config.vocab_size)
+    (to_score, metric), (to_test, _) = (make_pairs(task, n, part, tokens) for part in (2 * seed, 2 * seed + 1))
+    graph = Graph(sparse.config.n_layer, sparse.config.n_head)
+    result = {"task": task, "metric": metric, "pairs": n, "seed": seed, "steps": steps}
+    result["dense"], _, _ = measure(dense, to_score, to_test, metric, steps)
+    result["sparse"], scores, circuit = measure(sparse, to_score, to_test, metric, steps)
+    result["fewer"] = {by: {str(level): ratio(result["dense"], result["sparse"], by, level) for level in LEVELS} for by in ("by_heads", "by_edges")}
+    prepare_data.write_json(os.path.join(folder, f"circuit-{task}.json"), result)
+    figures.circuit_curves(os.path.join(folder, f"circuit-{task}.png"), task, result)
+
+    strongest = [(graph.owner(reader), writer, reader, scores[writer, reader].item()) for writer, reader in circuit.nonzero().tolist()]
+    figures.circuit_graph(os.path.join(folder, f"circuit-{task}-graph.png"), graph.writer_names() + ["output"], graph.H,
+                          [(writer, owner, graph.reader_names()[reader].rpartition(" ")[2] if "." in graph.reader_names()[reader] else "", score) for owner, writer, reader, score in strongest],
+                          f"{task}: the {len(strongest)} edges that explain {100 * min(1, next((p for p in result['sparse']['by_edges']['explained'] if p >= 0.9), max(result['sparse']['by_edges']['explained']))):.0f} % in the sparse model")
+
+    weight = torch.zeros(graph.W)
+    for owner, writer, _, score in strongest:
+        for end in (owner, writer):
+            if end < graph.W:
+                weight[end] += abs(score)
+    busiest = [w for w in weight.argsort(descending=True).tolist() if weight[w] > 0 and "." in graph.writer_names()[w]][:5]
+    if busiest:
+        prompt, names = torch.tensor([to_test[0].clean]), tokens.encode and pieces_of(to_test[0].clean, tokens)
+        rows = []
+        for label, model in (("dense", dense), ("sparse", sparse)):
+            layers = []
+            model(prompt, record=lambda layer, gates: layers.append((gates.open * gates.pattern)[0].detach().numpy()))
+            rows.append((label, [layers[(w - 1) // (graph.H + 1)][(w - 1) % (graph.H + 1)] for w in busiest]))
+        figures.gallery(os.path.join(folder, f"circuit-{task}-gallery.png"), [f"head {graph.writer_names()[w]}" for w in busiest], names or [str(i) for i in to_test[0].clean], rows)
+    return result
+
+
+def pieces_of(ids, tokens):
+    if tokens.name == "addition":
+        return [prepare_data.ADDITION_TOKENS[i] for i in ids]
+    return text.pieces(ids, text.tokenizer(tokens.name))
+
+
+def table(result):
+    """The numbers as text: components and edges at 80, 90 and 95 %."""
+    def number(x):
+        return "-" if x is None else f"{x:.1f}" if x < 100 else f"{x:.0f}"
+
+    lines = [f"{result['task']}, {result['metric']}; {result['pairs']} pairs to rank, {result['pairs']} others to test", f"{'':34} {'dense':>9} {'sparse':>9} {'fewer':>8}"]
+    for key, label in (("heads", "heads that open on these prompts"), ("edges", "edges among what is left")):
+        lines.append(f"{label:34} {result['dense'][key]:9d} {result['sparse'][key]:9d}")
+    for by, label in (("by_heads", "heads"), ("by_edges", "edges")):
+        for level in LEVELS:
+            a, b, fewer = result["dense"][by]["needed"][str(level)], result["sparse"][by]["needed"][str(level)], result["fewer"][by][str(level)]
+            lines.append(f"{label + f' for {100 * level:.0f} % of the effect':34} {number(a):>9} {number(b):>9} {'-' if fewer is None else f'{fewer:.1f}x':>8}")
+    return "\n".join(lines)

@@ -1,0 +1,64 @@
+"""analyze.py circuit and induction, from the command line, on a small dense and a small gated run."""
+
+import json
+import os
+
+import pytest
+import torch
+
+import analyze
+import prepare_data
+from compare import ratio
+from model import GPT, GPTConfig, checkpoint_of, save_checkpoint
+
+
+@pytest.fixture
+def runs(workplace):
+    """out/dense and out/sparse on bytes and out/sums on addition, random weights, in folders as train.py leaves them."""
+    tokens = torch.randint(1, 256, (4000,)).numpy().astype("uint16")
+    prepare_data.write_dataset("data/letters", tokens[:3000], tokens[3000:], kind="stream", vocab_size=256, tokenizer="bytes")
+    for name, dataset, vocab_size, gated in (("dense", "letters", 256, False), ("sparse", "letters", 256, True), ("sums", "addition", 13, False)):
+        model = GPT(GPTConfig(block_size=128, vocab_size=vocab_size, n_layer=2, n_head=2, n_embd=16, gated=gated, gate_bias=0.2))
+        for parameter in model.parameters():
+            parameter.data += 0.2 * torch.randn_like(parameter)
+        os.makedirs(f"out/{name}")
+        save_checkpoint(f"out/{name}/best.pt", checkpoint_of(model))
+        prepare_data.write_json(f"out/{name}/config.json", {"dataset": dataset})
+    return workplace
+
+
+@pytest.mark.parametrize("task", ["quote", "copy"])
+def test_circuit_prints_a_table_and_leaves_numbers_and_pictures(runs, capsys, task):
+    analyze.main(["circuit", "out/dense", "out/sparse", f"--task={task}", "--n=6", "--steps=2"])
+    out = capsys.readouterr().out
+    assert "edges for 90 % of the effect" in out and f"{task}, logit difference; 6 pairs" in out
+    with open(f"out/sparse/circuit-{task}.json") as f:
+        result = json.load(f)
+    for model in ("dense", "sparse"):
+        for by in ("by_heads", "by_edges"):
+            curve = result[model][by]
+            assert len(curve["n"]) == len(curve["explained"]) == len(curve["low"]) == len(curve["high"]) and curve["n"] == sorted(curve["n"])
+            assert curve["explained"][-1] == pytest.approx(1, abs=1e-4)  # all of it explains everything
+    for name in ("", "-graph", "-gallery"):
+        assert os.path.getsize(f"out/sparse/circuit-{task}{name}.png") > 3000
+
+
+def test_the_ratio_is_how_many_times_fewer():
+    dense, sparse = {"by_edges": {"needed": {"0.9": 300.0}}}, {"by_edges": {"needed": {"0.9": 3.0}}}
+    assert ratio(dense, sparse, "by_edges", 0.9) == 100
+    assert ratio(dense, {"by_edges": {"needed": {"0.9": None}}}, "by_edges", 0.9) is None
+
+
+def test_induction_writes_every_head(runs, capsys):
+    analyze.main(["induction", "out/sparse"])
+    assert "prefix matching" in capsys.readouterr().out
+    with open("out/sparse/induction.json") as f:
+        assert len(json.load(f)) == 4
+
+
+@pytest.mark.parametrize("arguments, words", [(["out/dense", "out/sparse", "--task=ioi"], "What fits it: docstring, copy, quote, bracket"), (["out/dense", "out/sparse", "--task=qoute"], "no task 'qoute'"),
+                                              (["out/sparse", "out/dense", "--task=quote"], "compares a dense run with a sparse one"), (["out/sums", "out/sparse", "--task=quote"], "of the same vocabulary"),
+                                              (["out/dense", "out/sparse", "--tsk=quote"], "Did you mean task"), (["out/dense", "--task=quote"], "usage"), (["out/dense", "out/none", "--task=quote"], "no run's folder")])
+def test_mistakes_are_named(runs, arguments, words):
+    with pytest.raises(SystemExit, match=words):
+        analyze.main(["circuit", *arguments])
