@@ -155,6 +155,16 @@ def attention(options, device, T, share):
     return rows
 
 
+def floor_of(B, H, T, D, dtype, device):
+    """What no kernel can avoid, in words: multiplications on and below the diagonal, and every tensor once through memory."""
+    product = 2 * B * H * D * T * (T + 1) / 2  # FLOP of one product of T x T scores with D columns
+    tensor = B * H * T * D * getattr(torch, dtype).itemsize
+    words = (f"T={T}: scores and values are 2 products forward, {2 * product / 1e9:.1f} GFLOP, and 5 backward, {5 * product / 1e9:.1f} GFLOP (gate_triton.py computes 7); "
+             f"q, k, v, y, dy, dq, dk, dv once through memory are {8 * tensor / 1e6:.0f} MB")
+    peak = hardware.peak_flops(device) if dtype != "float32" else None
+    return words + (f"; at the data sheet's {peak / 1e12:.0f} TFLOP/s the products take {7 * product / peak * 1000:.3f} ms" if peak else "")
+
+
 def whole_model(options, device, name):
     """A training step, forward, backward, AdamW, compiled: dense and gated."""
     shape = SHAPES[name]
@@ -241,13 +251,15 @@ def main(arguments):
     options.dtype = options.dtype or ("bfloat16" if device.startswith("cuda") else "float32")
 
     where = torch.cuda.get_device_name(device) if device.startswith("cuda") else f"CPU, {torch.get_num_threads()} threads"
-    title = f"{where}, torch {torch.__version__}, B={options.B} H={options.H} D={options.D} {options.dtype}"
+    title = f"{where}, torch {torch.__version__}, B={options.B}" + ("" if options.model else f" H={options.H} D={options.D} {options.dtype}")
     print(title)
     if options.model:
         rows = whole_model(options, device, options.model)
     else:
         rows = [row for T in map(int, (options.lengths or str(options.T)).split(",")) for share in map(float, options.open.split(",")) for row in attention(options, device, T, share)]
     show(rows)
+    for T in dict.fromkeys(row["T"] for row in rows if row["open"] is not None):
+        print(floor_of(options.B, options.H, T, options.D, options.dtype, device))
     os.makedirs(options.out_dir, exist_ok=True)
     with open(os.path.join(options.out_dir, "bench.json"), "w") as f:
         json.dump({"machine": title, "rows": rows}, f, indent=1)

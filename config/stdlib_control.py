@@ -8,9 +8,9 @@ dataset = 'stdlib'
 dtype = 'auto'
 
 batch_size = 8
-max_steps = 10000
+max_steps = 24000
 learning_rate = 1e-3
 min_lr = 5e-5
-eval_interval = 1000
+eval_interval = 2000
 eval_batch_size = 20
 eval_batches = 50  # 1,000 windows of held-out files, the same for parent, control and child; small batches of T x T matrices stay in the cache
