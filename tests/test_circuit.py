@@ -2,6 +2,7 @@
 
 import copy
 import math
+import random
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,7 +13,8 @@ import circuit
 import export
 from circuit import Cut, Graph, Watch, attribute_components, attribute_edges, best_edges, dead_heads, effects, explained, metric_of, needed, patch_components, sizes
 from model import GPT, GPTConfig, checkpoint_of, save_checkpoint
-from tasks import LOGIT, PROBABILITY, Pair, make_pairs, vocabulary
+from tasks import LOGIT, PROBABILITY, Pair, vocabulary
+from tasks import copy as copying
 
 L, H, C, V = 2, 2, 16, 40
 METRICS = [LOGIT, PROBABILITY]
@@ -33,7 +35,9 @@ def model(request):
 
 @pytest.fixture
 def pairs():
-    return make_pairs("copy", 6, 1, vocabulary("forty tokens", V))[0]
+    """Copying, from sequences of 4 tokens: short, because what they are compared with loops over single positions."""
+    made = copying(vocabulary("forty tokens", V), 6, random.Random(1), length=4)
+    return [Pair(clean, corrupted, [len(clean) - 1], [right], [wrong]) for clean, corrupted, right, wrong in made]
 
 
 class ByHand:
