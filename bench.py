@@ -4,6 +4,7 @@
     python bench.py --open=1,0.1,0.01,0.004      the same at other shares of open edges
     python bench.py --lengths                    T from 128 to 8192: table and chart
     python bench.py --model=stdlib               a training step of a whole model, dense and gated: the text experiment's, or --model=gpt2
+    python bench.py --circuit                    all 32,491 edge scores of a GPT-2 124M (random weights), 64 pairs of 20 tokens; a curve of 30 circuits
     python bench.py --splash=PATH                also the package of the paper's authors (hrpan/splash_attention), from a folder or installed ('')
 
 Everything is written to out/bench/ as well: bench.json, and bench.png for --lengths. A time is the median of --repeats calls, with the quartiles behind
@@ -189,6 +190,23 @@ def whole_model(options, device, name):
              "memory_mb": None if memory is None else memory / 1e6} for way, (times, memory) in measure(calls, device, options.repeats).items()]
 
 
+def circuits(device):
+    """Time and memory of circuit.py on a model of GPT-2's size: scores of all edges, and the explained effects of 30 circuits. Printed."""
+    from circuit import Graph, attribute_edges, best_edges, effects, sizes
+    from tasks import LOGIT, Pair
+
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(**SHAPES["gpt2"])).to(device).eval()
+    prompts = torch.randint(0, 50000, (2, 64, 20)).tolist()
+    pairs = [Pair(clean, other, [19], [[1]], [[2]]) for clean, other in zip(*prompts)]
+    graph, found = Graph(12, 12), {}
+    for name, call in (("scores of 32,491 edges (EAP), 64 pairs", lambda: found.update(scores=attribute_edges(model, pairs, LOGIT))),
+                       ("30 circuits, 64 pairs", lambda: effects(model, pairs, LOGIT, [graph.on_paths(best_edges(found["scores"], graph.edges, n)) for n in sizes(32491)], batch_size=16))):
+        began = time.perf_counter()
+        memory = peak_memory(call, device)
+        print(f"{name}: {time.perf_counter() - began:.1f} s" + ("" if memory is None else f", {memory / 1e9:.2f} GB beyond the model"))
+
+
 def show(rows):
     """The table: within a length and a share of open edges, ratios to the first way."""
     print("|     T |   open | way              | forward, ms | with backward, ms | quartiles     | x dense | memory, MB | x dense |")
@@ -233,6 +251,7 @@ def main(arguments):
     parser.add_argument("--open", default="0.01", help="shares of open edges, e.g. 1,0.1,0.01,0.004")
     parser.add_argument("--lengths", nargs="?", const="128,256,512,1024,2048,4096,8192", help="lengths T for a table and a chart; alone: 128 to 8192")
     parser.add_argument("--model", choices=SHAPES, help="a whole model's training step")
+    parser.add_argument("--circuit", action="store_true", help="edge scores of a GPT-2 124M")
     parser.add_argument("--gate_bias", type=float, default=3.0, help="of --model: below 0 most gates are shut")
     parser.add_argument("--splash", nargs="?", const="", help="folder of the authors' package; alone: it is installed")
     parser.add_argument("--repeats", type=int, default=11)
@@ -251,8 +270,10 @@ def main(arguments):
     options.dtype = options.dtype or ("bfloat16" if device.startswith("cuda") else "float32")
 
     where = torch.cuda.get_device_name(device) if device.startswith("cuda") else f"CPU, {torch.get_num_threads()} threads"
-    title = f"{where}, torch {torch.__version__}, B={options.B}" + ("" if options.model else f" H={options.H} D={options.D} {options.dtype}")
+    title = f"{where}, torch {torch.__version__}" + ("" if options.circuit else f", B={options.B}") + ("" if options.model or options.circuit else f" H={options.H} D={options.D} {options.dtype}")
     print(title)
+    if options.circuit:
+        return circuits(device)
     if options.model:
         rows = whole_model(options, device, options.model)
     else:

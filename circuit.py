@@ -123,22 +123,26 @@ class Watch:
 class Cut(Watch):
     """Runs a circuit: a reader sees the writers whose edge is kept as they are now, the others as they were in the corrupted run.
 
-    keep (W, R) bool; corrupted (B, W, T, C), the corrupted run's writes.
+    keep (W, R) bool; corrupted (B, W, T, C), the corrupted run's writes. Without gradients.
     """
 
     def __init__(self, graph, keep, corrupted):
         super().__init__(graph)
-        self.keep, self.corrupted = keep, corrupted
+        self.keep, self.corrupted = keep, corrupted.transpose(0, 1)
+        self.differences = torch.empty_like(self.corrupted)  # (W, B, T, C): corrupted - now, as far as the run has come
 
     def read(self, name, layer, x):
         first = self.graph.before(name, layer)
         cut = ~self.keep[:first, self.graph.reader(name, layer)]  # (writers so far, heads or 1)
         if not cut.any():
             return x
-        involved = cut.any(dim=1)  # usually most; but all edges into one reader may be kept
-        difference = self.corrupted[:, :first][:, involved] - self.writes[:, involved]  # (B, w, T, C)
-        change = torch.einsum("bwtc,wr->brtc", difference, cut[involved].to(x.dtype))
+        change = (cut.T.to(x.dtype) @ self.differences[:first].flatten(1)).view(-1, *x.shape).transpose(0, 1)  # (B, heads or 1, T, C)
         return x + change[:, 0] if change.shape[1] == 1 else x.unsqueeze(1) + change
+
+    def write(self, name, layer, y):
+        who = self.graph.writer(name, layer)
+        self.differences[who] = self.corrupted[who] - (y.transpose(0, 1) if y.dim() == 4 else y)
+        return y
 
 
 class Replace(Watch):

@@ -31,6 +31,8 @@ from torch.nn import functional as F
 
 from noise import new_seed
 
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+
 
 class Gates(NamedTuple):
     """What `gated_attention(..., return_gates=True)` shows of its inside. Both are (B, H, T, T), query by key."""
@@ -80,9 +82,8 @@ def gated_attention(q, k, v, bias=3.0, temperature=1.0, sample=False, *,
         with torch.autocast(q.device.type, enabled=False):
             return F.scaled_dot_product_attention(q, k, v, is_causal=True).to(dtype), q.new_ones(()), None
 
-    head_bias = bias_of_heads(bias, H, q.device, exact)
-    drawn_or_none = noise is None or not torch.is_tensor(noise) and noise == 0
-    if not (dense or return_gates or keep is not None or head_bias is None) and drawn_or_none and (impl := choose_impl(impl, q.device.type, T, D, q.dtype)) != "plain":
+    knows_not = dense or return_gates or keep is not None or torch.is_tensor(noise) or noise not in (None, 0)  # what the fast forms cannot do
+    if not knows_not and (impl := choose_impl(impl, q.device.type, T, D, q.dtype)) != "plain" and (head_bias := bias_of_heads(bias, H, q.device, exact)) is not None:
         import gate_op  # here, so that the formula can be read, and run, without it
         seed = new_seed(q.device) if sample and noise is None else None
         impl = "tiled compiled" if impl == "tiled" and torch.compiler.is_compiling() else impl
@@ -131,7 +132,7 @@ def choose_impl(name, device, T, D, dtype=torch.float32):
     Raises ValueError if name is none of these, or 'triton' where it cannot run.
     """
     gpu = device.startswith("cuda")
-    triton_fits = D <= 128 and dtype != torch.float64 and importlib.util.find_spec("triton") is not None
+    triton_fits = D <= 128 and dtype != torch.float64 and HAS_TRITON
     if name == "auto":
         return "plain" if T < 64 else "triton" if gpu and triton_fits else "tiled" if device == "cpu" else "plain"
     if name not in ("plain", "tiled", "triton"):
