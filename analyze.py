@@ -26,10 +26,10 @@ import figures
 import hardware
 import prepare_data
 import text
-from evaluate import evaluate_splits
-from circuit import copying_scores, prefix_matching
 from configure import ConfigError, parse_command_line
+from evaluate import evaluate_splits
 from explain import damage, explain, when
+from induction import copying_scores, prefix_matching
 from model import CheckpointError, load_checkpoint, model_of, read_checkpoint
 from resume import kept_checkpoint
 from tasks import TaskError
@@ -47,6 +47,11 @@ def read_json(path):
                             "Train one first, for instance: python train.py config/addition.py")
     with open(path, encoding="utf-8") as f:
         return json.load(f)
+
+
+def kept_model(run):
+    """The model of a run's best.pt, or of its last.pt where no evaluation met the target."""
+    return load_checkpoint(kept_checkpoint(run) or os.path.join(run, "last.pt"))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -197,8 +202,7 @@ def explain_run(run):
     if config["dataset"] != "addition" or not config["gated"]:
         raise AnalysisError(f"{run} is {'a gated' if config['gated'] else 'a dense'} run on {config['dataset']}: "
                             "explain counts over sums and describes gates, so it needs a gated run on addition, such as out/addition")
-    path = kept_checkpoint(run) or os.path.join(run, "last.pt")
-    model = load_checkpoint(path)
+    model = kept_model(run)
     edges, intact = explain(model)
     prepare_data.write_json(os.path.join(run, "explain.json"), edges)
     lines = []
@@ -231,7 +235,7 @@ class CircuitOptions:
 def model_and_meta(run):
     """The kept model of a run's folder, and the meta.json of its data."""
     config = read_json(os.path.join(run, "config.json"))
-    return load_checkpoint(kept_checkpoint(run) or os.path.join(run, "last.pt")), prepare_data.load(config["dataset"]).meta
+    return kept_model(run), prepare_data.load(config["dataset"]).meta
 
 
 def circuit_run(dense_run, sparse_run, options):

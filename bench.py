@@ -61,16 +61,15 @@ def make_inputs(B, H, T, D, share, dtype, device):
 
 def ways(device, T, D, dtype, splash):
     """{name: function (q, k, v, bias) -> (y, density)}: everything that can be timed here. The first is the floor."""
-    def plain(q, k, v, bias):
-        return gated_attention(q, k, v, bias, sample=True, impl="plain")[:2]
+    def gated(impl):
+        return lambda q, k, v, bias: gated_attention(q, k, v, bias, sample=True, impl=impl)[:2]
 
     found = {"dense (SDPA)": lambda q, k, v, bias: (F.scaled_dot_product_attention(q, k, v, is_causal=True), q.new_zeros(())),
-             "plain, eager": plain, "plain, compiled": torch.compile(plain, dynamic=False)}
+             "plain, eager": gated("plain"), "plain, compiled": torch.compile(gated("plain"), dynamic=False)}
     if device == "cpu":
-        found["tiled, eager"] = lambda q, k, v, bias: gated_attention(q, k, v, bias, sample=True, impl="tiled")[:2]
-        found["tiled, compiled"] = torch.compile(lambda q, k, v, bias: gated_attention(q, k, v, bias, sample=True, impl="tiled")[:2], dynamic=False)
+        found |= {"tiled, eager": gated("tiled"), "tiled, compiled": torch.compile(gated("tiled"), dynamic=False)}
     elif choose_impl("auto", device, T, D, dtype) == "triton":
-        found["triton"] = lambda q, k, v, bias: gated_attention(q, k, v, bias, sample=True, impl="triton")[:2]
+        found["triton"] = gated("triton")
     if splash is not None:
         sys.path.insert(0, splash)
         from splash_attention import splash_attention  # (q, k, v, bias, causal, sample, return_map) -> y, mean of sigmoid, map
@@ -147,13 +146,15 @@ def attention(options, device, T, share):
 
     found = {name: way for name, way in ways(device, T, options.D, dtype, options.splash).items()
              if "plain" not in name or options.B * options.H * T * T * q.element_size() * 16 < options.most_memory * 1e9}
-    rows = []
     forwards = measure({name: functools.partial(forward, way) for name, way in found.items()}, device, options.repeats)
     both = measure({name: functools.partial(backward_too, way) for name, way in found.items()}, device, options.repeats)
-    for name, (times, memory) in both.items():
-        rows.append({"T": T, "open": share, "way": name, "forward_ms": statistics.median(forwards[name][0]), "ms": statistics.median(times),
-                     "quartiles_ms": [times[len(times) // 4], times[3 * len(times) // 4]], "memory_mb": None if memory is None else memory / 1e6})
-    return rows
+    return [row_of(T, share, name, times, memory, statistics.median(forwards[name][0])) for name, (times, memory) in both.items()]
+
+
+def row_of(T, share, way, times, memory, forward_ms=None):
+    """One line of the table and of bench.json. share: of open edges, None for a whole model; times in ms, sorted; memory in bytes or None."""
+    return {"T": T, "open": share, "way": way, "forward_ms": forward_ms, "ms": statistics.median(times),
+            "quartiles_ms": [times[len(times) // 4], times[3 * len(times) // 4]], "memory_mb": None if memory is None else memory / 1e6}
 
 
 def floor_of(B, H, T, D, dtype, device):
@@ -186,8 +187,7 @@ def whole_model(options, device, name):
             optimizer.zero_grad()
 
         calls[f"{name}, {impl}"] = step
-    return [{"T": context, "open": None, "way": way, "forward_ms": None, "ms": statistics.median(times), "quartiles_ms": [times[len(times) // 4], times[3 * len(times) // 4]],
-             "memory_mb": None if memory is None else memory / 1e6} for way, (times, memory) in measure(calls, device, options.repeats).items()]
+    return [row_of(context, None, way, times, memory) for way, (times, memory) in measure(calls, device, options.repeats).items()]
 
 
 def circuits(device):

@@ -159,9 +159,9 @@ class Replace(Watch):
 
 
 class Gradients(Watch):
-    """Keeps what every reader reads apart, so that the gradient by it can be asked for; and the embedding may be another one."""
+    """Keeps what every reader reads apart, so that the gradient by it can be asked for. embed (B, T, C) takes the embedding's place."""
 
-    def __init__(self, graph, embed=None):
+    def __init__(self, graph, embed):
         super().__init__(graph)
         self.embed, self.reads = embed, []
 
@@ -171,22 +171,13 @@ class Gradients(Watch):
         return x
 
     def write(self, name, layer, y):
-        y = self.embed if name == "embed" and self.embed is not None else y
-        y = y.clone() if name != "heads" else y
+        y = self.embed if name == "embed" else y
         self.parts.append(y)
         return y
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Metrics
-
-
-def tokens_of(pairs, device="cpu"):
-    """[(clean (B, T), corrupted (B, T), pairs)] : pairs of equal length together, since prompts of other lengths cannot share a batch."""
-    groups = {}
-    for pair in pairs:
-        groups.setdefault(len(pair.clean), []).append(pair)
-    return [(torch.tensor([p.clean for p in group], device=device), torch.tensor([p.corrupted for p in group], device=device), group) for group in groups.values()]
 
 
 def metric_of(logits, pairs, metric):
@@ -204,10 +195,13 @@ def metric_of(logits, pairs, metric):
 
 
 def batches(pairs, size, device="cpu"):
-    """tokens_of, in batches of at most `size` pairs."""
-    for clean, corrupted, group in tokens_of(pairs, device):
-        for i in range(0, len(group), size):
-            yield clean[i:i + size], corrupted[i:i + size], group[i:i + size]
+    """Yield (clean (b, T), corrupted (b, T), pairs), at most `size` pairs of one length: prompts of different lengths cannot share a batch."""
+    groups = {}
+    for pair in pairs:
+        groups.setdefault(len(pair.clean), []).append(pair)
+    for group in groups.values():
+        for part in (group[i:i + size] for i in range(0, len(group), size)):
+            yield torch.tensor([p.clean for p in part], device=device), torch.tensor([p.corrupted for p in part], device=device), part
 
 
 def run(model, tokens, hooks=None):
@@ -218,6 +212,21 @@ def run(model, tokens, hooks=None):
 # Scores
 
 
+def gradient_runs(model, pairs, metric, steps, batch_size):
+    """Yield, for every batch and every step on the way from the corrupted to the clean input: by how much all writes differ between the two runs
+    (corrupted - clean, (B, W, T, C)), the `Gradients` of the step's run, and its metric, summed over the batch."""
+    graph = Graph(model.config.n_layer, model.config.n_head)
+    for clean, corrupted, group in batches(pairs, batch_size, next(model.parameters()).device):
+        with torch.no_grad():
+            watch_clean, watch_corrupted = Watch(graph), Watch(graph)
+            run(model, clean, watch_clean), run(model, corrupted, watch_corrupted)
+            before, after = watch_clean.writes, watch_corrupted.writes
+        for k in range(steps):
+            way = 1.0 if steps == 1 else k / steps
+            hooks = Gradients(graph, (after[:, 0] + way * (before[:, 0] - after[:, 0])).requires_grad_())
+            yield after - before, hooks, metric_of(run(model, clean, hooks), group, metric).sum()
+
+
 def attribute_edges(model, pairs, metric, steps=1, batch_size=16):
     """Scores (W, R) of all edges: what the metric changes by, to first order, if the edge is cut. 0 where there is no edge.
 
@@ -225,38 +234,21 @@ def attribute_edges(model, pairs, metric, steps=1, batch_size=16):
     """
     graph = Graph(model.config.n_layer, model.config.n_head)
     scores = torch.zeros(graph.W, graph.R)
-    for clean, corrupted, group in batches(pairs, batch_size, next(model.parameters()).device):
-        with torch.no_grad():
-            watch_clean, watch_corrupted = Watch(graph), Watch(graph)
-            run(model, clean, watch_clean), run(model, corrupted, watch_corrupted)
-            embeds = [watch.parts[0][:, 0] for watch in (watch_corrupted, watch_clean)]
-            difference = (watch_corrupted.writes - watch_clean.writes).transpose(0, 1).flatten(1)  # (W, B T C)
-        for k in range(steps):
-            way = 1.0 if steps == 1 else k / steps
-            hooks = Gradients(graph, (embeds[0] + way * (embeds[1] - embeds[0])).requires_grad_())
-            value = metric_of(run(model, clean, hooks), group, metric).sum()
-            for (readers, first, _), gradient in zip(hooks.reads, torch.autograd.grad(value, [x for _, _, x in hooks.reads])):
-                by_reader = (gradient if gradient.dim() == 4 else gradient.unsqueeze(1)).transpose(0, 1).flatten(1)  # (readers, B T C)
-                scores[:first, readers] += (difference[:first] @ by_reader.T).cpu() / steps / len(pairs)
+    for difference, hooks, value in gradient_runs(model, pairs, metric, steps, batch_size):
+        difference = difference.transpose(0, 1).flatten(1)  # (W, B T C)
+        for (readers, first, _), gradient in zip(hooks.reads, torch.autograd.grad(value, [x for _, _, x in hooks.reads])):
+            by_reader = (gradient if gradient.dim() == 4 else gradient.unsqueeze(1)).transpose(0, 1).flatten(1)  # (readers, B T C)
+            scores[:first, readers] += (difference[:first] @ by_reader.T).cpu() / steps / len(pairs)
     return scores
 
 
 def attribute_components(model, pairs, metric, steps=1, batch_size=16):
-    """Scores (W,) of all components, as `attribute_edges`: difference of what it writes times the gradient by it."""
+    """Scores (W,) of all components: difference of what it writes times the gradient by it. The sum of `attribute_edges` over a component's edges."""
     graph = Graph(model.config.n_layer, model.config.n_head)
     scores = torch.zeros(graph.W)
-    for clean, corrupted, group in batches(pairs, batch_size, next(model.parameters()).device):
-        with torch.no_grad():
-            watch_clean, watch_corrupted = Watch(graph), Watch(graph)
-            run(model, clean, watch_clean), run(model, corrupted, watch_corrupted)
-            embeds = [watch.parts[0][:, 0] for watch in (watch_corrupted, watch_clean)]
-            difference = watch_corrupted.writes - watch_clean.writes  # (B, W, T, C)
-        for k in range(steps):
-            way = 1.0 if steps == 1 else k / steps
-            hooks = Gradients(graph, (embeds[0] + way * (embeds[1] - embeds[0])).requires_grad_())
-            value = metric_of(run(model, clean, hooks), group, metric).sum()
-            gradients = torch.cat([g if g.dim() == 4 else g.unsqueeze(1) for g in torch.autograd.grad(value, hooks.parts)], dim=1)  # (B, W, T, C)
-            scores += (difference * gradients).sum((0, 2, 3)).cpu() / steps / len(pairs)
+    for difference, hooks, value in gradient_runs(model, pairs, metric, steps, batch_size):
+        gradients = torch.cat([g if g.dim() == 4 else g.unsqueeze(1) for g in torch.autograd.grad(value, hooks.parts)], dim=1)  # (B, W, T, C)
+        scores += (difference * gradients).sum((0, 2, 3)).cpu() / steps / len(pairs)
     return scores
 
 
@@ -352,48 +344,3 @@ def needed(counts, shares, level):
             part = (level - shares[i - 1]) / (share - shares[i - 1])
             return math.exp((1 - part) * math.log(counts[i - 1]) + part * math.log(counts[i]))
     return None
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Induction heads (Olsson et al. 2022)
-
-
-@torch.no_grad()
-def prefix_matching(model, sequences=32, length=24, seed=0):
-    """(L, H): on random tokens that are repeated, the weight with which the second time reads what came after the first time. Shut edges count 0.
-
-    1 is a perfect induction head: having seen `A B ... A` it looks at B. Tokens 32 to 126 if there are that many (so that bytes are printable), else all.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    low, high = (32, 127) if model.config.vocab_size > 126 else (0, model.config.vocab_size)
-    length = min(length, model.config.block_size // 2)
-    first = low + torch.rand(sequences, high - low, generator=generator).argsort(dim=1)[:, :length]  # no token twice in a sequence
-    length = first.shape[1]
-    scores = torch.zeros(model.config.n_layer, model.config.n_head)
-
-    def look(layer, gates):
-        weight = (gates.open * gates.pattern)[:, :, length:, :]  # queries of the second half
-        scores[layer] = weight.diagonal(1, dim1=2, dim2=3).mean((0, 2)).cpu()  # query length + i reads key i + 1
-
-    model(torch.cat([first, first], dim=1).to(next(model.parameters()).device), record=look)
-    return scores
-
-
-@torch.no_grad()
-def copying_scores(model):
-    """(L, H): does a head raise the logit of the token that it reads? From -1 to 1: sum of the eigenvalues of W_E W_V W_O W_U over the sum of their sizes.
-
-    The product is V x V but has rank D: its eigenvalues are those of the D x D matrix W_O W_U W_E W_V. LayerNorm's scale is folded in, its division left out.
-    """
-    t, H, C = model.transformer, model.config.n_head, model.config.n_embd
-    unembed = model.lm_head.weight * t.ln_f.weight  # (V, C)
-    scores = torch.zeros(model.config.n_layer, H)
-    for layer, block in enumerate(t.h):
-        embed = t.wte.weight * block.ln_1.weight  # (V, C)
-        middle = unembed.T @ embed  # W_U W_E (C, C)
-        for head in range(H):
-            part = slice(head * C // H, (head + 1) * C // H)
-            values, output = block.attn.c_attn.weight[2 * C:][part], block.attn.c_proj.weight[:, part]  # (D, C), (C, D)
-            eigenvalues = torch.linalg.eigvals((values @ middle.T @ output).float())
-            scores[layer, head] = (eigenvalues.sum().real / eigenvalues.abs().sum().clamp(min=1e-12)).item()
-    return scores

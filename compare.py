@@ -17,7 +17,7 @@ import torch
 import figures
 import prepare_data
 import text
-from circuit import (Graph, attribute_components, attribute_edges, best_edges, dead_heads, effects, explained, needed, sizes, without_dead_heads)
+from circuit import Graph, attribute_edges, best_edges, dead_heads, effects, explained, needed, sizes, without_dead_heads
 from tasks import Vocabulary, make_pairs, vocabulary
 
 LEVELS = (0.8, 0.9, 0.95)
@@ -30,12 +30,12 @@ def vocabulary_of(meta, size):
 
 
 def measure(model, pairs_to_score, pairs_to_test, metric, steps):
-    """One model's curves: a dict of plain numbers, and what the figures want of it (scores (W, R), the edges of the 90 % circuit)."""
+    """One model's curves: a dict of plain numbers, and what the figures want of it: scores (W, R), the edges of the 90 % circuit and what it explains."""
     graph = Graph(model.config.n_layer, model.config.n_head)
     dead = dead_heads(model, pairs_to_score + pairs_to_test)
     edges = without_dead_heads(graph, dead)
     scores = attribute_edges(model, pairs_to_score, metric, steps)
-    components = attribute_components(model, pairs_to_score, metric, steps)
+    components = scores.sum(dim=1)  # a component's score is the sum over its edges: circuit.attribute_components, without its runs
     found = {"heads": int((~dead).sum()), "heads_off": int(dead.sum()), "edges": int(edges.sum())}
 
     heads = torch.zeros(graph.W, dtype=torch.bool)
@@ -66,8 +66,8 @@ def measure(model, pairs_to_score, pairs_to_test, metric, steps):
             counts.append(int(kept.sum()))
     share, low, high = explained(*effects(model, pairs_to_test, metric, circuits))
     found["by_edges"] = {"n": counts, "explained": share.tolist(), "low": low.tolist(), "high": high.tolist(), "needed": {str(level): needed(counts, share, level) for level in LEVELS}}
-    chosen = next((circuit for circuit, part in zip(circuits, share) if part >= 0.9), circuits[-1])
-    return found, scores, chosen
+    chosen = next((i for i, part in enumerate(share) if part >= 0.9), len(circuits) - 1)
+    return found, scores, circuits[chosen], share[chosen]
 
 
 def ratio(dense, sparse, by, level):
@@ -82,8 +82,8 @@ def compare(dense, sparse, meta, task, n, seed, steps, folder):
     (to_score, metric), (to_test, _) = (make_pairs(task, n, part, tokens) for part in (2 * seed, 2 * seed + 1))
     graph = Graph(sparse.config.n_layer, sparse.config.n_head)
     result = {"task": task, "metric": metric, "pairs": n, "seed": seed, "steps": steps}
-    result["dense"], _, _ = measure(dense, to_score, to_test, metric, steps)
-    result["sparse"], scores, circuit = measure(sparse, to_score, to_test, metric, steps)
+    result["dense"], *_ = measure(dense, to_score, to_test, metric, steps)
+    result["sparse"], scores, circuit, share = measure(sparse, to_score, to_test, metric, steps)
     result["fewer"] = {by: {str(level): ratio(result["dense"], result["sparse"], by, level) for level in LEVELS} for by in ("by_heads", "by_edges")}
     prepare_data.write_json(os.path.join(folder, f"circuit-{task}.json"), result)
     figures.circuit_curves(os.path.join(folder, f"circuit-{task}.png"), task, result)
@@ -91,7 +91,7 @@ def compare(dense, sparse, meta, task, n, seed, steps, folder):
     strongest = [(graph.owner(reader), writer, reader, scores[writer, reader].item()) for writer, reader in circuit.nonzero().tolist()]
     figures.circuit_graph(os.path.join(folder, f"circuit-{task}-graph.png"), graph.writer_names() + ["output"], graph.H,
                           [(writer, owner, graph.reader_names()[reader].rpartition(" ")[2] if "." in graph.reader_names()[reader] else "", score) for owner, writer, reader, score in strongest],
-                          f"{task}: the {len(strongest)} edges that explain {100 * min(1, next((p for p in result['sparse']['by_edges']['explained'] if p >= 0.9), max(result['sparse']['by_edges']['explained']))):.0f} % in the sparse model")
+                          f"{task}: the {len(strongest)} edges that explain {100 * share:.0f} % in the sparse model")
 
     weight = torch.zeros(graph.W)
     for owner, writer, _, score in strongest:

@@ -11,6 +11,7 @@ import torch
 
 import circuit
 import export
+import induction
 from circuit import Cut, Graph, Watch, attribute_components, attribute_edges, best_edges, dead_heads, effects, explained, metric_of, needed, patch_components, sizes
 from model import GPT, GPTConfig, checkpoint_of, save_checkpoint
 from tasks import LOGIT, PROBABILITY, Pair, vocabulary
@@ -317,7 +318,7 @@ def test_metrics_are_what_the_tasks_say():
 
 
 def test_prefix_matching_and_copying_by_their_definitions(model):
-    scores, length = circuit.prefix_matching(model.float(), sequences=2, length=9), 9
+    scores, length = induction.prefix_matching(model.float(), sequences=2, length=9), 9
     seen = []
     generator = torch.Generator().manual_seed(0)
     first = torch.rand(2, V, generator=generator).argsort(dim=1)[:, :length]
@@ -327,7 +328,7 @@ def test_prefix_matching_and_copying_by_their_definitions(model):
         for head in range(H):
             weights = [seen[layer][b, head, i, i - length + 1].item() for b in range(2) for i in range(length, 2 * length)]
             assert scores[layer, head].item() == pytest.approx(np.mean(weights), abs=1e-6)
-    copying = circuit.copying_scores(model)
+    copying = induction.copying_scores(model)
     for layer, block in enumerate(model.transformer.h):
         for head in range(H):
             part = slice(head * C // H, (head + 1) * C // H)
@@ -343,4 +344,4 @@ def test_a_head_that_copies_scores_one():
         model.transformer.ln_f.weight[:] = block.ln_1.weight[:] = 1.0
         block.attn.c_attn.weight[2 * C:2 * C + C // H] = model.transformer.wte.weight[:C // H]  # reads what the embedding wrote, and writes it again
         block.attn.c_proj.weight[:, :C // H] = model.transformer.wte.weight[:C // H].T
-    assert circuit.copying_scores(model)[0, 0] > 0.99
+    assert induction.copying_scores(model)[0, 0] > 0.99

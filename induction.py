@@ -1,0 +1,50 @@
+"""Induction heads (Olsson et al. 2022): having seen `A B ... A`, which heads look at B, and which then say B?
+
+    prefix matching   the weight with which a repeated token reads what came after it the first time
+    copying           whether a head raises the logit of the token that it reads: the signs of the eigenvalues of W_E W_V W_O W_U
+
+Notable: both are read off the model itself, one from its attention on random tokens, one from its weights. This file imports no other file of ours.
+"""
+
+import torch
+
+
+@torch.no_grad()
+def prefix_matching(model, sequences=32, length=24, seed=0):
+    """(L, H): on random tokens that are repeated, the weight with which the second time reads what came after the first time. Shut edges count 0.
+
+    1 is a perfect induction head: having seen `A B ... A` it looks at B. Tokens 32 to 126 if there are that many (so that bytes are printable), else all.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    low, high = (32, 127) if model.config.vocab_size > 126 else (0, model.config.vocab_size)
+    length = min(length, model.config.block_size // 2)
+    first = low + torch.rand(sequences, high - low, generator=generator).argsort(dim=1)[:, :length]  # no token twice in a sequence
+    length = first.shape[1]
+    scores = torch.zeros(model.config.n_layer, model.config.n_head)
+
+    def look(layer, gates):
+        weight = (gates.open * gates.pattern)[:, :, length:, :]  # queries of the second half
+        scores[layer] = weight.diagonal(1, dim1=2, dim2=3).mean((0, 2)).cpu()  # query length + i reads key i + 1
+
+    model(torch.cat([first, first], dim=1).to(next(model.parameters()).device), record=look)
+    return scores
+
+
+@torch.no_grad()
+def copying_scores(model):
+    """(L, H): does a head raise the logit of the token that it reads? From -1 to 1: sum of the eigenvalues of W_E W_V W_O W_U over the sum of their sizes.
+
+    The product is V x V but has rank D: its eigenvalues are those of the D x D matrix W_O W_U W_E W_V. LayerNorm's scale is folded in, its division left out.
+    """
+    t, H, C = model.transformer, model.config.n_head, model.config.n_embd
+    unembed = model.lm_head.weight * t.ln_f.weight  # (V, C)
+    scores = torch.zeros(model.config.n_layer, H)
+    for layer, block in enumerate(t.h):
+        embed = t.wte.weight * block.ln_1.weight  # (V, C)
+        middle = unembed.T @ embed  # W_U W_E (C, C)
+        for head in range(H):
+            part = slice(head * C // H, (head + 1) * C // H)
+            values, output = block.attn.c_attn.weight[2 * C:][part], block.attn.c_proj.weight[:, part]  # (D, C), (C, D)
+            eigenvalues = torch.linalg.eigvals((values @ middle.T @ output).float())
+            scores[layer, head] = (eigenvalues.sum().real / eigenvalues.abs().sum().clamp(min=1e-12)).item()
+    return scores
