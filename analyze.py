@@ -30,7 +30,7 @@ from configure import ConfigError, parse_command_line
 from evaluate import evaluate_splits
 from explain import damage, explain, when
 from induction import copying_scores, prefix_matching
-from model import CheckpointError, load_checkpoint, model_of, read_checkpoint
+from checkpoint import CheckpointError, load_checkpoint, model_of, read_checkpoint
 from resume import kept_checkpoint
 from tasks import TaskError
 

@@ -44,9 +44,12 @@ def evaluate(model, data, split, batch_size=1000, max_batches=0):
     was_training = model.training
     model.eval()
     loss_sum = targets_seen = correct = 0
-    for i in range(hardware.rank() * batch_size, len(indices), hardware.world() * batch_size):
-        x, y = (torch.from_numpy(a).to(device) for a in data.batch(split, indices[i:i + batch_size], T))
-        logits, loss, _ = model(x, y, record=count if config.gated else None)
+    for first in range(0, len(indices), hardware.world() * batch_size):
+        ours = indices[first + hardware.rank() * batch_size:][:batch_size]
+        x, y = (torch.from_numpy(a).to(device) for a in data.batch(split, ours or indices[:1], T))
+        logits, loss, _ = model(x, y, record=count if config.gated and ours else None)
+        if not ours:  # nothing left for this process; it took part because a sharded model needs all of them
+            continue
         asked = y != -1
         loss_sum += loss.item() * asked.sum().item()
         targets_seen += asked.sum().item()

@@ -87,7 +87,7 @@ def run_sums(model, keep=None):
     numbers = np.arange(10_000)
     rows = prepare_data.addition_rows(numbers // 100, numbers % 100).astype(np.int64)
     device = next(model.parameters()).device
-    layers, right = [[] for _ in model.transformer.h], []
+    layers, right = [[] for _ in model.blocks], []
     for chunk in np.split(rows, 10):
         x = torch.from_numpy(chunk[:, 0]).to(device)
         logits, _, _ = model(x, keep=keep, record=lambda layer, gates: layers[layer].append(gates.open.bool().cpu()))

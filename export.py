@@ -17,7 +17,7 @@ import sys
 from dataclasses import asdict
 
 import huggingface
-from model import CheckpointError, load_checkpoint, save_checkpoint
+from checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from sample import checkpoint_named
 
 

@@ -51,7 +51,7 @@ def gated_attention(q, k, v, bias=3.0, temperature=1.0, sample=False, *,
                     dense=False, linear_penalty=False, noise=None, keep=None, return_gates=False, impl="auto"):
     """Causal attention with a Bernoulli gate on every edge, as the paper writes it.
 
-    q, k, v       (B, H, T, D) queries, keys, values
+    q, k, v       (B, H, T, D) queries, keys, values; k and v may have fewer heads, each for H / (their number) neighbours of q (grouped queries)
     bias          b in s = a + b: a float, or a tensor that broadcasts to (B, H, T, T), such as (H, 1, 1). > 0: starts open
     temperature   of the straight-through gradient: sigmoid((s + n) / temperature). Changes gradients, never values
     sample        True: A ~ Bernoulli(sigmoid(s)), as in training.  False: A = [s > 0], as in evaluation
@@ -67,10 +67,12 @@ def gated_attention(q, k, v, bias=3.0, temperature=1.0, sample=False, *,
                   varies inside a head, no dense=True: those are computed by the plain formula always
 
     Returns y (B, H, T, D); density, a scalar, the mean of the penalty sigmoid(s) over causal pairs, heads and batch;
-    and the gates. (Under linear_penalty the density may exceed 1.) Raises ValueError if q, k and v differ in shape or temperature is not above 0.
+    and the gates. (Under linear_penalty the density may exceed 1.) Raises ValueError if q, k and v do not fit or temperature is not above 0.
     """
+    if q.dim() == k.dim() == 4 and k.shape == v.shape and k.shape[1] < q.shape[1] and q.shape[1] % k.shape[1] == 0:
+        k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))  # (B, H, T, D)
     if not q.shape == k.shape == v.shape or q.dim() != 4:
-        raise ValueError(f"q, k, v must share one shape (B, H, T, D), not {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}")
+        raise ValueError(f"q, k, v must share one shape (B, H, T, D), but for a smaller number of heads in k and v that divides H, not {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}")
     if temperature <= 0:
         raise ValueError(f"temperature must be above 0, not {temperature}")
     B, H, T, D = q.shape
@@ -140,6 +142,11 @@ def choose_impl(name, device, T, D, dtype=torch.float32):
     if name == "triton" and not (triton_fits and (gpu or os.environ.get("TRITON_INTERPRET") == "1")):
         raise ValueError(f"attention_impl='triton' needs a GPU, the triton package, heads up to 128 wide and no float64; here: {device}, width {D}, {dtype}. Use 'auto'")
     return name
+
+
+def bias_of_layer(bias, layer, device):
+    """A model's gate bias, a float or a list [layer][head], as `gated_attention` takes it: the float, or (H, 1, 1) of this layer."""
+    return bias if isinstance(bias, float) else torch.tensor(bias[layer], device=device)[:, None, None]
 
 
 def bias_of_heads(bias, H, device, dtype):

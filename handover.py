@@ -17,9 +17,12 @@ The shift is linear in q_i and the wish w_i is not, so it cannot be met everywhe
 low shuts edges that are needed, and the loss jumps; too high leaves edges open that training shuts soon. So weight_i is 1 where the shift is
 above the wish and 100 where it is below (Newey & Powell's expectile regression: least squares, solved again with new weights until it settles).
 
-Notable: D unknowns per head, solved once from a few thousand queries; no parameter is added, the dense
-function stays what it was (a test proves it), and training moves the shift on from there. `open_above = 0` leaves it out: one
-constant bias and nothing else, the paper's form. OLMo and models with bias=False have no key bias to fold into.
+Where there is no key bias to fold into (OLMo, bias=False), or weights are not to be touched (LoRA, FSDP's shares), one number for each head
+takes the place of q_i . c / sqrt(D): the same regression with one unknown, and `gate_bias` becomes a list [layer][head].
+
+Notable: D unknowns per head, solved once from a few thousand queries; no parameter is added, the dense function stays what it was (a test proves it), and
+training moves the shift on from there. `open_above = 0` leaves it out: one constant bias and nothing else, the paper's form.
+This file imports no other file of ours.
 """
 
 import math
@@ -27,48 +30,48 @@ import math
 import torch
 
 
-class HandoverError(Exception):
-    """A model that has nowhere to fold the shift into. The message says what to type instead."""
-
-
 @torch.no_grad()
-def fold_shift(model, idx, open_above, ridge=1e-2, too_low=100.0):
-    """Change the key biases of `model` (a GPT, changed in place) so that edges with p_ij > open_above start open.
+def fold_shift(model, idx, open_above, fold=True, ridge=1e-2, too_low=100.0):
+    """Shift the gates of `model` (changed in place) so that edges with p_ij > open_above start open.
 
     idx         (B, T) tokens of the training set to fit the shift on; some thousands in all
     open_above  p0, an attention weight between 0 and 1; smaller is gentler and starts denser
+    fold        into the key biases, where the model has some; else, and with False, one number per head into config.gate_bias
     ridge       of the least squares, as a share of the mean of the diagonal: keeps c short where queries hardly vary
     too_low     how much worse it is to shut too much than to open too much; 1 is plain least squares
-
-    Raises HandoverError if the model has no biases.
     """
-    if not model.config.bias:
-        raise HandoverError("open_above needs key biases to fold the shift into, and this model has bias=False. Use --open_above=0 and choose gate_bias")
-    B, T = idx.shape
-    H, C = model.config.n_head, model.config.n_embd
-    D = C // H
-    projected = []  # q, k, v side by side, per layer: (B, T, 3 C), from one dense pass before anything is changed
-    hooks = [block.attn.c_attn.register_forward_hook(lambda module, inputs, output: projected.append(output)) for block in model.transformer.h]
+    fold = fold and getattr(model.config, "bias", False)
+    seen, inner = [], [attention.attend for attention in model.attentions]  # q and k as the gate gets them, per layer, from one dense pass
+    for attention, attend in zip(model.attentions, inner):
+        attention.attend = lambda q, k, v, attend=attend, **options: seen.append((q.float(), k.float())) or attend(q, k, v, **options)
     was = model.config.gated, model.training
     model.config.gated = False
     model.eval()(idx)
     model.config.gated, _ = was
     model.train(was[1])
-    for hook in hooks:
-        hook.remove()
+    for attention in model.attentions:
+        del attention.attend
 
+    T, biases = idx.shape[1], []
     causal = torch.ones(T, T, dtype=torch.bool, device=idx.device).tril()
-    for block, qkv in zip(model.transformer.h, projected):
-        q, k, _ = (part.view(B, T, H, D).transpose(1, 2).float() for part in qkv.split(C, dim=2))  # (B, H, T, D)
+    for attention, (q, k) in zip(model.attentions, seen):
+        B, H, _, D = q.shape
         q = q / math.sqrt(D)
-        scores = (q @ k.transpose(-2, -1)).masked_fill(~causal, -math.inf)  # a_ij (B, H, T, T)
+        scores = (q @ k.repeat_interleave(H // k.shape[1], dim=1).transpose(-2, -1)).masked_fill(~causal, -math.inf)  # a_ij (B, H, T, T)
         wanted = -scores.logsumexp(dim=-1) - math.log(open_above) - model.config.gate_bias  # w_i (B, H, T)
-        q, wanted = q.transpose(0, 1).reshape(H, B * T, D), wanted.transpose(0, 1).reshape(H, B * T, 1)
+        q = q if fold else torch.ones_like(q[..., :1])  # one unknown: the same for all queries
+        q, wanted = q.transpose(0, 1).reshape(H, B * T, -1), wanted.transpose(0, 1).reshape(H, B * T, 1)
         weight = torch.ones_like(wanted)
         for _ in range(12):
             weighted = (weight * q).transpose(-2, -1)  # (H, D, B T)
             gram = weighted @ q  # (H, D, D)
-            gram += ridge * gram.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None] * torch.eye(D, device=q.device)
+            gram += (ridge if fold else 0) * gram.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None] * torch.eye(q.shape[-1], device=q.device)
             shift = torch.linalg.solve(gram, weighted @ wanted)  # c (H, D, 1)
             weight = torch.where(q @ shift < wanted, too_low, 1.0)
-        block.attn.c_attn.bias[C:2 * C] += shift.flatten()  # rows C to 2C of c_attn make the keys
+        if fold:
+            C = H * D
+            attention.c_attn.bias[C:2 * C] += shift.flatten()  # rows C to 2C of c_attn make the keys
+        else:
+            biases.append((model.config.gate_bias + shift.flatten()).tolist())
+    if not fold:
+        model.config.gate_bias = biases

@@ -20,6 +20,7 @@ import time
 
 import torch
 import torch.distributed as dist
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 # Dense bf16 matrix FLOP/s that the data sheets promise, by words in torch.cuda.get_device_name(). The first match counts
 PEAK_FLOPS = {"H100 PCIe": 756e12, "H200": 989e12, "H100": 989e12, "B200": 2250e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12, "A10": 125e12, "4090": 165e12, "3090": 71e12}
@@ -124,6 +125,13 @@ def total(values, device="cpu"):
     if dist.is_initialized():
         dist.all_reduce(summed)
     return summed.tolist()
+
+
+def copy_into(target, tensor):
+    """Copy tensor (whole, on any device, of any dtype) into target, of which this process may hold a part only (FSDP's DTensor)."""
+    if isinstance(target, DTensor):
+        tensor = distribute_tensor(tensor.to(target.device), target.device_mesh, target.placements, src_data_rank=None)  # everybody has read it: nothing to send
+    target.copy_(tensor)
 
 
 def say(*words):

@@ -1,4 +1,6 @@
-"""GPT-2 as Hugging Face stores it: OpenAI's weights in, ours out.
+"""Models as Hugging Face stores them: files and downloads for all, and GPT-2's format; OLMo's is in olmo.py.
+
+GPT-2, OpenAI's weights in, ours out:
 
     our Linear:      y = x W^T + b    W (out, in)
     their Conv1D:    y = x W + b      W (in, out)         so four matrices of every block are stored transposed
@@ -13,6 +15,7 @@ package safetensors, imported only here. This file imports no file of ours but d
 import json
 import os
 import re
+from collections.abc import Mapping
 
 import torch
 
@@ -76,6 +79,62 @@ def read(source):
     return convert(tensors, theirs, source)
 
 
+def fetch(name):
+    """The local folder of a model on Hugging Face ('allenai/OLMo-1B-hf'): config.json and safetensors, downloaded once into huggingface_hub's cache (HF_HOME)."""
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError as error:
+        raise HuggingFaceError(f"{name} is downloaded through a package that is not installed: pip install -r requirements-olmo.txt") from error
+    try:
+        return snapshot_download(name, allow_patterns=["config.json", "*.safetensors", "*.safetensors.index.json"])
+    except Exception as error:  # of many types, by three packages
+        raise HuggingFaceError(f"{name} cannot be downloaded ({type(error).__name__}: {str(error).splitlines()[0]}). The same command goes on where this one stopped. "
+                               "Without network here, bring the folder by hand and give its path instead of the name") from error
+
+
+class LazyTensors(Mapping):
+    """The tensors of a folder with one safetensors file, or several and an index; each is read when it is asked for, and not kept.
+
+    So a model of many GB is loaded with one tensor of it in memory beside itself. Raises HuggingFaceError, naming the file, if one is missing or damaged.
+    """
+
+    def __init__(self, folder):
+        index = os.path.join(folder, "model.safetensors.index.json")
+        promised = read_json(index).get("weight_map", {}) if os.path.exists(index) else {}
+        self.place = {}  # name -> (path, name in that file)
+        for file in sorted(set(promised.values())) or ["model.safetensors"]:
+            path = os.path.join(folder, file)
+            with self.opened(path) as f:
+                self.place |= {name: (path, name) for name in f.keys()}
+        if lost := [f"{name} in {file}" for name, file in promised.items() if name not in self.place]:
+            raise HuggingFaceError(f"{folder}: {lost[0]} is missing, and {len(lost) - 1} more that the index promises. Bring the folder again")
+
+    def opened(self, path):
+        if not os.path.exists(path):
+            raise HuggingFaceError(f"there is no {path}")
+        load = safetensors().safe_open
+        try:
+            return load(path, framework="pt")
+        except Exception as error:
+            raise HuggingFaceError(f"{path} cannot be read ({type(error).__name__}): it is truncated or damaged. Delete it and bring it again") from error
+
+    def alias(self, name, other):
+        """A second name for a tensor, unless it is stored under both."""
+        if other in self.place:
+            self.place.setdefault(name, self.place[other])
+
+    def __getitem__(self, name):
+        path, stored_as = self.place[name]
+        with self.opened(path) as f:  # opened anew: closing it gives the memory back that the system took for the file
+            return f.get_tensor(stored_as)
+
+    def __iter__(self):
+        return iter(self.place)
+
+    def __len__(self):
+        return len(self.place)
+
+
 def read_json(path):
     with open(path, encoding="utf-8") as f:
         try:
@@ -88,7 +147,7 @@ def read_tensors(path):
     """{name: tensor} of a .bin or .safetensors file."""
     if not os.path.exists(path):
         raise HuggingFaceError(f"there is no {path}")
-    load = safetensors().load_file if path.endswith(".safetensors") else lambda path: torch.load(path, map_location="cpu", weights_only=True)
+    load = safetensors().torch.load_file if path.endswith(".safetensors") else lambda path: torch.load(path, map_location="cpu", weights_only=True)
     try:
         return load(path)
     except Exception as error:  # of many types: all mean that the file is not what it should be
@@ -129,9 +188,14 @@ def write(folder, state, args):
                       "resid_pdrop": args["dropout"], "embd_pdrop": args["dropout"], "attn_pdrop": 0.0}
     if args["gated"]:
         config["gate_bias"] = args["gate_bias"]  # transformers keeps what it does not know: model.config.gate_bias
+    write_folder(folder, tensors, config)
+
+
+def write_folder(folder, tensors, config):
+    """Write tensors and config as transformers lays them out: model.safetensors and config.json."""
     os.makedirs(folder, exist_ok=True)
     weights, settings = os.path.join(folder, "model.safetensors"), os.path.join(folder, "config.json")
-    safetensors().save_file(tensors, weights + ".tmp", metadata={"format": "pt"})
+    safetensors().torch.save_file(tensors, weights + ".tmp", metadata={"format": "pt"})
     os.replace(weights + ".tmp", weights)
     with open(settings + ".tmp", "w", encoding="utf-8") as f:
         json.dump(config, f, indent=1)
@@ -139,9 +203,9 @@ def write(folder, state, args):
 
 
 def safetensors():
-    """The package's module for torch, imported only where it is needed."""
+    """The package, imported only where it is needed."""
     try:
         import safetensors.torch
     except ImportError as error:
         raise HuggingFaceError("files of the kind .safetensors need a package that is not installed: pip install safetensors") from error
-    return safetensors.torch
+    return safetensors

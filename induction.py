@@ -36,15 +36,11 @@ def copying_scores(model):
 
     The product is V x V but has rank D: its eigenvalues are those of the D x D matrix W_O W_U W_E W_V. LayerNorm's scale is folded in, its division left out.
     """
-    t, H, C = model.transformer, model.config.n_head, model.config.n_embd
-    unembed = model.lm_head.weight * t.ln_f.weight  # (V, C)
-    scores = torch.zeros(model.config.n_layer, H)
-    for layer, block in enumerate(t.h):
-        embed = t.wte.weight * block.ln_1.weight  # (V, C)
-        middle = unembed.T @ embed  # W_U W_E (C, C)
-        for head in range(H):
-            part = slice(head * C // H, (head + 1) * C // H)
-            values, output = block.attn.c_attn.weight[2 * C:][part], block.attn.c_proj.weight[:, part]  # (D, C), (C, D)
-            eigenvalues = torch.linalg.eigvals((values @ middle.T @ output).float())
-            scores[layer, head] = (eigenvalues.sum().real / eigenvalues.abs().sum().clamp(min=1e-12)).item()
+    embed, unembed = model.embeddings()
+    middle = unembed.T @ embed  # W_U W_E (C, C)
+    scores = torch.zeros(model.config.n_layer, model.config.n_head)
+    for layer in range(model.config.n_layer):
+        reading, writing = model.reading_and_writing(layer)  # (H, D, C), (H, C, D)
+        eigenvalues = torch.linalg.eigvals((reading @ middle.T @ writing).float())  # (H, D)
+        scores[layer] = (eigenvalues.sum(-1).real / eigenvalues.abs().sum(-1).clamp(min=1e-12)).cpu()
     return scores

@@ -13,7 +13,7 @@ Notable:
 - As with dropout, `model.train()` samples the gates and `model.eval()` makes them deterministic.
 - forward gives the density penalty beside the loss. It does not add them up: that is the business of geco.py.
 - `record` shows every layer's gates and attention pattern, `keep` shuts chosen edges: the analysis needs no more.
-- `GPT.from_pretrained("gpt2")` brings OpenAI's weights (huggingface.py); `load_checkpoint` reads those, nanoGPT's and our own alike.
+- `GPT.from_pretrained("gpt2")` brings OpenAI's weights; checkpoint.py reads those, nanoGPT's and our own alike.
 - Two differences to nanoGPT: GELU is GPT-2's own tanh approximation, so that OpenAI's weights give OpenAI's logits
   (a nanoGPT checkpoint gets the exact one, which it was trained with), and there is no dropout on attention weights.
 
@@ -25,14 +25,13 @@ import math
 import os
 import runpy
 import sys
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-import huggingface
-from gate import gated_attention
+from gate import bias_of_layer, gated_attention
 
 
 @dataclass
@@ -49,20 +48,21 @@ class GPTConfig:
     tied: bool = True  # lm_head and wte are one matrix
     gelu: str = "tanh"  # 'tanh', GPT-2's approximation, or 'none', the exact one, as in nanoGPT
     gated: bool = False  # attention through Bernoulli gates
-    gate_bias: float = 3.0  # b in s = a + b
+    gate_bias: float | list = 3.0  # b in s = a + b; a list has one for each head, [layer][head] (handover.py)
     gate_temperature: float = 1.0  # of the straight-through gradient
 
 
 class CausalSelfAttention(nn.Module):
-    def __init__(self, config):
+    def __init__(self, config, layer):
         super().__init__()
-        self.config = config
+        self.config, self.layer = config, layer
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)  # q, k and v of all heads
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.resid_dropout = nn.Dropout(config.dropout)
 
     def attend(self, q, k, v, **gate_options):
-        return gated_attention(q, k, v, self.config.gate_bias, self.config.gate_temperature, sample=self.training, dense=not self.config.gated, **gate_options)
+        c = self.config
+        return gated_attention(q, k, v, bias_of_layer(c.gate_bias, self.layer, q.device), c.gate_temperature, sample=self.training, dense=not c.gated, **gate_options)
 
     def forward(self, x, **gate_options):
         """x (B, T, C) -> y (B, T, C); density, a scalar; gates, a `gate.Gates` or None. Options: see `gated_attention`."""
@@ -73,17 +73,17 @@ class CausalSelfAttention(nn.Module):
         y = y.transpose(1, 2).reshape(B, T, C)  # heads side by side
         return self.resid_dropout(self.c_proj(y)), density, gates
 
-    def by_head(self, x, norm, hooks, layer, **gate_options):
+    def by_head(self, x, norm, hooks, **gate_options):
         """As norm, then `forward`, every head on its own: what its q, k and v read, and what it writes, goes through `hooks` (see `GPT.forward`)."""
         H, C = self.config.n_head, x.shape[-1]
         reading = self.c_attn.weight.view(3, H, -1, C).transpose(2, 3)  # (3, H, C, D)
         constant = self.c_attn.bias.view(3, H, 1, -1) if self.config.bias else (0.0, 0.0, 0.0)
         qkv = []
         for part, name in enumerate("qkv"):
-            read = norm(hooks.read(name, layer, x))  # (B, T, C), one for all heads, or (B, H, T, C)
+            read = norm(hooks.read(name, self.layer, x))  # (B, T, C), one for all heads, or (B, H, T, C)
             qkv.append((read if read.dim() == 4 else read.unsqueeze(1)) @ reading[part] + constant[part])  # (B, H, T, D)
         y, density, gates = self.attend(*qkv, **gate_options)
-        heads = hooks.write("heads", layer, y @ self.c_proj.weight.view(C, H, -1).permute(1, 2, 0))  # (B, H, T, C)
+        heads = hooks.write("heads", self.layer, y @ self.c_proj.weight.view(C, H, -1).permute(1, 2, 0))  # (B, H, T, C)
         return heads.sum(dim=1) + (self.c_proj.bias if self.config.bias else 0.0), density, gates
 
 
@@ -102,23 +102,24 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, config):
+    def __init__(self, config, layer):
         super().__init__()
+        self.layer = layer
         self.ln_1 = nn.LayerNorm(config.n_embd, bias=config.bias)
-        self.attn = CausalSelfAttention(config)
+        self.attn = CausalSelfAttention(config, layer)
         self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
         self.mlp = MLP(config)
 
-    def forward(self, x, hooks=None, layer=None, **gate_options):
+    def forward(self, x, hooks=None, **gate_options):
         """As attention, y being the residual stream after both writes."""
         if hooks is None:
             y, density, gates = self.attn(self.ln_1(x), **gate_options)
             x = x + y
             x = x + self.mlp(self.ln_2(x))
         else:
-            y, density, gates = self.attn.by_head(x, self.ln_1, hooks, layer, **gate_options)
+            y, density, gates = self.attn.by_head(x, self.ln_1, hooks, **gate_options)
             x = x + y
-            x = x + hooks.write("mlp", layer, self.mlp(self.ln_2(hooks.read("mlp", layer, x))))
+            x = x + hooks.write("mlp", self.layer, self.mlp(self.ln_2(hooks.read("mlp", self.layer, x))))
         return x, density, gates
 
 
@@ -136,12 +137,11 @@ class GPT(nn.Module):
             wte=nn.Embedding(config.vocab_size, config.n_embd),
             wpe=nn.Embedding(config.block_size, config.n_embd),
             drop=nn.Dropout(config.dropout),
-            h=nn.ModuleList(Block(config) for _ in range(config.n_layer)),
+            h=nn.ModuleList(Block(config, layer) for layer in range(config.n_layer)),
             ln_f=nn.LayerNorm(config.n_embd, bias=config.bias),
         ))
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
-        if config.tied:
-            self.lm_head.weight = self.transformer.wte.weight
+        self.tie()
         # GPT-2's initialisation: N(0, 0.02), and 1 / sqrt(2 n_layer) of it for the layers that write into the residual stream
         for name, p in self.named_parameters():
             if p.dim() == 2:
@@ -150,6 +150,19 @@ class GPT(nn.Module):
                 nn.init.zeros_(p)
 
     attention_impl = "auto"  # who computes gated attention: see `gate.choose_impl`. A choice of this run, not of the model: in no checkpoint
+
+    def tie(self):
+        """Make the output embedding the input's, if the model is such a one; again after weights have been replaced."""
+        if self.config.tied:
+            self.lm_head.weight = self.transformer.wte.weight
+
+    @property
+    def blocks(self):
+        return self.transformer.h
+
+    @property
+    def attentions(self):
+        return [block.attn for block in self.blocks]
 
     def forward(self, idx, targets=None, keep=None, record=None, linear_penalty=False, noise=None, hooks=None):
         """idx (B, T) token ids; targets (B, T) the token to predict at each position, -1 where nothing is asked.
@@ -175,9 +188,9 @@ class GPT(nn.Module):
         if hooks is not None:
             x = hooks.write("embed", None, x)
         densities = []
-        for layer, block in enumerate(self.transformer.h):
+        for layer, block in enumerate(self.blocks):
             x, density, gates = block(x, keep=None if keep is None else keep[layer], return_gates=record is not None,
-                                      linear_penalty=linear_penalty, noise=noise, impl=self.attention_impl, hooks=hooks, layer=layer)
+                                      linear_penalty=linear_penalty, noise=noise, impl=self.attention_impl, hooks=hooks)
             densities.append(density)
             if record is not None:
                 record(layer, gates)
@@ -189,13 +202,23 @@ class GPT(nn.Module):
             loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-1)
         return logits, loss, torch.stack(densities).mean()
 
-
     @classmethod
     def from_pretrained(cls, source, device="cpu", **overrides):
         """OpenAI's weights: 'gpt2' (124M parameters), 'gpt2-medium' (350M), 'gpt2-large' (774M), 'gpt2-xl' (1558M), downloaded on first use;
         or a folder or file that transformers wrote, for machines without network. overrides change the GPTConfig, e.g. gated=True.
         Raises CheckpointError."""
+        from checkpoint import load_checkpoint  # here: checkpoint.py knows this file, and OLMo's
+
         return load_checkpoint(source, device, **overrides)
+
+    def reading_and_writing(self, layer):
+        """Of a layer's heads, what v reads, (H, D, C), and what they write, (H, C, D), with the scale of LayerNorm folded in: for induction.py."""
+        block, H, C = self.blocks[layer], self.config.n_head, self.config.n_embd
+        return (block.attn.c_attn.weight[2 * C:] * block.ln_1.weight).view(H, -1, C), block.attn.c_proj.weight.view(C, H, -1).transpose(0, 1)
+
+    def embeddings(self):
+        """The input embedding (V, C), and the output embedding (V, C) with the scale of the last LayerNorm folded in."""
+        return self.transformer.wte.weight, self.lm_head.weight * self.transformer.ln_f.weight
 
     def flops_per_token(self, context):
         """Floating point operations per token of a training step, forward and backward, in dense attention (PaLM's appendix B).
@@ -204,115 +227,6 @@ class GPT(nn.Module):
         """
         embeddings = self.transformer.wpe.weight.numel() + (0 if self.config.tied else self.transformer.wte.weight.numel())
         return 6 * (sum(p.numel() for p in self.parameters()) - embeddings) + 12 * self.config.n_layer * self.config.n_embd * context
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Checkpoints: nanoGPT's layout, {'model': state dict, 'model_args': GPTConfig as a dict, ...}. We read its checkpoints; it can load
-# our 'model', but its own GPTConfig does not know our further model_args
-
-
-class CheckpointError(Exception):
-    """A checkpoint that cannot be read or does not fit. The message says what is wrong and what to do."""
-
-
-def save_checkpoint(path, checkpoint):
-    """Write a dict of tensors and plain values to path, whole or not at all.
-
-    Written to a temporary name first, flushed to the disk, then renamed: whatever happens, the path holds either the old
-    file or the new one. Raises CheckpointError, the old file untouched, if the disk is full or the folder not writable.
-    """
-    temporary = path + ".tmp"
-    try:
-        with open(temporary, "wb") as f:
-            torch.save(checkpoint, f)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
-        if os.path.exists(temporary):
-            os.remove(temporary)
-        raise CheckpointError(f"cannot write {path}: {error}. What it held before is untouched. "
-                              "Free some space, or choose another place") from error
-
-
-def read_checkpoint(path, device="cpu"):
-    """The dict {'model', 'model_args', ...} of a checkpoint: ours, nanoGPT's, or Hugging Face's in that layout (see huggingface.py).
-
-    Raises CheckpointError if it is missing, truncated or not a checkpoint of a GPT.
-    """
-    if huggingface.is_huggingface(path):
-        try:
-            return huggingface.read(path)
-        except huggingface.HuggingFaceError as error:
-            raise CheckpointError(str(error)) from error
-    if not os.path.exists(path):
-        raise CheckpointError(f"there is no checkpoint {path}. Train one first, for instance: python train.py config/addition.py")
-    try:
-        checkpoint = torch.load(path, map_location=device, weights_only=True)
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from error
-    except Exception as error:  # zip and pickle errors of many types: all mean that the file is not what it should be
-        raise CheckpointError(f"{path} cannot be read ({type(error).__name__}): it is truncated or not a checkpoint at all. "
-                              "If it is a run's, move its folder away and start the run again") from error
-    missing = {"model", "model_args"} - set(checkpoint if isinstance(checkpoint, dict) else ())
-    if missing:
-        raise CheckpointError(f"{path} is no checkpoint of this project or of nanoGPT: it has no {' and no '.join(sorted(missing))}")
-    return checkpoint
-
-
-def load_weights(model, state, path="the checkpoint"):
-    """Put a state dict into model. Raises CheckpointError naming every missing, extra or wrongly shaped tensor."""
-    state = {name.removeprefix("_orig_mod.").removeprefix("module."): tensor for name, tensor in state.items()  # what torch.compile and DDP put in front
-             if not name.endswith(".attn.bias")}  # the causal mask of old nanoGPT checkpoints
-    own = model.state_dict()
-    wrong = [f"{n} is missing" for n in own if n not in state] + [f"{n} is extra" for n in state if n not in own]
-    wrong += [f"{n} is {tuple(state[n].shape)}, the model's is {tuple(own[n].shape)}"
-              for n in own if n in state and state[n].shape != own[n].shape]
-    if wrong:
-        shown = "; ".join(wrong[:5]) + (f"; and {len(wrong) - 5} more" if len(wrong) > 5 else "")
-        raise CheckpointError(f"{path} does not fit the model: {shown}")
-    model.load_state_dict(state)
-
-
-def model_of(checkpoint, path, device="cpu", **overrides):
-    """The model in a checkpoint's dict, in evaluation mode. overrides change its GPTConfig, e.g. gated=False to run it dense.
-
-    path is named in errors. Raises CheckpointError if the architecture is unknown or the weights do not fit it.
-    """
-    unknown = sorted(set(checkpoint["model_args"]) - {f.name for f in fields(GPTConfig)})
-    if unknown:
-        raise CheckpointError(f"{path} holds another architecture: its model_args have {', '.join(unknown)}, which GPTConfig does not know")
-    args = dict(checkpoint["model_args"])
-    if "gated" not in args:
-        args.setdefault("gelu", "none")  # a checkpoint of nanoGPT
-    model = GPT(GPTConfig(**{**args, **overrides})).to(device)
-    load_weights(model, checkpoint["model"], path)
-    return model.eval()
-
-
-def load_checkpoint(path, device="cpu", **overrides):
-    """The model saved at path: `read_checkpoint`, then `model_of`."""
-    return model_of(read_checkpoint(path, device), path, device, **overrides)
-
-
-def tokenizer_of(checkpoint):
-    """Name of the tokenizer that a checkpoint's model was trained with ('bytes', 'gpt2', ...), or None if nobody wrote it down."""
-    if "data" in checkpoint:
-        return checkpoint["data"]["tokenizer"]
-    return "gpt2" if checkpoint["model_args"].get("vocab_size") in (50257, 50304) else None  # 50304: padded to a multiple of 64, as nanoGPT does
-
-
-def checkpoint_of(model, **more):
-    """The dict to save for a model; `more` is stored beside it (step, optimizer, ...)."""
-    return {"model": model.state_dict(), "model_args": asdict(model.config), **more}
-
-
-def require_tokenizer(checkpoint, path, tokenizer):
-    """Raise CheckpointError if the model in a checkpoint is known to have been trained with another tokenizer than the one of that name."""
-    trained_with = tokenizer_of(checkpoint)
-    if trained_with not in (None, tokenizer):
-        raise CheckpointError(f"{path} was trained on tokens of {trained_with!r}, the data has those of {tokenizer!r}: the same numbers mean other words. "
-                              "Choose a dataset that belongs to it (prepare_data.py takes --tokenizer), or start from another model")
 
 
 if __name__ == "__main__":

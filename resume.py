@@ -17,7 +17,7 @@ import signal
 from dataclasses import asdict
 
 import prepare_data
-from model import read_checkpoint
+from checkpoint import read_checkpoint
 
 
 class RunError(Exception):

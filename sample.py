@@ -19,8 +19,7 @@ import torch
 
 import hardware
 import text
-from huggingface import is_huggingface
-from model import CheckpointError, model_of, read_checkpoint, tokenizer_of
+from checkpoint import CheckpointError, is_elsewhere, model_of, read_checkpoint, tokenizer_of
 from resume import kept_checkpoint
 
 READ, NEW, PLAIN = "\033[30;43m", "\033[1;36m", "\033[0m"  # black on yellow: read; bold cyan: the token that reads
@@ -29,7 +28,7 @@ READ, NEW, PLAIN = "\033[30;43m", "\033[1;36m", "\033[0m"  # black on yellow: re
 def checkpoint_named(run):
     """The checkpoint that `run` means: the one a run's folder is known by; any other path is returned as it is. Raises CheckpointError."""
     path = kept_checkpoint(run)
-    if os.path.isdir(run) and not path and not is_huggingface(run):
+    if os.path.isdir(run) and not path and not is_elsewhere(run):
         raise CheckpointError(f"there is no best.pt or last.pt in {run}. Give a run's folder, such as out/stdlib")
     return path or run
 

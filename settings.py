@@ -21,7 +21,7 @@ class Config:
 
     # where a run starts, what it reads, where it ends up
     init_from: str = "scratch"  # 'scratch'; 'resume'; a run's folder; a config file, whose run is trained first if need be; OpenAI's 'gpt2',
-    # 'gpt2-medium', 'gpt2-large', 'gpt2-xl'; or a checkpoint: a .pt file, or a file or folder of transformers
+    # 'gpt2-medium', 'gpt2-large', 'gpt2-xl'; an OLMo such as 'allenai/OLMo-1B-hf'; or a checkpoint: a .pt file, or a file or folder of transformers
     target_from: str = ""  # of a gated run: the dense model whose loss is to be kept, written as init_from; '' is the one it starts from
     out_dir: str = ""  # folder of the run; '' is out/<name of the config file>, with -seed<N> behind it unless N is 1
     dataset: str = "addition"  # data/<dataset>, made by prepare_data.py
@@ -30,19 +30,28 @@ class Config:
     compile: str = "auto"  # torch.compile: 'on', 'off', or 'auto': on cuda; on a CPU with a C++ compiler, gated models with contexts of 64 and more
     attention_impl: str = "auto"  # of gated attention: 'plain', the formula; 'tiled', for CPUs; 'triton', for GPUs; 'auto' is the fastest that fits (gate.py)
     dtype: str = "float32"  # of matrix products: 'float32', 'bfloat16', or 'auto', bfloat16 where the hardware has it. Judged in float32 always
+    parallel: str = "ddp"  # how several processes share the work: 'ddp', each holds the whole model, or 'fsdp', each a part (sharding.py)
+    recompute_activations: bool = False  # make a block's activations again in the backward pass instead of keeping them: less memory, a third more time
     # the model; a run that starts from another run takes these from there
+    architecture: str = "gpt2"  # of a run from scratch: 'gpt2' (model.py), 'olmo' or 'olmo2' (olmo.py)
     n_layer: int = 4
     n_head: int = 1
+    n_kv_head: int = 0  # OLMo: heads of k and v, each for several of q; 0 is n_head
     n_embd: int = 64  # C, width of the residual stream
-    block_size: int = 11  # tokens of context
-    dropout: float = 0.0
-    bias: bool = True  # biases in Linear and LayerNorm layers
+    block_size: int = 11  # tokens of context; a child of an OLMo may have less than its parent
+    dropout: float = 0.0  # GPT-2 only
+    bias: bool = True  # biases in Linear and LayerNorm layers; GPT-2 only
     tied: bool = True  # input and output embedding are one matrix
+    # adapters (lora.py)
+    lora_rank: int = 0  # train adapters of this rank and freeze the model; 0 trains all weights
+    lora_alpha: float = 32.0  # adapters are scaled by lora_alpha / lora_rank
+    lora_targets: str = "q_proj,k_proj"  # matrices that get one, by the last part of their name; of a GPT-2 'c_attn', 'c_proj', 'c_fc'
+    base_dtype: str = "float32"  # in which frozen weights are kept: 'float32' or 'bfloat16', half the memory; then the dense model is judged in it, too
     # the gates, and the constraint that shuts them
     gated: bool = False  # False is an ordinary dense run; it ignores this block
     gate_bias: float = 3.0  # b in sigmoid(a + b); above 0 the edges start open
     gate_temperature: float = 1.0  # of the straight-through gradient
-    open_above: float = 0.0  # attention weight above which edges start open, by a shift of the key biases (handover.py); 0 is off, the paper's
+    open_above: float = 0.0  # attention weight above which edges start open, by a shift of the key biases, or of each head's gates (handover.py); 0 is off, the paper's
     distill_weight: float = 0.0  # of KL(dense || gated), nats, added to the loss that is trained on; the constraint and the judgement stay without
     linear_penalty_steps: int = 3000  # first steps, under the penalty that pulls at wide-open edges too (gate.py); 0 is the paper's
     noise_free_steps: int = 0  # last steps, in which gates are not drawn but thresholds, as when they are judged; gradients stay straight-through. 0 is the paper's
@@ -78,8 +87,8 @@ class Config:
 def limits():
     """{setting: (words, test)}: what a value must be beside its type."""
     at_least_1 = "n_layer n_head n_embd block_size constraint_interval batch_size max_steps eval_interval eval_batch_size"
-    positive = "gate_temperature density_weight constraint_scale lambda_rate lambda_init lambda_min lambda_max learning_rate"
-    not_negative = "loss_slack linear_penalty_steps noise_free_steps min_lr warmup_steps weight_decay grad_clip eval_batches constraint_margin distill_weight micro_batch_size"
+    positive = "lora_alpha gate_temperature density_weight constraint_scale lambda_rate lambda_init lambda_min lambda_max learning_rate"
+    not_negative = "n_kv_head lora_rank loss_slack linear_penalty_steps noise_free_steps min_lr warmup_steps weight_decay grad_clip eval_batches constraint_margin distill_weight micro_batch_size"
     fractions = "dropout lambda_average beta1 beta2 open_above"
     return {
         **{key: ("at least 1", lambda v: v >= 1) for key in at_least_1.split()},
@@ -90,17 +99,20 @@ def limits():
         "constraint_gates": ("'deterministic' or 'sampled'", lambda v: v in ("deterministic", "sampled")),
         "compile": ("'auto', 'on' or 'off'", lambda v: v in ("auto", "on", "off")),
         "attention_impl": ("'auto', 'plain', 'tiled' or 'triton'", lambda v: v in ("auto", "plain", "tiled", "triton")),
+        "parallel": ("'ddp' or 'fsdp'", lambda v: v in ("ddp", "fsdp")),
+        "architecture": ("'gpt2', 'olmo' or 'olmo2'", lambda v: v in ("gpt2", "olmo", "olmo2")),
+        "base_dtype": ("'float32' or 'bfloat16'", lambda v: v in ("float32", "bfloat16")),
         "dtype": ("'auto', 'float32' or 'bfloat16'", lambda v: v in ("auto", "float32", "bfloat16")),
         "device": ("'auto', 'cpu', 'mps', 'cuda' or 'cuda:N'", lambda v: re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", v) is not None),
         "seed": ("from 0 to a million", lambda v: 0 <= v <= 1_000_000),
     }
 
 
-SHAPE = ("n_layer", "n_head", "n_embd", "block_size", "dropout", "bias", "tied")  # what a run takes over from its parent
+SHAPE = ("architecture", "n_layer", "n_head", "n_kv_head", "n_embd", "block_size", "dropout", "bias", "tied")  # what a run takes over from its parent
 GATE = ("gated", "gate_bias", "gate_temperature")
 # model, start and target: what no run may change on its way
-FIXED = (*SHAPE, *GATE, "dataset", "target_from", "open_above", "lambda_init", "loss_slack", "constraint_margin", "eval_batches", "eval_batch_size")
-FREE = ("out_dir", "device", "compile", "attention_impl", "dtype", "micro_batch_size")  # what may differ when a run goes on
+FIXED = (*SHAPE, *GATE, "lora_rank", "lora_alpha", "lora_targets", "base_dtype", "dataset", "target_from", "open_above", "lambda_init", "loss_slack", "constraint_margin", "eval_batches", "eval_batch_size")
+FREE = ("out_dir", "device", "compile", "attention_impl", "dtype", "micro_batch_size", "parallel", "recompute_activations")  # what may differ when a run goes on
 SETTINGS = list(Config.__annotations__)
 GATED_ONLY = SETTINGS[SETTINGS.index("gate_bias"):SETTINGS.index("lambda_max") + 1]  # the block that a dense run ignores
 
@@ -122,6 +134,8 @@ def check_together(config):
         raise ConfigError(f"n_embd={config.n_embd} must be a multiple of n_head={config.n_head}: the heads share the width")
     if config.gated and config.init_from == "scratch":
         raise ConfigError("a gated run needs a dense model whose loss it is to keep: set init_from to the run folder or the config file of one")
+    if config.lora_rank and config.init_from == "scratch":
+        raise ConfigError("lora_rank adds adapters to a model that is there already: set init_from, or leave lora_rank away")
     if not config.lambda_min <= config.lambda_init <= config.lambda_max:
         raise ConfigError(f"lambda_init={config.lambda_init} must lie between lambda_min={config.lambda_min} and lambda_max={config.lambda_max}")
     micro = config.micro_batch_size or config.batch_size // hardware.world()

@@ -33,22 +33,27 @@ import sys
 import time
 from contextlib import nullcontext
 from dataclasses import asdict
+from functools import partial
 
 import torch
 import torch._inductor.config
+import torch.utils.checkpoint
 from torch.nn import functional as F
 from tqdm import tqdm
 
 import hardware
+import lora
 import prepare_data
+import sharding
 from batches import Batches
+from checkpoint import CheckpointError, checkpoint_of, is_elsewhere, model_of, new_model, read_checkpoint, require_tokenizer, save_checkpoint, shape_of, state_to_save
 from configure import ConfigError, parse_command_line
 from evaluate import evaluate_splits
 from gate import choose_impl
 from geco import GECO
-from handover import HandoverError, fold_shift
-from huggingface import PRETRAINED, is_huggingface
-from model import GPT, CheckpointError, GPTConfig, checkpoint_of, model_of, read_checkpoint, require_tokenizer, save_checkpoint
+from handover import fold_shift
+from huggingface import PRETRAINED
+from lora import LoRAError
 from resume import MetricsLog, RunError, StopRequest, claim_folder, kept_checkpoint
 from settings import FIXED, FREE, GATE, GATED_ONLY, SHAPE, Config, check_together, limits, make_config
 
@@ -56,7 +61,7 @@ from settings import FIXED, FREE, GATE, GATED_ONLY, SHAPE, Config, check_togethe
 def find_dense(source, config, what):
     """The checkpoint that `source` (a value of init_from or target_from) names. A config file's run is trained first if it is not finished."""
     folder = source
-    if is_huggingface(source) or os.path.isfile(source) and not source.endswith(".py"):
+    if is_elsewhere(source) or os.path.isfile(source) and not source.endswith(".py"):
         return source
     if source.endswith(".py"):
         run, given = make_config(source, {key: getattr(config, key) for key in ("seed", "device", "compile", "dtype")})
@@ -101,7 +106,7 @@ def train(config, given=frozenset()):
     """Train the run that config describes, from where its folder stands to the end. given: the settings that were set.
 
     Leaves config.json, metrics.jsonl, best.pt and last.pt in config.out_dir. Raises RunError, ConfigError, CheckpointError, HardwareError,
-    HandoverError or DataError with a message for people; SystemExit after Ctrl-C, the run saved.
+    LoRAError or DataError with a message for people; SystemExit after Ctrl-C, the run saved.
     """
     c = config
     takes_over = asdict(c) if c.init_from == "resume" else SHAPE
@@ -134,20 +139,37 @@ def train(config, given=frozenset()):
                        "the target is not that model's any more. Put the old file back, or start a new run with --out_dir=out/NEW")
     torch.manual_seed(c.seed)
     gate_settings = {key: getattr(c, key) for key in GATE}
+    sharded = c.parallel == "fsdp" and hardware.world() > 1
+
+    def prepare(model):
+        """What is done to the run's model while it is empty."""
+        if c.lora_rank:
+            if not lora.adapters_of(model):  # a new run's
+                lora.add(model, c.lora_rank, c.lora_alpha, c.lora_targets)
+            for parameter in model.parameters():
+                if not parameter.requires_grad:
+                    parameter.data = parameter.data.to(getattr(torch, c.base_dtype))
+        if c.recompute_activations:
+            for block in model.blocks:
+                block.forward = partial(torch.utils.checkpoint.checkpoint, block.forward, use_reentrant=False)
+        if sharded:
+            sharding.shard(model, device)
+        return model
+
     if checkpoint:
-        model = model_of(checkpoint, f"{c.out_dir}/last.pt", device)
+        model = model_of(checkpoint, f"{c.out_dir}/last.pt", device, prepare, merged=False)
         if checkpoint.get("data", belongs_to) != belongs_to:
             raise RunError(f"data/{c.dataset} is not the data that {c.out_dir} was begun with ({checkpoint['data']} there, {belongs_to} here): it cannot go on "
                            "exactly. Put the old data back, or start a new run with --out_dir=out/NEW")
     elif parent:
-        model = model_of(starts_from, parent, device, **gate_settings)
-        for key in SHAPE:
-            if key in given and getattr(c, key) != getattr(model.config, key):
-                raise RunError(f"{key}={getattr(c, key)!r}, but {parent} has {key}={getattr(model.config, key)!r}: "
-                               f"a run that starts from another keeps its shape. Leave {key} away")
-            setattr(c, key, getattr(model.config, key))
+        shorter = {"block_size": c.block_size} if "block_size" in given and "architecture" in starts_from["model_args"] else {}
+        model = model_of(starts_from, parent, device, prepare, **gate_settings, **shorter)
+        for key, value in shape_of(model.config).items():
+            if key in given and getattr(c, key) != value:
+                raise RunError(f"{key}={getattr(c, key)!r}, but {parent} has {key}={value!r}: a run that starts from another keeps its shape. Leave {key} away")
+            setattr(c, key, value)
     else:
-        model = GPT(GPTConfig(vocab_size=data.meta["vocab_size"], **{key: getattr(c, key) for key in SHAPE}, **gate_settings)).to(device)
+        model = prepare(new_model(c, data.meta["vocab_size"], gate_settings).to(device))
     if model.config.vocab_size < data.meta["vocab_size"]:
         raise RunError(f"the model knows {model.config.vocab_size} tokens, data/{c.dataset} has {data.meta['vocab_size']}: they do not belong together")
     if data.meta["kind"] == "rows" and model.config.block_size < data.train.shape[2]:
@@ -157,11 +179,13 @@ def train(config, given=frozenset()):
         impl = choose_impl(c.attention_impl, device.split(":")[0], model.config.block_size, model.config.n_embd // model.config.n_head) if c.gated else "dense"
     except ValueError as error:
         raise RunError(str(error)) from error
-    # the dense model, frozen: it sets the target, it is compared with on the same batch, it teaches
-    dense_model = model_of(compared_with, reference, device) if c.gated else None
-    if c.gated and dense_model.config.gated:
+    if compared_with.get("model_args", {}).get("gated"):
         raise RunError(f"{'target' if c.target_from else 'init'}_from={c.target_from or c.init_from} is a gated run. Start from a dense one: its loss is the target")
-
+    # the dense model, frozen: it sets the target, it is compared with on the same batch, it teaches
+    shares_weights = c.gated and c.lora_rank and reference == parent
+    dense_model = lora.Base(model) if shares_weights else model_of(compared_with, reference, device, lambda model: sharded and sharding.shard(model, device), **(
+        {"block_size": c.block_size} if "architecture" in compared_with["model_args"] else {})) if c.gated else None
+    base = {"lora": {"rank": c.lora_rank, "alpha": c.lora_alpha, "targets": c.lora_targets}, "base": parent, "base_step": checkpoint["base_step"] if checkpoint else starts_from.get("step")} if c.lora_rank else {}
     del starts_from, compared_with  # with optimizer states, which may be large
     context = data.train.shape[2] if data.meta["kind"] == "rows" else c.block_size
     autocast, dtype = hardware.precision(c.dtype, device)
@@ -169,9 +193,11 @@ def train(config, given=frozenset()):
         torch._inductor.config.fallback_random = True
     compiled = hardware.compiles(c.compile, device, pays_on_cpu=c.gated and context >= 64)  # it fuses the gates; dense models are no faster
     fast = torch.compile(model) if compiled else model
-    fast_dense = torch.compile(dense_model) if c.gated and hardware.compiles(c.compile, device, pays_on_cpu=False) else dense_model
-    matrices = [p for p in model.parameters() if p.dim() >= 2]
-    others = [p for p in model.parameters() if p.dim() < 2]
+    fast_dense = dense_model
+    if c.gated and hardware.compiles(c.compile, device, pays_on_cpu=False):
+        fast_dense = lora.Base(model, torch.compile(model)) if shares_weights else torch.compile(dense_model)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    matrices, others = [p for p in trained if p.dim() >= 2], [p for p in trained if p.dim() < 2]
     optimizer = torch.optim.AdamW([{"params": matrices, "weight_decay": c.weight_decay}, {"params": others, "weight_decay": 0.0}],
                                   lr=c.learning_rate, betas=(c.beta1, c.beta2), fused=device != "mps")
     batches = Batches(data, context, c.batch_size, micro_batches, c.seed, parent is not None, device)
@@ -180,7 +206,10 @@ def train(config, given=frozenset()):
     state = {"step": 0, "seconds": 0.0, "best": None, "dense": None, "target_loss": None, "dense_on_training": None, "batch_loss": None, "density": None, "constraint_loss": None}
     geco = GECO(0.0, c.constraint_scale, c.lambda_rate, c.lambda_average, c.lambda_init, c.lambda_min, c.lambda_max) if c.gated else None
     if checkpoint:
-        optimizer.load_state_dict(checkpoint["optimizer"])
+        if "shards" in checkpoint:
+            sharding.load(os.path.join(c.out_dir, checkpoint["shards"]), model, optimizer)
+        else:
+            sharding.load_optimizer(optimizer, checkpoint["optimizer"])
         for group, decay in zip(optimizer.param_groups, (c.weight_decay, 0.0)):  # which --init_from=resume may change
             group.update(weight_decay=decay, betas=(c.beta1, c.beta2))
         state = {key: checkpoint[key] for key in state}
@@ -196,9 +225,9 @@ def train(config, given=frozenset()):
                      f"on training batches {state['dense_on_training']:.4f}, the constraint's target {geco.target:.4f}")
         if c.open_above:
             x, _ = data.batch("train", batches.indices(0)[:max(1, 8192 // context)], context)  # some thousand queries are plenty
-            fold_shift(model, torch.from_numpy(x).to(device), c.open_above)
+            fold_shift(model, torch.from_numpy(x).to(device), c.open_above, fold=not c.lora_rank and not sharded)
     start = state["step"]
-    network = torch.nn.parallel.DistributedDataParallel(fast) if hardware.world() > 1 else fast
+    network = torch.nn.parallel.DistributedDataParallel(fast) if hardware.world() > 1 and not sharded else fast
     model.train()  # samples the gates, drops out; load_checkpoint and evaluate leave models in evaluation mode
 
     log = None
@@ -212,10 +241,18 @@ def train(config, given=frozenset()):
                  f"{micro_batches} micro-batch(es) of {c.batch_size // micro_batches} x {context} tokens, from step {start} to {c.max_steps}")
 
     def save(name, step):
+        at = {**state, "step": step, "seconds": state["seconds"] + time.time() - began}
+        parts = {"optimizer": None if sharded else optimizer.state_dict()}
+        if sharded and name == "last.pt":
+            parts |= {"model": None, "shards": f"shards-{step}"}
+            sharding.save(os.path.join(c.out_dir, parts["shards"]), model, optimizer)
+        elif sharded:
+            parts["model"] = sharding.whole_state(state_to_save(model))
         if hardware.rank() == 0:
-            save_checkpoint(os.path.join(c.out_dir, name), checkpoint_of(
-                model, optimizer=optimizer.state_dict(), geco=geco and geco.state_dict(), parent=parent, reference=reference, reference_step=reference_step, data=belongs_to, config=asdict(c),
-                **{**state, "step": step, "seconds": state["seconds"] + time.time() - began}))
+            save_checkpoint(os.path.join(c.out_dir, name), {**checkpoint_of(
+                model, geco=geco and geco.state_dict(), parent=parent, reference=reference, reference_step=reference_step, data=belongs_to, config=asdict(c), **base, **at), **parts})
+            if name == "last.pt":
+                sharding.remove_old(c.out_dir, keep=parts.get("shards"))
 
     advice = f"Start again with a smaller step, for instance --learning_rate={c.learning_rate / 3:.1g} --out_dir=out/NEW"
 
@@ -258,7 +295,10 @@ def train(config, given=frozenset()):
                 geco.update(measured)
             sums = [0.0, 0.0, 0.0]
             for i, (x, y) in enumerate(batches.at(step)):
-                with nullcontext() if i == len(batches.ours) - 1 or network is fast else network.no_sync(), autocast():
+                is_last = i == len(batches.ours) - 1  # only then are gradients averaged over the processes
+                if sharded:
+                    model.set_requires_gradient_sync(is_last)
+                with nullcontext() if is_last or network is fast else network.no_sync(), autocast():
                     logits, loss, density = network(x, y, linear_penalty=step < c.linear_penalty_steps, noise=None if noisy else 0.0)
                     fidelity = loss
                     if c.gated and c.distill_weight:
@@ -268,7 +308,7 @@ def train(config, given=frozenset()):
                     objective = geco.objective(fidelity, density, c.density_weight) if c.gated else loss
                     (objective / len(batches.ours)).backward()
                 sums = [before + now.item() for before, now in zip(sums, (loss, density, objective))]
-            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), c.grad_clip or math.inf).item()
+            norm = sharding.whole(torch.nn.utils.clip_grad_norm_(trained, c.grad_clip or math.inf)).item()
             *sums, stopping = hardware.total([*sums, stop.asked], device)  # so that all processes see the same and decide alike
             batch_loss, state["density"], objective = (number / micro_batches for number in sums)
             if not math.isfinite(objective + norm):
@@ -305,7 +345,7 @@ def main(arguments):
         writes = hardware.rank() == 0
     except torch.OutOfMemoryError as error:
         sys.exit(f"error: out of memory: {str(error).splitlines()[0]} Try a smaller --micro_batch_size (the result stays the same) or --eval_batch_size")
-    except (ConfigError, RunError, CheckpointError, HandoverError, hardware.HardwareError, prepare_data.DataError, OSError) as error:
+    except (ConfigError, RunError, CheckpointError, LoRAError, hardware.HardwareError, prepare_data.DataError, OSError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit("stopped. The same command goes on from the last checkpoint")

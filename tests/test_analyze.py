@@ -10,7 +10,7 @@ from PIL import Image
 import prepare_data
 from conftest import REPOSITORY
 from evaluate import evaluate
-from model import load_checkpoint
+from checkpoint import load_checkpoint
 from prepare_data import load
 from settings import make_config
 from train import train

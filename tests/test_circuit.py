@@ -13,7 +13,8 @@ import circuit
 import export
 import induction
 from circuit import Cut, Graph, Watch, attribute_components, attribute_edges, best_edges, dead_heads, effects, explained, metric_of, needed, patch_components, sizes
-from model import GPT, GPTConfig, checkpoint_of, save_checkpoint
+from checkpoint import checkpoint_of, save_checkpoint
+from model import GPT, GPTConfig
 from tasks import LOGIT, PROBABILITY, Pair, vocabulary
 from tasks import copy as copying
 

@@ -9,7 +9,8 @@ import torch
 import analyze
 import prepare_data
 from compare import ratio
-from model import GPT, GPTConfig, checkpoint_of, save_checkpoint
+from checkpoint import checkpoint_of, save_checkpoint
+from model import GPT, GPTConfig
 
 
 @pytest.fixture

@@ -9,7 +9,8 @@ import torch
 
 import export
 from conftest import REPOSITORY
-from model import GPT, CheckpointError, GPTConfig, checkpoint_of, load_checkpoint, read_checkpoint, save_checkpoint
+from checkpoint import CheckpointError, checkpoint_of, load_checkpoint, read_checkpoint, save_checkpoint
+from model import GPT, GPTConfig
 
 transformers = pytest.importorskip("transformers", reason="pip install -r tests/requirements.txt")
 

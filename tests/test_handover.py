@@ -5,8 +5,9 @@ import copy
 import pytest
 import torch
 
-from handover import HandoverError, fold_shift
+from handover import fold_shift
 from model import GPT, GPTConfig
+from olmo import OLMo, OLMoConfig
 
 
 @pytest.fixture
@@ -68,6 +69,22 @@ def test_edges_that_carry_weight_start_open_and_it_pays_to_fear_shutting_more_th
     assert plain_kept < 0.9 and plain_opened < opened
 
 
-def test_without_biases_there_is_nothing_to_fold_into():
-    with pytest.raises(HandoverError, match="--open_above=0"):
-        fold_shift(GPT(GPTConfig(block_size=8, vocab_size=5, n_layer=1, n_head=1, n_embd=8, bias=False)), torch.zeros(1, 8, dtype=torch.long), 0.1)
+@pytest.mark.parametrize("kind", ["GPT without biases", "OLMo", "GPT whose weights are not to be touched"])
+def test_where_nothing_can_be_folded_every_head_gets_a_number(kind, model):
+    if kind == "OLMo":
+        model = OLMo(OLMoConfig(generation=2, block_size=32, vocab_size=20, n_layer=2, n_head=4, n_kv_head=2, n_embd=32, n_hidden=64, gated=True)).eval()
+    elif kind == "GPT without biases":
+        model = GPT(GPTConfig(**vars(model.config) | {"bias": False})).eval()
+        for attention in model.attentions:
+            attention.c_attn.weight.data *= 10
+    before = copy.deepcopy(model)
+    fold_shift(model, torch.randint(0, 20, (64, 32)), open_above=0.05, fold="touched" not in kind)
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), before.state_dict().values()))
+    biases = torch.tensor(model.config.gate_bias)
+    assert biases.shape == (2, model.config.n_head) and biases.unique().numel() == biases.numel()
+    kept, opened = judge(model, torch.randint(0, 20, (8, 32)))
+    assert kept > 0.97 and opened < 0.995  # one number for all queries has to open more than a shift that follows them
+    again = type(model)(model.config)  # a checkpoint's model_args hold the list
+    again.load_state_dict(model.state_dict())
+    idx = torch.randint(0, 20, (8, 32))
+    assert torch.equal(again.eval()(idx)[0], model(idx)[0])

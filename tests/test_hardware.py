@@ -15,7 +15,7 @@ import hardware
 import prepare_data
 from conftest import REPOSITORY
 from hardware import HardwareError
-from model import read_checkpoint
+from checkpoint import read_checkpoint
 
 SETTINGS = ["--dataset=count", "--n_layer=2", "--n_head=2", "--n_embd=16", "--block_size=8", "--batch_size=16", "--learning_rate=3e-3", "--eval_interval=1",
             "--eval_batch_size=7", "--eval_batches=5", "--warmup_steps=2", "--max_steps=20", "--dropout=0.1", "--device=cpu"]

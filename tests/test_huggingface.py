@@ -7,7 +7,8 @@ import pytest
 import torch
 
 import huggingface
-from model import GPT, CheckpointError, GPTConfig, checkpoint_of, load_checkpoint, read_checkpoint, require_tokenizer, save_checkpoint, tokenizer_of
+from checkpoint import CheckpointError, checkpoint_of, load_checkpoint, read_checkpoint, require_tokenizer, save_checkpoint, tokenizer_of
+from model import GPT, GPTConfig
 
 transformers = pytest.importorskip("transformers", reason="pip install -r tests/requirements.txt")
 TINY = {"n_layer": 2, "n_head": 2, "n_embd": 32, "n_positions": 16, "vocab_size": 50}

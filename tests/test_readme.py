@@ -60,11 +60,12 @@ def test_our_files_import_each_other_in_one_direction_only():
     for name in ours:
         with open(os.path.join(REPOSITORY, name + ".py"), encoding="utf-8") as f:
             imports[name] = set(re.findall(r"^(?:from|import) (\w+)", f.read(), re.M)) & ours
-    for basic in ("noise", "tasks", "induction", "geco", "handover", "hardware", "text", "download", "configure", "figures"):
+    for basic in ("noise", "tasks", "induction", "geco", "handover", "lora", "hardware", "text", "download", "configure", "figures"):
         assert imports[basic] == set()
     assert imports["prepare_data"] == {"text", "download"} and imports["huggingface"] == {"download"} and imports["evaluate"] == imports["batches"] == {"hardware"}
     assert imports["gate"] == imports["gate_tiled"] == imports["gate_triton"] == {"noise"} and imports["gate_op"] == {"gate_tiled"}
     assert imports["circuit"] == {"tasks"}
     assert imports["settings"] == {"hardware", "configure"}
-    assert imports["model"] == {"gate", "huggingface"} and imports["resume"] == {"model", "prepare_data"}
+    assert imports["model"] == {"gate"} and imports["olmo"] == {"gate", "huggingface"} and imports["sharding"] == {"hardware"}
+    assert imports["checkpoint"] == {"model", "olmo", "lora", "huggingface", "hardware"} and imports["resume"] == {"checkpoint", "prepare_data"}
     assert not any({"train", "analyze"} & found for found in imports.values())

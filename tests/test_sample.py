@@ -10,7 +10,8 @@ import torch
 import sample
 import text
 from conftest import REPOSITORY
-from model import GPT, GPTConfig, checkpoint_of, save_checkpoint
+from checkpoint import checkpoint_of, save_checkpoint
+from model import GPT, GPTConfig
 
 BYTES = {"dataset": "stdlib", "tokenizer": "bytes", "sha256": {}}
 

@@ -14,7 +14,7 @@ import torch
 import prepare_data
 import train as train_file
 from conftest import REPOSITORY
-from model import CheckpointError, load_checkpoint, read_checkpoint, save_checkpoint
+from checkpoint import CheckpointError, load_checkpoint, read_checkpoint, save_checkpoint
 from resume import RunError, StopRequest
 from settings import Config, make_config
 from train import get_lr, meets_target, train

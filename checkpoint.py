@@ -1,0 +1,186 @@
+"""Checkpoints: a model on disk, in and out, whatever its architecture and whoever wrote it.
+
+    {'model': state dict, 'model_args': the config as a dict, ...}            nanoGPT's layout, which is ours, with more beside it
+
+Reads our checkpoints, nanoGPT's and those of the paper's authors; OpenAI's GPT-2 by name and what transformers wrote (huggingface.py); OLMo by name
+or folder (olmo.py); LoRA adapters, with the base that they name (lora.py).
+
+Notable:
+- A file is written under a temporary name, flushed, then renamed: whatever happens, the path holds the old one or the new one, whole.
+- `torch.load(weights_only=True)`: a checkpoint is data, not a program.
+- A model is built on torch's meta device, without memory, and filled tensor by tensor: the peak is the model and one tensor.
+- nanoGPT can load our 'model', but its own GPTConfig does not know our further model_args.
+"""
+
+import os
+from dataclasses import asdict, fields
+
+import torch
+
+import hardware
+import huggingface
+import lora
+import olmo
+from model import GPT, GPTConfig
+
+
+class CheckpointError(Exception):
+    """A checkpoint that cannot be read or does not fit. The message says what is wrong and what to do."""
+
+
+def save_checkpoint(path, checkpoint):
+    """Write a dict of tensors and plain values to path, whole or not at all.
+
+    Written to a temporary name first, flushed to the disk, then renamed: whatever happens, the path holds either the old
+    file or the new one. Raises CheckpointError, the old file untouched, if the disk is full or the folder not writable.
+    """
+    temporary = path + ".tmp"
+    try:
+        with open(temporary, "wb") as f:
+            torch.save(checkpoint, f)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+        if os.path.exists(temporary):
+            os.remove(temporary)
+        raise CheckpointError(f"cannot write {path}: {error}. What it held before is untouched. "
+                              "Free some space, or choose another place") from error
+
+
+def is_elsewhere(source):
+    """Is `source` a model's name on Hugging Face, or a folder or file that transformers wrote?"""
+    return olmo.is_olmo(source) or huggingface.is_huggingface(source)
+
+
+def read_checkpoint(path, device="cpu"):
+    """The dict {'model', 'model_args', ...} of a checkpoint: ours, nanoGPT's, or Hugging Face's in that layout (see huggingface.py).
+
+    Raises CheckpointError if it is missing, truncated or not a checkpoint of a GPT.
+    """
+    try:
+        if olmo.is_olmo(path):
+            return olmo.read(path)
+        if huggingface.is_huggingface(path):
+            return huggingface.read(path)
+    except huggingface.HuggingFaceError as error:
+        raise CheckpointError(str(error)) from error
+    if not os.path.exists(path):
+        raise CheckpointError(f"there is no checkpoint {path}. Train one first, for instance: python train.py config/addition.py")
+    try:
+        checkpoint = torch.load(path, map_location=device, weights_only=True)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+    except Exception as error:  # zip and pickle errors of many types: all mean that the file is not what it should be
+        raise CheckpointError(f"{path} cannot be read ({type(error).__name__}): it is truncated or not a checkpoint at all. "
+                              "If it is a run's, move its folder away and start the run again") from error
+    missing = {"model", "model_args"} - set(checkpoint if isinstance(checkpoint, dict) else ())
+    if missing:
+        raise CheckpointError(f"{path} is no checkpoint of this project or of nanoGPT: it has no {' and no '.join(sorted(missing))}")
+    return checkpoint
+
+
+@torch.no_grad()
+def load_weights(model, state, path="the checkpoint", names=None):
+    """Put a state dict, or any mapping from names to tensors, into model, one tensor at a time.
+
+    names: what it must hold, no less and no more; everything but LoRA adapters if left out. Raises CheckpointError naming every missing, extra or wrongly shaped tensor.
+    """
+    stored = {name.removeprefix("_orig_mod.").removeprefix("module."): name for name in state  # what torch.compile and DDP put in front
+              if not name.endswith(".attn.bias")}  # the causal mask of old nanoGPT checkpoints
+    own = model.state_dict()
+    names = [name for name in own if name not in lora.state_of(model)] if names is None else names
+    wrong = [f"{n} is missing" for n in names if n not in stored] + [f"{n} is extra" for n in stored if n not in names]
+    for name in (name for name in names if name in stored):
+        tensor = state[stored[name]]  # read from the disk here, if the mapping does
+        if tensor.shape == own[name].shape:
+            hardware.copy_into(own[name], tensor)
+        else:
+            wrong.append(f"{name} is {tuple(tensor.shape)}, the model's is {tuple(own[name].shape)}")
+    if wrong:
+        shown = "; ".join(wrong[:5]) + (f"; and {len(wrong) - 5} more" if len(wrong) > 5 else "")
+        raise CheckpointError(f"{path} does not fit the model: {shown}")
+
+
+def classes_of(args):
+    """(model class, config class) for model_args."""
+    return (olmo.OLMo, olmo.OLMoConfig) if args.get("architecture") == "olmo" else (GPT, GPTConfig)
+
+
+def model_of(checkpoint, path, device="cpu", prepare=lambda model: model, merged=True, **overrides):
+    """The model in a checkpoint's dict, in evaluation mode. overrides change its config, e.g. gated=False to run it dense.
+
+    path     is named in errors
+    prepare  called with the empty model (on the meta device) before it takes up memory: may change its dtype, add adapters, cut it into parts
+    merged   of a checkpoint that holds LoRA adapters and the name of their base: merged into the weights, else beside them (lora.py)
+    Raises CheckpointError if the architecture is unknown or the weights do not fit it.
+    """
+    if "lora" in checkpoint:
+        base = read_checkpoint(checkpoint["base"])
+        if base.get("step") != checkpoint["base_step"]:
+            raise CheckpointError(f"{path} holds adapters for {checkpoint['base']} at step {checkpoint['base_step']}, and that is at step {base.get('step')} now. Put the old file back")
+        model = model_of(base, checkpoint["base"], device, lambda model: prepare(lora.add(model, **checkpoint["lora"])), **{**checkpoint["model_args"], **overrides})
+        if checkpoint["model"] is not None:
+            load_weights(model, checkpoint["model"], path, names=lora.state_of(model))
+        return lora.merge(model) if merged else model
+    args = {**checkpoint["model_args"], **overrides}
+    model_class, config_class = classes_of(args)
+    unknown = sorted(set(args) - {f.name for f in fields(config_class)})
+    if unknown:
+        raise CheckpointError(f"{path} holds another architecture: its model_args have {', '.join(unknown)}, which {config_class.__name__} does not know")
+    if "gated" not in checkpoint["model_args"] and model_class is GPT:
+        args.setdefault("gelu", "none")  # a checkpoint of nanoGPT
+    with torch.device("meta"):  # no memory yet: what comes below is the only copy
+        model = model_class(config_class(**args))
+    prepare(model)
+    model.to_empty(device=device).tie()
+    for layer in lora.adapters_of(model).values():
+        for name, tensor in layer.initial().items():
+            hardware.copy_into(getattr(layer, name).data, tensor)
+    if checkpoint["model"] is not None:  # None: it is in parts, for sharding.load
+        load_weights(model, checkpoint["model"], path)
+    return model.eval()
+
+
+def load_checkpoint(path, device="cpu", **overrides):
+    """The model saved at path: `read_checkpoint`, then `model_of`."""
+    return model_of(read_checkpoint(path, device), path, device, **overrides)
+
+
+def tokenizer_of(checkpoint):
+    """Name of the tokenizer that a checkpoint's model was trained with ('bytes', 'gpt2', ...), or None if nobody wrote it down."""
+    if "data" in checkpoint:
+        return checkpoint["data"]["tokenizer"]
+    return "gpt2" if checkpoint["model_args"].get("vocab_size") in (50257, 50304) else None  # 50304: padded to a multiple of 64, as nanoGPT does
+
+
+def state_to_save(model):
+    """The tensors that a checkpoint of `model` holds: all, or of a model with LoRA adapters these alone."""
+    return lora.state_of(model) or model.state_dict()
+
+
+def checkpoint_of(model, **more):
+    """The dict to save for a model; `more` is stored beside it (step, optimizer, ...); for a model with LoRA adapters it must say `lora`, `base` and `base_step`."""
+    return {"model": state_to_save(model), "model_args": asdict(model.config), **more}
+
+
+def require_tokenizer(checkpoint, path, tokenizer):
+    """Raise CheckpointError if the model in a checkpoint is known to have been trained with another tokenizer than the one of that name."""
+    trained_with = tokenizer_of(checkpoint)
+    if trained_with not in (None, tokenizer):
+        raise CheckpointError(f"{path} was trained on tokens of {trained_with!r}, the data has those of {tokenizer!r}: the same numbers mean other words. "
+                              "Choose a dataset that belongs to it (prepare_data.py takes --tokenizer), or start from another model")
+
+
+def new_model(c, vocab_size, gate_settings):
+    """A model of the shape that the settings c describe, with random weights. gate_settings: {'gated', 'gate_bias', 'gate_temperature'}."""
+    same = {key: getattr(c, key) for key in ("n_layer", "n_head", "n_embd", "block_size", "tied")} | gate_settings
+    if c.architecture == "gpt2":
+        return GPT(GPTConfig(vocab_size=vocab_size, dropout=c.dropout, bias=c.bias, **same))
+    return olmo.OLMo(olmo.OLMoConfig(vocab_size=vocab_size, generation=2 if c.architecture == "olmo2" else 1, n_kv_head=c.n_kv_head or c.n_head, n_hidden=4 * c.n_embd, **same))
+
+
+def shape_of(config):
+    """The shape of a model that is there already, in the words of settings.SHAPE."""
+    architecture = "gpt2" if isinstance(config, GPTConfig) else "olmo2" if config.generation == 2 else "olmo"
+    return {key: getattr(config, key) for key in ("n_layer", "n_head", "n_kv_head", "n_embd", "block_size", "dropout", "bias", "tied") if hasattr(config, key)} | {"architecture": architecture}

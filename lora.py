@@ -1,0 +1,134 @@
+"""LoRA: train a low-rank change of some matrices instead of the matrices.
+
+    y = W x + (alpha / r) B A x            W (out, in) frozen; A (r, in) random, B (out, r) zero at first, so that training starts from the model as it is
+
+For OLMo the paper trains such adapters: r (in + out) numbers per matrix instead of in * out, so optimizer, gradients and checkpoint are small, and the
+dense teacher needs no memory of its own, because it is the same model with the adapters switched off (`Base`).
+
+Which matrices? The gate is a function of q and k alone, so their projections are what moves edges; with v, o and the MLP the model can also make up for
+what it does not read any more. `lora_targets` says which.
+
+Notable:
+- A frozen matrix keeps its name in the model; its adapter stands beside it: `...q_proj.weight`, `...q_proj.lora_a`, `...q_proj.lora_b`.
+- `merge` adds B A to W: then the model is an ordinary one again, and the outputs are the same up to rounding.
+Source: Hu et al. 2021; A's initialisation is that of the authors' loralib. This file imports no other file of ours.
+"""
+
+import contextlib
+import math
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+
+class LoRAError(Exception):
+    """Adapters that do not fit the model. The message says what to type instead."""
+
+
+class LoRALinear(nn.Module):
+    """A Linear layer, frozen, with an adapter beside it. `on` = False leaves the adapter out."""
+
+    def __init__(self, linear, rank, alpha):
+        super().__init__()
+        self.weight, self.bias = linear.weight.requires_grad_(False), linear.bias
+        where = {"device": linear.weight.device, "dtype": torch.float32}  # adapters learn in small steps, which bfloat16 would round away
+        self.lora_a = nn.Parameter(torch.empty(rank, linear.in_features, **where))
+        self.lora_b = nn.Parameter(torch.empty(linear.out_features, rank, **where))
+        self.scale, self.on = alpha / rank, True
+
+    def forward(self, x):
+        y = F.linear(x, self.weight, self.bias)
+        if self.on:
+            y = y + self.scale * F.linear(F.linear(x, self.lora_a.to(x.dtype)), self.lora_b.to(x.dtype))
+        return y
+
+    def initial(self):
+        """{name: tensor} of an adapter that changes nothing yet, on the CPU: the same on every device and however the model is cut."""
+        a = torch.empty(self.lora_a.shape, device="cpu")
+        return {"lora_a": nn.init.kaiming_uniform_(a, a=math.sqrt(5)), "lora_b": torch.zeros(self.lora_b.shape, device="cpu")}
+
+    def change(self):
+        """(alpha / r) B A, (out, in): what the adapter adds to the weight."""
+        return self.scale * self.lora_b @ self.lora_a
+
+
+def add(model, rank, alpha, targets):
+    """Freeze model and put an adapter beside every Linear layer whose name ends in one of targets ('q_proj,k_proj'). Returns model, changed in place.
+
+    The adapters hold nothing yet: `LoRALinear.initial` says what. Raises LoRAError, naming the layers there are, if a target is the name of none.
+    """
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    wanted = [target.strip() for target in targets.split(",")]
+    last = {name.rpartition(".")[2] for name in layers}
+    if unknown := [target for target in wanted if target not in last]:
+        raise LoRAError(f"lora_targets: the model has no Linear layer {unknown[0]!r}. It has {', '.join(sorted(last - {'lm_head'}))}")
+    model.requires_grad_(False)
+    for name, layer in layers.items():
+        place, _, last = name.rpartition(".")
+        if last in wanted:
+            setattr(model.get_submodule(place), last, LoRALinear(layer, rank, alpha))
+    return model
+
+
+def adapters_of(model):
+    """{name: LoRALinear} of a model; empty if it has none."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
+
+
+def state_of(model):
+    """The state dict of the adapters alone: what `LoRALinear` has beside the frozen model."""
+    return {name: tensor for name, tensor in model.state_dict().items() if name.rpartition(".")[2] in ("lora_a", "lora_b")}
+
+
+@torch.no_grad()
+def merge(model):
+    """Add every adapter to its matrix and remove it: an ordinary model that computes the same. Returns model, changed in place."""
+    for name, layer in adapters_of(model).items():
+        linear = nn.Linear(layer.weight.shape[1], layer.weight.shape[0], bias=False, device="meta")
+        linear.weight, linear.bias = layer.weight, layer.bias
+        linear.weight += layer.change().to(layer.weight.dtype)
+        place, _, last = name.rpartition(".")
+        setattr(model.get_submodule(place), last, linear)
+    return model.requires_grad_(True)
+
+
+@contextlib.contextmanager
+def switched_off(model):
+    """`with switched_off(model):` it computes what it did before it got adapters and gates, deterministically."""
+    layers, was = adapters_of(model).values(), (model.config.gated, model.training)
+    for layer in layers:
+        layer.on = False
+    model.config.gated = False
+    model.eval()
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.on = True
+        model.config.gated = was[0]
+        model.train(was[1])
+
+
+class Base:
+    """The dense model that `model` was before, sharing its weights: callable, and evaluated, like a model of its own.
+
+    run: who computes, for instance torch.compile(model).
+    """
+
+    def __init__(self, model, run=None):
+        self.model, self.run, self.training = model, run or model, False
+        self.config = type(model.config)(**{**vars(model.config), "gated": False})
+
+    def __call__(self, *args, **kwargs):
+        with switched_off(self.model):
+            return self.run(*args, **kwargs)
+
+    def parameters(self):
+        return self.model.parameters()
+
+    def train(self, mode=True):
+        """It has one mode only: as it is evaluated."""
+        return self
+
+    eval = train

@@ -1,0 +1,98 @@
+"""A model that no GPU can hold alone: every process keeps a share of each tensor (FSDP2), and a run's checkpoint is written in shares, too.
+
+    parallel = 'ddp'     every process holds the whole model, gradients and optimizer; gradients are averaged            hardware.py
+    parallel = 'fsdp'    parameters, gradients and optimizer are cut into as many parts as there are processes; a block is put together
+                         just before it computes, on all processes at once, and let go afterwards                        this file
+
+Both compute the same (tests/test_sharding.py). PyTorch's `fully_shard` does the work; parameters are then DTensors, tensors that know that they are parts.
+
+Notable:
+- last.pt of a sharded run is small: step, lambda, random state, and the name of a folder shards-<step> that torch.distributed.checkpoint writes, every
+  process its part. The folder is written first and last.pt names it afterwards, so last.pt always names one that is whole.
+- Such a folder knows names, not processes: what two wrote, one can read (`load`), sharded or not.
+- best.pt is gathered and written whole, for analyze.py and everybody else to read.
+- No mixed-precision policy: parameters travel in the precision in which they are kept, autocast does the rest, and the model is judged in it.
+Sources: Zhao et al. 2023 (FSDP), the documentation of torch.distributed.fsdp.fully_shard.
+"""
+
+import glob
+import os
+import shutil
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_optimizer_state_dict, set_model_state_dict, set_optimizer_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+
+import hardware
+
+
+def shard(model, device):
+    """Cut model (a GPT or OLMo, in place) into parts, block by block. All processes call it; with one alone there is nothing to cut."""
+    if not dist.is_initialized():
+        return
+    mesh = init_device_mesh(device.split(":")[0], (hardware.world(),))
+    for block in model.blocks:
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)  # what is left: embeddings, the last norm
+
+
+def whole(tensor):
+    """The whole tensor, which all processes must ask for together, if it is cut; else itself."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def whole_state(state):
+    """A state dict of whole tensors on the CPU: process 0 gets it, the others an empty one. One tensor at a time is put together."""
+    gathered = {}
+    for name, tensor in state.items():
+        tensor = whole(tensor)
+        if hardware.rank() == 0:
+            gathered[name] = tensor.cpu()
+    return gathered
+
+
+TRAINED = StateDictOptions(ignore_frozen_params=True)  # of a model with LoRA adapters these alone
+
+
+def save(folder, model, optimizer):
+    """Write what is trained of model, and optimizer, into folder, every process its part; whole once all have returned."""
+    state = {"model": get_model_state_dict(model, options=TRAINED)}
+    if optimizer.state:  # else it has not made a step, and asking would make PyTorch pretend one, which Adam counts
+        state["optimizer"] = get_optimizer_state_dict(model, optimizer, options=TRAINED)
+    dcp.save(state, checkpoint_id=folder)
+
+
+def load(folder, model, optimizer):
+    """Read it back, by as many processes as there are now. Raises OSError if the folder is not there or not whole."""
+    if not os.path.exists(os.path.join(folder, ".metadata")):
+        raise OSError(f"{folder} is missing or not whole: last.pt beside it cannot go on without it")
+    state = {"model": get_model_state_dict(model, options=TRAINED)}
+    has_moments = any(name.startswith("optimizer.") for name in dcp.FileSystemReader(folder).read_metadata().state_dict_metadata)
+    if has_moments:
+        state["optimizer"] = get_optimizer_state_dict(model, optimizer, options=TRAINED)
+    dcp.load(state, checkpoint_id=folder)
+    set_model_state_dict(model, state["model"], options=StateDictOptions(strict=False))
+    if has_moments:
+        set_optimizer_state_dict(model, optimizer, state["optimizer"])
+
+
+def load_optimizer(optimizer, saved):
+    """Put an optimizer's state dict of whole tensors into one whose parameters may be cut."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for index, moments in saved["state"].items():
+        for name, tensor in moments.items():
+            if isinstance(parameters[index], DTensor) and tensor.shape == parameters[index].shape:
+                moments[name] = torch.zeros_like(parameters[index])
+                hardware.copy_into(moments[name], tensor)
+    optimizer.load_state_dict(saved)
+
+
+def remove_old(out_dir, keep=None):
+    """Delete the folders shards-<step> that last.pt does not name any more."""
+    for folder in glob.glob(os.path.join(glob.escape(out_dir), "shards-*")):
+        if os.path.basename(folder) != keep:
+            shutil.rmtree(folder)

@@ -1,0 +1,75 @@
+"""Checkpoints: round trips, none half written, none run as a program, and what does not fit is named."""
+
+import errno
+
+import pytest
+import torch
+
+import checkpoint
+from checkpoint import CheckpointError, checkpoint_of, load_checkpoint, load_weights, read_checkpoint, save_checkpoint
+from model import GPT, GPTConfig
+
+
+def tiny(**changes):
+    return GPT(GPTConfig(**{"block_size": 8, "vocab_size": 11, "n_layer": 2, "n_head": 2, "n_embd": 16} | changes))
+
+
+def test_checkpoint_round_trip(workplace):
+    m = tiny(gated=True, gate_bias=1.5)
+    save_checkpoint("c.pt", checkpoint_of(m, step=7))
+    again = load_checkpoint("c.pt")
+    assert again.config == m.config and not again.training and read_checkpoint("c.pt")["step"] == 7
+    assert all(torch.equal(a, b) for a, b in zip(m.state_dict().values(), again.state_dict().values()))
+    assert not load_checkpoint("c.pt", gated=False).config.gated
+
+
+def test_nanogpts_compiled_names_load():
+    m = tiny()
+    load_weights(tiny(), {f"_orig_mod.{name}": t for name, t in m.state_dict().items()})
+
+
+def test_bad_checkpoints_are_named(workplace):
+    with pytest.raises(CheckpointError, match="no checkpoint gone.pt"):
+        read_checkpoint("gone.pt")
+    save_checkpoint("c.pt", checkpoint_of(tiny()))
+    content = (workplace / "c.pt").read_bytes()
+    (workplace / "cut.pt").write_bytes(content[:len(content) // 2])
+    with pytest.raises(CheckpointError, match="cut.pt cannot be read"):
+        read_checkpoint("cut.pt")
+    torch.save({"weights": 1}, "other.pt")
+    with pytest.raises(CheckpointError, match="no model and no model_args"):
+        read_checkpoint("other.pt")
+    state = tiny().state_dict()
+    state["extra"] = state.pop("transformer.ln_f.bias")
+    state["lm_head.weight"] = torch.zeros(3, 3)
+    with pytest.raises(CheckpointError, match=r"ln_f.bias is missing; extra is extra; lm_head.weight is \(3, 3\), the model's is \(11, 16\)"):
+        load_weights(tiny(), state)
+    save_checkpoint("new.pt", {"model": {}, "model_args": {"n_expert": 8}})
+    with pytest.raises(CheckpointError, match="n_expert"):
+        load_checkpoint("new.pt")
+
+
+def test_a_checkpoint_that_would_run_code_is_not_run(workplace):
+    class Harm:
+        def __reduce__(self):
+            return (open, ("harmed", "w"))
+
+    torch.save({"model": Harm(), "model_args": {}}, "harm.pt")
+    with pytest.raises(CheckpointError):
+        read_checkpoint("harm.pt")
+    assert not (workplace / "harmed").exists()
+
+
+def test_a_full_disk_leaves_the_old_checkpoint(workplace, monkeypatch):
+    save_checkpoint("c.pt", checkpoint_of(tiny(), step=1))
+
+    def half_written(content, f):
+        f.write(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(checkpoint.torch, "save", half_written)
+    with pytest.raises(CheckpointError, match="No space left on device.*untouched"):
+        save_checkpoint("c.pt", checkpoint_of(tiny(), step=2))
+    monkeypatch.undo()
+    assert read_checkpoint(str(workplace / "c.pt"))["step"] == 1
+    assert [f.name for f in workplace.iterdir()] == ["c.pt"]

@@ -1,0 +1,101 @@
+"""LoRA: adapters change nothing at first, merge exactly, can be switched off, and are all that is saved."""
+
+import os
+
+import pytest
+import torch
+
+import lora
+from checkpoint import CheckpointError, checkpoint_of, load_checkpoint, model_of, read_checkpoint, save_checkpoint
+from lora import LoRAError
+from model import GPT, GPTConfig
+from olmo import OLMo, OLMoConfig
+
+MODELS = [(GPT(GPTConfig(block_size=16, vocab_size=11, n_layer=2, n_head=2, n_embd=16)), "c_attn,c_fc"),
+          (OLMo(OLMoConfig(generation=2, block_size=16, vocab_size=11, n_layer=2, n_head=4, n_kv_head=2, n_embd=32, n_hidden=48)), "q_proj,k_proj,v_proj")]
+IDX = torch.randint(0, 11, (2, 16), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(params=MODELS, ids=["gpt2", "olmo"])
+def run(request, workplace):
+    """A base on disk, and the model with adapters that training would start from, gates on."""
+    base, targets = request.param
+    save_checkpoint("base.pt", checkpoint_of(base, step=7))
+    settings = {"rank": 3, "alpha": 6.0, "targets": targets}
+    model = model_of(read_checkpoint("base.pt"), "base.pt", prepare=lambda model: lora.add(model, **settings), gated=True, gate_bias=0.1)
+    return base.eval(), model, {"lora": settings, "base": "base.pt", "base_step": 7}
+
+
+def moved(model):
+    """As after some training."""
+    torch.manual_seed(1)
+    for layer in lora.adapters_of(model).values():
+        torch.nn.init.normal_(layer.lora_b, std=0.3)
+    return model
+
+
+def test_adapters_start_as_nothing_and_train_alone(run):
+    base, model, _ = run
+    dense = type(base.config)(**{**vars(base.config), "gated": True, "gate_bias": 0.1})
+    base.config.__dict__.update(vars(dense))
+    assert torch.equal(model(IDX)[0], base(IDX)[0])
+    base.config.gated = False
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert trained == set(lora.state_of(model)) and len(trained) == 2 * len(lora.adapters_of(model))
+    _, loss, density = model.train()(IDX, IDX)
+    (loss + density).backward()
+    for layer in lora.adapters_of(model).values():
+        assert layer.weight.grad is None and layer.lora_b.grad.abs().sum() > 0 and layer.scale == 2.0
+
+
+def test_merged_is_unmerged(run):
+    _, model, _ = run
+    moved(model)
+    before, weight = model(IDX)[0], {name: layer.weight + 2 * layer.lora_b @ layer.lora_a for name, layer in lora.adapters_of(model).items()}
+    names = set(lora.merge(model).state_dict())
+    assert not lora.adapters_of(model) and not any("lora" in name for name in names)
+    assert (model(IDX)[0] - before).abs().max() < 1e-5
+    assert all(torch.equal(model.state_dict()[f"{name}.weight"], value) for name, value in weight.items())
+
+
+def test_switched_off_it_is_the_dense_base_and_leaves_no_trace(run):
+    base, model, _ = run
+    moved(model).train()
+    teacher = lora.Base(model)
+    assert not teacher.config.gated and next(teacher.parameters()) is next(model.parameters())
+    assert torch.equal(teacher(IDX)[0], base(IDX)[0]) and teacher.eval() is teacher and not teacher.training
+    assert model.config.gated and model.training and all(layer.on for layer in lora.adapters_of(model).values())
+    assert not torch.equal(model.eval()(IDX)[0], base(IDX)[0])
+
+
+def test_only_the_adapters_are_saved_and_they_know_their_base(run, workplace):
+    base, model, about = run
+    moved(model)
+    save_checkpoint("adapters.pt", checkpoint_of(model, **about))
+    assert os.path.getsize("adapters.pt") < 0.6 * os.path.getsize("base.pt") and set(read_checkpoint("adapters.pt")["model"]) == set(lora.state_of(model))
+    merged, beside = load_checkpoint("adapters.pt"), model_of(read_checkpoint("adapters.pt"), "adapters.pt", merged=False)
+    assert not lora.adapters_of(merged) and lora.adapters_of(beside) and merged.config.gated
+    for again in (merged, beside):
+        assert (again(IDX)[0] - model(IDX)[0]).abs().max() < 1e-5
+    save_checkpoint("base.pt", checkpoint_of(base, step=8))
+    with pytest.raises(CheckpointError, match="adapters for base.pt at step 7, and that is at step 8 now"):
+        load_checkpoint("adapters.pt")
+    os.remove("base.pt")
+    with pytest.raises(CheckpointError, match="no checkpoint base.pt"):
+        load_checkpoint("adapters.pt")
+
+
+def test_frozen_weights_in_half_precision_keep_adapters_in_full():
+    model = OLMo(OLMoConfig(generation=1, block_size=16, vocab_size=11, n_layer=1, n_head=2, n_kv_head=2, n_embd=32, n_hidden=48)).bfloat16()
+    lora.add(model, 2, 4.0, "q_proj")
+    layer = next(iter(lora.adapters_of(model).values()))
+    assert layer.lora_a.dtype == torch.float32 and layer.weight.dtype == torch.bfloat16
+    for name, tensor in layer.initial().items():
+        getattr(layer, name).data = tensor
+    model(IDX, IDX)[1].backward()
+    assert layer.lora_b.grad.dtype == torch.float32
+
+
+def test_a_matrix_that_is_not_there_is_named():
+    with pytest.raises(LoRAError, match="no Linear layer 'q_proj'. It has c_attn, c_fc, c_proj"):
+        lora.add(GPT(MODELS[0][0].config), 2, 4.0, "c_attn, q_proj")

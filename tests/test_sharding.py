@@ -1,0 +1,76 @@
+"""FSDP2: two processes that hold half a model each do what one does, and leave checkpoints that any number can go on from."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from checkpoint import load_checkpoint, read_checkpoint
+from conftest import REPOSITORY
+from test_hardware import count_dataset, launch, metrics
+
+SHAPE = ["--architecture=olmo2", "--n_layer=2", "--n_head=4", "--n_kv_head=2", "--n_embd=32", "--block_size=8"]
+RUN = ["--dataset=count", "--batch_size=16", "--micro_batch_size=4", "--learning_rate=3e-3", "--eval_interval=1", "--eval_batch_size=7", "--eval_batches=5", "--warmup_steps=2",
+       "--max_steps=10", "--device=cpu"]
+GATED = [*RUN, "--init_from=out/dense", "--gated=True", "--open_above=0.02", "--distill_weight=0.5", "--constraint_paired=True", "--linear_penalty_steps=5"]
+LORA = ["--lora_rank=2", "--lora_targets=q_proj,k_proj,down_proj"]
+
+
+@pytest.fixture
+def parent(workplace):
+    count_dataset()
+    launch(1, *RUN, *SHAPE, "--out_dir=out/dense")
+
+
+def assert_same(one, two):
+    one, two = metrics(one), metrics(two)
+    assert [line["step"] for line in one] == [line["step"] for line in two]
+    for a, b in zip(one, two):
+        for key in ("val_loss", "batch_loss", "density", "lambda", "constraint_loss", "constraint_target", "violation", "fraction", "target_loss"):
+            assert a[key] == b[key] or a[key] == pytest.approx(b[key], abs=1e-5), (a["step"], key)
+
+
+@pytest.mark.parametrize("adapters", [[], LORA], ids=["all weights", "LoRA"])
+def test_two_processes_with_half_a_model_each_do_what_one_does(parent, adapters):
+    launch(1, *GATED, *adapters, "--out_dir=out/one")
+    launch(2, *GATED, *adapters, "--out_dir=out/two", "--parallel=fsdp")
+    assert_same("out/one", "out/two")
+    sharded = read_checkpoint("out/two/last.pt")
+    assert sharded["model"] is None and sharded["shards"] == "shards-10"
+    assert sorted(os.listdir("out/two/shards-10")) == [".metadata", "__0_0.distcp", "__1_0.distcp"]
+    # two wrote, one goes on; and the other way round
+    for run, processes, more in (("two", 1, []), ("one", 2, ["--parallel=fsdp"])):
+        launch(processes, *GATED, *adapters, f"--out_dir=out/{run}", "--init_from=resume", "--max_steps=14", *more)
+    assert_same("out/one", "out/two")
+    assert not [name for name in os.listdir("out/two") if name.startswith("shards")] and os.path.exists("out/one/shards-14")
+    a, b = (load_checkpoint(f"out/{run}/best.pt").state_dict() for run in ("one", "two"))
+    assert all(torch.allclose(a[name], b[name], atol=1e-4) for name in a)
+
+
+def test_a_sharded_run_that_is_killed_ends_like_one_that_is_not(parent):
+    """kill -9 to all processes, at some moment after the first checkpoint, three times."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", os.path.join(REPOSITORY, "train.py"), *GATED, "--max_steps=30", "--parallel=fsdp"]
+    launch(2, *GATED, "--max_steps=30", "--parallel=fsdp", "--out_dir=out/whole")
+    for wanted in (2, 9, 17):
+        process = subprocess.Popen([*command, "--out_dir=out/again"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                                   env=os.environ | {"OMP_NUM_THREADS": "1"}, start_new_session=True)
+        for _ in range(600):
+            if os.path.exists(f"out/again/shards-{wanted}") or process.poll() is not None:
+                break
+            time.sleep(0.05)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    launch(2, *GATED, "--max_steps=30", "--parallel=fsdp", "--out_dir=out/again")
+    assert_same("out/whole", "out/again")
+    assert [name for name in os.listdir("out/again") if name.startswith("shards")] == ["shards-30"]
+
+
+def test_a_checkpoint_without_its_shards_is_named(parent):
+    launch(2, *RUN, *SHAPE, "--parallel=fsdp", "--out_dir=out/run")
+    os.rename("out/run/shards-10", "out/elsewhere")
+    done = subprocess.run([sys.executable, os.path.join(REPOSITORY, "train.py"), *RUN, *SHAPE, "--out_dir=out/run", "--init_from=resume", "--max_steps=12"], capture_output=True, text=True)
+    assert done.returncode == 1 and "out/run/shards-10 is missing or not whole" in done.stderr and "Traceback" not in done.stderr
