@@ -73,6 +73,8 @@ def test_edges_that_carry_weight_start_open_and_it_pays_to_fear_shutting_more_th
 def test_where_nothing_can_be_folded_every_head_gets_a_number(kind, model):
     if kind == "OLMo":
         model = OLMo(OLMoConfig(generation=2, block_size=32, vocab_size=20, n_layer=2, n_head=4, n_kv_head=2, n_embd=32, n_hidden=64, gated=True)).eval()
+        for attention in model.attentions:
+            attention.q_norm.weight.data *= 4
     elif kind == "GPT without biases":
         model = GPT(GPTConfig(**vars(model.config) | {"bias": False})).eval()
         for attention in model.attentions:

@@ -10,9 +10,12 @@ import torch
 
 import olmo
 from checkpoint import CheckpointError, load_checkpoint, model_of, read_checkpoint
+from circuit import Cut, Graph, Watch, attribute_edges, batches, effects, metric_of
 from conftest import REPOSITORY
 from gate import gated_attention
+from induction import copying_scores
 from olmo import OLMo, OLMoConfig
+from tasks import Pair
 
 transformers = pytest.importorskip("transformers", reason="pip install -r tests/requirements.txt")
 TINY = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4, "num_attention_heads": 4, "vocab_size": 50, "max_position_embeddings": 64,
@@ -144,6 +147,78 @@ def test_training_arguments_do_what_they_do_in_gpt2():
         model(torch.zeros(1, 17, dtype=torch.long))
     with pytest.raises(ValueError, match="multiple"):
         ours(n_kv_head=3)
+
+
+HOOKED = [{"generation": 1, "clip_qkv": 0.3}, {"generation": 2}, {"generation": 2, "n_kv_head": 4, "gated": True, "gate_bias": [[0.5, -0.2, 0.0, 0.3]] * 2}, {"generation": 1, "gated": True, "gate_bias": 0.1}]
+
+
+def lively(**changes):
+    """A random model whose heads differ and whose norms are not 1."""
+    model = ours(**changes).eval()
+    for parameter in model.parameters():
+        parameter.data += 0.2 * torch.randn_like(parameter)
+    return model
+
+
+@pytest.mark.parametrize("changes", HOOKED)
+@torch.no_grad()
+def test_hooks_see_every_read_and_write_and_change_nothing_by_looking(changes):
+    model, idx, graph = lively(**changes), torch.randint(0, 11, (3, 16)), Graph(2, 4)
+    watch = Watch(graph)
+    finals = []
+    watch.read = lambda name, layer, x: (finals.append(x) if name == "final" else None, x)[1]
+    assert (model(idx, hooks=watch)[0] - model(idx)[0]).abs().max() < 1e-5
+    assert watch.writes.shape == (3, graph.W, 16, 32) and (watch.writes.sum(dim=1) - finals[0]).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("changes", HOOKED)
+def test_circuits_work_on_it_unchanged(changes):
+    """All edges explain everything, none nothing; and an edge's attribution is the derivative by how far it is cut, for q, k and v of grouped heads."""
+    torch.manual_seed(0)
+    model = lively(**changes).double()
+    pairs = [Pair(*(torch.randint(0, 11, (6,)).tolist() for _ in range(2)), ([1],), ([2],), (5,)) for _ in range(3)]
+    graph = Graph(2, 4)
+    clean, corrupted, values = effects(model, pairs, "logit difference", [graph.edges, torch.zeros_like(graph.edges)])
+    assert torch.allclose(values[0], clean) and torch.allclose(values[1], corrupted) and (clean - corrupted).abs().max() > 1e-3
+    scores = attribute_edges(model, pairs, "logit difference")
+
+    def nudged(edge, step):
+        class Nudge(Cut):
+            def read(self, name, layer, x):
+                first, readers = self.graph.before(name, layer), self.graph.reader(name, layer)
+                part = torch.zeros(first, readers.stop - readers.start, dtype=x.dtype)
+                if edge[0] < first and readers.start <= edge[1] < readers.stop:
+                    part[edge[0], edge[1] - readers.start] = step
+                change = (part.T @ self.differences[:first].flatten(1)).view(-1, *x.shape).transpose(0, 1)
+                return x + change[:, 0] if change.shape[1] == 1 else x.unsqueeze(1) + change
+
+        total = 0.0
+        with torch.no_grad():
+            for before, after, group in batches(pairs, 8):
+                watch = Watch(graph)
+                model(after, hooks=watch)
+                total += metric_of(model(before, hooks=Nudge(graph, graph.edges, watch.writes))[0], group, "logit difference").sum().item()
+        return total / len(pairs)
+
+    for edge in [(0, graph.reader("q", 0).start + 1), (0, graph.reader("k", 1).start + 2), (2, graph.reader("v", 1).start + 3), (3, graph.reader("mlp", 0).start), (7, graph.R - 1)]:
+        assert (nudged(edge, 1e-5) - nudged(edge, -1e-5)) / 2e-5 == pytest.approx(scores[edge].item(), rel=1e-3, abs=1e-7)
+
+
+@pytest.mark.parametrize("generation", [1, 2])
+@torch.no_grad()
+def test_copying_scores_by_hand(generation):
+    """The eigenvalues of the whole V x V product, on a vocabulary small enough for it."""
+    model = lively(generation=generation, tied=False)
+    found = copying_scores(model)
+    for layer, head in ((0, 1), (1, 3)):
+        attention, block = model.attentions[layer], model.blocks[layer]
+        value, output = attention.v_proj.weight.view(2, 8, 32)[head // 2], attention.o_proj.weight[:, 8 * head:8 * head + 8]
+        if generation == 2:
+            output, unembed = block.post_attention_layernorm.weight[:, None] * output, model.lm_head.weight * model.model.norm.weight
+        else:
+            unembed = model.lm_head.weight
+        values = torch.linalg.eigvals(unembed @ output @ value @ model.model.embed_tokens.weight.T)
+        assert found[layer, head].item() == pytest.approx((values.sum().real / values.abs().sum()).item(), abs=1e-4)
 
 
 @pytest.mark.parametrize("impl", ["tiled", "triton"])
