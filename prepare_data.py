@@ -7,10 +7,11 @@
     python prepare_data.py shakespeare                  tiny Shakespeare, 1 MB, by URL
     python prepare_data.py openwebtext --processes=8    what GPT-2 was trained on, rebuilt: 9 billion tokens; 90 GB of disk; needs `datasets`
     python prepare_data.py fineweb --shards=10          ready GPT-2 tokens, 100 million (200 MB) a shard, by URL
+    python prepare_data.py dolma --shards=2             what OLMo was trained on: its authors' sample, 103 files of 160 MB and 80 million tokens; needs `datasets`
 
-A dataset is a folder data/<name>/ with two files of 16-bit token ids and a description:
+A dataset is a folder data/<name>/ with two files of token ids and a description:
 
-    train.bin, val.bin     uint16, nothing but tokens
+    train.bin, val.bin     uint16, nothing but tokens; uint32 if the vocabulary is larger than 65,536 (--tokenizer=olmo2)
     meta.json              kind, vocabulary, sizes, sha256 of both files
 
 There are two kinds, and everything that reads data knows only these:
@@ -33,6 +34,7 @@ from dataclasses import dataclass
 import numpy as np
 from tqdm import tqdm
 
+import corpora
 import text
 from download import DownloadError, download, sha256
 
@@ -49,7 +51,7 @@ class DataError(Exception):
 
 @dataclass
 class Dataset:
-    """A dataset opened for reading: `train` and `val` are uint16 memory maps, (N, 2, T) rows or a flat stream."""
+    """A dataset opened for reading: `train` and `val` are memory maps, (N, 2, T) rows of uint16 or a flat stream of uint16 or uint32."""
 
     name: str
     meta: dict
@@ -87,7 +89,8 @@ class Dataset:
 
 def how_to_make(name, meta=None):
     """The command that makes dataset `name`."""
-    return (meta or {}).get("made_by") or f"python prepare_data.py {name.replace('-gpt2', ' --tokenizer=gpt2')}"
+    base, _, tokenizer = name.partition("-")
+    return (meta or {}).get("made_by") or f"python prepare_data.py {base}" + f" --tokenizer={tokenizer}" * bool(tokenizer)
 
 
 def load(name, root="data"):
@@ -98,7 +101,7 @@ def load(name, root="data"):
     folder = os.path.join(root, name)
     if not os.path.exists(os.path.join(folder, "meta.json")):
         if name not in OFFLINE:
-            known = name.removesuffix("-gpt2") in DATASETS
+            known = name.partition("-")[0] in DATASETS
             raise DataError(f"there is no dataset {folder}. " + (f"Make it: {how_to_make(name)}" if known else
                             f"Datasets that can be made: {', '.join(DATASETS)}, for instance: {how_to_make('addition')}"))
         print(f"making {folder} ...")
@@ -106,7 +109,8 @@ def load(name, root="data"):
     try:
         with open(os.path.join(folder, "meta.json")) as f:
             meta = json.load(f)
-        sizes = {split: 2 * int(np.prod(meta["shape"][split])) for split in ("train", "val")}
+        dtype = text.dtype_for(meta["vocab_size"])
+        sizes = {split: dtype.itemsize * int(np.prod(meta["shape"][split])) for split in ("train", "val")}
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"{folder}/meta.json is damaged. Delete {folder} and make it again: {how_to_make(name)}") from error
     splits = {}
@@ -118,7 +122,7 @@ def load(name, root="data"):
                             f"Delete {folder} and make it again: {how_to_make(name, meta)}")
         if size <= 1 << 26 and sha256(path) != meta["sha256"][split]:
             raise DataError(f"{path} has changed since it was made (wrong sha256). Delete {folder} and make it again: {how_to_make(name, meta)}")
-        splits[split] = np.memmap(path, dtype=np.uint16, mode="r", shape=tuple(meta["shape"][split]))
+        splits[split] = np.memmap(path, dtype=dtype, mode="r", shape=tuple(meta["shape"][split]))
     return Dataset(name, meta, **splits)
 
 
@@ -141,8 +145,8 @@ def write_json(path, content):
 
 
 def write_dataset(folder, train, val, **meta):
-    """Write a dataset folder. train, val: uint16 arrays, (N, 2, T) for kind='rows' or flat for kind='stream'; or, for a stream that
-    does not fit into memory, iterators of flat arrays. Raises DataError, leaving no half dataset, if the disk is full."""
+    """Write a dataset folder. train, val: arrays of token ids, (N, 2, T) for kind='rows' or flat for kind='stream'; or, for a stream that
+    does not fit into memory, iterators of flat arrays. meta holds vocab_size at least. Raises DataError, leaving no half dataset, if the disk is full."""
     os.makedirs(folder, exist_ok=True)
     meta |= {"shape": {}, "sha256": {}}
     if os.path.exists(os.path.join(folder, "meta.json")):
@@ -153,7 +157,7 @@ def write_dataset(folder, train, val, **meta):
         try:
             with open(path + ".tmp", "wb") as f:
                 for part in [data] if isinstance(data, np.ndarray) else data:
-                    content = part.astype("<u2").tobytes()
+                    content = part.astype(text.dtype_for(meta["vocab_size"])).tobytes()
                     f.write(content)
                     digest.update(content)
                     tokens += part.size
@@ -230,102 +234,44 @@ def make_shakespeare(folder, options):
     write_text(folder, text.file_documents([path]), options.tokenizer)
 
 
-OPENWEBTEXT = "Skylion007/openwebtext"
-OPENWEBTEXT_DOCUMENTS = 8_013_769
-
-
 def make_openwebtext(folder, options):
-    """OpenWebText (Gokaslan & Cohen 2019), 8 million documents, 9 billion GPT-2 tokens, one document in 2,000 held out, as in nanoGPT.
-
-    `datasets` downloads and encodes in parallel and caches both, finished part by finished part: a run that was stopped goes on from there.
-    """
-    try:
-        import datasets
-    except ImportError as error:
-        raise DataError("openwebtext needs a package that is not installed: pip install datasets") from error
-    text.tokenizer(options.tokenizer)  # an error now rather than in a worker after an hour
-    try:
-        source = datasets.load_dataset(OPENWEBTEXT, split="train", num_proc=options.processes)
-    except RuntimeError as error:
-        if "scripts" not in str(error):
-            raise
-        # The repository is a loading script, which `datasets` has refused to run since version 4; Hugging Face's own conversion holds the same rows
-        source = datasets.load_dataset(OPENWEBTEXT, revision="refs/convert/parquet", split="train", num_proc=options.processes)
-    if len(source) != OPENWEBTEXT_DOCUMENTS:
-        print(f"note: this copy of OpenWebText has {len(source):,} documents; the whole is {OPENWEBTEXT_DOCUMENTS:,}")
-    encoded = source.map(_encode_row, fn_kwargs={"tokenizer": options.tokenizer}, remove_columns=source.column_names, num_proc=options.processes, desc="encoding")
-    held_out = np.asarray(encoded.with_format("numpy")["held_out"][:])
-    sides = {"train": encoded.select(np.flatnonzero(~held_out)), "val": encoded.select(np.flatnonzero(held_out))}
-
-    def parts(split):
-        rows = sides[split].select_columns("ids").with_format("numpy")
-        for i in tqdm(range(0, len(rows), 1000), desc=f"writing {split}", unit="thousand documents"):
-            yield np.concatenate(list(rows[i:i + 1000]["ids"])).astype(np.uint16)
-
-    tokens = text.tokenizer(options.tokenizer)
-    write_dataset(folder, parts("train"), parts("val"), kind="stream", vocab_size=tokens.vocab_size, tokenizer=tokens.name,
-                  documents={split: len(side) for split, side in sides.items()})
-
-
-def _encode_row(row, tokenizer):
-    """One document of a `datasets` dataset, in a worker process, which builds its tokenizer once."""
-    if tokenizer not in _tokenizers:
-        _tokenizers[tokenizer] = text.tokenizer(tokenizer)
-    document = row["text"].encode()
-    return {"ids": text.encode_document(document, _tokenizers[tokenizer]), "held_out": text.is_held_out(document, 0.0005)}
-
-
-_tokenizers = {}
-FINEWEB = "https://huggingface.co/datasets/kjj0/fineweb10B-gpt2/resolve/main/fineweb_{}_{:06d}.bin"
-ENDOFTEXT = 50256
-
-
-def fineweb_tokens(path):
-    """The tokens of one of modded-nanogpt's shards: 256 int32 (magic number, version, number of tokens, zeros), then uint16 tokens."""
-    header = np.fromfile(path, dtype="<i4", count=256)
-    if len(header) < 256 or header[0] != 20240520 or header[1] != 1 or os.path.getsize(path) != 1024 + 2 * int(header[2]):
-        raise DataError(f"{path} is no shard of fineweb10B-gpt2, or a damaged one. Delete it and type the same command again")
-    return np.memmap(path, dtype="<u2", mode="r", offset=1024)
+    """What GPT-2 was trained on, rebuilt: see corpora.py, as for the next two."""
+    write_dataset(folder, **corpora.openwebtext(options.tokenizer, options.processes))
 
 
 def make_fineweb(folder, options):
-    """FineWeb (Penedo et al. 2024) in GPT-2's tokens, as Keller Jordan's modded-nanogpt hosts them; the first shard is held out."""
-    if options.tokenizer == "bytes":
-        raise DataError("fineweb comes in GPT-2's tokens already: python prepare_data.py fineweb --tokenizer=gpt2")
-    paths = [download(FINEWEB.format(*shard), os.path.join(folder, "shards", "fineweb_{}_{:06d}.bin".format(*shard)))
-             for shard in [("val", 0)] + [("train", i) for i in range(1, options.shards + 1)]]
-    first = fineweb_tokens(paths[1])
-    # A document starts with <|endoftext|>. The first shard begins in the middle of one, the last of the held-out ones: leave its rest away
-    begin = int(np.flatnonzero(first == ENDOFTEXT)[0])
-    train = (tokens for i, path in enumerate(tqdm(paths[1:], desc="writing train", unit="shard")) for tokens in [fineweb_tokens(path)[begin if i == 0 else 0:]])
-    write_dataset(folder, train, np.asarray(fineweb_tokens(paths[0])), kind="stream", vocab_size=50257, tokenizer="gpt2")
+    write_dataset(folder, **corpora.fineweb(os.path.join(folder, "shards"), options.shards, options.tokenizer))
+
+
+def make_dolma(folder, options):
+    write_dataset(folder, **corpora.dolma(os.path.join(folder, "shards"), options.shards, options.tokenizer, options.processes))
 
 
 DATASETS = {"addition": make_addition, "stdlib": make_stdlib, "text": make_text, "shakespeare": make_shakespeare,
-            "openwebtext": make_openwebtext, "fineweb": make_fineweb}
+            "openwebtext": make_openwebtext, "fineweb": make_fineweb, "dolma": make_dolma}
 OFFLINE = ["addition", "stdlib", "stdlib-gpt2"]  # those that need no network: train.py makes them on first use
-GPT2_TOKENS = ("openwebtext", "fineweb")  # made for GPT-2, and named without -gpt2
+STANDARD = {"openwebtext": "gpt2", "fineweb": "gpt2", "dolma": "olmo"}  # made for this tokenizer, and named without it; others for bytes
 
 
 def make(name, folder, file=(), tokenizer="bytes", shards=10, processes=4):
     """Make dataset `name` in folder. The options are those of the command line."""
     try:
         DATASETS[name](folder, argparse.Namespace(file=file, tokenizer=tokenizer, shards=shards, processes=processes))
-    except (text.TextError, DownloadError) as error:
+    except (text.TextError, corpora.CorpusError, DownloadError) as error:
         raise DataError(str(error)) from error
 
 
 def main(arguments):
     parser = argparse.ArgumentParser(prog="prepare_data.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", choices=DATASETS)
-    parser.add_argument("--tokenizer", choices=["bytes", "gpt2"], help="of a text; bytes, but gpt2 for openwebtext and fineweb")
+    parser.add_argument("--tokenizer", choices=text.TOKENIZERS, help="of a text; bytes, but gpt2 for openwebtext and fineweb, olmo for dolma")
     parser.add_argument("--file", action="append", default=[], help="of text: a file, one document; give it as often as you like")
-    parser.add_argument("--shards", type=int, default=10, help="of fineweb: how many of its 103 training shards")
-    parser.add_argument("--processes", type=int, default=os.cpu_count(), help="of openwebtext: how many encode at once")
+    parser.add_argument("--shards", type=int, default=10, help="of fineweb and dolma: how many of their 103 files")
+    parser.add_argument("--processes", type=int, default=os.cpu_count(), help="of openwebtext and dolma: how many encode at once")
     options = parser.parse_args(arguments)
     if options.shards < 1 or options.processes < 1:
         sys.exit("error: --shards and --processes must be at least 1")
-    name, standard = options.name, "gpt2" if options.name in GPT2_TOKENS else "bytes"
+    name, standard = options.name, STANDARD.get(options.name, "bytes")
     options.tokenizer = options.tokenizer or standard
     folder = os.path.join("data", name + ("" if options.tokenizer == standard else f"-{options.tokenizer}"))
     try:

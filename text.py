@@ -34,15 +34,19 @@ class Tokenizer(NamedTuple):
     decode: Callable  # token ids -> str; bytes that are no UTF-8 become U+FFFD
 
 
-TOKENIZERS = ("bytes", "gpt2")
+TOKENIZERS = ("bytes", "gpt2", "olmo", "olmo2")
+OLMO = {"olmo": "allenai/OLMo-1B-hf", "olmo2": "allenai/OLMo-2-0425-1B"}  # whose tokenizer.json it is; all models of a generation share it
+ENDOFTEXT = "<|endoftext|>"
 
 
 def tokenizer(name):
-    """The Tokenizer called 'bytes' or 'gpt2'. Raises TextError if there is none such, or its vocabulary cannot be fetched."""
+    """The Tokenizer called 'bytes', 'gpt2', 'olmo' or 'olmo2'. Raises TextError if there is none such, or its vocabulary cannot be fetched."""
     if name == "bytes":
         return Tokenizer(name, 256, 0, lambda text: np.frombuffer(text, dtype=np.uint8), lambda ids: bytes(ids).decode("utf-8", errors="replace"))
     if name not in TOKENIZERS:
-        raise TextError(f"there is no tokenizer {name!r}: it is 'bytes' or 'gpt2'")
+        raise TextError(f"there is no tokenizer {name!r}: it is one of {', '.join(TOKENIZERS)}")
+    if name in OLMO:
+        return olmo_tokenizer(name)
     try:
         import tiktoken  # here, because it is slow to import and bytes need it not
 
@@ -54,9 +58,30 @@ def tokenizer(name):
     return Tokenizer(name, bpe.n_vocab, bpe.eot_token, lambda text: bpe.encode_ordinary(text.decode("utf-8", errors="replace")), lambda ids: bpe.decode(list(ids)))
 
 
+def olmo_tokenizer(name):
+    """OLMo's, through the packages that Hugging Face wrote for it, imported only here."""
+    try:
+        import tokenizers
+        from huggingface_hub import hf_hub_download
+    except ImportError as error:
+        raise TextError(f"--tokenizer={name} needs packages that are not installed: pip install -r requirements-olmo.txt") from error
+    try:
+        bpe = tokenizers.Tokenizer.from_file(hf_hub_download(OLMO[name], "tokenizer.json"))
+    except Exception as error:  # of many types, by three packages
+        raise TextError(f"the vocabulary of {OLMO[name]} cannot be fetched ({type(error).__name__}). huggingface_hub downloads it once and keeps it in the folder "
+                        "that the environment variable HF_HOME names: copy that folder from a machine that has it") from error
+    return Tokenizer(name, bpe.get_vocab_size(), bpe.token_to_id(ENDOFTEXT), lambda text: bpe.encode(text.decode("utf-8", errors="replace"), add_special_tokens=False).ids,
+                     lambda ids: bpe.decode([int(i) for i in ids], skip_special_tokens=False))
+
+
+def dtype_for(vocab_size):
+    """In what token ids are stored: two bytes each while they fit, else four (OLMo 2)."""
+    return np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
+
+
 def encode_document(text, tokens):
-    """The token ids of one document (bytes), the separator first: uint16, flat. tokens: a Tokenizer."""
-    return np.concatenate([[tokens.separator], tokens.encode(text)]).astype(np.uint16)
+    """The token ids of one document (bytes), the separator first: flat, `dtype_for` the vocabulary. tokens: a Tokenizer."""
+    return np.concatenate([[tokens.separator], tokens.encode(text)]).astype(dtype_for(tokens.vocab_size))
 
 
 def pieces(ids, tokens):

@@ -30,16 +30,20 @@ def workplace(tmp_path, monkeypatch):
 
 
 class Server:
-    """Serves ./served on localhost, with ranges; cut_after: bytes after which the line breaks; corrupt: one bit is wrong."""
+    """Serves ./served on localhost, with ranges, and with the headers that Hugging Face's client wants to see; cut_after: bytes after which the line
+    breaks; corrupt: one bit is wrong."""
 
     def __init__(self, root):
         self.root, self.cut_after, self.corrupt, self.requests = root, None, False, []
         server = self
 
         class Handler(http.server.BaseHTTPRequestHandler):
-            def do_GET(self):
+            def do_HEAD(self):
+                self.do_GET(body=False)
+
+            def do_GET(self, body=True):
                 server.requests.append(dict(self.headers))
-                path = os.path.join(server.root, self.path.lstrip("/"))
+                path = os.path.join(server.root, self.path.partition("?")[0].lstrip("/"))
                 if not os.path.isfile(path):
                     return self.send_error(404)
                 with open(path, "rb") as f:
@@ -51,8 +55,11 @@ class Server:
                     content[len(content) // 2] ^= 1
                 self.send_response(206 if begin else 200)
                 self.send_header("Content-Length", len(content) - begin)
+                self.send_header("ETag", f'"{server.sha256(content)}"')
+                self.send_header("X-Repo-Commit", "0" * 40)
                 self.end_headers()
-                self.wfile.write(content[begin:server.cut_after])
+                if body:
+                    self.wfile.write(content[begin:server.cut_after])
 
             def log_message(self, *arguments):
                 """Quiet."""

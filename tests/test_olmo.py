@@ -102,6 +102,32 @@ def test_wrong_files_are_named(workplace):
         olmo.config_of({"model_type": "llama"}, "x")
 
 
+def test_a_name_is_downloaded_once_through_the_hubs_own_client(workplace, server):
+    """Two shards from a localhost in Hugging Face's place; then without it; then with nothing there at all."""
+    model, name = theirs("Olmo2"), "allenai/OLMo-2-0425-1B"
+    folder = workplace / "served" / name / "resolve" / ("0" * 40)
+    model.save_pretrained(folder, max_shard_size="200KB")
+    files, api = [*os.listdir(folder), "README.md", "pytorch_model.bin"], workplace / f"served/api/models/{name}"  # the last two are not there to be asked for
+    for place, answer in (("revision/main", {"id": name, "sha": "0" * 40, "siblings": [{"rfilename": file} for file in files]}),
+                          ("tree/" + "0" * 40, [{"type": "file", "path": file, "size": 1, "oid": "0" * 40} for file in files])):
+        (api / place).parent.mkdir(parents=True)
+        (api / place).write_text(json.dumps(answer))
+    code = "import sys, torch; from checkpoint import load_checkpoint, CheckpointError\ntry: print(load_checkpoint(sys.argv[1])(torch.arange(20)[None])[0].sum().item())\nexcept CheckpointError as error: print('error:', error)"
+    env = os.environ | {"HF_ENDPOINT": server.url, "HF_HOME": "cache", "PYTHONPATH": REPOSITORY, "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0"}
+
+    def ask(**changes):
+        done = subprocess.run([sys.executable, "-c", code, name], env=env | changes, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    with torch.no_grad():
+        assert float(ask()) == pytest.approx(model(torch.arange(20)[None]).logits.sum().item(), abs=1e-2)
+    asked = len(server.requests)
+    assert ask(HF_HUB_OFFLINE="1") == ask(HF_HUB_OFFLINE="1") and len(server.requests) == asked
+    answer = ask(HF_HOME="empty", HF_HUB_OFFLINE="1")
+    assert answer.startswith(f"error: {name} cannot be downloaded") and "bring the folder by hand" in answer
+
+
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="reads Linux's high-water mark of a process")
 def test_loading_needs_the_model_and_little_more(workplace):
     """A process of its own, whose high-water mark is read: 1.2 times the parameters at most, from several shards, in float32 from bfloat16.

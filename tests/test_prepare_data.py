@@ -153,63 +153,7 @@ def test_shakespeare_by_url(workplace, server, monkeypatch):
     assert decoded(data.train, data)[0] + decoded(data.val, data)[0] == play and decoded(data.val, data)[0].startswith(b"ROMEO")
 
 
-def fineweb_shard(path, tokens):
-    header = np.zeros(256, dtype="<i4")
-    header[:3] = 20240520, 1, len(tokens)
-    path.write_bytes(header.tobytes() + np.array(tokens, dtype="<u2").tobytes())
-
-
-def test_fineweb_leaves_out_the_document_that_began_in_the_held_out_shard(workplace, server, monkeypatch):
-    (workplace / "served").mkdir()
-    fineweb_shard(workplace / "served/fineweb_val_000000.bin", [50256, 1, 2, 50256, 3])
-    fineweb_shard(workplace / "served/fineweb_train_000001.bin", [4, 5, 50256, 6, 7])
-    fineweb_shard(workplace / "served/fineweb_train_000002.bin", [8, 50256, 9])
-    monkeypatch.setattr(prepare_data, "FINEWEB", server.url + "/fineweb_{}_{:06d}.bin")
-    prepare_data.main(["fineweb", "--shards=2"])
-    data = load("fineweb")
-    assert data.train.tolist() == [50256, 6, 7, 8, 50256, 9] and data.val.tolist() == [50256, 1, 2, 50256, 3]
-    asked = len(server.requests)
-    prepare_data.main(["fineweb", "--shards=2"])
-    assert len(server.requests) == asked == 3  # nothing is fetched twice
-    path = workplace / "data/fineweb/shards/fineweb_train_000002.bin"
-    path.write_bytes(path.read_bytes()[:-2])
-    with pytest.raises(SystemExit, match="train_000002.bin is no shard of fineweb10B-gpt2, or a damaged one"):
-        prepare_data.main(["fineweb", "--shards=2"])
-
-
-def test_openwebtext_through_datasets(workplace, monkeypatch):
-    """The real package, two processes, a local folder in the hub's place."""
-    pytest.importorskip("datasets", reason="pip install -r tests/requirements.txt")
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", workplace / "cache")
-    documents = [f"This is document {i}. " * (1 + i % 3) for i in range(20_000)]
-    (workplace / "hub").mkdir()
-    (workplace / "hub/train.jsonl").write_text("".join(json.dumps({"text": d}) + "\n" for d in documents))
-    monkeypatch.setattr(prepare_data, "OPENWEBTEXT", str(workplace / "hub"))
-    import datasets
-
-    real, revisions = datasets.load_dataset, []
-
-    def hub(path, revision=None, **options):
-        """As the hub does since datasets 4: the repository is a script, its conversion is not."""
-        revisions.append(revision)
-        if revision is None:
-            raise RuntimeError("Dataset scripts are no longer supported, but found openwebtext.py")
-        return real(path, **options)
-
-    monkeypatch.setattr(datasets, "load_dataset", hub)
-    prepare_data.main(["openwebtext", "--tokenizer=bytes", "--processes=2"])
-    assert revisions == [None, "refs/convert/parquet"]
-    data = load("openwebtext-bytes")
-    train, val = decoded(data.train, data), decoded(data.val, data)
-    assert sorted(d.decode() for d in train + val) == sorted(documents) and 1 <= len(val) <= 30
-
-
-def test_missing_packages_and_vocabularies_say_what_to_do(workplace, monkeypatch):
-    monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(SystemExit, match="pip install datasets"):
-        prepare_data.main(["openwebtext"])
-
+def test_a_vocabulary_that_cannot_be_fetched_says_what_to_do(workplace, monkeypatch):
     def no_network(name):
         raise ConnectionError("no route to host")
 

@@ -14,7 +14,7 @@ def test_bytes_come_back_and_documents_are_marked():
     assert tokens.decode(tokens.encode(source)) == source.decode()
     assert text.encode_document(source, tokens).tolist() == [0, *source]
     assert tokens.decode(b"\xff") == "\N{REPLACEMENT CHARACTER}"
-    with pytest.raises(text.TextError, match="'bytes' or 'gpt2'"):
+    with pytest.raises(text.TextError, match="one of bytes, gpt2, olmo, olmo2"):
         text.tokenizer("gpt3")
 
 
