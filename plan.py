@@ -1,0 +1,153 @@
+"""How much memory and time does post-training an OLMo take? A plan, before anything is rented.
+
+    python olmo.py plan --model=7b --gpus=8 --context=512
+    python olmo.py plan --model=all --gpus=8                       1b, 7b, 13b and 30b
+    python olmo.py plan --model=1b --gpus=1 --measured=out/gpt2    speed from a run of yours instead of an assumption
+
+    per GPU:   parameters + gradients + optimizer + teacher        divided by the number of GPUs under FSDP
+             + a block put together (FSDP)
+             + what autograd keeps for the backward pass           of one micro-batch
+             + logits, in float32: loss, divergence, gradient
+    time:      FLOPs of a step / (GPUs x peak x utilisation)
+
+Notable: nothing here is a formula from a paper where it can be counted. Parameters and adapters are counted on the real model, built on torch's meta device
+without memory; what autograd keeps is counted by running it there, in bfloat16, gated attention being a kernel that keeps q, k, v, y and one number per
+row (gate_triton.py). What the settings are comes from config/olmo_1b.py and config/olmo_7b.py. What is assumed is printed: the utilisation, unless
+--measured names a run, and 2 GB for the CUDA context, the communication's buffers and fragmentation.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import sys
+from dataclasses import replace
+
+import torch
+
+import lora
+from configure import ConfigError
+from hardware import PEAK_FLOPS
+from olmo import OLMo, OLMoConfig
+from settings import make_config
+
+OVERHEAD = 2e9  # bytes: assumed
+MODELS = {"1b": ("allenai/OLMo-1B-hf", OLMoConfig()),
+          "7b": ("allenai/OLMo-7B-hf", OLMoConfig(n_layer=32, n_head=32, n_kv_head=32, n_embd=4096, n_hidden=11008, tied=False)),
+          "13b": ("allenai/OLMo-2-1124-13B", OLMoConfig(generation=2, block_size=4096, vocab_size=100352, n_layer=40, n_head=40, n_kv_head=40, n_embd=5120, n_hidden=13824, tied=False)),
+          "30b": ("allenai/OLMo-2-0325-32B", OLMoConfig(generation=2, block_size=4096, vocab_size=100352, n_layer=64, n_head=40, n_kv_head=8, n_embd=5120, n_hidden=27648, tied=False))}
+
+
+class Kernel(torch.autograd.Function):
+    """Stands for gated attention as gate_triton.py computes it: keeps q, k, v, y and a float32 per row."""
+
+    @staticmethod
+    def forward(ctx, q, k, v):
+        y = torch.empty_like(q)
+        ctx.save_for_backward(q, k, v, y, torch.empty(q.shape[:3], device=q.device))
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        q, k, v, _, _ = ctx.saved_tensors
+        return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+
+
+def kept_bytes(compute, model):
+    """What autograd keeps for the backward pass of compute(), bytes; parameters are there anyway and not counted."""
+    there, kept = {p.untyped_storage()._cdata for p in model.parameters()}, {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage._cdata not in there:
+            kept[storage._cdata] = (storage.nbytes(), storage)  # kept alive, so that no other gets its number
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        result = compute()
+    return sum(size for size, _ in kept.values()), result
+
+
+def built(config, settings):
+    """The model on the meta device, in bfloat16, with the settings' adapters."""
+    with torch.device("meta"):
+        model = OLMo(config).bfloat16()
+        if settings.lora_rank:
+            lora.add(model, settings.lora_rank, settings.lora_alpha, settings.lora_targets)
+    for attention in model.attentions:
+        attention.attend = lambda q, k, v, **options: (Kernel.apply(q, *(x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))), q.new_ones(()), None)
+    return model
+
+
+def activations(model, micro_batch, context, recompute):
+    """Bytes that autograd keeps for one micro-batch: in the blocks, and behind them (the last norm and the logits)."""
+    x = torch.empty(micro_batch, context, model.config.n_embd, device="meta", dtype=torch.bfloat16, requires_grad=True)
+    rotation = tuple(torch.empty(context, model.config.n_embd // model.config.n_head, device="meta") for _ in range(2))
+    per_block, _ = kept_bytes(lambda: model.blocks[0](x, rotation)[0], model)
+    boundary = x.numel() * 4  # a block's input, in the float32 of the residual stream
+    blocks = len(model.blocks) * boundary + per_block if recompute else len(model.blocks) * (per_block + boundary)
+    logits = micro_batch * context * model.config.vocab_size
+    return blocks, logits * (2 + 4 + 4 + 4 + 4)  # bfloat16; float32: log-softmax of the loss, of student and of teacher in the divergence, gradient
+
+
+def plan(name, settings, gpus, context):
+    """A dict of bytes per GPU by purpose, parameters, adapters, and FLOPs of a step."""
+    model = built(replace(MODELS[name][1], block_size=context), settings)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    frozen = sum(p.numel() for p in model.parameters()) - trained
+    shards = gpus if settings.parallel == "fsdp" else 1
+    base = (2 if settings.base_dtype == "bfloat16" else 4) * frozen + 4 * trained
+    block = sum(p.numel() * (4 if p.requires_grad or settings.base_dtype == "float32" else 2) for p in model.blocks[0].parameters())
+    rest = sum(p.numel() for module in (model.model.embed_tokens, model.lm_head) for p in module.parameters()) * (2 if settings.base_dtype == "bfloat16" and settings.lora_rank else 4)
+    micro = settings.micro_batch_size or settings.batch_size // gpus
+    blocks, logits = activations(model, micro, context, settings.recompute_activations)
+    memory = {"parameters": base / shards, "gradients": 4 * trained / shards, "optimizer": 8 * trained / shards, "teacher": 0 if settings.lora_rank else 4 * (frozen + trained) / shards,
+              "put together": (2 * block + rest) if shards > 1 else 0, "activations": blocks, "logits": logits, "overhead": OVERHEAD}
+    dense = model.flops_per_token(context) / 3  # a forward pass; a backward pass by activations costs as much, by weights as well
+    passes = (2 if settings.lora_rank else 3) + settings.recompute_activations + (settings.distill_weight > 0) + (1 + settings.constraint_paired) / settings.constraint_interval
+    return {"parameters": frozen + trained if settings.lora_rank else trained, "trained": trained, "memory": memory, "flops": dense * passes * settings.batch_size * context}
+
+
+def utilisation(run):
+    """The median share of the peak that a run of yours reached, from its metrics.jsonl."""
+    with open(os.path.join(run, "metrics.jsonl"), encoding="utf-8") as f:
+        found = [line["mfu"] for line in map(json.loads, f) if line["mfu"]]
+    if not found:
+        raise ConfigError(f"{run}/metrics.jsonl has no mfu: it was no run on a GPU whose peak is known (hardware.PEAK_FLOPS)")
+    return statistics.median(found)
+
+
+def main(arguments):
+    parser = argparse.ArgumentParser(prog="olmo.py plan", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=[*MODELS, "all"], default="all")
+    parser.add_argument("--gpus", type=int, default=8)
+    parser.add_argument("--context", type=int, default=512, help="tokens")
+    parser.add_argument("--gpu", choices=PEAK_FLOPS, default="H100", help="whose bf16 peak to calculate with")
+    parser.add_argument("--full", action="store_true", help="train all weights instead of adapters")
+    parser.add_argument("--measured", metavar="RUN", help="take the utilisation of the peak from this run's metrics.jsonl")
+    options = parser.parse_args(arguments)
+    if options.gpus < 1 or options.context < 1:
+        sys.exit("error: --gpus and --context must be at least 1")
+    here = os.path.join(os.path.dirname(os.path.abspath(__file__)), "config")
+    try:
+        share = utilisation(options.measured) if options.measured else 0.4
+        rows = {}
+        for name in MODELS if options.model == "all" else [options.model]:
+            settings, _ = make_config(os.path.join(here, "olmo_1b.py" if name == "1b" else "olmo_7b.py"), {"lora_rank": 0, "base_dtype": "float32"} if options.full else {})
+            rows[name] = (settings, plan(name, settings, options.gpus, options.context))
+    except (ConfigError, OSError) as error:
+        sys.exit(f"error: {error}")
+    print(f"{options.gpus} x {options.gpu}, context {options.context}, {'all weights' if options.full else 'LoRA'}; "
+          f"{100 * share:.0f} % of the peak {'measured in ' + options.measured if options.measured else 'ASSUMED, not measured'}")
+    purposes = list(next(iter(rows.values()))[1]["memory"])
+    print(f"{'':8}{'parameters':>14}{'trained':>14}" + "".join(f"{purpose:>14}" for purpose in purposes) + f"{'GB per GPU':>14}{'steps / hour':>14}{'hours':>8}")
+    for name, (settings, found) in rows.items():
+        steps = 3600 * options.gpus * PEAK_FLOPS[options.gpu] * share / found["flops"]
+        print(f"{name:8}{found['parameters']:14,}{found['trained']:14,}" + "".join(f"{found['memory'][purpose] / 1e9:14.1f}" for purpose in purposes)
+              + f"{sum(found['memory'].values()) / 1e9:14.1f}{steps:14,.0f}{settings.max_steps / steps:8.1f}")
+        print(f"{'':8}{MODELS[name][0]}, {settings.parallel}, micro-batches of {settings.micro_batch_size}, {settings.max_steps:,} steps of {settings.batch_size} x {options.context} tokens"
+              + (", activations recomputed" if settings.recompute_activations else ""))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
