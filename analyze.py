@@ -5,12 +5,13 @@
     python analyze.py explain out/addition                when does each edge open, and what is it for (explain.py)
     python analyze.py circuit out/stdlib_dense out/stdlib --task=quote      how small is a task's circuit, dense and sparse (compare.py)
     python analyze.py induction out/stdlib                which heads copy: prefix matching and copying score of every head
+    python analyze.py benchmark out/olmo_1b               TruthfulQA, PIQA, OpenBookQA, ARC-Easy, dense beside sparse (benchmark.py)
 
 Everything is computed again from the checkpoint by evaluate.py, the code that judged the run while it trained.
 
 Writes into the run's folder: report.json, training.png; for a gated run gates.png and distance.png; for addition attention_flow.png,
 the paper's first figure; for text gallery.png; from `explain` explain.json and explain.png; from `circuit`, into the sparse run's folder,
-circuit-<task>.json and its figures; from `induction` induction.json.
+circuit-<task>.json and its figures; from `induction` induction.json; from `benchmark` benchmark.json.
 """
 
 import json
@@ -30,7 +31,7 @@ from configure import ConfigError, parse_command_line
 from evaluate import evaluate_splits
 from explain import damage, explain, when
 from induction import copying_scores, prefix_matching
-from checkpoint import CheckpointError, load_checkpoint, model_of, read_checkpoint
+from checkpoint import CheckpointError, load_checkpoint, model_of, read_checkpoint, tokenizer_of
 from resume import kept_checkpoint
 from tasks import TaskError
 
@@ -258,25 +259,60 @@ def induction_run(run):
         print(f"{found['layer']:>3}.{found['head']:<2} {found['prefix_matching']:16.3f} {found['copying']:8.2f}")
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# benchmarks
+
+
+@dataclass
+class BenchmarkOptions:
+    """Flags of `analyze.py benchmark`."""
+
+    tasks: str = "truthfulqa_mc1,piqa,openbookqa,arc_easy"  # names of the harness, comma-separated; these are the paper's
+    limit: int = 0  # questions of each task; 0 is all
+    include: str = ""  # folder of tasks of your own
+
+
+def benchmark_run(run, options):
+    """Score a run's model, and its dense parent where it has one, on standard benchmarks: print the table, write benchmark.json."""
+    try:
+        import benchmark  # here, because the harness is a large package that nothing else needs
+    except ImportError as error:
+        raise AnalysisError(f"benchmark needs EleutherAI's harness, which is not installed ({error.name} is missing): pip install lm_eval") from error
+    path = kept_checkpoint(run) or os.path.join(run, "last.pt")
+    checkpoint, device = read_checkpoint(path), hardware.pick_device("auto")
+    name = tokenizer_of(checkpoint)
+    if name not in text.TOKENIZERS:
+        raise AnalysisError(f"{run} was trained on {name}, which is no text: benchmark needs a run on text")
+    models = {"dense": load_checkpoint(checkpoint["parent"], device)} if checkpoint["model_args"]["gated"] else {}
+    models["sparse" if models else "dense"] = model_of(checkpoint, path, device)
+    table = benchmark.benchmark(models, text.tokenizer(name), options.tasks, options.limit or None, options.include or None)
+    prepare_data.write_json(os.path.join(run, "benchmark.json"), table)
+    print(f"{run}, score +- standard error over questions\n{benchmark.lines(table)}")
+
+
 USAGE = __doc__.split("\n\n")[1]
 
 
 def main(arguments):
     command, runs = (arguments[0] if arguments else ""), [run.rstrip("/") for run in arguments[1:] if not run.startswith("--")]
     flags = [flag for flag in arguments[1:] if flag.startswith("--")]
-    if command not in ("report", "explain", "circuit", "induction") or not runs or (command == "circuit") != bool(flags) or command == "circuit" and len(runs) != 2:
+    takes_flags = command in ("circuit", "benchmark")
+    if command not in ("report", "explain", "circuit", "induction", "benchmark") or not runs or flags and not takes_flags or command == "circuit" and (len(runs) != 2 or not flags):
         sys.exit(f"usage:\n{USAGE}")
+    limits = {"n": ("at least 2", lambda v: v >= 2), "steps": ("at least 1", lambda v: v >= 1), "seed": ("0 or more", lambda v: v >= 0), "limit": ("0 or more", lambda v: v >= 0)}
     try:
         if command == "report":
             print(table([report(run) for run in runs]))
             print(f"report.json and figures are in {', '.join(runs)}")
         elif command == "circuit":
-            limits = {"n": ("at least 2", lambda v: v >= 2), "steps": ("at least 1", lambda v: v >= 1), "seed": ("0 or more", lambda v: v >= 0)}
             circuit_run(*runs, CircuitOptions(**parse_command_line(flags, CircuitOptions, limits)[1]))
+        elif command == "benchmark":
+            for run in runs:
+                benchmark_run(run, BenchmarkOptions(**parse_command_line(flags, BenchmarkOptions, limits)[1]))
         else:
             for run in runs:
                 (explain_run if command == "explain" else induction_run)(run)
-    except (AnalysisError, CheckpointError, ConfigError, TaskError, prepare_data.DataError, OSError) as error:
+    except (AnalysisError, CheckpointError, ConfigError, TaskError, text.TextError, prepare_data.DataError, OSError) as error:
         sys.exit(f"error: {error}")
 
 
