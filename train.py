@@ -162,7 +162,8 @@ def train(config, given=frozenset()):
             raise RunError(f"data/{c.dataset} is not the data that {c.out_dir} was begun with ({checkpoint['data']} there, {belongs_to} here): it cannot go on "
                            "exactly. Put the old data back, or start a new run with --out_dir=out/NEW")
     elif parent:
-        shorter = {"block_size": c.block_size} if "block_size" in given and "architecture" in starts_from["model_args"] else {}
+        args = starts_from["model_args"]
+        shorter = {"block_size": c.block_size} if "block_size" in given and "architecture" in args and c.block_size < args["block_size"] else {}  # an OLMo's positions are no weights
         model = model_of(starts_from, parent, device, prepare, **gate_settings, **shorter)
         for key, value in shape_of(model.config).items():
             if key in given and getattr(c, key) != value:

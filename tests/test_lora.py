@@ -6,10 +6,18 @@ import pytest
 import torch
 
 import lora
+import prepare_data
 from checkpoint import CheckpointError, checkpoint_of, load_checkpoint, model_of, read_checkpoint, save_checkpoint
+from configure import ConfigError
+from evaluate import evaluate
 from lora import LoRAError
 from model import GPT, GPTConfig
 from olmo import OLMo, OLMoConfig
+from resume import RunError, StopRequest
+from settings import make_config
+from test_hardware import count_dataset, metrics
+from test_olmo import theirs
+from train import train
 
 MODELS = [(GPT(GPTConfig(block_size=16, vocab_size=11, n_layer=2, n_head=2, n_embd=16)), "c_attn,c_fc"),
           (OLMo(OLMoConfig(generation=2, block_size=16, vocab_size=11, n_layer=2, n_head=4, n_kv_head=2, n_embd=32, n_hidden=48)), "q_proj,k_proj,v_proj")]
@@ -99,3 +107,62 @@ def test_frozen_weights_in_half_precision_keep_adapters_in_full():
 def test_a_matrix_that_is_not_there_is_named():
     with pytest.raises(LoRAError, match="no Linear layer 'q_proj'. It has c_attn, c_fc, c_proj"):
         lora.add(GPT(MODELS[0][0].config), 2, 4.0, "c_attn, q_proj")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A run
+
+
+RUN = {"init_from": "hf", "dataset": "count", "gated": True, "block_size": 8, "lora_rank": 2, "batch_size": 8, "max_steps": 12, "warmup_steps": 2, "learning_rate": 3e-3, "eval_interval": 6,
+       "eval_batch_size": 7, "eval_batches": 3, "open_above": 0.02, "distill_weight": 0.5, "constraint_paired": True, "linear_penalty_steps": 4, "device": "cpu"}
+
+
+@pytest.fixture
+def olmo(workplace):
+    """An OLMo on disk as transformers writes it, with a longer context than the run wants."""
+    count_dataset()
+    theirs("Olmo", vocab_size=10).save_pretrained("hf")
+
+
+def run_it(**given):
+    config, names = make_config(None, RUN | given)
+    train(config, names)
+    return read_checkpoint(f"{config.out_dir}/last.pt"), metrics(config.out_dir)
+
+
+def test_a_run_with_adapters_on_an_olmo_from_hugging_face(olmo, capsys):
+    last, lines = run_it(out_dir="out/lora")
+    assert set(last["model"]) == {f"model.layers.{i}.self_attn.{name}_proj.lora_{ab}" for i in range(4) for name in "qk" for ab in "ab"}
+    assert last["base"] == "hf" and last["model_args"]["block_size"] == 8 and len(last["model_args"]["gate_bias"]) == 4
+    assert os.path.getsize("out/lora/last.pt") < 0.3 * os.path.getsize("hf/model.safetensors")
+    teacher = load_checkpoint("hf", block_size=8)
+    data = prepare_data.load("count")
+    assert lines[0]["target_loss"] == pytest.approx(evaluate(teacher, data, "val", 7, 3)["loss"] + 0.001, abs=1e-6)
+    child = load_checkpoint("out/lora/last.pt")
+    assert evaluate(child, data, "val", 7, 3)["loss"] == pytest.approx(lines[-1]["val_loss"], abs=1e-5)
+    assert lines[-1]["density"] < lines[1]["density"] and lines[-1]["lambda"] != lines[0]["lambda"]
+    again, _ = run_it(out_dir="out/again", recompute_activations=True)
+    assert all(torch.allclose(last["model"][name], again["model"][name], atol=1e-6) for name in last["model"])
+
+
+def test_it_goes_on_exactly(olmo, monkeypatch):
+    whole, _ = run_it(out_dir="out/whole")
+    with monkeypatch.context() as patch:
+        countdown = iter([False] * 7 + [True])
+        patch.setattr(StopRequest, "asked", property(lambda self: next(countdown), lambda self, value: None), raising=False)
+        with pytest.raises(SystemExit):
+            run_it(out_dir="out/parts")
+    assert read_checkpoint("out/parts/last.pt")["step"] == 8
+    parts, _ = run_it(out_dir="out/parts")
+    assert all(torch.equal(whole["model"][name], parts["model"][name]) for name in whole["model"])
+
+
+def test_frozen_weights_in_bfloat16_and_settings_that_do_not_fit(olmo):
+    last, lines = run_it(out_dir="out/half", base_dtype="bfloat16", max_steps=2)
+    assert all(tensor.dtype == torch.float32 for tensor in last["model"].values()) and lines[-1]["step"] == 2
+    for given, message in (({"lora_targets": "c_attn"}, "no Linear layer 'c_attn'. It has down_proj, gate_proj, k_proj"), ({"block_size": 65}, "block_size=65"), ({"n_layer": 3}, "n_layer=3, but hf has n_layer=4"),
+                           ({"architecture": "gpt2"}, "architecture='gpt2', but hf has architecture='olmo'")):
+        with pytest.raises((LoRAError, RunError), match=message):
+            run_it(out_dir="out/wrong", **given)
+    with pytest.raises(ConfigError, match="lora_rank adds adapters to a model that is there already"):
+        run_it(out_dir="out/wrong", init_from="scratch", gated=False)

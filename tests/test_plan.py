@@ -1,0 +1,63 @@
+"""The plan: counts that are known, memory that is what autograd really keeps, and what depends on what."""
+
+import json
+import os
+
+import pytest
+import torch
+
+import plan
+from olmo import OLMo, OLMoConfig, rotations
+from settings import make_config
+
+
+def settings(**given):
+    return make_config(None, {"micro_batch_size": 4, "batch_size": 64, **given})[0]
+
+
+def test_parameters_are_those_of_the_published_models():
+    counts = {name: sum(p.numel() for p in plan.built(config, settings()).parameters()) for name, (_, config) in plan.MODELS.items()}
+    assert counts == {"1b": 1_176_764_416, "7b": 6_888_095_744, "13b": 13_716_198_400, "30b": 32_234_279_936}
+
+
+@pytest.mark.parametrize("generation", [1, 2])
+def test_activations_are_what_autograd_keeps_on_a_real_device(generation):
+    """The same block in bfloat16 on the CPU, with PyTorch's own fused attention."""
+    config = OLMoConfig(generation=generation, n_layer=1, n_head=4, n_kv_head=4, n_embd=256, n_hidden=512, vocab_size=100, block_size=256)
+    with_meta, _ = plan.activations(plan.built(config, settings()), 2, 256, recompute=False)
+    model = OLMo(config).bfloat16()
+    x, rotation = torch.randn(2, 256, 256, dtype=torch.bfloat16, requires_grad=True), rotations(config, 256, "cpu")
+    for attention in model.attentions:  # gated_attention would compute in float32 on a CPU
+        attention.attend = lambda q, k, v, **options: (torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True), None, None)
+    real, _ = plan.kept_bytes(lambda: model.blocks[0](x, rotation)[0], model)
+    assert with_meta - 4 * x.numel() == pytest.approx(real, rel=0.05)
+
+
+def test_what_depends_on_what():
+    def memory(gpus=8, **given):
+        return plan.plan("1b", settings(**given), gpus, 512)["memory"]
+
+    full, adapters = memory(parallel="fsdp"), memory(parallel="fsdp", lora_rank=16, base_dtype="bfloat16")
+    assert full["optimizer"] == 2 * full["gradients"] == 8 * 1_176_764_416 / 8 and full["teacher"] == full["parameters"] and adapters["teacher"] == 0
+    assert adapters["parameters"] == pytest.approx(full["parameters"] / 2, rel=0.02) and adapters["optimizer"] < full["optimizer"] / 50
+    assert memory(16, parallel="fsdp")["gradients"] == full["gradients"] / 2 and memory(16)["gradients"] == memory(1)["gradients"]
+    assert memory(recompute_activations=True)["activations"] < full["activations"] / 4
+    assert memory(micro_batch_size=8)["logits"] == 2 * full["logits"]
+    flops = {key: plan.plan("1b", settings(**given), 8, 512)["flops"] for key, given in {"full": {}, "lora": {"lora_rank": 16}, "again": {"recompute_activations": True}}.items()}
+    assert flops["lora"] < 0.75 * flops["full"] < 0.75 * flops["again"]
+
+
+def test_the_command(capsys, workplace):
+    plan.main(["--model=7b", "--gpus", "8", "--context", "512"])
+    out = capsys.readouterr().out
+    assert "allenai/OLMo-7B-hf" in out and "ASSUMED" in out and "GB per GPU" in out
+    os.makedirs("out/run")
+    with open("out/run/metrics.jsonl", "w") as f:
+        f.writelines(json.dumps({"mfu": mfu}) + "\n" for mfu in (None, 0.2, 0.3, 0.31))
+    plan.main(["--model=1b", "--gpus=1", "--measured=out/run", "--full"])
+    assert "30 % of the peak measured in out/run" in capsys.readouterr().out
+    with open("out/run/metrics.jsonl", "w") as f:
+        f.write(json.dumps({"mfu": None}) + "\n")
+    for flags, message in ((["--measured=out/run"], "no mfu"), (["--measured=out/gone"], "No such file"), (["--gpus=0"], "at least 1")):
+        with pytest.raises(SystemExit, match=message):
+            plan.main(flags)
