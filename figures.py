@@ -208,10 +208,15 @@ def circuit_curves(path, task, result):
             ax.annotate("", (at["sparse"], 0.9), (at["dense"], 0.9), arrowprops={"arrowstyle": "->", "color": "black"})
             times = at["dense"] / at["sparse"]
             middle = (at["dense"] * at["sparse"]) ** 0.5 if by == "by_edges" else (at["dense"] + at["sparse"]) / 2
-            ax.text(middle, 0.93, f"{times:.1f}x fewer" if times >= 1 else f"{1 / times:.1f}x more", ha="center", va="bottom", fontsize=9)
+            ax.text(middle, 0.93, f"{times:.1f}x fewer" if times >= 1 else f"{1 / times:.1f}x more", ha="center", va="bottom", fontsize=9,
+                    bbox={"facecolor": "white", "alpha": 0.8, "edgecolor": "none", "pad": 1})
         ax.set(xlabel=what, ylabel="explained effect", ylim=(-0.15, 1.2))
         ax.grid(alpha=0.25)
+    axes[0].xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
     axes[1].set_xscale("log")
+    axes[1].xaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 5)))
+    axes[1].xaxis.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda n, _: f"{n:,.0f}"))
+    axes[1].xaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
     axes[0].legend(frameon=False, loc="lower right")
     figure.suptitle(f"{task}: how much of the model does the task need? (bands: 95 %, over prompts)", fontsize=11)
     save(figure, path)
