@@ -1,6 +1,6 @@
 """Take a model elsewhere: to transformers, TransformerLens or nanoGPT.
 
-    python model.py export out/run --to hf PATH                 a folder: transformers.GPT2LMHeadModel.from_pretrained(PATH)
+    python model.py export out/run --to hf PATH                 a folder: transformers.GPT2LMHeadModel.from_pretrained(PATH), or OlmoForCausalLM, ...
     python model.py export out/run --to transformer_lens PATH   a file: {'cfg', 'state_dict'} for HookedTransformer (TransformerLens 2 and 3),
                                                                 through its convert_nanogpt_weights
     python model.py export out/run --to nanogpt PATH            a file for nanoGPT's model.py and sample.py: {'model', 'model_args', ...}
@@ -17,6 +17,7 @@ import sys
 from dataclasses import asdict
 
 import huggingface
+import olmo
 from checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from sample import checkpoint_named
 
@@ -48,9 +49,12 @@ def export(run, kind, path):
     if os.path.exists(path) and (kind != "hf" or not os.path.isdir(path) or os.listdir(path)):
         raise CheckpointError(f"{path} exists already. Choose another name, or delete it first")
     model = load_checkpoint(checkpoint_named(run))
+    is_olmo = isinstance(model, olmo.OLMo)
+    if is_olmo and kind != "hf":
+        raise CheckpointError(f"{kind} knows GPT-2's format only, and {run} is an OLMo. Export --to hf: TransformerLens' bridge wraps that")
     if kind == "hf":
         try:
-            huggingface.write(path, model.state_dict(), asdict(model.config))
+            (olmo if is_olmo else huggingface).write(path, model.state_dict(), asdict(model.config))
         except (huggingface.HuggingFaceError, OSError) as error:
             raise CheckpointError(str(error)) from error
     else:

@@ -8,9 +8,10 @@ import pytest
 import torch
 
 import export
-from conftest import REPOSITORY
 from checkpoint import CheckpointError, checkpoint_of, load_checkpoint, read_checkpoint, save_checkpoint
+from conftest import REPOSITORY
 from model import GPT, GPTConfig
+from olmo import OLMo, OLMoConfig
 
 transformers = pytest.importorskip("transformers", reason="pip install -r tests/requirements.txt")
 
@@ -52,6 +53,24 @@ def readme_lines(mark):
     with open(os.path.join(REPOSITORY, "README.md"), encoding="utf-8") as f:
         blocks = re.findall(r"```python\n(.*?)```", f.read(), re.S)
     return next(block for block in blocks if mark in block)
+
+
+@pytest.mark.parametrize("settings", [{"generation": 1, "clip_qkv": 2.0, "gate_bias": [[0.3, -0.2, 0.1, 0.5]] * 2}, {"generation": 2, "gate_bias": 0.1}], ids=["OLMo 1", "OLMo 2"])
+@torch.no_grad()
+def test_an_olmo_goes_to_transformers_and_gets_its_gate_back(workplace, settings):
+    torch.manual_seed(0)
+    model = OLMo(OLMoConfig(**{"block_size": 16, "vocab_size": 50, "n_layer": 2, "n_head": 4, "n_kv_head": 2, "n_embd": 32, "n_hidden": 48, "gated": True} | settings)).eval()
+    for parameter in model.parameters():
+        parameter.data += 0.3 * torch.randn_like(parameter)
+    save_checkpoint("olmo.pt", checkpoint_of(model))
+    export.main(["olmo.pt", "--to", "hf", "hf"])
+    gated, dense = logits_of(model)
+    assert (transformers.AutoModelForCausalLM.from_pretrained("hf").eval()(IDX).logits - dense).abs().max() < 1e-4
+    names = {}
+    exec(readme_lines("AttentionInterface").replace("GPT2LMHeadModel", "AutoModelForCausalLM").replace("out/stdlib/hf", "hf"), names)
+    assert (names["model"](IDX).logits - gated).abs().max() < 1e-4
+    with pytest.raises(SystemExit, match="nanogpt knows GPT-2's format only"):
+        export.main(["olmo.pt", "--to", "nanogpt", "other"])
 
 
 @torch.no_grad()

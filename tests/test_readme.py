@@ -39,7 +39,7 @@ def test_every_setting_in_the_tables_exists():
     names = re.findall(r"`(\w+)`", "".join(line.split("|")[1] for line in table.splitlines() if line.startswith("| `")))
     assert len(names) >= 10 and set(names) <= set(Config.__annotations__)
     flags = re.findall(r"--(\w+)=", README)
-    others = {"learning_rte", "nproc_per_node", "tokenizer", "file", "shards", "processes", "prompt", "tokens", "temperature", "open", "model", "splash", "B", "H", "repeats", "most_memory", "task", "n"}  # a typo, and other programs' flags
+    others = {"learning_rte", "nproc_per_node", "tokenizer", "file", "shards", "processes", "prompt", "tokens", "temperature", "open", "model", "splash", "B", "H", "repeats", "most_memory", "task", "n", "gpus", "context", "measured", "include", "limit", "tasks"}  # a typo, and other programs' flags
     assert set(flags) - others <= set(Config.__annotations__) | {"index"}
 
 
@@ -62,7 +62,7 @@ def test_our_files_import_each_other_in_one_direction_only():
             imports[name] = set(re.findall(r"^(?:from|import) (\w+)", f.read(), re.M)) & ours
     for basic in ("noise", "tasks", "induction", "geco", "handover", "lora", "hardware", "text", "download", "configure", "figures"):
         assert imports[basic] == set()
-    assert imports["prepare_data"] == {"text", "download"} and imports["huggingface"] == {"download"} and imports["evaluate"] == imports["batches"] == {"hardware"}
+    assert imports["prepare_data"] == {"text", "corpora", "download"} and imports["corpora"] == {"text", "download"} and imports["huggingface"] == {"download"} and imports["evaluate"] == imports["batches"] == {"hardware"}
     assert imports["gate"] == imports["gate_tiled"] == imports["gate_triton"] == {"noise"} and imports["gate_op"] == {"gate_tiled"}
     assert imports["circuit"] == {"tasks"}
     assert imports["settings"] == {"hardware", "configure"}
