@@ -148,10 +148,13 @@ def load_checkpoint(path, device="cpu", **overrides):
 
 
 def tokenizer_of(checkpoint):
-    """Name of the tokenizer that a checkpoint's model was trained with ('bytes', 'gpt2', ...), or None if nobody wrote it down."""
+    """Name of the tokenizer that a checkpoint's model was trained with ('bytes', 'gpt2', 'olmo', ...), or None if nobody wrote it down."""
     if "data" in checkpoint:
         return checkpoint["data"]["tokenizer"]
-    return "gpt2" if checkpoint["model_args"].get("vocab_size") in (50257, 50304) else None  # 50304: padded to a multiple of 64, as nanoGPT does
+    vocab_size = checkpoint["model_args"].get("vocab_size", 0)
+    if "architecture" in checkpoint["model_args"]:  # an OLMo of Hugging Face's: its vocabulary, or padded to a multiple of 128
+        return "olmo" if 50280 <= vocab_size <= 50304 else "olmo2" if 100278 <= vocab_size <= 100352 else None
+    return "gpt2" if vocab_size in (50257, 50304) else None  # 50304: padded to a multiple of 64, as nanoGPT does
 
 
 def state_to_save(model):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import checkpoint
-from checkpoint import CheckpointError, checkpoint_of, load_checkpoint, load_weights, read_checkpoint, save_checkpoint
+from checkpoint import CheckpointError, checkpoint_of, load_checkpoint, load_weights, read_checkpoint, require_tokenizer, save_checkpoint, tokenizer_of
 from model import GPT, GPTConfig
 
 
@@ -73,3 +73,16 @@ def test_a_full_disk_leaves_the_old_checkpoint(workplace, monkeypatch):
     monkeypatch.undo()
     assert read_checkpoint(str(workplace / "c.pt"))["step"] == 1
     assert [f.name for f in workplace.iterdir()] == ["c.pt"]
+
+
+@pytest.mark.parametrize("args, tokenizer", [({"vocab_size": 50257}, "gpt2"), ({"vocab_size": 50304}, "gpt2"), ({"vocab_size": 50304, "architecture": "olmo"}, "olmo"),
+                                             ({"vocab_size": 100352, "architecture": "olmo"}, "olmo2"), ({"vocab_size": 256, "architecture": "olmo"}, None), ({"vocab_size": 65}, None)])
+def test_whose_tokens_a_foreign_model_reads_is_told_by_its_vocabulary(args, tokenizer):
+    found = {"model_args": args}
+    assert tokenizer_of(found) == tokenizer
+    for name in ("bytes", "gpt2", "olmo"):
+        if tokenizer in (None, name):
+            require_tokenizer(found, "x", name)
+        else:
+            with pytest.raises(CheckpointError, match=f"x was trained on tokens of '{tokenizer}', the data has those of '{name}'"):
+                require_tokenizer(found, "x", name)
