@@ -25,6 +25,7 @@ import torch
 import compare
 import figures
 import hardware
+import lora
 import prepare_data
 import text
 from configure import ConfigError, parse_command_line
@@ -75,7 +76,8 @@ def report(run):
     path = kept_checkpoint(run) or os.path.join(run, "last.pt")
     meets_target = os.path.basename(path) == "best.pt"
     checkpoint = read_checkpoint(path)
-    model = model_of(checkpoint, path, hardware.pick_device("auto"))
+    model = model_of(checkpoint, path, hardware.pick_device("auto"), merged=False,  # as the run judged it
+                     prepare=lambda model: lora.freeze_in(model, getattr(torch, config.get("base_dtype", "float32"))) if "lora" in checkpoint else model)
     seconds = read_checkpoint(os.path.join(run, "last.pt"))["seconds"]
     data = prepare_data.load(config["dataset"])
     judged = evaluate_splits(model, data, config["eval_batch_size"], config["eval_batches"])
@@ -283,7 +285,7 @@ def benchmark_run(run, options):
     name = tokenizer_of(checkpoint)
     if name not in text.TOKENIZERS:
         raise AnalysisError(f"{run} was trained on {name}, which is no text: benchmark needs a run on text")
-    models = {"dense": load_checkpoint(checkpoint["parent"], device)} if checkpoint["model_args"]["gated"] else {}
+    models = {"dense": load_checkpoint(checkpoint["parent"], device, block_size=checkpoint["model_args"]["block_size"])} if checkpoint["model_args"]["gated"] else {}
     models["sparse" if models else "dense"] = model_of(checkpoint, path, device)
     table = benchmark.benchmark(models, text.tokenizer(name), options.tasks, options.limit or None, options.include or None)
     prepare_data.write_json(os.path.join(run, "benchmark.json"), table)

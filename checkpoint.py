@@ -53,7 +53,7 @@ def is_elsewhere(source):
     return olmo.is_olmo(source) or huggingface.is_huggingface(source)
 
 
-def read_checkpoint(path, device="cpu"):
+def read_checkpoint(path):
     """The dict {'model', 'model_args', ...} of a checkpoint: ours, nanoGPT's, or Hugging Face's in that layout (see huggingface.py).
 
     Raises CheckpointError if it is missing, truncated or not a checkpoint of a GPT.
@@ -68,7 +68,7 @@ def read_checkpoint(path, device="cpu"):
     if not os.path.exists(path):
         raise CheckpointError(f"there is no checkpoint {path}. Train one first, for instance: python train.py config/addition.py")
     try:
-        checkpoint = torch.load(path, map_location=device, weights_only=True)
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
     except Exception as error:  # zip and pickle errors of many types: all mean that the file is not what it should be
@@ -107,22 +107,26 @@ def classes_of(args):
     return (olmo.OLMo, olmo.OLMoConfig) if args.get("architecture") == "olmo" else (GPT, GPTConfig)
 
 
-def model_of(checkpoint, path, device="cpu", prepare=lambda model: model, merged=True, **overrides):
+def model_of(checkpoint, path, device="cpu", prepare=lambda model: model, merged=True, in_parts=False, **overrides):
     """The model in a checkpoint's dict, in evaluation mode. overrides change its config, e.g. gated=False to run it dense.
 
     path     is named in errors
     prepare  called with the empty model (on the meta device) before it takes up memory: may change its dtype, add adapters, cut it into parts
     merged   of a checkpoint that holds LoRA adapters and the name of their base: merged into the weights, else beside them (lora.py)
+    in_parts the checkpoint may be one of a sharded run that names a folder instead of holding weights: sharding.load will bring them
     Raises CheckpointError if the architecture is unknown or the weights do not fit it.
     """
+    if checkpoint["model"] is None and not in_parts:
+        raise CheckpointError(f"{path} is of a sharded run that has not ended: its weights are in parts, in the folder {checkpoint['shards']} beside it. Let the run go on to its end, or use its best.pt")
     if "lora" in checkpoint:
         base = read_checkpoint(checkpoint["base"])
         if base.get("step") != checkpoint["base_step"]:
             raise CheckpointError(f"{path} holds adapters for {checkpoint['base']} at step {checkpoint['base_step']}, and that is at step {base.get('step')} now. Put the old file back")
-        model = model_of(base, checkpoint["base"], device, lambda model: prepare(lora.add(model, **checkpoint["lora"])), **{**checkpoint["model_args"], **overrides})
+        early, late = (lambda model: model, prepare) if merged else (prepare, lambda model: model)  # merge before anything is cut
+        model = model_of(base, checkpoint["base"], device, lambda model: early(lora.add(model, **checkpoint["lora"])), **{**checkpoint["model_args"], **overrides})
         if checkpoint["model"] is not None:
             load_weights(model, checkpoint["model"], path, names=lora.state_of(model))
-        return lora.merge(model) if merged else model
+        return late(lora.merge(model) if merged else model)
     args = {**checkpoint["model_args"], **overrides}
     model_class, config_class = classes_of(args)
     unknown = sorted(set(args) - {f.name for f in fields(config_class)})
@@ -144,7 +148,7 @@ def model_of(checkpoint, path, device="cpu", prepare=lambda model: model, merged
 
 def load_checkpoint(path, device="cpu", **overrides):
     """The model saved at path: `read_checkpoint`, then `model_of`."""
-    return model_of(read_checkpoint(path, device), path, device, **overrides)
+    return model_of(read_checkpoint(path), path, device, **overrides)
 
 
 def tokenizer_of(checkpoint):

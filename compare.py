@@ -106,7 +106,8 @@ def compare(dense, sparse, meta, task, n, seed, steps, folder):
             layers = []
             model(prompt, record=lambda layer, gates: layers.append((gates.open * gates.pattern)[0].detach().numpy()))
             rows.append((label, [layers[(w - 1) // (graph.H + 1)][(w - 1) % (graph.H + 1)] for w in busiest]))
-        figures.gallery(os.path.join(folder, f"circuit-{task}-gallery.png"), [f"head {graph.writer_names()[w]}" for w in busiest], names or [str(i) for i in to_test[0].clean], rows)
+        figures.gallery(os.path.join(folder, f"circuit-{task}-gallery.png"), [f"head {graph.writer_names()[w]}" for w in busiest], names or [str(i) for i in to_test[0].clean], rows,
+                        f"{task}: the circuit's strongest heads on one prompt")
     return result
 
 

@@ -151,8 +151,8 @@ def open_by_distance(path, by_distance, open_edges):
     save(figure, path)
 
 
-def gallery(path, titles, tokens, rows):
-    """Attention maps of a few heads on one snippet. titles: one per head; tokens: T strings; rows [(label, [weights (T, T), one per head])]."""
+def gallery(path, titles, tokens, rows, what="The busiest heads of the sparse model on one held-out snippet"):
+    """Attention maps of a few heads on one snippet; what: says which. titles: one per head; tokens: T strings; rows [(label, [weights (T, T), one per head])]."""
     T, columns = len(tokens), max(1, len(titles))
     figure, axes = plt.subplots(len(rows), columns, figsize=(4.2 * columns, 4.4 * len(rows)), squeeze=False, layout="constrained")
     for r, (label, maps) in enumerate(rows):
@@ -166,7 +166,8 @@ def gallery(path, titles, tokens, rows):
         axes[r, 0].set_ylabel(f"{label}\nthe token that reads", fontsize=9)
     for ax in axes[-1]:
         ax.set_xlabel("the token that is read", fontsize=9)
-    figure.suptitle("The busiest heads of the sparse model on one held-out snippet; white: shut", fontsize=11)
+    figure.get_layout_engine().set(rect=(0, 0, 1, 0.96))
+    figure.suptitle(f"{what}; white: shut", fontsize=12, y=0.99)
     save(figure, path)
 
 
@@ -215,7 +216,7 @@ def circuit_curves(path, task, result):
     axes[0].xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
     axes[1].set_xscale("log")
     axes[1].xaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 5)))
-    axes[1].xaxis.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda n, _: f"{n:,.0f}"))
+    axes[1].xaxis.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda n, _: f"{n:.0f}" if n < 1000 else f"{n / 1000:.0f}k"))
     axes[1].xaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
     axes[0].legend(frameon=False, loc="lower right")
     figure.suptitle(f"{task}: how much of the model does the task need? (bands: 95 %, over prompts)", fontsize=11)

@@ -144,9 +144,10 @@ def choose_impl(name, device, T, D, dtype=torch.float32):
     return name
 
 
-def bias_of_layer(bias, layer, device):
-    """A model's gate bias, a float or a list [layer][head], as `gated_attention` takes it: the float, or (H, 1, 1) of this layer."""
-    return bias if isinstance(bias, float) else torch.tensor(bias[layer], device=device)[:, None, None]
+def bias_by_layer(config, device):
+    """For every layer the bias that `gated_attention` takes: config.gate_bias itself, or of a list [layer][head] a (H, 1, 1)."""
+    b = config.gate_bias
+    return torch.tensor(b, device=device)[:, :, None, None].unbind(0) if isinstance(b, list) else [b] * config.n_layer
 
 
 def bias_of_heads(bias, H, device, dtype):

@@ -41,37 +41,45 @@ def fold_shift(model, idx, open_above, fold=True, ridge=1e-2, too_low=100.0):
     too_low     how much worse it is to shut too much than to open too much; 1 is plain least squares
     """
     fold = fold and getattr(model.config, "bias", False)
-    seen, inner = [], [attention.attend for attention in model.attentions]  # q and k as the gate gets them, per layer, from one dense pass
-    for attention, attend in zip(model.attentions, inner):
-        attention.attend = lambda q, k, v, attend=attend, **options: seen.append((q.float(), k.float())) or attend(q, k, v, **options)
+    shifts = []  # per layer, from one dense pass; changed is nothing before its end
+
+    def watching(attend):
+        def watched(q, k, v, **options):  # q and k as the gate gets them
+            shifts.append(shift_of(q.float(), k.float(), open_above, model.config.gate_bias, fold, ridge, too_low))
+            return attend(q, k, v, **options)
+        return watched
+
+    for attention in model.attentions:
+        attention.attend = watching(attention.attend)
     was = model.config.gated, model.training
     model.config.gated = False
     model.eval()(idx)
     model.config.gated, _ = was
     model.train(was[1])
     for attention in model.attentions:
-        del attention.attend
-
-    T, biases = idx.shape[1], []
-    causal = torch.ones(T, T, dtype=torch.bool, device=idx.device).tril()
-    for attention, (q, k) in zip(model.attentions, seen):
-        B, H, _, D = q.shape
-        q = q / math.sqrt(D)
-        scores = (q @ k.repeat_interleave(H // k.shape[1], dim=1).transpose(-2, -1)).masked_fill(~causal, -math.inf)  # a_ij (B, H, T, T)
-        wanted = -scores.logsumexp(dim=-1) - math.log(open_above) - model.config.gate_bias  # w_i (B, H, T)
-        q = q if fold else torch.ones_like(q[..., :1])  # one unknown: the same for all queries
-        q, wanted = q.transpose(0, 1).reshape(H, B * T, -1), wanted.transpose(0, 1).reshape(H, B * T, 1)
-        weight = torch.ones_like(wanted)
-        for _ in range(12):
-            weighted = (weight * q).transpose(-2, -1)  # (H, D, B T)
-            gram = weighted @ q  # (H, D, D)
-            gram += (ridge if fold else 0) * gram.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None] * torch.eye(q.shape[-1], device=q.device)
-            shift = torch.linalg.solve(gram, weighted @ wanted)  # c (H, D, 1)
-            weight = torch.where(q @ shift < wanted, too_low, 1.0)
-        if fold:
-            C = H * D
+        del attention.attend  # and the class's own is seen again
+    if fold:
+        for attention, shift in zip(model.attentions, shifts):
+            C = shift.numel()
             attention.c_attn.bias[C:2 * C] += shift.flatten()  # rows C to 2C of c_attn make the keys
-        else:
-            biases.append((model.config.gate_bias + shift.flatten()).tolist())
-    if not fold:
-        model.config.gate_bias = biases
+    else:
+        model.config.gate_bias = [(model.config.gate_bias + shift.flatten()).tolist() for shift in shifts]
+
+
+def shift_of(q, k, open_above, bias, fold, ridge, too_low):
+    """The regression, for all heads of a layer: c (H, D), or (H, 1) without fold. q (B, H, T, D), k the same or with fewer heads."""
+    B, H, T, D = q.shape
+    causal = torch.ones(T, T, dtype=torch.bool, device=q.device).tril()
+    q = q / math.sqrt(D)
+    scores = (q @ k.repeat_interleave(H // k.shape[1], dim=1).transpose(-2, -1)).masked_fill(~causal, -math.inf)  # a_ij (B, H, T, T)
+    wanted = -scores.logsumexp(dim=-1) - math.log(open_above) - bias  # w_i (B, H, T)
+    q = q if fold else torch.ones_like(q[..., :1])  # one unknown: the same for all queries
+    q, wanted = q.transpose(0, 1).reshape(H, B * T, -1), wanted.transpose(0, 1).reshape(H, B * T, 1)
+    weight = torch.ones_like(wanted)
+    for _ in range(12):
+        weighted = (weight * q).transpose(-2, -1)  # (H, D, B T)
+        gram = weighted @ q  # (H, D, D)
+        gram += (ridge if fold else 0) * gram.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None] * torch.eye(q.shape[-1], device=q.device)
+        shift = torch.linalg.solve(gram, weighted @ wanted)  # c (H, D, 1)
+        weight = torch.where(q @ shift < wanted, too_low, 1.0)
+    return shift.squeeze(-1)

@@ -49,17 +49,17 @@ def pick_device(name):
     return name
 
 
-def precision(name, device):
+def precision(name, device, cache=True):
     """A function that returns the autocast context for the setting 'auto', 'float32' or 'bfloat16'; and the choice in words.
 
     'auto' is bfloat16 where the hardware multiplies it natively: GPUs since Ampere, CPUs with AMX (Intel's since 2023); else float32.
-    There is no float16: its gradients underflow without a loss scaler, and bfloat16 needs none.
+    cache=False: autocast does not keep its bfloat16 copies of the weights until the context ends. There is no float16: its gradients underflow without a loss scaler, and bfloat16 needs none.
     """
     kind = device.split(":")[0]
     if name == "auto":
         native = torch.cuda.is_bf16_supported(including_emulation=False) if kind == "cuda" else kind == "cpu" and torch.cpu._is_amx_tile_supported()
         name = "bfloat16" if native else "float32"
-    return functools.partial(torch.autocast, kind, dtype=torch.bfloat16, enabled=name == "bfloat16"), name
+    return functools.partial(torch.autocast, kind, dtype=torch.bfloat16, enabled=name == "bfloat16", cache_enabled=cache), name
 
 
 def compiles(setting, device, pays_on_cpu):

@@ -56,18 +56,32 @@ class LoRALinear(nn.Module):
 def add(model, rank, alpha, targets):
     """Freeze model and put an adapter beside every Linear layer whose name ends in one of targets ('q_proj,k_proj'). Returns model, changed in place.
 
-    The adapters hold nothing yet: `LoRALinear.initial` says what. Raises LoRAError, naming the layers there are, if a target is the name of none.
+    The adapters hold nothing yet: `LoRALinear.initial` says what. Raises LoRAError, naming the layers there are, if a target is the name of none;
+    or if another layer uses the matrix as well, as a tied embedding does.
     """
     layers = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     wanted = [target.strip() for target in targets.split(",")]
     last = {name.rpartition(".")[2] for name in layers}
     if unknown := [target for target in wanted if target not in last]:
         raise LoRAError(f"lora_targets: the model has no Linear layer {unknown[0]!r}. It has {', '.join(sorted(last - {'lm_head'}))}")
+    names = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    if shared := [names[id(layer.weight)] for name, layer in layers.items() if name.rpartition(".")[2] in wanted and len(names[id(layer.weight)]) > 1]:
+        raise LoRAError(f"lora_targets: {' and '.join(shared[0])} are one matrix in this model; an adapter would change only one of its uses. Leave it out")
     model.requires_grad_(False)
     for name, layer in layers.items():
         place, _, last = name.rpartition(".")
         if last in wanted:
             setattr(model.get_submodule(place), last, LoRALinear(layer, rank, alpha))
+    return model
+
+
+def freeze_in(model, dtype):
+    """Keep the frozen weights in torch dtype `dtype`; adapters stay as they are. Returns model."""
+    for parameter in model.parameters():
+        if not parameter.requires_grad:
+            parameter.data = parameter.data.to(dtype)
     return model
 
 
@@ -117,7 +131,7 @@ class Base:
     """
 
     def __init__(self, model, run=None):
-        self.model, self.run, self.training = model, run or model, False
+        self.model, self.run, self.training = model, model if run is None else run, False
         self.config = type(model.config)(**{**vars(model.config), "gated": False})
 
     def __call__(self, *args, **kwargs):

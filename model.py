@@ -31,7 +31,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from gate import bias_of_layer, gated_attention
+from gate import bias_by_layer, gated_attention
 
 
 @dataclass
@@ -61,8 +61,7 @@ class CausalSelfAttention(nn.Module):
         self.resid_dropout = nn.Dropout(config.dropout)
 
     def attend(self, q, k, v, **gate_options):
-        c = self.config
-        return gated_attention(q, k, v, bias_of_layer(c.gate_bias, self.layer, q.device), c.gate_temperature, sample=self.training, dense=not c.gated, **gate_options)
+        return gated_attention(q, k, v, temperature=self.config.gate_temperature, sample=self.training, dense=not self.config.gated, **gate_options)
 
     def forward(self, x, **gate_options):
         """x (B, T, C) -> y (B, T, C); density, a scalar; gates, a `gate.Gates` or None. Options: see `gated_attention`."""
@@ -187,9 +186,9 @@ class GPT(nn.Module):
         x = self.transformer.drop(x)
         if hooks is not None:
             x = hooks.write("embed", None, x)
-        densities = []
+        densities, biases = [], bias_by_layer(self.config, idx.device)
         for layer, block in enumerate(self.blocks):
-            x, density, gates = block(x, keep=None if keep is None else keep[layer], return_gates=record is not None,
+            x, density, gates = block(x, bias=biases[layer], keep=None if keep is None else keep[layer], return_gates=record is not None,
                                       linear_penalty=linear_penalty, noise=noise, impl=self.attention_impl, hooks=hooks)
             densities.append(density)
             if record is not None:

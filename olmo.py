@@ -33,7 +33,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import huggingface
-from gate import bias_of_layer, gated_attention
+from gate import bias_by_layer, gated_attention
 from huggingface import HuggingFaceError
 
 
@@ -123,15 +123,14 @@ class Attention(nn.Module):
 
     def attend(self, q, k, v, **gate_options):
         """q (B, H, T, D), k and v (B, n_kv_head or H, T, D), normed and rotated."""
-        c = self.config
-        return gated_attention(q, k, v, bias_of_layer(c.gate_bias, self.layer, q.device), c.gate_temperature, sample=self.training, dense=not c.gated, **gate_options)
+        return gated_attention(q, k, v, temperature=self.config.gate_temperature, sample=self.training, dense=not self.config.gated, **gate_options)
 
     def forward(self, x, rotation, **gate_options):
         """x (B, T, C) -> y (B, T, C); density, a scalar; gates, a `gate.Gates` or None."""
         B, T, C = x.shape
         q, k, v = self.clip(self.q_proj(x)), self.clip(self.k_proj(x)), self.clip(self.v_proj(x))
         if self.config.generation == 2:
-            q, k = self.q_norm(q), self.k_norm(k)
+            q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)  # under autocast a GPU's norm returns float32
         q, k, v = (part.view(B, T, -1, C // self.config.n_head).transpose(1, 2) for part in (q, k, v))  # (B, heads, T, D)
         y, density, gates = self.attend(rotate(q, rotation), rotate(k, rotation), v, **gate_options)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, C)), density, gates
@@ -239,9 +238,9 @@ class OLMo(nn.Module):
         plain, stretched = rotations(c, T, idx.device), c.yarn and rotations(c, T, idx.device, stretched=True)
         if hooks is not None:
             x = hooks.write("embed", None, x)
-        densities = []
+        densities, biases = [], bias_by_layer(c, idx.device)
         for layer, block in enumerate(self.blocks):
-            x, density, gates = block(x, stretched if c.yarn and layer in c.yarn["layers"] else plain, keep=None if keep is None else keep[layer],
+            x, density, gates = block(x, stretched if c.yarn and layer in c.yarn["layers"] else plain, bias=biases[layer], keep=None if keep is None else keep[layer],
                                       return_gates=record is not None, linear_penalty=linear_penalty, noise=noise, impl=self.attention_impl, hooks=hooks)
             densities.append(density)
             if record is not None:

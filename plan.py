@@ -5,7 +5,7 @@
     python olmo.py plan --model=1b --gpus=1 --measured=out/gpt2    speed from a run of yours instead of an assumption
 
     per GPU:   parameters + gradients + optimizer + teacher        divided by the number of GPUs under FSDP
-             + a block put together (FSDP)
+             + blocks put together (FSDP), and autocast's bfloat16 copies of the weights
              + what autograd keeps for the backward pass           of one micro-batch
              + logits, in float32: loss, divergence, gradient
     time:      FLOPs of a step / (GPUs x peak x utilisation)
@@ -29,7 +29,7 @@ import lora
 from configure import ConfigError
 from hardware import PEAK_FLOPS
 from olmo import OLMo, OLMoConfig
-from settings import make_config
+from settings import forward_passes, make_config
 
 OVERHEAD = 2e9  # bytes: assumed
 MODELS = {"1b": ("allenai/OLMo-1B-hf", OLMoConfig()),
@@ -79,13 +79,13 @@ def built(config, settings):
     return model
 
 
-def activations(model, micro_batch, context, recompute):
+def activations(model, micro_batch, context, settings):
     """Bytes that autograd keeps for one micro-batch: in the blocks, and behind them (the last norm and the logits)."""
     x = torch.empty(micro_batch, context, model.config.n_embd, device="meta", dtype=torch.bfloat16, requires_grad=True)
     rotation = tuple(torch.empty(context, model.config.n_embd // model.config.n_head, device="meta") for _ in range(2))
     per_block, _ = kept_bytes(lambda: model.blocks[0](x, rotation)[0], model)
-    boundary = x.numel() * 4  # a block's input, in the float32 of the residual stream
-    blocks = len(model.blocks) * boundary + per_block if recompute else len(model.blocks) * (per_block + boundary)
+    boundary = x.numel() * (2 if settings.base_dtype == "bfloat16" else 4)  # a block's input: the residual stream has the precision of the embedding
+    blocks = len(model.blocks) * boundary + per_block if settings.recompute_activations else len(model.blocks) * (per_block + boundary)
     logits = micro_batch * context * model.config.vocab_size
     return blocks, logits * (2 + 4 + 4 + 4 + 4)  # bfloat16; float32: log-softmax of the loss, of student and of teacher in the divergence, gradient
 
@@ -96,16 +96,19 @@ def plan(name, settings, gpus, context):
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     frozen = sum(p.numel() for p in model.parameters()) - trained
     shards = gpus if settings.parallel == "fsdp" else 1
-    base = (2 if settings.base_dtype == "bfloat16" else 4) * frozen + 4 * trained
-    block = sum(p.numel() * (4 if p.requires_grad or settings.base_dtype == "float32" else 2) for p in model.blocks[0].parameters())
-    rest = sum(p.numel() for module in (model.model.embed_tokens, model.lm_head) for p in module.parameters()) * (2 if settings.base_dtype == "bfloat16" and settings.lora_rank else 4)
+    half = settings.base_dtype == "bfloat16"  # of frozen weights
+    size = {id(p): p.numel() * (2 if half and not p.requires_grad else 4) for p in model.parameters()}  # bytes
+    block = sum(size[id(p)] for p in model.blocks[0].parameters())
+    gathered = 2 * block + sum(size.values()) - len(model.blocks) * block if shards > 1 else 0  # this block and the next; and all that is outside of blocks
+    teachers = 0 if settings.lora_rank or not settings.distill_weight else 1
+    copies = 0 if half or settings.recompute_activations else 2 * (frozen + trained)  # autocast's, in bfloat16, which the backward pass wants
     micro = settings.micro_batch_size or settings.batch_size // gpus
-    blocks, logits = activations(model, micro, context, settings.recompute_activations)
-    memory = {"parameters": base / shards, "gradients": 4 * trained / shards, "optimizer": 8 * trained / shards, "teacher": 0 if settings.lora_rank else 4 * (frozen + trained) / shards,
-              "put together": (2 * block + rest) if shards > 1 else 0, "activations": blocks, "logits": logits, "overhead": OVERHEAD}
-    dense = model.flops_per_token(context) / 3  # a forward pass; a backward pass by activations costs as much, by weights as well
-    passes = (2 if settings.lora_rank else 3) + settings.recompute_activations + (settings.distill_weight > 0) + (1 + settings.constraint_paired) / settings.constraint_interval
-    return {"parameters": frozen + trained if settings.lora_rank else trained, "trained": trained, "memory": memory, "flops": dense * passes * settings.batch_size * context}
+    blocks, logits = activations(model, micro, context, settings)
+    memory = {"parameters": sum(size.values()) / shards, "gradients": 4 * trained * (2 if shards == 1 and gpus > 1 else 1) / shards,  # DDP sends them in buckets of its own
+              "optimizer": 8 * trained / shards, "teacher": teachers * 4 * (frozen + trained) / shards, "put together": (1 + teachers) * gathered,
+              "copies": copies, "activations": blocks, "logits": logits, "overhead": OVERHEAD}
+    dense = model.flops_per_token(context) / 3  # a forward pass
+    return {"parameters": frozen + trained if settings.lora_rank else trained, "trained": trained, "memory": memory, "flops": dense * forward_passes(settings) * settings.batch_size * context}
 
 
 def utilisation(run):

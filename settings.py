@@ -117,6 +117,12 @@ SETTINGS = list(Config.__annotations__)
 GATED_ONLY = SETTINGS[SETTINGS.index("gate_bias"):SETTINGS.index("lambda_max") + 1]  # the block that a dense run ignores
 
 
+def forward_passes(c):
+    """What a training step costs, in forward passes of the model: a backward pass is one by activations and one by weights, if they are trained."""
+    gated = (c.distill_weight > 0) + (1 + c.constraint_paired) / c.constraint_interval if c.gated else 0
+    return (2 if c.lora_rank else 3) + c.recompute_activations + gated
+
+
 def make_config(path, given):
     """Config of a config file (or None) and a dict of settings that win over it; and the names of all that were set."""
     values = (read_config_file(path, Config, limits()) if path else {}) | given
@@ -134,6 +140,12 @@ def check_together(config):
         raise ConfigError(f"n_embd={config.n_embd} must be a multiple of n_head={config.n_head}: the heads share the width")
     if config.gated and config.init_from == "scratch":
         raise ConfigError("a gated run needs a dense model whose loss it is to keep: set init_from to the run folder or the config file of one")
+    if config.architecture != "gpt2" and (config.n_head % (config.n_kv_head or config.n_head) or config.n_embd // config.n_head % 2):
+        raise ConfigError(f"n_head={config.n_head} must be a multiple of n_kv_head={config.n_kv_head}, and n_embd={config.n_embd} an even multiple of n_head: RoPE turns pairs")
+    if config.architecture != "gpt2" and config.dropout:
+        raise ConfigError("dropout is GPT-2's only: leave it away for an OLMo")
+    if config.base_dtype != "float32" and not config.lora_rank:
+        raise ConfigError("base_dtype is that of frozen weights: it needs lora_rank")
     if config.lora_rank and config.init_from == "scratch":
         raise ConfigError("lora_rank adds adapters to a model that is there already: set init_from, or leave lora_rank away")
     if not config.lambda_min <= config.lambda_init <= config.lambda_max:

@@ -7,11 +7,13 @@
 Both compute the same (tests/test_sharding.py). PyTorch's `fully_shard` does the work; parameters are then DTensors, tensors that know that they are parts.
 
 Notable:
-- last.pt of a sharded run is small: step, lambda, random state, and the name of a folder shards-<step> that torch.distributed.checkpoint writes, every
-  process its part. The folder is written first and last.pt names it afterwards, so last.pt always names one that is whole.
+- last.pt of a sharded run is small: step, lambda, and the name of a folder shards-<step> that torch.distributed.checkpoint writes, every process its part.
+  A new folder is written first and last.pt names it afterwards, so last.pt always names one that is whole.
 - Such a folder knows names, not processes: what two wrote, one can read (`load`), sharded or not.
-- best.pt is gathered and written whole, for analyze.py and everybody else to read.
-- No mixed-precision policy: parameters travel in the precision in which they are kept, autocast does the rest, and the model is judged in it.
+- best.pt, and last.pt when the run ends, hold the model gathered and whole, for analyze.py and everybody else to read.
+- Gradients are summed over the processes after every micro-batch: more is sent than with DDP, but no process ever holds a whole model's gradients.
+- No mixed-precision policy: parameters travel in the precision in which they are kept, autocast does the rest, and the model is judged in it. Autocast's
+  bfloat16 copies of float32 weights are kept for the backward pass, whole; `recompute_activations` avoids that, and so does `base_dtype` under LoRA.
 Sources: Zhao et al. 2023 (FSDP), the documentation of torch.distributed.fsdp.fully_shard.
 """
 
@@ -55,15 +57,23 @@ def whole_state(state):
     return gathered
 
 
+def folder_for(step, named):
+    """Name of a folder for the checkpoint of a step, never the one that last.pt names now: that stays whole until last.pt names another."""
+    return f"shards-{step}" + ("-again" if named == f"shards-{step}" else "")
+
+
 TRAINED = StateDictOptions(ignore_frozen_params=True)  # of a model with LoRA adapters these alone
 
 
 def save(folder, model, optimizer):
-    """Write what is trained of model, and optimizer, into folder, every process its part; whole once all have returned."""
+    """Write what is trained of model, and optimizer, into folder, every process its part; whole once all have returned. Raises OSError."""
     state = {"model": get_model_state_dict(model, options=TRAINED)}
     if optimizer.state:  # else it has not made a step, and asking would make PyTorch pretend one, which Adam counts
         state["optimizer"] = get_optimizer_state_dict(model, optimizer, options=TRAINED)
-    dcp.save(state, checkpoint_id=folder)
+    try:
+        dcp.save(state, checkpoint_id=folder)
+    except dcp.CheckpointException as error:
+        raise OSError(f"cannot write {folder}: {next(iter(error.failures.values()))[0]}. last.pt still names an earlier one. Free some space, and the same command goes on") from error
 
 
 def load(folder, model, optimizer):
@@ -74,7 +84,10 @@ def load(folder, model, optimizer):
     has_moments = any(name.startswith("optimizer.") for name in dcp.FileSystemReader(folder).read_metadata().state_dict_metadata)
     if has_moments:
         state["optimizer"] = get_optimizer_state_dict(model, optimizer, options=TRAINED)
-    dcp.load(state, checkpoint_id=folder)
+    try:
+        dcp.load(state, checkpoint_id=folder)
+    except dcp.CheckpointException as error:
+        raise OSError(f"{folder} is damaged: {next(iter(error.failures.values()))[0]}") from error
     set_model_state_dict(model, state["model"], options=StateDictOptions(strict=False))
     if has_moments:
         set_optimizer_state_dict(model, optimizer, state["optimizer"])

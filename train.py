@@ -55,7 +55,7 @@ from handover import fold_shift
 from huggingface import PRETRAINED
 from lora import LoRAError
 from resume import MetricsLog, RunError, StopRequest, claim_folder, kept_checkpoint
-from settings import FIXED, FREE, GATE, GATED_ONLY, SHAPE, Config, check_together, limits, make_config
+from settings import FIXED, FREE, GATE, GATED_ONLY, SHAPE, Config, check_together, forward_passes, limits, make_config
 
 
 def find_dense(source, config, what):
@@ -141,28 +141,33 @@ def train(config, given=frozenset()):
     gate_settings = {key: getattr(c, key) for key in GATE}
     sharded = c.parallel == "fsdp" and hardware.world() > 1
 
+    def cut(model):
+        if sharded:
+            sharding.shard(model, device)
+        return model
+
     def prepare(model):
         """What is done to the run's model while it is empty."""
         if c.lora_rank:
             if not lora.adapters_of(model):  # a new run's
                 lora.add(model, c.lora_rank, c.lora_alpha, c.lora_targets)
-            for parameter in model.parameters():
-                if not parameter.requires_grad:
-                    parameter.data = parameter.data.to(getattr(torch, c.base_dtype))
-        if c.recompute_activations:
-            for block in model.blocks:
+            lora.freeze_in(model, getattr(torch, c.base_dtype))
+        for block in model.blocks:
+            if sharded and hardware.compiles(c.compile, device, pays_on_cpu=False):
+                block.forward = torch.compile(block.forward)  # by itself, because the graph of the whole would break wherever a block is put together
+            if c.recompute_activations:
                 block.forward = partial(torch.utils.checkpoint.checkpoint, block.forward, use_reentrant=False)
-        if sharded:
-            sharding.shard(model, device)
-        return model
+        return cut(model)
 
     if checkpoint:
-        model = model_of(checkpoint, f"{c.out_dir}/last.pt", device, prepare, merged=False)
+        model = model_of(checkpoint, f"{c.out_dir}/last.pt", device, prepare, merged=False, in_parts=True)
         if checkpoint.get("data", belongs_to) != belongs_to:
             raise RunError(f"data/{c.dataset} is not the data that {c.out_dir} was begun with ({checkpoint['data']} there, {belongs_to} here): it cannot go on "
                            "exactly. Put the old data back, or start a new run with --out_dir=out/NEW")
     elif parent:
         args = starts_from["model_args"]
+        if c.lora_rank and "lora" in starts_from:
+            raise RunError(f"{parent} holds adapters itself, and one model has one set of them. Merge them first (python model.py export {os.path.dirname(parent)} --to hf FOLDER) and start from FOLDER")
         shorter = {"block_size": c.block_size} if "block_size" in given and "architecture" in args and c.block_size < args["block_size"] else {}  # an OLMo's positions are no weights
         model = model_of(starts_from, parent, device, prepare, **gate_settings, **shorter)
         for key, value in shape_of(model.config).items():
@@ -184,18 +189,18 @@ def train(config, given=frozenset()):
         raise RunError(f"{'target' if c.target_from else 'init'}_from={c.target_from or c.init_from} is a gated run. Start from a dense one: its loss is the target")
     # the dense model, frozen: it sets the target, it is compared with on the same batch, it teaches
     shares_weights = c.gated and c.lora_rank and reference == parent
-    dense_model = lora.Base(model) if shares_weights else model_of(compared_with, reference, device, lambda model: sharded and sharding.shard(model, device), **(
+    dense_model = lora.Base(model) if shares_weights else model_of(compared_with, reference, device, cut, **(
         {"block_size": c.block_size} if "architecture" in compared_with["model_args"] else {})) if c.gated else None
     base = {"lora": {"rank": c.lora_rank, "alpha": c.lora_alpha, "targets": c.lora_targets}, "base": parent, "base_step": checkpoint["base_step"] if checkpoint else starts_from.get("step")} if c.lora_rank else {}
     del starts_from, compared_with  # with optimizer states, which may be large
-    context = data.train.shape[2] if data.meta["kind"] == "rows" else c.block_size
-    autocast, dtype = hardware.precision(c.dtype, device)
+    autocast, dtype = hardware.precision(c.dtype, device, cache=not (sharded or c.recompute_activations))
     if device == "cpu":  # let compiled code use torch's own generator: three times faster there, and the same noise as without compiling
         torch._inductor.config.fallback_random = True
-    compiled = hardware.compiles(c.compile, device, pays_on_cpu=c.gated and context >= 64)  # it fuses the gates; dense models are no faster
-    fast = torch.compile(model) if compiled else model
+    context = data.train.shape[2] if data.meta["kind"] == "rows" else c.block_size
+    compiled = hardware.compiles(c.compile, device, pays_on_cpu=c.gated and context >= 64 and not sharded)  # it fuses the gates; dense models are no faster
+    fast = torch.compile(model) if compiled and not sharded else model
     fast_dense = dense_model
-    if c.gated and hardware.compiles(c.compile, device, pays_on_cpu=False):
+    if c.gated and not sharded and hardware.compiles(c.compile, device, pays_on_cpu=False):
         fast_dense = lora.Base(model, torch.compile(model)) if shares_weights else torch.compile(dense_model)
     trained = [p for p in model.parameters() if p.requires_grad]
     matrices, others = [p for p in trained if p.dim() >= 2], [p for p in trained if p.dim() < 2]
@@ -205,10 +210,11 @@ def train(config, given=frozenset()):
 
     # --- where the run stands: what the dense model can do, lambda, the best checkpoint so far ------------------------
     state = {"step": 0, "seconds": 0.0, "best": None, "dense": None, "target_loss": None, "dense_on_training": None, "batch_loss": None, "density": None, "constraint_loss": None}
+    shards = checkpoint.get("shards") if checkpoint else None
     geco = GECO(0.0, c.constraint_scale, c.lambda_rate, c.lambda_average, c.lambda_init, c.lambda_min, c.lambda_max) if c.gated else None
     if checkpoint:
-        if "shards" in checkpoint:
-            sharding.load(os.path.join(c.out_dir, checkpoint["shards"]), model, optimizer)
+        if shards:
+            sharding.load(os.path.join(c.out_dir, shards), model, optimizer)
         else:
             sharding.load_optimizer(optimizer, checkpoint["optimizer"])
         for group, decay in zip(optimizer.param_groups, (c.weight_decay, 0.0)):  # which --init_from=resume may change
@@ -216,6 +222,7 @@ def train(config, given=frozenset()):
         state = {key: checkpoint[key] for key in state}
         if geco:
             geco.load_state_dict(checkpoint["geco"])
+        del checkpoint["model"], checkpoint["optimizer"]  # they may be large
     elif c.gated:
         dense = state["dense"] = evaluate_splits(dense_model, data, c.eval_batch_size, c.eval_batches)
         state["target_loss"] = dense["val"]["loss"] + c.loss_slack
@@ -242,13 +249,14 @@ def train(config, given=frozenset()):
                  f"{micro_batches} micro-batch(es) of {c.batch_size // micro_batches} x {context} tokens, from step {start} to {c.max_steps}")
 
     def save(name, step):
+        nonlocal shards
         at = {**state, "step": step, "seconds": state["seconds"] + time.time() - began}
         parts = {"optimizer": None if sharded else optimizer.state_dict()}
         if sharded and name == "last.pt":
-            parts |= {"model": None, "shards": f"shards-{step}"}
-            sharding.save(os.path.join(c.out_dir, parts["shards"]), model, optimizer)
-        elif sharded:
-            parts["model"] = sharding.whole_state(state_to_save(model))
+            shards = parts["shards"] = sharding.folder_for(step, shards)
+            sharding.save(os.path.join(c.out_dir, shards), model, optimizer)
+        if sharded:
+            parts["model"] = sharding.whole_state(state_to_save(model)) if name == "best.pt" or step == c.max_steps else None
         if hardware.rank() == 0:
             save_checkpoint(os.path.join(c.out_dir, name), {**checkpoint_of(
                 model, geco=geco and geco.state_dict(), parent=parent, reference=reference, reference_step=reference_step, data=belongs_to, config=asdict(c), **base, **at), **parts})
@@ -258,7 +266,7 @@ def train(config, given=frozenset()):
     advice = f"Start again with a smaller step, for instance --learning_rate={c.learning_rate / 3:.1g} --out_dir=out/NEW"
 
     # --- the loop -----------------------------------------------------------------------------------------------------
-    began, open_edges, speed = time.time(), "not counted yet", hardware.Speed(c.batch_size * context, model.flops_per_token(context), device)
+    began, open_edges, speed = time.time(), "not counted yet", hardware.Speed(c.batch_size * context, model.flops_per_token(context) / 3 * forward_passes(c), device)
     with StopRequest() as stop, tqdm(total=c.max_steps, initial=start, desc=c.out_dir, unit="step", dynamic_ncols=True, disable=hardware.rank() > 0) as bar:
         for step in range(start, c.max_steps + 1):
             if step % c.eval_interval == 0 or step == c.max_steps:
@@ -296,10 +304,7 @@ def train(config, given=frozenset()):
                 geco.update(measured)
             sums = [0.0, 0.0, 0.0]
             for i, (x, y) in enumerate(batches.at(step)):
-                is_last = i == len(batches.ours) - 1  # only then are gradients averaged over the processes
-                if sharded:
-                    model.set_requires_gradient_sync(is_last)
-                with nullcontext() if is_last or network is fast else network.no_sync(), autocast():
+                with nullcontext() if i == len(batches.ours) - 1 or network is fast else network.no_sync(), autocast():
                     logits, loss, density = network(x, y, linear_penalty=step < c.linear_penalty_steps, noise=None if noisy else 0.0)
                     fidelity = loss
                     if c.gated and c.distill_weight:

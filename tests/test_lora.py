@@ -104,7 +104,9 @@ def test_frozen_weights_in_half_precision_keep_adapters_in_full():
     assert layer.lora_b.grad.dtype == torch.float32
 
 
-def test_a_matrix_that_is_not_there_is_named():
+def test_a_matrix_that_is_not_there_or_serves_twice_is_named():
+    with pytest.raises(LoRAError, match="embed_tokens.weight and lm_head.weight are one matrix"):
+        lora.add(OLMo(OLMoConfig(block_size=8, vocab_size=11, n_layer=1, n_head=2, n_kv_head=2, n_embd=32, n_hidden=48)), 2, 4.0, "q_proj,lm_head")
     with pytest.raises(LoRAError, match="no Linear layer 'q_proj'. It has c_attn, c_fc, c_proj"):
         lora.add(GPT(MODELS[0][0].config), 2, 4.0, "c_attn, q_proj")
 
@@ -155,6 +157,25 @@ def test_it_goes_on_exactly(olmo, monkeypatch):
     assert read_checkpoint("out/parts/last.pt")["step"] == 8
     parts, _ = run_it(out_dir="out/parts")
     assert all(torch.equal(whole["model"][name], parts["model"][name]) for name in whole["model"])
+
+
+def test_compiled_it_is_the_same_run(olmo):
+    """One model runs with and without adapters and gates, and the compiler has to tell them apart."""
+    theirs("Olmo", vocab_size=10, num_hidden_layers=1).save_pretrained("hf")
+    settings = {"max_steps": 4, "eval_interval": 2, "noise_free_steps": 2}
+    plain, compiled = run_it(out_dir="out/plain", **settings)[1], run_it(out_dir="out/compiled", compile="on", **settings)[1]
+    for a, b in zip(plain, compiled):
+        for key in ("val_loss", "density", "constraint_loss", "target_loss", "batch_loss"):
+            assert a[key] == b[key] or a[key] == pytest.approx(b[key], abs=1e-5), key
+
+
+def test_adapters_on_adapters_are_refused_and_a_target_with_adapters_is_not(olmo):
+    run_it(out_dir="out/dense", gated=False, max_steps=4, learning_rate=1e-2)
+    with pytest.raises(RunError, match="out/dense/best.pt holds adapters itself"):
+        run_it(out_dir="out/child", init_from="out/dense")
+    _, lines = run_it(out_dir="out/strict", target_from="out/dense", max_steps=2)
+    found = evaluate(load_checkpoint("out/dense/best.pt", block_size=8), prepare_data.load("count"), "val", 7, 3)["loss"]
+    assert lines[0]["target_loss"] == pytest.approx(found + 0.001, abs=1e-6)
 
 
 def test_frozen_weights_in_bfloat16_and_settings_that_do_not_fit(olmo):

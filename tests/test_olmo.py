@@ -247,6 +247,18 @@ def test_copying_scores_by_hand(generation):
         assert found[layer, head].item() == pytest.approx((values.sum().real / values.abs().sum()).item(), abs=1e-4)
 
 
+@pytest.mark.parametrize("gated", [False, True])
+def test_a_norm_that_returns_float32_does_not_split_the_precisions(gated):
+    """On a GPU autocast computes RMSNorm in float32, on a CPU it does not."""
+    model, seen = ours(gated=gated).bfloat16(), []
+    for attention in model.attentions:
+        for norm in (attention.q_norm, attention.k_norm):
+            norm.forward = lambda x, inner=norm.forward: inner(x).float()
+        attention.attend = lambda q, k, v, inner=attention.attend, **options: seen.append({q.dtype, k.dtype, v.dtype}) or inner(q, k, v, **options)
+    model(torch.randint(0, 11, (2, 16)))
+    assert seen == [{torch.bfloat16}] * 2
+
+
 @pytest.mark.parametrize("impl", ["tiled", "triton"])
 def test_the_fast_forms_take_olmos_shapes(impl):
     """Heads of width 128, grouped keys and values, a bias for each head, under RoPE's rotation: values and gradients are those of the formula."""

@@ -24,7 +24,7 @@ def test_parameters_are_those_of_the_published_models():
 def test_activations_are_what_autograd_keeps_on_a_real_device(generation):
     """The same block in bfloat16 on the CPU, with PyTorch's own fused attention."""
     config = OLMoConfig(generation=generation, n_layer=1, n_head=4, n_kv_head=4, n_embd=256, n_hidden=512, vocab_size=100, block_size=256)
-    with_meta, _ = plan.activations(plan.built(config, settings()), 2, 256, recompute=False)
+    with_meta, _ = plan.activations(plan.built(config, settings()), 2, 256, settings())
     model = OLMo(config).bfloat16()
     x, rotation = torch.randn(2, 256, 256, dtype=torch.bfloat16, requires_grad=True), rotations(config, 256, "cpu")
     for attention in model.attentions:  # gated_attention would compute in float32 on a CPU
@@ -37,11 +37,13 @@ def test_what_depends_on_what():
     def memory(gpus=8, **given):
         return plan.plan("1b", settings(**given), gpus, 512)["memory"]
 
-    full, adapters = memory(parallel="fsdp"), memory(parallel="fsdp", lora_rank=16, base_dtype="bfloat16")
+    adapters = memory(parallel="fsdp", lora_rank=16, base_dtype="bfloat16")
+    full = memory(parallel="fsdp", distill_weight=1.0)
     assert full["optimizer"] == 2 * full["gradients"] == 8 * 1_176_764_416 / 8 and full["teacher"] == full["parameters"] and adapters["teacher"] == 0
+    assert memory(parallel="fsdp")["teacher"] == 0 and memory()["gradients"] == 2 * memory(1)["gradients"] and adapters["copies"] == 0 < full["copies"]
     assert adapters["parameters"] == pytest.approx(full["parameters"] / 2, rel=0.02) and adapters["optimizer"] < full["optimizer"] / 50
-    assert memory(16, parallel="fsdp")["gradients"] == full["gradients"] / 2 and memory(16)["gradients"] == memory(1)["gradients"]
-    assert memory(recompute_activations=True)["activations"] < full["activations"] / 4
+    assert memory(16, parallel="fsdp")["gradients"] == full["gradients"] / 2 and memory(16)["gradients"] == memory(8)["gradients"]
+    assert memory(recompute_activations=True)["activations"] < full["activations"] / 4 and memory(recompute_activations=True)["copies"] == 0
     assert memory(micro_batch_size=8)["logits"] == 2 * full["logits"]
     flops = {key: plan.plan("1b", settings(**given), 8, 512)["flops"] for key, given in {"full": {}, "lora": {"lora_rank": 16}, "again": {"recompute_activations": True}}.items()}
     assert flops["lora"] < 0.75 * flops["full"] < 0.75 * flops["again"]

@@ -1,6 +1,8 @@
 """FSDP2: two processes that hold half a model each do what one does, and leave checkpoints that any number can go on from."""
 
+import contextlib
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -9,8 +11,11 @@ import time
 import pytest
 import torch
 
-from checkpoint import load_checkpoint, read_checkpoint
+import prepare_data
+from checkpoint import CheckpointError, load_checkpoint, read_checkpoint
 from conftest import REPOSITORY
+from evaluate import evaluate
+from sharding import folder_for
 from test_hardware import count_dataset, launch, metrics
 
 SHAPE = ["--architecture=olmo2", "--n_layer=2", "--n_head=4", "--n_kv_head=2", "--n_embd=32", "--block_size=8"]
@@ -20,10 +25,19 @@ GATED = [*RUN, "--init_from=out/dense", "--gated=True", "--open_above=0.02", "--
 LORA = ["--lora_rank=2", "--lora_targets=q_proj,k_proj,down_proj"]
 
 
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A folder with the data and a dense parent."""
+    folder = tmp_path_factory.mktemp("parent")
+    with contextlib.chdir(folder):
+        count_dataset()
+        launch(1, *RUN, *SHAPE, "--out_dir=out/dense")
+    return folder
+
+
 @pytest.fixture
-def parent(workplace):
-    count_dataset()
-    launch(1, *RUN, *SHAPE, "--out_dir=out/dense")
+def parent(workplace, trained):
+    shutil.copytree(trained, workplace, dirs_exist_ok=True)
 
 
 def assert_same(one, two):
@@ -34,13 +48,19 @@ def assert_same(one, two):
             assert a[key] == b[key] or a[key] == pytest.approx(b[key], abs=1e-5), (a["step"], key)
 
 
+def evaluate_of(run):
+    """Held-out loss of a run's last.pt, as anybody reads it."""
+    return evaluate(load_checkpoint(f"{run}/last.pt"), prepare_data.load("count"), "val", 7, 5)["loss"]
+
+
 @pytest.mark.parametrize("adapters", [[], LORA], ids=["all weights", "LoRA"])
 def test_two_processes_with_half_a_model_each_do_what_one_does(parent, adapters):
     launch(1, *GATED, *adapters, "--out_dir=out/one")
     launch(2, *GATED, *adapters, "--out_dir=out/two", "--parallel=fsdp")
     assert_same("out/one", "out/two")
     sharded = read_checkpoint("out/two/last.pt")
-    assert sharded["model"] is None and sharded["shards"] == "shards-10"
+    assert sharded["model"] is not None and sharded["shards"] == "shards-10"  # at its end a run's last.pt is whole
+    assert evaluate_of("out/two") == pytest.approx(metrics("out/two")[-1]["val_loss"], abs=1e-5)
     assert sorted(os.listdir("out/two/shards-10")) == [".metadata", "__0_0.distcp", "__1_0.distcp"]
     # two wrote, one goes on; and the other way round
     for run, processes, more in (("two", 1, []), ("one", 2, ["--parallel=fsdp"])):
@@ -67,6 +87,27 @@ def test_a_sharded_run_that_is_killed_ends_like_one_that_is_not(parent):
     launch(2, *GATED, "--max_steps=30", "--parallel=fsdp", "--out_dir=out/again")
     assert_same("out/whole", "out/again")
     assert [name for name in os.listdir("out/again") if name.startswith("shards")] == ["shards-30"]
+
+
+def test_a_folder_that_last_pt_names_is_never_written_again():
+    assert folder_for(6, None) == folder_for(6, "shards-4") == folder_for(6, "shards-6-again") == "shards-6" and folder_for(6, "shards-6") == "shards-6-again"
+
+
+def test_a_sharded_run_that_was_stopped_is_no_model_yet(parent):
+    """SIGTERM after some steps: last.pt names a folder. To read weights from it would give none; to go on does."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", os.path.join(REPOSITORY, "train.py"), *RUN, *SHAPE, "--max_steps=100000",
+               "--eval_interval=50000", "--parallel=fsdp", "--out_dir=out/run"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, start_new_session=True)
+    for _ in range(600):
+        if os.path.exists("out/run/best.pt"):
+            break
+        time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGTERM)
+    assert "stopped and saved after" in process.communicate(timeout=120)[1]
+    stopped = read_checkpoint("out/run/last.pt")
+    assert stopped["model"] is None and os.path.exists(f"out/run/{stopped['shards']}/.metadata")
+    with pytest.raises(CheckpointError, match="sharded run that has not ended"):
+        load_checkpoint("out/run/last.pt")
 
 
 def test_a_checkpoint_without_its_shards_is_named(parent):
