@@ -1,6 +1,5 @@
 """FSDP2: two processes that hold half a model each do what one does, and leave checkpoints that any number can go on from."""
 
-import contextlib
 import os
 import shutil
 import signal
@@ -29,7 +28,8 @@ LORA = ["--lora_rank=2", "--lora_targets=q_proj,k_proj,down_proj"]
 def trained(tmp_path_factory):
     """A folder with the data and a dense parent."""
     folder = tmp_path_factory.mktemp("parent")
-    with contextlib.chdir(folder):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
         count_dataset()
         launch(1, *RUN, *SHAPE, "--out_dir=out/dense")
     return folder

@@ -15,6 +15,7 @@ import prepare_data
 import train as train_file
 from conftest import REPOSITORY
 from checkpoint import CheckpointError, load_checkpoint, read_checkpoint, save_checkpoint
+from model import GPT
 from resume import RunError, StopRequest
 from settings import Config, make_config
 from train import get_lr, meets_target, train
@@ -226,7 +227,7 @@ def test_a_truncated_checkpoint_is_named_and_nothing_is_overwritten(echo):
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(echo, monkeypatch):
-    real = train_file.GPT.forward
+    real = GPT.forward
     calls = []
 
     def overflowing(self, idx, targets=None, **options):
@@ -234,7 +235,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpo
         calls.append(self.training)
         return logits, loss * float("nan") if sum(calls) == 30 else loss, density
 
-    monkeypatch.setattr(train_file.GPT, "forward", overflowing)
+    monkeypatch.setattr(GPT, "forward", overflowing)
     with pytest.raises(RunError, match="the loss is nan, .* at step 29.*last.pt still holds.*--learning_rate="):
         run("dense.py")
     assert read_checkpoint("out/dense/last.pt")["step"] == 20
@@ -253,14 +254,14 @@ def test_a_stream_of_tokens_trains_too(workplace):
 
 @pytest.mark.parametrize("constraint_gates", ["sampled", "deterministic"])
 def test_gates_are_sampled_in_every_training_step_and_never_when_judging(echo, constraint_gates, monkeypatch):
-    real, seen = train_file.GPT.forward, []
+    real, seen = GPT.forward, []
 
     def watched(self, *inputs, **options):
         seen.append(("linear_penalty" in options, self.training, self.config.gated))
         return real(self, *inputs, **options)
 
     run("dense.py")
-    monkeypatch.setattr(train_file.GPT, "forward", watched)
+    monkeypatch.setattr(GPT, "forward", watched)
     run("sparse.py", max_steps=20, constraint_gates=constraint_gates)
     training_steps = [mode for is_step, mode, _ in seen if is_step]
     assert training_steps == [True] * 20
@@ -378,14 +379,14 @@ def test_an_evaluation_that_is_not_finite_leaves_the_last_good_checkpoint(counti
 
 
 def test_the_last_steps_without_noise(counting, monkeypatch):
-    real, seen = train_file.GPT.forward, []
+    real, seen = GPT.forward, []
 
     def watched(self, *inputs, **options):
         seen.append(options.get("noise")) if "linear_penalty" in options else None
         return real(self, *inputs, **options)
 
     run("dense.py")
-    monkeypatch.setattr(train_file.GPT, "forward", watched)
+    monkeypatch.setattr(GPT, "forward", watched)
     run("sparse.py", max_steps=20, noise_free_steps=5)
     assert seen == [None] * 15 + [0.0] * 5
     line = metrics("out/sparse")[-1]
