@@ -82,7 +82,10 @@ def test_a_sharded_run_that_is_killed_ends_like_one_that_is_not(parent):
             if os.path.exists(f"out/again/shards-{wanted}") or process.poll() is not None:
                 break
             time.sleep(0.05)
-        os.killpg(process.pid, signal.SIGKILL)
+        workers = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()  # torchrun gives each a session of its own
+        assert len(workers) == 2
+        for pid in [*map(int, workers), process.pid]:
+            os.kill(pid, signal.SIGKILL)
         process.wait()
     launch(2, *GATED, "--max_steps=30", "--parallel=fsdp", "--out_dir=out/again")
     assert_same("out/whole", "out/again")
