@@ -142,3 +142,17 @@ def test_the_command_prints_pairs_and_what_there_is():
     assert printed.count("clean ") == printed.count("corrupted ") == printed.count("right ") == 3
     refused = command("ioi", "--vocabulary=bytes")
     assert refused.returncode == 1 and "What fits it" in refused.stderr
+
+
+def test_the_task_that_the_readme_adds_works(monkeypatch):
+    with open(os.path.join(REPOSITORY, "README.md"), encoding="utf-8") as f:
+        code = next(block.partition("```")[0] for block in f.read().split("```python\n") if "def triple" in block)
+    assert len(code.splitlines()) <= 20
+    monkeypatch.setattr(tasks, "TASKS", dict(TASKS))
+    exec(code, vars(tasks))
+    pairs, metric = make_pairs("triple", 20, 1, vocabulary("bytes"))
+    assert metric == "logit difference" and "triple" in fitting("bytes")
+    for pair in pairs:
+        prompt = bytes(pair.clean).decode()
+        assert prompt.count(chr(pair.right[0][0])) == 3 and len(pair.clean) == len(pair.corrupted) and pair.right != pair.wrong
+    del tasks.triple
