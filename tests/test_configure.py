@@ -73,6 +73,11 @@ def test_a_missing_config_file_suggests_the_nearest(workplace):
     ({"n_head": 5}, "n_embd=64 must be a multiple of n_head=5"),
     ({"gated": True}, "a gated run needs a dense model"),
     ({"lambda_init": 5.0}, "lambda_init=5.0 must lie between lambda_min=0.2 and lambda_max=4.0"),
+    ({"architecture": "olmo2", "n_head": 4, "n_kv_head": 3}, "n_head=4 must be a multiple of n_kv_head=3"),
+    ({"architecture": "olmo", "n_head": 4, "n_embd": 60}, "an even multiple of n_head"),
+    ({"architecture": "olmo", "dropout": 0.1}, "dropout is GPT-2's only"),
+    ({"base_dtype": "bfloat16"}, "it needs lora_rank"),
+    ({"lora_rank": 4}, "set init_from, or leave lora_rank away"),
 ])
 def test_settings_that_contradict_each_other(workplace, given, message):
     with pytest.raises(ConfigError, match=message):
@@ -99,12 +104,12 @@ def test_the_projects_own_config_files_are_right(name, monkeypatch):
 
 
 def test_a_child_and_its_control_differ_in_the_gates_alone(monkeypatch):
-    """Or the control would control nothing. config/stdlib_strict.py is config/stdlib.py but for its target."""
+    """Or the control would control nothing. config/stdlib_strict.py is config/stdlib.py but for its target and the price that it takes to meet it."""
     monkeypatch.chdir(REPOSITORY)
     child, control, strict = (vars(make_config(f"config/{name}.py", {})[0]) for name in ("stdlib", "stdlib_control", "stdlib_strict"))
     about_gates = {"gated", "target_from", "out_dir", "open_above", "distill_weight", *GATED_ONLY}
     assert {key for key in child if child[key] != control[key]} <= about_gates
-    assert {key for key in child if child[key] != strict[key]} == {"target_from", "out_dir"}
+    assert {key for key in child if child[key] != strict[key]} == {"target_from", "out_dir", "lambda_max"}
 
 
 @pytest.mark.parametrize("arguments", [["config/addition.py", "--learning_rte=1e-3"], ["config/nothing.py"],
