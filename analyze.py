@@ -34,6 +34,7 @@ from explain import damage, explain, when
 from induction import copying_scores, prefix_matching
 from checkpoint import CheckpointError, load_checkpoint, model_of, read_checkpoint, tokenizer_of
 from resume import kept_checkpoint
+from sample import checkpoint_named
 from tasks import TaskError
 
 SUMS = [(53, 21, "no carry"), (36, 28, "carry out of the units"), (43, 59, "carry into the hundreds")]  # the paper's three kinds
@@ -235,27 +236,29 @@ class CircuitOptions:
     steps: int = 5  # of integrated gradients; 1 is plain attribution
 
 
-def model_and_meta(run):
-    """The kept model of a run's folder, and the meta.json of its data."""
-    config = read_json(os.path.join(run, "config.json"))
-    return kept_model(run), prepare_data.load(config["dataset"]).meta
+def model_and_tokenizer(source):
+    """The model that a run's folder, a checkpoint, or a name such as 'gpt2' or 'allenai/OLMo-1B-hf' means, and the name of its tokenizer."""
+    path = checkpoint_named(source)
+    checkpoint = read_checkpoint(path)
+    return model_of(checkpoint, path, hardware.pick_device("auto")), tokenizer_of(checkpoint)
 
 
 def circuit_run(dense_run, sparse_run, options):
     """Compare two runs on a task: print the table, write JSON and figures into the sparse run's folder."""
-    (dense, meta), (sparse, other) = model_and_meta(dense_run), model_and_meta(sparse_run)
-    if dense.config.gated or meta.get("tokenizer") != other.get("tokenizer") or dense.config.vocab_size != sparse.config.vocab_size:
+    (dense, tokenizer), (sparse, other) = model_and_tokenizer(dense_run), model_and_tokenizer(sparse_run)
+    if dense.config.gated or tokenizer != other or dense.config.vocab_size != sparse.config.vocab_size:
         raise AnalysisError(f"circuit compares a dense run with a sparse one of the same vocabulary: `analyze.py circuit DENSE SPARSE --task=...`, not {dense_run} with {sparse_run}")
-    result = compare.compare(dense, sparse, meta, options.task, options.n, options.seed, options.steps, sparse_run)
+    result = compare.compare(dense, sparse, tokenizer, options.task, options.n, options.seed, options.steps, sparse_run)
     print(compare.table(result) + f"\nfigures: {sparse_run}/circuit-{options.task}.png, -graph.png, -gallery.png")
 
 
 def induction_run(run):
     """Print and write both induction scores of every head."""
-    model, _ = model_and_meta(run)
+    model, _ = model_and_tokenizer(run)
     matching, copying = prefix_matching(model), copying_scores(model)
     heads = [{"layer": layer, "head": head, "prefix_matching": matching[layer, head].item(), "copying": copying[layer, head].item()} for layer, head in np.ndindex(*matching.shape)]
-    prepare_data.write_json(os.path.join(run, "induction.json"), heads)
+    if os.path.isdir(run):  # and no name such as 'gpt2'
+        prepare_data.write_json(os.path.join(run, "induction.json"), heads)
     print(f"{run}: the ten heads that match prefixes best, of {len(heads)}\n{'head':>6} {'prefix matching':>16} {'copying':>8}")
     for found in sorted(heads, key=lambda found: -found["prefix_matching"])[:10]:
         print(f"{found['layer']:>3}.{found['head']:<2} {found['prefix_matching']:16.3f} {found['copying']:8.2f}")

@@ -336,11 +336,15 @@ def sizes(most, points=30):
 
 
 def needed(counts, shares, level):
-    """The size at which the explained effect first reaches `level`, between two sizes interpolated on the logarithmic axis; None if none does."""
-    for i, share in enumerate(shares):
-        if share >= level:
-            if i == 0 or share == shares[i - 1]:
-                return float(counts[i])
-            part = (level - shares[i - 1]) / (share - shares[i - 1])
-            return math.exp((1 - part) * math.log(counts[i - 1]) + part * math.log(counts[i]))
-    return None
+    """The size from which on the explained effect stays at `level` or above, between two sizes interpolated on the logarithmic axis; None if it ends below.
+
+    Curves are not monotone. To stop where one first touches the level would call a circuit enough that a larger one proves not to have been.
+    """
+    below = [i for i, share in enumerate(shares) if share < level]
+    if not below:
+        return float(counts[0])
+    last = below[-1]
+    if last == len(shares) - 1:
+        return None
+    part = (level - shares[last]) / (shares[last + 1] - shares[last])
+    return math.exp((1 - part) * math.log(counts[last]) + part * math.log(counts[last + 1]))

@@ -23,10 +23,12 @@ from tasks import Vocabulary, make_pairs, vocabulary
 LEVELS = (0.8, 0.9, 0.95)
 
 
-def vocabulary_of(meta, size):
-    """The tasks.Vocabulary of a dataset's meta.json: 'gpt2', 'bytes', 'addition', or a name that only `copy` fits."""
-    name = meta.get("tokenizer") or ("addition" if "vocab" in meta else "of its own")
-    return vocabulary(name) if name in ("gpt2", "bytes", "addition") else Vocabulary(name, size, None)
+def vocabulary_of(name, size):
+    """The tasks.Vocabulary of a model's tokenizer, by its name: one of text.TOKENIZERS, 'addition', or any other, which only `copy` fits."""
+    if name in ("olmo", "olmo2"):
+        tokens = text.tokenizer(name)
+        return Vocabulary(name, size, lambda words: [int(i) for i in tokens.encode(words.encode())])
+    return vocabulary(name) if name in ("gpt2", "bytes", "addition") else Vocabulary(name or "of its own", size, None)
 
 
 def measure(model, pairs_to_score, pairs_to_test, metric, steps):
@@ -76,9 +78,9 @@ def ratio(dense, sparse, by, level):
     return a / b if a and b else None
 
 
-def compare(dense, sparse, meta, task, n, seed, steps, folder):
-    """Measure both models (GPTs with one vocabulary; meta: their data's meta.json), write circuit-<task>.json and the figures into folder; return the dict."""
-    tokens = vocabulary_of(meta, sparse.config.vocab_size)
+def compare(dense, sparse, tokenizer, task, n, seed, steps, folder):
+    """Measure both models (of one vocabulary, the tokenizer's of that name), write circuit-<task>.json and the figures into folder; return the dict."""
+    tokens = vocabulary_of(tokenizer, sparse.config.vocab_size)
     (to_score, metric), (to_test, _) = (make_pairs(task, n, part, tokens) for part in (2 * seed, 2 * seed + 1))
     graph = Graph(sparse.config.n_layer, sparse.config.n_head)
     result = {"task": task, "metric": metric, "pairs": n, "seed": seed, "steps": steps}
@@ -88,9 +90,9 @@ def compare(dense, sparse, meta, task, n, seed, steps, folder):
     prepare_data.write_json(os.path.join(folder, f"circuit-{task}.json"), result)
     figures.circuit_curves(os.path.join(folder, f"circuit-{task}.png"), task, result)
 
-    strongest = [(graph.owner(reader), writer, reader, scores[writer, reader].item()) for writer, reader in circuit.nonzero().tolist()]
+    strongest, readers = [(graph.owner(reader), writer, reader, scores[writer, reader].item()) for writer, reader in circuit.nonzero().tolist()], graph.reader_names()
     figures.circuit_graph(os.path.join(folder, f"circuit-{task}-graph.png"), graph.writer_names() + ["output"], graph.H,
-                          [(writer, owner, graph.reader_names()[reader].rpartition(" ")[2] if "." in graph.reader_names()[reader] else "", score) for owner, writer, reader, score in strongest],
+                          [(writer, owner, readers[reader].rpartition(" ")[2] if "." in readers[reader] else "", score) for owner, writer, reader, score in strongest],
                           f"{task}: the {len(strongest)} edges that explain {100 * share:.0f} % in the sparse model")
 
     weight = torch.zeros(graph.W)
@@ -100,11 +102,11 @@ def compare(dense, sparse, meta, task, n, seed, steps, folder):
                 weight[end] += abs(score)
     busiest = [w for w in weight.argsort(descending=True).tolist() if weight[w] > 0 and "." in graph.writer_names()[w]][:5]
     if busiest:
-        prompt, names = torch.tensor([to_test[0].clean]), tokens.encode and pieces_of(to_test[0].clean, tokens)
+        prompt, names = torch.tensor([to_test[0].clean], device=next(sparse.parameters()).device), tokens.encode and pieces_of(to_test[0].clean, tokens)
         rows = []
         for label, model in (("dense", dense), ("sparse", sparse)):
             layers = []
-            model(prompt, record=lambda layer, gates: layers.append((gates.open * gates.pattern)[0].detach().numpy()))
+            model(prompt, record=lambda layer, gates: layers.append((gates.open * gates.pattern)[0].detach().cpu().numpy()))
             rows.append((label, [layers[(w - 1) // (graph.H + 1)][(w - 1) % (graph.H + 1)] for w in busiest]))
         figures.gallery(os.path.join(folder, f"circuit-{task}-gallery.png"), [f"head {graph.writer_names()[w]}" for w in busiest], names or [str(i) for i in to_test[0].clean], rows,
                         f"{task}: the circuit's strongest heads on one prompt")

@@ -48,9 +48,12 @@ class Vocabulary(NamedTuple):
 def vocabulary(name, size=None):
     """The Vocabulary called 'gpt2' (through tiktoken), 'bytes', 'addition'; any other name needs its size."""
     if name == "gpt2":
-        import tiktoken
+        try:
+            import tiktoken
 
-        bpe = tiktoken.get_encoding("gpt2")
+            bpe = tiktoken.get_encoding("gpt2")
+        except Exception as error:  # no network, a damaged cache: errors of many packages
+            raise TaskError(f"OpenAI's vocabulary cannot be fetched ({type(error).__name__}): set TIKTOKEN_CACHE_DIR to a folder that holds it, or choose --vocabulary=bytes where the task fits") from error
         return Vocabulary("gpt2", bpe.n_vocab, bpe.encode_ordinary)
     if name == "bytes":
         return Vocabulary("bytes", 256, lambda text: list(text.encode()))
@@ -234,9 +237,10 @@ def docstring_bytes(vocabulary, n, random):
 # all of them
 
 PROBABILITY, LOGIT = "probability difference", "logit difference"
+WORDS_OF = ("gpt2", "olmo", "olmo2")  # vocabularies of words; what does not split as a task needs is left out by the task
 TASKS = {  # name: (pairs, the vocabularies it can be posed in, None being any; metric)
-    "ioi": (ioi, ("gpt2",), LOGIT), "ioi_long": (ioi_long, ("gpt2",), LOGIT), "greater_than": (greater_than, ("gpt2",), PROBABILITY),
-    "docstring": (docstring, ("gpt2", "bytes"), LOGIT), "copy": (copy, ("gpt2", "bytes", None), LOGIT), "addition": (addition, ("addition",), LOGIT),
+    "ioi": (ioi, WORDS_OF, LOGIT), "ioi_long": (ioi_long, WORDS_OF, LOGIT), "greater_than": (greater_than, WORDS_OF, PROBABILITY),
+    "docstring": (docstring, ("bytes", *WORDS_OF), LOGIT), "copy": (copy, ("bytes", "gpt2", None), LOGIT), "addition": (addition, ("addition",), LOGIT),
     "carry": (carry, ("addition",), LOGIT), "quote": (quote, ("bytes",), LOGIT), "bracket": (bracket, ("bytes",), LOGIT)}
 
 

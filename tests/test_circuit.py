@@ -297,6 +297,7 @@ def test_best_edges_are_the_largest_in_size():
 def test_curves_are_read_off_on_a_logarithmic_axis():
     assert sizes(32491)[:4] == [1, 2, 3, 4] and sizes(32491)[-1] == 32491 and len(sizes(32491)) > 25 and sizes(3) == [1, 2, 3]
     assert needed([1, 10, 100], [0.0, 0.5, 1.0], 0.75) == pytest.approx(10**1.5) and needed([1, 10], [0.95, 1], 0.9) == 1 and needed([1, 10], [0.1, 0.2], 0.9) is None
+    assert needed([1, 10, 100, 1000], [0.0, 0.95, 0.5, 1.0], 0.75) == pytest.approx(10**2.5)  # what was enough by luck does not count
 
 
 def test_the_band_covers_what_other_prompts_would_give():

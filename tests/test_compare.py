@@ -7,24 +7,20 @@ import pytest
 import torch
 
 import analyze
-import prepare_data
-from compare import ratio
 from checkpoint import checkpoint_of, save_checkpoint
+from compare import ratio
 from model import GPT, GPTConfig
 
 
 @pytest.fixture
 def runs(workplace):
     """out/dense and out/sparse on bytes and out/sums on addition, random weights, in folders as train.py leaves them."""
-    tokens = torch.randint(1, 256, (4000,)).numpy().astype("uint16")
-    prepare_data.write_dataset("data/letters", tokens[:3000], tokens[3000:], kind="stream", vocab_size=256, tokenizer="bytes")
-    for name, dataset, vocab_size, gated in (("dense", "letters", 256, False), ("sparse", "letters", 256, True), ("sums", "addition", 13, False)):
+    for name, vocab_size, gated in (("dense", 256, False), ("sparse", 256, True), ("sums", 13, False)):
         model = GPT(GPTConfig(block_size=128, vocab_size=vocab_size, n_layer=2, n_head=2, n_embd=16, gated=gated, gate_bias=0.2))
         for parameter in model.parameters():
             parameter.data += 0.2 * torch.randn_like(parameter)
         os.makedirs(f"out/{name}")
-        save_checkpoint(f"out/{name}/best.pt", checkpoint_of(model))
-        prepare_data.write_json(f"out/{name}/config.json", {"dataset": dataset})
+        save_checkpoint(f"out/{name}/best.pt", checkpoint_of(model, data={"tokenizer": "addition" if name == "sums" else "bytes"}))
     return workplace
 
 
@@ -59,7 +55,7 @@ def test_induction_writes_every_head(runs, capsys):
 
 @pytest.mark.parametrize("arguments, words", [(["out/dense", "out/sparse", "--task=ioi"], "What fits it: docstring, copy, quote, bracket"), (["out/dense", "out/sparse", "--task=qoute"], "no task 'qoute'"),
                                               (["out/sparse", "out/dense", "--task=quote"], "compares a dense run with a sparse one"), (["out/sums", "out/sparse", "--task=quote"], "of the same vocabulary"),
-                                              (["out/dense", "out/sparse", "--tsk=quote"], "Did you mean task"), (["out/dense", "--task=quote"], "usage"), (["out/dense", "out/none", "--task=quote"], "no run's folder")])
+                                              (["out/dense", "out/sparse", "--tsk=quote"], "Did you mean task"), (["out/dense", "--task=quote"], "usage"), (["out/dense", "out/none", "--task=quote"], "no checkpoint out/none")])
 def test_mistakes_are_named(runs, arguments, words):
     with pytest.raises(SystemExit, match=words):
         analyze.main(["circuit", *arguments])
