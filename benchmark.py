@@ -21,8 +21,6 @@ from tqdm import tqdm
 
 from sample import generate
 
-PAPER = "truthfulqa_mc1,piqa,openbookqa,arc_easy"
-
 
 class Harness(TemplateLM):
     """A model of ours as the harness wants to see one. model: a GPT or OLMo; tokens: its text.Tokenizer."""

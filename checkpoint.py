@@ -54,9 +54,9 @@ def is_elsewhere(source):
 
 
 def read_checkpoint(path):
-    """The dict {'model', 'model_args', ...} of a checkpoint: ours, nanoGPT's, or Hugging Face's in that layout (see huggingface.py).
+    """The dict {'model', 'model_args', ...} of a checkpoint: ours, nanoGPT's, or Hugging Face's in that layout (see huggingface.py, olmo.py).
 
-    Raises CheckpointError if it is missing, truncated or not a checkpoint of a GPT.
+    Raises CheckpointError if it is missing, truncated or no checkpoint.
     """
     try:
         if olmo.is_olmo(path):

@@ -9,7 +9,7 @@ writer to every reader behind it; the q, k and v of a head are readers of their 
 What does an edge carry? On a pair of prompts (tasks.py) the writer's activation is d = corrupted - clean away from its twin's. Cutting the edge
 replaces, for this reader alone, the one by the other (interchange):
 
-    exact                       metric(edge cut) - metric(clean)                                           a run of the model for every edge
+    exact                       metric(edge cut) - metric(clean)                                           a run for every edge; for components: `patch_components`
     attribution (EAP)           d . grad of the metric by what the reader reads                            a first-order guess, all edges at once
     with integrated gradients   the mean of that gradient over `steps` inputs between corrupted and clean  (EAP-IG), where the first order misleads
 

@@ -40,36 +40,36 @@ def measure(model, pairs_to_score, pairs_to_test, metric, steps):
     components = scores.sum(dim=1)  # a component's score is the sum over its edges: circuit.attribute_components, without its runs
     found = {"heads": int((~dead).sum()), "heads_off": int(dead.sum()), "edges": int(edges.sum())}
 
-    heads = torch.zeros(graph.W, dtype=torch.bool)
+    def curve(counts, circuits):
+        """Explained effect with its band; and the two metrics between which it lies."""
+        clean, corrupted, values = effects(model, pairs_to_test, metric, circuits)
+        share, low, high = (part.tolist() for part in explained(clean, corrupted, values))
+        found["metric"] = {"clean": clean.mean().item(), "corrupted": corrupted.mean().item()}
+        return {"n": counts, "explained": share, "low": low, "high": high, "needed": {str(level): needed([max(n, 1) for n in counts], share, level) for level in LEVELS}}
+
+    is_head, always = torch.zeros(2, graph.W, dtype=torch.bool)
     for layer in range(graph.L):
-        heads[graph.writer("heads", layer)] = ~dead[layer]
-    ranked = torch.where(heads, components.abs(), -1.0).argsort(descending=True)
-    counts = [0] + (list(range(1, found["heads"] + 1)) if found["heads"] <= 40 else sizes(found["heads"]))
-    always = torch.zeros(graph.W, dtype=torch.bool)
-    always[0] = True
-    for layer in range(graph.L):
+        is_head[graph.writer("heads", layer)] = ~dead[layer]
         always[graph.writer("mlp", layer)] = True
+    always[0] = True
+    ranked = torch.where(is_head, components.abs(), -1.0).argsort(descending=True)
+    counts = [0] + (list(range(1, found["heads"] + 1)) if found["heads"] <= 40 else sizes(found["heads"]))
     circuits = []
     for n in counts:
         kept = always.clone()
         kept[ranked[:n]] = True
         circuits.append(graph.of_components(kept))
-    clean, corrupted, values = effects(model, pairs_to_test, metric, circuits)
-    share, low, high = explained(clean, corrupted, values)
-    found["metric"] = {"clean": clean.mean().item(), "corrupted": corrupted.mean().item()}
-    found["by_heads"] = {"n": counts, "explained": share.tolist(), "low": low.tolist(), "high": high.tolist(),
-                         "needed": {str(level): needed([max(n, 1) for n in counts], share, level) for level in LEVELS}}
+    found["by_heads"] = curve(counts, circuits)
 
-    circuits, counts = [], []
+    circuits = {}  # by their size
     for n in sizes(found["edges"]):
         kept = graph.on_paths(best_edges(scores, edges, n))
-        if kept.any() and int(kept.sum()) not in counts:
-            circuits.append(kept)
-            counts.append(int(kept.sum()))
-    share, low, high = explained(*effects(model, pairs_to_test, metric, circuits))
-    found["by_edges"] = {"n": counts, "explained": share.tolist(), "low": low.tolist(), "high": high.tolist(), "needed": {str(level): needed(counts, share, level) for level in LEVELS}}
-    chosen = next((i for i, part in enumerate(share) if part >= 0.9), len(circuits) - 1)
-    return found, scores, circuits[chosen], share[chosen]
+        if kept.any():
+            circuits.setdefault(int(kept.sum()), kept)
+    found["by_edges"] = curve(list(circuits), list(circuits.values()))
+    enough = [part >= 0.9 for part in found["by_edges"]["explained"]]
+    chosen = enough.index(True) if True in enough else len(enough) - 1
+    return found, scores, list(circuits.values())[chosen], found["by_edges"]["explained"][chosen]
 
 
 def ratio(dense, sparse, by, level):

@@ -138,7 +138,7 @@ def open_by_distance(path, by_distance, open_edges):
     share = fractions * (T - np.arange(T))
     half = int(np.searchsorted(np.cumsum(share), share.sum() / 2)) if share.sum() else 0
     ax.axvline(half + 1, color=GREY, lw=1)
-    ax.text(half + 1, 45, f" half of all {open_edges:.0f} open edges\n reach {half} or fewer back", fontsize=8, va="top")
+    ax.text(half + 1, 45, f" half of a sequence's {open_edges:.0f} open edges\n reach {half} or fewer back", fontsize=8, va="top")
     ticks = [t for t in (0, 1, 3, 7, 15, 31, 63, 127, 255, 511, 1023) if t < T]
     lowest = 100 * fractions[fractions > 0].min(initial=1)
     ax.set(xscale="log", yscale="log", ylim=(min(0.9 * lowest, 50), 150), xlabel="positions back (0: a token reads itself)",
@@ -153,7 +153,7 @@ def open_by_distance(path, by_distance, open_edges):
 
 def gallery(path, titles, tokens, rows, what="The busiest heads of the sparse model on one held-out snippet"):
     """Attention maps of a few heads on one snippet; what: says which. titles: one per head; tokens: T strings; rows [(label, [weights (T, T), one per head])]."""
-    T, columns = len(tokens), max(1, len(titles))
+    T, columns, tokens = len(tokens), max(1, len(titles)), [token.replace(" ", "·") for token in tokens]
     figure, axes = plt.subplots(len(rows), columns, figsize=(4.2 * columns, 4.4 * len(rows)), squeeze=False, layout="constrained")
     for r, (label, maps) in enumerate(rows):
         for c, weights in enumerate(maps):
@@ -167,7 +167,7 @@ def gallery(path, titles, tokens, rows, what="The busiest heads of the sparse mo
     for ax in axes[-1]:
         ax.set_xlabel("the token that is read", fontsize=9)
     figure.get_layout_engine().set(rect=(0, 0, 1, 0.96))
-    figure.suptitle(f"{what}; white: shut", fontsize=12, y=0.99)
+    figure.suptitle(f"{what}; white: nothing is read (sparse: the edge is shut). Darker: more attention, square-root scale", fontsize=11, y=0.99)
     save(figure, path)
 
 
@@ -209,8 +209,8 @@ def circuit_curves(path, task, result):
             ax.annotate("", (at["sparse"], 0.9), (at["dense"], 0.9), arrowprops={"arrowstyle": "->", "color": "black"})
             times = at["dense"] / at["sparse"]
             middle = (at["dense"] * at["sparse"]) ** 0.5 if by == "by_edges" else (at["dense"] + at["sparse"]) / 2
-            ax.text(middle, 0.93, f"{times:.1f}x fewer" if times >= 1 else f"{1 / times:.1f}x more", ha="center", va="bottom", fontsize=9,
-                    bbox={"facecolor": "white", "alpha": 0.8, "edgecolor": "none", "pad": 1})
+            ax.text(middle, 1.12, f"{times:.1f}x fewer" if times >= 1 else f"{1 / times:.1f}x more", ha="center", va="bottom", fontsize=9)
+            ax.plot([middle, middle], [0.9, 1.11], color="black", lw=0.5)
         ax.set(xlabel=what, ylabel="explained effect", ylim=(-0.15, 1.2))
         ax.grid(alpha=0.25)
     axes[0].xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
@@ -244,12 +244,13 @@ def circuit_graph(path, names, n_head, edges, title, most=60):
     colors, largest = {"q": "tab:blue", "k": "tab:green", "v": "tab:red", "": "0.4"}, max(abs(edge[3]) for edge in shown)
     for start, end, part, score in shown:
         (x0, y0), (x1, y1) = position[start], position[end]
-        ax.annotate("", (x1, y1 - 0.14), (x0, y0 + 0.14), arrowprops={"arrowstyle": "-|>", "color": colors[part], "lw": 0.5 + 3 * abs(score) / largest, "alpha": 0.75,
+        ax.annotate("", (x1, y1 - 0.14), (x0, y0 + 0.14), arrowprops={"arrowstyle": "-|>", "color": colors[part], "lw": 0.8 + 3 * abs(score) / largest, "alpha": 0.75,
                                                                        "shrinkA": 0, "shrinkB": 0, "connectionstyle": f"arc3,rad={0.0 if abs(x1 - x0) > 0.1 or y1 - y0 < 1.5 else 0.2}"})
     for node, (x, y) in position.items():
         ax.text(x, y, names[node], ha="center", va="center", fontsize=9, bbox={"boxstyle": "round,pad=0.25", "fc": "white", "ec": "0.5"}, zorder=3)
     for part, color in colors.items():
         ax.plot([], [], color=color, lw=2, label=f"read as {part}" if part else "read by an MLP or the output")
+    ax.plot([], [], " ", label="thicker: larger |score|")
     ax.set(xlim=(-widest - 0.1, widest + 0.6), ylim=(-0.5, len(rows) - 0.5))
     ax.axis("off")
     ax.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))

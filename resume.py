@@ -8,7 +8,7 @@ A run's folder out/<run>/ holds config.json, metrics.jsonl, best.pt, last.pt, re
   by line. So a `kill -9` at any moment leaves a folder from which the run goes on: whatever came after last.pt is done again.
 - Ctrl-C and SIGTERM finish the step, save, and say how to go on. Further SIGTERMs change nothing: torchrun and a scheduler may both send one.
 
-This file knows checkpoints (model.py) and no setting by name, but for init_from and out_dir.
+This file knows checkpoints (checkpoint.py) and no setting by name, but for init_from and out_dir.
 """
 
 import json

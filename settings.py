@@ -29,7 +29,7 @@ class Config:
     device: str = "auto"  # 'auto' is cuda, else mps (which nobody has tried yet), else cpu
     compile: str = "auto"  # torch.compile: 'on', 'off', or 'auto': on cuda; on a CPU with a C++ compiler, gated models with contexts of 64 and more
     attention_impl: str = "auto"  # of gated attention: 'plain', the formula; 'tiled', for CPUs; 'triton', for GPUs; 'auto' is the fastest that fits (gate.py)
-    dtype: str = "float32"  # of matrix products: 'float32', 'bfloat16', or 'auto', bfloat16 where the hardware has it. Judged in float32 always
+    dtype: str = "float32"  # of matrix products: 'float32', 'bfloat16', or 'auto', bfloat16 where the hardware has it. Judged in float32 always (but see base_dtype)
     parallel: str = "ddp"  # how several processes share the work: 'ddp', each holds the whole model, or 'fsdp', each a part (sharding.py)
     recompute_activations: bool = False  # make a block's activations again in the backward pass instead of keeping them: less memory, a third more time
     # the model; a run that starts from another run takes these from there

@@ -1,7 +1,8 @@
-"""Text as tokens: two tokenizers, where documents come from, and how they are split.
+"""Text as tokens: tokenizers, where documents come from, and how they are split.
 
     bytes   256 tokens, the bytes of UTF-8; token 0, which no text contains, stands before every document
     gpt2    50,257 tokens, OpenAI's byte pair encoding, through tiktoken; token 50256, <|endoftext|>, stands before every document
+    olmo    50,280 tokens, and olmo2 100,278, through Hugging Face's tokenizers; their <|endoftext|> stands before every document
 
 A held-out set is made of whole documents: had a document one half on each side, the model could remember names and phrases from the half
 that it trained on. Identical documents are taken once, so that none is on both sides.

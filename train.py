@@ -10,7 +10,7 @@
 
 The gated run starts from a dense one (`init_from`), measures the dense model's loss, and then shuts edges as long as the
 loss stays there. Three losses take part, and all of them are in the log:
-- the gradient is that of the mean loss of a training batch under sampled gates: without their noise a gate has no gradient;
+- the gradient is that of the mean loss of a training batch under sampled gates (in the last `noise_free_steps` under thresholds), straight-through;
 - lambda is moved by the loss of the same batch under the deterministic gates that count in the end, or under the sampled
   ones, as in the paper (`constraint_gates`). Its target is the dense model's loss on training batches + loss_slack;
 - the run is judged on the held-out set under deterministic gates, by `meets_target`.

@@ -6,10 +6,10 @@
     python olmo.py plan --model=1b --gpus=8 --context=512             what it takes
 
 --init_from=allenai/OLMo-2-0425-1B with --dataset=dolma-olmo2 (prepare_data.py dolma --tokenizer=olmo2) is OLMo 2. Nobody here has run it: no number in this
-file is measured on a GPU. What is chosen on the grounds of config/olmo_tiny_lora.py, which is measured, says so.
+file is measured.
 """
 
-init_from = 'allenai/OLMo-1B-hf'  # downloaded, 2.4 GB; or its folder on a machine without network
+init_from = 'allenai/OLMo-1B-hf'  # downloaded; or its folder on a machine without network
 dataset = 'dolma'
 block_size = 512  # of the model's 2,048: no weight depends on it, and attention's share of the work stays small
 gated = True

@@ -7,7 +7,7 @@ Other models of 7 billion: --init_from=allenai/OLMo-7B-0424-hf (clipped q, k and
 --dataset=dolma-olmo2). Nobody here has run it.
 """
 
-init_from = 'allenai/OLMo-7B-hf'  # 14 GB in half precision, read by every process, tensor by tensor
+init_from = 'allenai/OLMo-7B-hf'  # downloaded; read by every process, tensor by tensor
 dataset = 'dolma'
 block_size = 512
 gated = True

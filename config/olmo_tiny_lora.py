@@ -7,7 +7,7 @@ dtype = 'auto'
 
 gate_bias = 3.0
 open_above = 0.01  # paper: nothing of the kind. Edges with an attention weight above this start open, by a number for each head (handover.py)
-lora_rank = 32  # of 128: at this width not much less than a whole matrix
+lora_rank = 32  # of 128: half as many numbers as a square matrix has
 lora_alpha = 64.0
 lora_targets = 'q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj'
 
