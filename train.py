@@ -188,10 +188,16 @@ def train(config, given=frozenset()):
     if compared_with.get("model_args", {}).get("gated"):
         raise RunError(f"{'target' if c.target_from else 'init'}_from={c.target_from or c.init_from} is a gated run. Start from a dense one: its loss is the target")
     # the dense model, frozen: it sets the target, it is compared with on the same batch, it teaches
-    shares_weights = c.gated and c.lora_rank and reference == parent
-    dense_model = lora.Base(model) if shares_weights else model_of(compared_with, reference, device, cut, **(
-        {"block_size": c.block_size} if "architecture" in compared_with["model_args"] else {})) if c.gated else None
-    base = {"lora": {"rank": c.lora_rank, "alpha": c.lora_alpha, "targets": c.lora_targets}, "base": parent, "base_step": checkpoint["base_step"] if checkpoint else starts_from.get("step")} if c.lora_rank else {}
+    dense_model, shares_weights = None, c.gated and c.lora_rank and reference == parent
+    if shares_weights:
+        dense_model = lora.Base(model)
+    elif c.gated:
+        same_context = {"block_size": c.block_size} if "architecture" in compared_with["model_args"] else {}
+        dense_model = model_of(compared_with, reference, device, cut, **same_context)
+    base = {}  # what a checkpoint of adapters says of the model that they belong to
+    if c.lora_rank:
+        base = {"lora": {"rank": c.lora_rank, "alpha": c.lora_alpha, "targets": c.lora_targets}, "base": parent,
+                "base_step": checkpoint["base_step"] if checkpoint else starts_from.get("step")}
     del starts_from, compared_with  # with optimizer states, which may be large
     autocast, dtype = hardware.precision(c.dtype, device, cache=not (sharded or c.recompute_activations))
     if device == "cpu":  # let compiled code use torch's own generator: three times faster there, and the same noise as without compiling
@@ -244,7 +250,7 @@ def train(config, given=frozenset()):
         prepare_data.write_json(os.path.join(c.out_dir, "config.json"), asdict(c))
         evaluates_at_start = start % c.eval_interval == 0 or start == c.max_steps
         log = MetricsLog(os.path.join(c.out_dir, "metrics.jsonl"), keep_until=start - evaluates_at_start)
-    hardware.say(f"{c.out_dir}: {'gated' if c.gated else 'dense'}, {sum(p.numel() for p in model.parameters()):,} parameters, {hardware.world()} x {device}, {dtype}, attention {impl}, "
+    hardware.say(f"{c.out_dir}: {'gated' if c.gated else 'dense'}, {sum(p.numel() for p in model.parameters()):,} parameters{f', {sum(p.numel() for p in trained):,} of them trained' if c.lora_rank else ''}, {hardware.world()} x {device}, {dtype}, attention {impl}, "
                  f"{'compiled (the first step takes half a minute, or more)' if compiled else 'not compiled'}, "
                  f"{micro_batches} micro-batch(es) of {c.batch_size // micro_batches} x {context} tokens, from step {start} to {c.max_steps}")
 
