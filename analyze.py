@@ -52,11 +52,6 @@ def read_json(path):
         return json.load(f)
 
 
-def kept_model(run):
-    """The model of a run's best.pt, or of its last.pt where no evaluation met the target."""
-    return load_checkpoint(kept_checkpoint(run) or os.path.join(run, "last.pt"))
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # report
 
@@ -206,7 +201,7 @@ def explain_run(run):
     if config["dataset"] != "addition" or not config["gated"]:
         raise AnalysisError(f"{run} is {'a gated' if config['gated'] else 'a dense'} run on {config['dataset']}: "
                             "explain counts over sums and describes gates, so it needs a gated run on addition, such as out/addition")
-    model = kept_model(run)
+    model = load_checkpoint(checkpoint_named(run))
     edges, intact = explain(model)
     prepare_data.write_json(os.path.join(run, "explain.json"), edges)
     lines = []
@@ -283,7 +278,7 @@ def benchmark_run(run, options):
         import benchmark  # here, because the harness is a large package that nothing else needs
     except ImportError as error:
         raise AnalysisError(f"benchmark needs EleutherAI's harness, which is not installed ({error.name} is missing): pip install lm_eval") from error
-    path = kept_checkpoint(run) or os.path.join(run, "last.pt")
+    path = checkpoint_named(run)
     checkpoint, device = read_checkpoint(path), hardware.pick_device("auto")
     name = tokenizer_of(checkpoint)
     if name not in text.TOKENIZERS:

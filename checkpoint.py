@@ -88,8 +88,8 @@ def load_weights(model, state, path="the checkpoint", names=None):
     """
     stored = {name.removeprefix("_orig_mod.").removeprefix("module."): name for name in state  # what torch.compile and DDP put in front
               if not name.endswith(".attn.bias")}  # the causal mask of old nanoGPT checkpoints
-    own = model.state_dict()
-    names = [name for name in own if name not in lora.state_of(model)] if names is None else names
+    own, adapters = model.state_dict(), lora.state_of(model)
+    names = [name for name in own if name not in adapters] if names is None else names
     wrong = [f"{n} is missing" for n in names if n not in stored] + [f"{n} is extra" for n in stored if n not in names]
     for name in (name for name in names if name in stored):
         tensor = state[stored[name]]  # read from the disk here, if the mapping does

@@ -64,8 +64,8 @@ def kept_bytes(compute, model):
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        result = compute()
-    return sum(size for size, _ in kept.values()), result
+        compute()
+    return sum(size for size, _ in kept.values())
 
 
 def built(config, settings):
@@ -83,7 +83,7 @@ def activations(model, micro_batch, context, settings):
     """Bytes that autograd keeps for one micro-batch: in the blocks, and behind them (the last norm and the logits)."""
     x = torch.empty(micro_batch, context, model.config.n_embd, device="meta", dtype=torch.bfloat16, requires_grad=True)
     rotation = tuple(torch.empty(context, model.config.n_embd // model.config.n_head, device="meta") for _ in range(2))
-    per_block, _ = kept_bytes(lambda: model.blocks[0](x, rotation)[0], model)
+    per_block = kept_bytes(lambda: model.blocks[0](x, rotation)[0], model)
     boundary = x.numel() * (2 if settings.base_dtype == "bfloat16" else 4)  # a block's input: the residual stream has the precision of the embedding
     blocks = len(model.blocks) * boundary + per_block if settings.recompute_activations else len(model.blocks) * (per_block + boundary)
     logits = micro_batch * context * model.config.vocab_size
@@ -108,7 +108,7 @@ def plan(name, settings, gpus, context):
               "optimizer": 8 * trained / shards, "teacher": teachers * 4 * (frozen + trained) / shards, "put together": (1 + teachers) * gathered,
               "copies": copies, "activations": blocks, "logits": logits, "overhead": OVERHEAD}
     dense = model.flops_per_token(context) / 3  # a forward pass
-    return {"parameters": frozen + trained if settings.lora_rank else trained, "trained": trained, "memory": memory, "flops": dense * forward_passes(settings) * settings.batch_size * context}
+    return {"parameters": frozen + trained, "trained": trained, "memory": memory, "flops": dense * forward_passes(settings) * settings.batch_size * context}
 
 
 def utilisation(run):
