@@ -67,8 +67,8 @@ def measure(model, pairs_to_score, pairs_to_test, metric, steps):
         if kept.any():
             circuits.setdefault(int(kept.sum()), kept)
     found["by_edges"] = curve(list(circuits), list(circuits.values()))
-    enough = [part >= 0.9 for part in found["by_edges"]["explained"]]
-    chosen = enough.index(True) if True in enough else len(enough) - 1
+    short = [i for i, part in enumerate(found["by_edges"]["explained"]) if part < 0.9]
+    chosen = min(short[-1] + 1, len(circuits) - 1) if short else 0  # from here on it stays above, as in `needed`
     return found, scores, list(circuits.values())[chosen], found["by_edges"]["explained"][chosen]
 
 

@@ -80,11 +80,12 @@ def training(path, metrics, kept_step=None):
         points = [(m["step"], m[key] * scale) for m in metrics if m.get(key) is not None]
         ax.plot(*zip(*points), label=label, **style) if points else None
 
-    curve(axes[0], "batch_loss", "training batches" + (", sampled gates (running mean)" if gated else " (running mean)"), color="tab:orange")
+    curve(axes[0], "batch_loss", "training batches" + (", gates as in training (running mean)" if gated else " (running mean)"), color="tab:orange")
     curve(axes[0], "val_loss", "held-out set" + (", deterministic gates" if gated else ""), color="tab:blue")
     if gated:
         axes[0].axhline(metrics[0]["target_loss"], color="tab:green", ls="--", label="target: dense loss on the held-out set + slack")
-        axes[0].axhline(metrics[0]["constraint_target"], color="tab:orange", ls=":", label="dense loss on training batches, which moves lambda")
+        curve(axes[0], "constraint_loss", "the constraint, on single training batches: what moves lambda", color="tab:purple", lw=0.6, marker=".", ms=4)
+        axes[0].axhline(metrics[0]["constraint_target"], color="tab:purple", ls=":", label="its target: dense loss on training batches + slack")
         curve(axes[1], "fraction", "all evaluations", 100, color="tab:blue")
         passed = [(m["step"], 100 * m["fraction"]) for m in metrics if m["passes"]]
         axes[1].plot(*zip(*passed) if passed else ([], []), "o", ms=4, color="tab:green", label="meets the target")
@@ -96,7 +97,7 @@ def training(path, metrics, kept_step=None):
         curve(axes[2], "lambda", "lambda", color="tab:purple")
         axes[2].set(ylabel="lambda")
     axes[0].set(ylabel="loss (nats)")
-    axes[0].legend(fontsize=8)
+    axes[0].legend(fontsize=8, loc="lower left", bbox_to_anchor=(0, 1))  # above the axes: every corner inside may hold a curve
     for ax in axes:
         low, high = ax.dataLim.intervaly
         if low > 0 and high > 10 * low:  # a logarithmic axis where there are decades to show

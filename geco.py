@@ -15,7 +15,8 @@ Notable, all four against *windup* (an integrator that, after a long error, stay
 - lambda is bounded below too: one that has run down to nothing lets edges be cut by the dozen before the constraint has a
   say again, and an edge that is shut for good gets no gradient to come back with.
 - The violation is clipped to one unit before it is smoothed, so that lambda falls as fast as it rises: a loss can lie
-  nats above a target, but never more than the target itself below it. (So let `scale` be no larger than the slack in the target.)
+  nats above a target, but never more than the target itself below it. (Where the target is nearly 0, as in addition, let `scale` be no larger
+  than the slack in it; on text the loss can lie far enough below, and `scale` is what a measurement's noise makes worth reacting to.)
 - lambda is the only integrator: the clip acts on the state itself, there is no hidden sum behind it to unwind.
 
 This file imports no other file of ours.

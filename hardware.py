@@ -41,7 +41,7 @@ def pick_device(name):
     if ":" in name and int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise HardwareError(f"device={name} would put all processes on one GPU. Leave --device away, and choose GPUs with CUDA_VISIBLE_DEVICES")
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        name = "cuda" if torch.cuda.is_available() else "cpu"  # mps only on request: nobody has tried it
     if name == "cuda" and "LOCAL_RANK" in os.environ:
         name = f"cuda:{os.environ['LOCAL_RANK']}"  # under torchrun every process has a GPU of its own
     if name.startswith("cuda") and int(name[5:] or 0) >= torch.cuda.device_count() or name == "mps" and not torch.backends.mps.is_available():

@@ -26,7 +26,7 @@ class Config:
     out_dir: str = ""  # folder of the run; '' is out/<name of the config file>, with -seed<N> behind it unless N is 1
     dataset: str = "addition"  # data/<dataset>, made by prepare_data.py
     seed: int = 1  # of initialisation, data order and gates; passed on to a parent that is trained first
-    device: str = "auto"  # 'auto' is cuda, else mps (which nobody has tried yet), else cpu
+    device: str = "auto"  # 'auto' is cuda, else cpu; mps, which nobody has tried yet, only on request
     compile: str = "auto"  # torch.compile: 'on', 'off', or 'auto': on cuda; on a CPU with a C++ compiler, gated models with contexts of 64 and more
     attention_impl: str = "auto"  # of gated attention: 'plain', the formula; 'tiled', for CPUs; 'triton', for GPUs; 'auto' is the fastest that fits (gate.py)
     dtype: str = "float32"  # of matrix products: 'float32', 'bfloat16', or 'auto', bfloat16 where the hardware has it. Judged in float32 always (but see base_dtype)
@@ -61,7 +61,7 @@ class Config:
     constraint_interval: int = 4  # steps between two measurements of the constraint
     constraint_paired: bool = False  # compare with the dense model on the very same batch: a batch's luck is ten times a slack of 0.01 nats
     constraint_margin: float = 0.0  # nats below the dense loss + loss_slack at which training aims; what is gained on training text is not all held-out gain
-    constraint_scale: float = 0.001  # nats; a violation of this size moves lambda at full speed; no larger than loss_slack, see geco.py
+    constraint_scale: float = 0.001  # nats; a violation of this size moves lambda at full speed. No larger than loss_slack where the loss cannot fall far below its target (geco.py)
     lambda_rate: float = 0.03  # largest relative change of lambda per measurement
     lambda_average: float = 0.9  # memory of the moving average of the violation
     lambda_init: float = 4.0  # at the cap: the loss jumps when the gates begin to sample

@@ -13,7 +13,7 @@ gated = True
 dtype = 'auto'  # bfloat16
 
 # The gates. With one constant bias the loss jumps at the switch, because layers differ in the level of their scores; so the key biases are shifted
-# (handover.py). At 1,024 tokens an even attention weight is 0.001 to 0.002: what is below a third of that starts shut.
+# (handover.py). At 1,024 tokens an even attention weight is 0.001 to 0.002: what is far below that may start shut.
 gate_bias = 3.0
 open_above = 0.0003
 linear_penalty_steps = 0
@@ -30,7 +30,8 @@ lambda_max = 0.1
 noise_free_steps = 10000
 
 # 128 x 1,024 tokens per step, a quarter of GPT-2's own batch of pre-training; 20,000 steps are 2.6 billion tokens, under a third of OpenWebText.
-# The plain formula of gate.py stores 3.6 GB of T x T matrices per sequence for the backward pass: 14.5 GB for 4.
+# Micro-batches of 4 fit with the plain formula of gate.py, too, which stores 14.5 GB of T x T matrices for them; the Triton kernels store none,
+# so try 16 or 32 there and watch gpu_memory_gb and mfu in metrics.jsonl.
 batch_size = 128
 micro_batch_size = 4  # of one GPU; batch_size / (GPUs x micro_batch_size) micro-batches are accumulated: 32 on one, 4 on eight
 max_steps = 20000
