@@ -33,7 +33,7 @@ from evaluate import evaluate_splits
 from explain import damage, explain, when
 from induction import copying_scores, prefix_matching
 from checkpoint import CheckpointError, load_checkpoint, model_of, read_checkpoint, tokenizer_of
-from resume import kept_checkpoint
+from resume import kept_checkpoint, read_metrics
 from sample import checkpoint_named
 from tasks import TaskError
 
@@ -48,8 +48,11 @@ def read_json(path):
     if not os.path.exists(path):
         raise AnalysisError(f"{os.path.dirname(path)} is no run's folder: it has no {os.path.basename(path)}. "
                             "Train one first, for instance: python train.py config/addition.py")
-    with open(path, encoding="utf-8") as f:
-        return json.load(f)
+    try:
+        with open(path, encoding="utf-8") as f:
+            return json.load(f)
+    except ValueError as error:
+        raise AnalysisError(f"{path} is damaged: {error}") from error
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -93,12 +96,11 @@ def report(run):
         "heads_off": sum(fraction == 0 for layer in judged["val"]["per_head"] for fraction in layer), "seconds": seconds}
     prepare_data.write_json(os.path.join(run, "report.json"), result)
 
-    with open(os.path.join(run, "metrics.jsonl"), encoding="utf-8") as f:
-        figures.training(os.path.join(run, "training.png"), [json.loads(line) for line in f], checkpoint["step"])
+    figures.training(os.path.join(run, "training.png"), read_metrics(os.path.join(run, "metrics.jsonl")), checkpoint["step"])
     if model.config.gated:
         figures.open_by_head(os.path.join(run, "gates.png"), judged["val"]["per_head"])
         figures.open_by_distance(os.path.join(run, "distance.png"), judged["val"]["by_distance"], judged["val"]["open"])
-        dense_model = parent_of(parent, run)
+        dense_model = lora.Base(model) if checkpoint.get("base") == parent else parent_of(parent, run)
         if config["dataset"] == "addition":
             attention_flow(run, model.cpu(), dense_model)
         elif data.meta["kind"] == "stream":
@@ -312,7 +314,7 @@ def main(arguments):
         else:
             for run in runs:
                 (explain_run if command == "explain" else induction_run)(run)
-    except (AnalysisError, CheckpointError, ConfigError, TaskError, text.TextError, prepare_data.DataError, OSError) as error:
+    except (AnalysisError, CheckpointError, ConfigError, TaskError, lora.LoRAError, hardware.HardwareError, text.TextError, prepare_data.DataError, OSError) as error:
         sys.exit(f"error: {error}")
 
 

@@ -7,11 +7,12 @@ or folder (olmo.py); LoRA adapters, with the base that they name (lora.py).
 
 Notable:
 - A file is written under a temporary name, flushed, then renamed: whatever happens, the path holds the old one or the new one, whole.
-- `torch.load(weights_only=True)`: a checkpoint is data, not a program.
+- `torch.load(weights_only=True)`: a file is data, not a program. (A folder shards-* is not: PyTorch reads its index with pickle. Go on with your own only.)
 - A model is built on torch's meta device, without memory, and filled tensor by tensor: the peak is the model and one tensor.
 - nanoGPT can load our 'model', but its own GPTConfig does not know our further model_args.
 """
 
+import hashlib
 import os
 from dataclasses import asdict, fields
 
@@ -21,11 +22,8 @@ import hardware
 import huggingface
 import lora
 import olmo
+from huggingface import CheckpointError
 from model import GPT, GPTConfig
-
-
-class CheckpointError(Exception):
-    """A checkpoint that cannot be read or does not fit. The message says what is wrong and what to do."""
 
 
 def save_checkpoint(path, checkpoint):
@@ -58,13 +56,10 @@ def read_checkpoint(path):
 
     Raises CheckpointError if it is missing, truncated or no checkpoint.
     """
-    try:
-        if olmo.is_olmo(path):
-            return olmo.read(path)
-        if huggingface.is_huggingface(path):
-            return huggingface.read(path)
-    except huggingface.HuggingFaceError as error:
-        raise CheckpointError(str(error)) from error
+    if olmo.is_olmo(path):
+        return olmo.read(path)
+    if huggingface.is_huggingface(path):
+        return huggingface.read(path)
     if not os.path.exists(path):
         raise CheckpointError(f"there is no checkpoint {path}. Train one first, for instance: python train.py config/addition.py")
     try:
@@ -78,6 +73,12 @@ def read_checkpoint(path):
     if missing:
         raise CheckpointError(f"{path} is no checkpoint of this project or of nanoGPT: it has no {' and no '.join(sorted(missing))}")
     return checkpoint
+
+
+def fingerprint(checkpoint):
+    """Tells checkpoints of one name apart: sha256 of the first tensor, which training moves; None of a sharded run that has not ended."""
+    tensors = checkpoint["model"]
+    return tensors and hashlib.sha256(tensors[next(iter(tensors))].contiguous().flatten().view(torch.uint8).numpy()).hexdigest()
 
 
 @torch.no_grad()
@@ -120,8 +121,8 @@ def model_of(checkpoint, path, device="cpu", prepare=lambda model: model, merged
         raise CheckpointError(f"{path} is of a sharded run that has not ended: its weights are in parts, in the folder {checkpoint['shards']} beside it. Let the run go on to its end, or use its best.pt")
     if "lora" in checkpoint:
         base = read_checkpoint(checkpoint["base"])
-        if base.get("step") != checkpoint["base_step"]:
-            raise CheckpointError(f"{path} holds adapters for {checkpoint['base']} at step {checkpoint['base_step']}, and that is at step {base.get('step')} now. Put the old file back")
+        if fingerprint(base) != checkpoint["base_fingerprint"]:
+            raise CheckpointError(f"{path} holds adapters for {checkpoint['base']}, which holds other weights now than when they were trained. Put the old file back")
         early, late = (lambda model: model, prepare) if merged else (prepare, lambda model: model)  # merge before anything is cut
         model = model_of(base, checkpoint["base"], device, lambda model: early(lora.add(model, **checkpoint["lora"])), **{**checkpoint["model_args"], **overrides})
         if checkpoint["model"] is not None:
@@ -167,7 +168,7 @@ def state_to_save(model):
 
 
 def checkpoint_of(model, **more):
-    """The dict to save for a model; `more` is stored beside it (step, optimizer, ...); for a model with LoRA adapters it must say `lora`, `base` and `base_step`."""
+    """The dict to save for a model; `more` is stored beside it (step, optimizer, ...); for a model with LoRA adapters it must say `lora`, `base` and `base_fingerprint`."""
     return {"model": state_to_save(model), "model_args": asdict(model.config), **more}
 
 

@@ -5,7 +5,7 @@
     open       mean number of open edges per sequence, out of n_layer * n_head * T (T + 1) / 2 causal pairs
 
 Notable: the dense model that a target is taken from and the sparse model that must meet it go through this one function,
-on the same examples, in the same order, in float32 whatever they were trained in (the paper compares both at equal loss).
+on the same examples, in the same order, in float32 whatever they were trained in, frozen weights under LoRA in base_dtype (the paper compares both at equal loss).
 So does report.json. Several processes share the examples and all get the same result.
 """
 
@@ -16,7 +16,7 @@ import hardware
 
 @torch.no_grad()
 def evaluate(model, data, split, batch_size=1000, max_batches=0):
-    """Judge `model` (a GPT) on a split of `data` (a prepare_data.Dataset); every example once, or the first max_batches batches.
+    """Judge `model` (a GPT, an OLMo, or a lora.Base) on a split of `data` (a prepare_data.Dataset); every example once, or the first max_batches batches.
 
     Rows are taken as they are, a stream is cut into windows of block_size that do not overlap. With max_batches the examples
     are spread evenly over the split, because its first documents need not be like the others.

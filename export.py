@@ -55,7 +55,7 @@ def export(run, kind, path):
     if kind == "hf":
         try:
             (olmo if is_olmo else huggingface).write(path, model.state_dict(), asdict(model.config))
-        except (huggingface.HuggingFaceError, OSError) as error:
+        except OSError as error:
             raise CheckpointError(str(error)) from error
     else:
         save_checkpoint(path, {"transformer_lens": transformer_lens, "nanogpt": nanogpt}[kind](model))

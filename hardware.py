@@ -127,6 +127,14 @@ def total(values, device="cpu"):
     return summed.tolist()
 
 
+def of_first(value):
+    """Process 0's value, for all: where rounding may differ and all must go on alike."""
+    box = [value]
+    if dist.is_initialized():
+        dist.broadcast_object_list(box)
+    return box[0]
+
+
 def copy_into(target, tensor):
     """Copy tensor (whole, on any device, of any dtype) into target, of which this process may hold a part only (FSDP's DTensor)."""
     if isinstance(target, DTensor):

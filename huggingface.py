@@ -36,8 +36,8 @@ ACTIVATION = {"tanh": "gelu_new", "none": "gelu"}  # and back
 FIXED = {"model_type": "gpt2", "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "layer_norm_epsilon": 1e-5, "add_cross_attention": False}
 
 
-class HuggingFaceError(Exception):
-    """A file or folder that is not a GPT-2 as transformers stores it. The message says what is wrong."""
+class CheckpointError(Exception):
+    """A checkpoint, ours or anybody's, that cannot be read or does not fit. The message says what is wrong and what to do."""
 
 
 def is_huggingface(path):
@@ -52,7 +52,7 @@ WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.b
 def read(source):
     """A checkpoint as nanoGPT lays it out, {'model', 'model_args'}, from OpenAI's name, a folder of transformers, or a file of one.
 
-    An OpenAI name is downloaded once into torch's cache (TORCH_HOME) and checked. Raises HuggingFaceError.
+    An OpenAI name is downloaded once into torch's cache (TORCH_HOME) and checked. Raises CheckpointError.
     """
     if source in PRETRAINED:
         known = PRETRAINED[source]
@@ -61,7 +61,7 @@ def read(source):
         try:
             download(f"{host}/openai-community/{source}/resolve/main/pytorch_model.bin", path, known["sha256"], known["size"])
         except DownloadError as error:
-            raise HuggingFaceError(str(error)) from error
+            raise CheckpointError(str(error)) from error
         return convert(read_tensors(path), {}, source)
     folder = source if os.path.isdir(source) else os.path.dirname(source)
     theirs = {}
@@ -84,18 +84,18 @@ def fetch(name):
     try:
         from huggingface_hub import snapshot_download
     except ImportError as error:
-        raise HuggingFaceError(f"{name} is downloaded through a package that is not installed: pip install -r requirements-olmo.txt") from error
+        raise CheckpointError(f"{name} is downloaded through a package that is not installed: pip install -r requirements-olmo.txt") from error
     try:
         return snapshot_download(name, allow_patterns=["config.json", "*.safetensors", "*.safetensors.index.json"])
     except Exception as error:  # of many types, by three packages
-        raise HuggingFaceError(f"{name} cannot be downloaded ({type(error).__name__}: {str(error).splitlines()[0]}). The same command goes on where this one stopped. "
+        raise CheckpointError(f"{name} cannot be downloaded ({type(error).__name__}: {str(error).splitlines()[0]}). The same command goes on where this one stopped. "
                                "Without network here, bring the folder by hand and give its path instead of the name") from error
 
 
 class LazyTensors(Mapping):
     """The tensors of a folder with one safetensors file, or several and an index; each is read when it is asked for, and not kept.
 
-    So a model of many GB is loaded with one tensor of it in memory beside itself. Raises HuggingFaceError, naming the file, if one is missing or damaged.
+    So a model of many GB is loaded with one tensor of it in memory beside itself. Raises CheckpointError, naming the file, if one is missing or damaged.
     """
 
     def __init__(self, folder):
@@ -107,16 +107,16 @@ class LazyTensors(Mapping):
             with self.opened(path) as f:
                 self.place |= {name: (path, name) for name in f.keys()}
         if lost := [f"{name} in {file}" for name, file in promised.items() if name not in self.place]:
-            raise HuggingFaceError(f"{folder}: {lost[0]} is missing, and {len(lost) - 1} more that the index promises. Bring the folder again")
+            raise CheckpointError(f"{folder}: {lost[0]} is missing, and {len(lost) - 1} more that the index promises. Bring the folder again")
 
     def opened(self, path):
         if not os.path.exists(path):
-            raise HuggingFaceError(f"there is no {path}")
+            raise CheckpointError(f"there is no {path}")
         load = safetensors().safe_open
         try:
             return load(path, framework="pt")
         except Exception as error:
-            raise HuggingFaceError(f"{path} cannot be read ({type(error).__name__}): it is truncated or damaged. Delete it and bring it again") from error
+            raise CheckpointError(f"{path} cannot be read ({type(error).__name__}): it is truncated or damaged. Delete it and bring it again") from error
 
     def alias(self, name, other):
         """A second name for a tensor, unless it is stored under both."""
@@ -140,18 +140,18 @@ def read_json(path):
         try:
             return json.load(f)
         except ValueError as error:
-            raise HuggingFaceError(f"{path} is damaged: {error}") from error
+            raise CheckpointError(f"{path} is damaged: {error}") from error
 
 
 def read_tensors(path):
     """{name: tensor} of a .bin or .safetensors file."""
     if not os.path.exists(path):
-        raise HuggingFaceError(f"there is no {path}")
+        raise CheckpointError(f"there is no {path}")
     load = safetensors().torch.load_file if path.endswith(".safetensors") else lambda path: torch.load(path, map_location="cpu", weights_only=True)
     try:
         return load(path)
     except Exception as error:  # of many types: all mean that the file is not what it should be
-        raise HuggingFaceError(f"{path} cannot be read ({type(error).__name__}): it is truncated or damaged. Delete it and bring it again") from error
+        raise CheckpointError(f"{path} cannot be read ({type(error).__name__}): it is truncated or damaged. Delete it and bring it again") from error
 
 
 def convert(tensors, theirs, source):
@@ -159,10 +159,10 @@ def convert(tensors, theirs, source):
     different = [f"{key}={theirs[key]!r}" for key, value in FIXED.items() if theirs.get(key, value) != value]
     activation = theirs.get("activation_function", "gelu_new")
     if different or activation not in GELU or theirs.get("n_inner") not in (None, 4 * theirs.get("n_embd", 0)):
-        raise HuggingFaceError(f"{source} is no GPT-2 that model.py can compute: {', '.join(different) or 'n_inner or activation_function ' + str(activation)}")
+        raise CheckpointError(f"{source} is no GPT-2 that model.py can compute: {', '.join(different) or 'n_inner or activation_function ' + str(activation)}")
     state = {name.removeprefix("transformer."): tensor for name, tensor in tensors.items() if not MASK.search(name)}
     if "wte.weight" not in state or "wpe.weight" not in state:
-        raise HuggingFaceError(f"{source} holds no GPT-2: wte.weight or wpe.weight is missing. It has {', '.join(list(tensors)[:3])}, ...")
+        raise CheckpointError(f"{source} holds no GPT-2: wte.weight or wpe.weight is missing. It has {', '.join(list(tensors)[:3])}, ...")
     state = {name: tensor.t().contiguous() if CONV1D.search(name) else tensor for name, tensor in state.items()}
     vocab_size, n_embd = state["wte.weight"].shape
     lm_head = state.pop("lm_head.weight", state["wte.weight"])
@@ -207,5 +207,5 @@ def safetensors():
     try:
         import safetensors.torch
     except ImportError as error:
-        raise HuggingFaceError("files of the kind .safetensors need a package that is not installed: pip install safetensors") from error
+        raise CheckpointError("files of the kind .safetensors need a package that is not installed: pip install safetensors") from error
     return safetensors

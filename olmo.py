@@ -34,7 +34,7 @@ from torch.nn import functional as F
 
 import huggingface
 from gate import bias_by_layer, gated_attention
-from huggingface import HuggingFaceError
+from huggingface import CheckpointError
 
 
 @dataclass
@@ -288,13 +288,13 @@ def is_olmo(source):
 
 
 def config_of(theirs, source):
-    """model_args for their config.json (a dict). Raises HuggingFaceError, naming what we cannot compute."""
+    """model_args for their config.json (a dict). Raises CheckpointError, naming what we cannot compute."""
     kind = theirs.get("model_type")
     if kind not in GENERATIONS:
-        raise HuggingFaceError(f"{source} is a model of type {kind!r}; olmo.py computes {', '.join(GENERATIONS)}")
+        raise CheckpointError(f"{source} is a model of type {kind!r}; olmo.py computes {', '.join(GENERATIONS)}")
     missing = [name for name in NAMES.values() if name not in theirs]
     if missing:
-        raise HuggingFaceError(f"{source}: config.json has no {', '.join(missing)}")
+        raise CheckpointError(f"{source}: config.json has no {', '.join(missing)}")
     rope = theirs.get("rope_parameters") or {}  # transformers 5; before it rope_theta and rope_scaling stood alone
     rope = rope if "full_attention" in rope else {"full_attention": rope | (theirs.get("rope_scaling") or {}), "sliding_attention": rope}
     full = rope["full_attention"]
@@ -304,7 +304,7 @@ def config_of(theirs, source):
     stretch = full.get("rope_type", full.get("type", "default"))
     different += [f"rope_type={stretch!r}"] * (stretch not in (("default", "yarn") if kind == "olmo3" else ("default",)))
     if different:
-        raise HuggingFaceError(f"{source} is no OLMo that olmo.py can compute: {', '.join(different)}")
+        raise CheckpointError(f"{source} is no OLMo that olmo.py can compute: {', '.join(different)}")
     args = {ours: theirs[name] for ours, name in NAMES.items()}
     args |= {"architecture": "olmo", "generation": GENERATIONS[kind], "n_kv_head": theirs.get("num_key_value_heads") or args["n_head"],
              "tied": theirs.get("tie_word_embeddings", False), "clip_qkv": theirs.get("clip_qkv"), "norm_eps": theirs.get("rms_norm_eps", 1e-5),
@@ -322,7 +322,7 @@ def config_of(theirs, source):
 def read(source):
     """{'model': LazyTensors, 'model_args'} of a folder of transformers, or of a name on Hugging Face, downloaded through huggingface_hub.
 
-    Raises HuggingFaceError. The checkpoint's tensors are read when they are asked for; `checkpoint.model_of` puts them into an empty model one by one.
+    Raises CheckpointError. The checkpoint's tensors are read when they are asked for; `checkpoint.model_of` puts them into an empty model one by one.
     """
     folder = source if os.path.isdir(source) else huggingface.fetch(source)
     args = config_of(huggingface.read_json(os.path.join(folder, "config.json")), source)

@@ -17,7 +17,6 @@ row (gate_triton.py). What the settings are comes from config/olmo_1b.py and con
 """
 
 import argparse
-import json
 import os
 import statistics
 import sys
@@ -29,6 +28,7 @@ import lora
 from configure import ConfigError
 from hardware import PEAK_FLOPS
 from olmo import OLMo, OLMoConfig
+from resume import read_metrics
 from settings import forward_passes, make_config
 
 OVERHEAD = 2e9  # bytes: assumed
@@ -113,8 +113,7 @@ def plan(name, settings, gpus, context):
 
 def utilisation(run):
     """The median share of the peak that a run of yours reached, from its metrics.jsonl."""
-    with open(os.path.join(run, "metrics.jsonl"), encoding="utf-8") as f:
-        found = [line["mfu"] for line in map(json.loads, f) if line["mfu"]]
+    found = [line["mfu"] for line in read_metrics(os.path.join(run, "metrics.jsonl")) if line["mfu"]]
     if not found:
         raise ConfigError(f"{run}/metrics.jsonl has no mfu: it was no run on a GPU whose peak is known (hardware.PEAK_FLOPS)")
     return statistics.median(found)

@@ -4,7 +4,7 @@ A run's folder out/<run>/ holds config.json, metrics.jsonl, best.pt, last.pt, re
 
 - The same command goes on where the run stands. If the run is finished there is nothing to do.
 - Other settings are refused: two runs never mix in one folder. `--init_from=resume` says that the change is meant.
-- Files are written under a temporary name and renamed, config.json first, then last.pt, then best.pt; metrics.jsonl grows line
+- Files are written under a temporary name and renamed, config.json first, then last.pt, then best.pt (after the last step best.pt goes first); metrics.jsonl grows line
   by line. So a `kill -9` at any moment leaves a folder from which the run goes on: whatever came after last.pt is done again.
 - Ctrl-C and SIGTERM finish the step, save, and say how to go on. Further SIGTERMs change nothing: torchrun and a scheduler may both send one.
 
@@ -16,6 +16,7 @@ import os
 import signal
 from dataclasses import asdict
 
+import hardware
 import prepare_data
 from checkpoint import read_checkpoint
 
@@ -51,7 +52,7 @@ def claim_folder(config, inherit, fixed, free):
     try:
         with open(saved, encoding="utf-8") as f:
             before = asdict(type(config)()) | json.load(f)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError) as error:
         raise RunError(f"{saved} is missing or damaged, so nobody knows what run {last} belongs to. Start a new one with --out_dir=out/NEW") from error
     for key in ["init_from"] * resume + list(inherit):
         setattr(config, key, before[key])
@@ -65,23 +66,27 @@ def claim_folder(config, inherit, fixed, free):
         raise RunError(f"{config.out_dir} holds a run with other settings ({words}). Start a new one with --out_dir=out/NEW, "
                        "or go on with that one, settings changed, with --init_from=resume")
     if changed:
-        print(f"going on with changed settings: {words}")
+        hardware.say(f"going on with changed settings: {words}")
     return read_checkpoint(last)
+
+
+def read_metrics(path):
+    """The evaluations in a metrics.jsonl, a list of dicts; a line that a kill cut off in the middle is left out. Raises OSError if there is no file."""
+    found = []
+    with open(path, encoding="utf-8", errors="replace") as f:
+        for line in f:
+            try:
+                found.append(json.loads(line))
+            except ValueError:
+                continue
+    return found
 
 
 class MetricsLog:
     """metrics.jsonl, one line per evaluation. Lines of steps after keep_until, which a killed run wrote, are dropped."""
 
     def __init__(self, path, keep_until):
-        kept = []
-        if os.path.exists(path):
-            with open(path, encoding="utf-8", errors="replace") as f:
-                for line in f:
-                    try:
-                        if json.loads(line)["step"] <= keep_until:
-                            kept.append(line)
-                    except ValueError:
-                        continue  # cut off by a kill in the middle of a line
+        kept = [json.dumps(m) + "\n" for m in (read_metrics(path) if os.path.exists(path) else []) if m["step"] <= keep_until]
         prepare_data.write_whole(path, "".join(kept).encode())
         self.path = path
 

@@ -111,7 +111,7 @@ def limits():
 SHAPE = ("architecture", "n_layer", "n_head", "n_kv_head", "n_embd", "block_size", "dropout", "bias", "tied")  # what a run takes over from its parent
 GATE = ("gated", "gate_bias", "gate_temperature")
 # model, start and target: what no run may change on its way
-FIXED = (*SHAPE, *GATE, "lora_rank", "lora_alpha", "lora_targets", "base_dtype", "dataset", "target_from", "open_above", "lambda_init", "loss_slack", "constraint_margin", "eval_batches", "eval_batch_size")
+FIXED = (*SHAPE, *GATE, "lora_rank", "lora_alpha", "lora_targets", "base_dtype", "dataset", "target_from", "open_above", "loss_slack", "constraint_margin", "eval_batches", "eval_batch_size")
 FREE = ("out_dir", "device", "compile", "attention_impl", "dtype", "micro_batch_size", "parallel", "recompute_activations")  # what may differ when a run goes on
 SETTINGS = list(Config.__annotations__)
 GATED_ONLY = SETTINGS[SETTINGS.index("gate_bias"):SETTINGS.index("lambda_max") + 1]  # the block that a dense run ignores
@@ -136,17 +136,18 @@ def make_config(path, given):
 
 def check_together(config):
     """Raise ConfigError if settings contradict each other. Returns how many micro-batches a step has, over all processes."""
-    if config.n_embd % config.n_head:
+    scratch, is_olmo = config.init_from == "scratch", config.architecture != "gpt2"  # who starts from a model has its shape, not that of the settings
+    if scratch and config.n_embd % config.n_head:
         raise ConfigError(f"n_embd={config.n_embd} must be a multiple of n_head={config.n_head}: the heads share the width")
-    if config.gated and config.init_from == "scratch":
+    if config.gated and scratch:
         raise ConfigError("a gated run needs a dense model whose loss it is to keep: set init_from to the run folder or the config file of one")
-    if config.architecture != "gpt2" and (config.n_head % (config.n_kv_head or config.n_head) or config.n_embd // config.n_head % 2):
+    if scratch and is_olmo and (config.n_head % (config.n_kv_head or config.n_head) or config.n_embd // config.n_head % 2):
         raise ConfigError(f"n_head={config.n_head} must be a multiple of n_kv_head={config.n_kv_head}, and n_embd={config.n_embd} an even multiple of n_head: RoPE turns pairs")
-    if config.architecture != "gpt2" and config.dropout:
+    if scratch and is_olmo and config.dropout:
         raise ConfigError("dropout is GPT-2's only: leave it away for an OLMo")
     if config.base_dtype != "float32" and not config.lora_rank:
         raise ConfigError("base_dtype is that of frozen weights: it needs lora_rank")
-    if config.lora_rank and config.init_from == "scratch":
+    if config.lora_rank and scratch:
         raise ConfigError("lora_rank adds adapters to a model that is there already: set init_from, or leave lora_rank away")
     if not config.lambda_min <= config.lambda_init <= config.lambda_max:
         raise ConfigError(f"lambda_init={config.lambda_init} must lie between lambda_min={config.lambda_min} and lambda_max={config.lambda_max}")

@@ -9,7 +9,8 @@ Both compute the same (tests/test_sharding.py). PyTorch's `fully_shard` does the
 Notable:
 - last.pt of a sharded run is small: step, lambda, and the name of a folder shards-<step> that torch.distributed.checkpoint writes, every process its part.
   A new folder is written first and last.pt names it afterwards, so last.pt always names one that is whole.
-- Such a folder knows names, not processes: what two wrote, one can read (`load`), sharded or not.
+- Such a folder knows names, not processes: what two wrote, one can read (`load`), sharded or not. Its index is a pickle, which can run code: load only what
+  your own runs wrote.
 - best.pt, and last.pt when the run ends, hold the model gathered and whole, for analyze.py and everybody else to read.
 - Gradients are summed over the processes after every micro-batch: more is sent than with DDP, but no process ever holds a whole model's gradients.
 - No mixed-precision policy: parameters travel in the precision in which they are kept, autocast does the rest, and the model is judged in it. Autocast's
@@ -17,12 +18,11 @@ Notable:
 Sources: Zhao et al. 2023 (FSDP), the documentation of torch.distributed.fsdp.fully_shard.
 """
 
-import glob
 import os
+import re
 import shutil
 
 import torch
-import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_optimizer_state_dict, set_model_state_dict, set_optimizer_state_dict
 from torch.distributed.device_mesh import init_device_mesh
@@ -33,9 +33,7 @@ import hardware
 
 
 def shard(model, device):
-    """Cut model (a GPT or OLMo, in place) into parts, block by block. All processes call it; with one alone there is nothing to cut."""
-    if not dist.is_initialized():
-        return
+    """Cut model (a GPT or OLMo, in place) into parts, block by block. All processes call it."""
     mesh = init_device_mesh(device.split(":")[0], (hardware.world(),))
     for block in model.blocks:
         fully_shard(block, mesh=mesh)
@@ -81,7 +79,11 @@ def load(folder, model, optimizer):
     if not os.path.exists(os.path.join(folder, ".metadata")):
         raise OSError(f"{folder} is missing or not whole: last.pt beside it cannot go on without it")
     state = {"model": get_model_state_dict(model, options=TRAINED)}
-    has_moments = any(name.startswith("optimizer.") for name in dcp.FileSystemReader(folder).read_metadata().state_dict_metadata)
+    try:
+        stored = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
+    except Exception as error:  # pickle's, of many types
+        raise OSError(f"{folder}/.metadata is damaged ({type(error).__name__})") from error
+    has_moments = any(name.startswith("optimizer.") for name in stored)
     if has_moments:
         state["optimizer"] = get_optimizer_state_dict(model, optimizer, options=TRAINED)
     try:
@@ -106,6 +108,6 @@ def load_optimizer(optimizer, saved):
 
 def remove_old(out_dir, keep=None):
     """Delete the folders shards-<step> that last.pt does not name any more."""
-    for folder in glob.glob(os.path.join(glob.escape(out_dir), "shards-*")):
-        if os.path.basename(folder) != keep:
-            shutil.rmtree(folder)
+    for name in os.listdir(out_dir):
+        if re.fullmatch(r"shards-\d+(-again)?", name) and name != keep:
+            shutil.rmtree(os.path.join(out_dir, name))

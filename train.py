@@ -46,7 +46,7 @@ import lora
 import prepare_data
 import sharding
 from batches import Batches
-from checkpoint import CheckpointError, checkpoint_of, is_elsewhere, model_of, new_model, read_checkpoint, require_tokenizer, save_checkpoint, shape_of, state_to_save
+from checkpoint import CheckpointError, checkpoint_of, fingerprint, is_elsewhere, model_of, new_model, read_checkpoint, require_tokenizer, save_checkpoint, shape_of, state_to_save
 from configure import ConfigError, parse_command_line
 from evaluate import evaluate_splits
 from gate import choose_impl
@@ -58,13 +58,13 @@ from resume import MetricsLog, RunError, StopRequest, claim_folder, kept_checkpo
 from settings import FIXED, FREE, GATE, GATED_ONLY, SHAPE, Config, check_together, forward_passes, limits, make_config
 
 
-def find_dense(source, config, what):
+def find_dense(source, config, given, what):
     """The checkpoint that `source` (a value of init_from or target_from) names. A config file's run is trained first if it is not finished."""
     folder = source
     if is_elsewhere(source) or os.path.isfile(source) and not source.endswith(".py"):
         return source
     if source.endswith(".py"):
-        run, given = make_config(source, {key: getattr(config, key) for key in ("seed", "device", "compile", "dtype")})
+        run, names = make_config(source, {key: getattr(config, key) for key in ("seed", "device", "compile", "dtype") if key in given})
         if config.gated and run.gated:
             raise RunError(f"{what}={source} is a gated run. Start from a dense one: its loss is the target")
         folder = run.out_dir
@@ -72,7 +72,7 @@ def find_dense(source, config, what):
         raise RunError(f"{folder} is the run's own folder and its parent's as well. Give it another with --out_dir=out/NEW")
     if source.endswith(".py"):
         try:
-            train(run, given)
+            train(run, names)
         except RunError as error:
             raise RunError(f"the parent, {source}: {error} (flags for the parent go with its own command; another parent is named with --init_from=out/OTHER)") from error
     if path := kept_checkpoint(folder):
@@ -122,21 +122,29 @@ def train(config, given=frozenset()):
     belongs_to = {"dataset": c.dataset, "tokenizer": data.meta.get("tokenizer", c.dataset), "sha256": data.meta["sha256"]}
 
     # --- the model: new, the parent's weights, or the run's own -------------------------------------------------------
+    # checkpoint   the run's own last.pt, or None        parent, starts_from       whose weights a new run takes: path, contents
+    #                                                    reference, compared_with  whose loss is to be kept: path, contents; mostly the parent's
+    # model        the run's, as it is: judged, saved    dense_model               the reference, frozen: judged once
+    # fast         the same, compiled: measured          fast_dense                the same, compiled: measured, teaches
+    # network      the same, in DDP: trained
     if checkpoint:
         parent, reference = checkpoint["parent"], checkpoint["reference"]
     else:
-        parent = None if c.init_from == "scratch" else find_dense(c.init_from, c, "init_from")
-        reference = parent if c.gated and not c.target_from else find_dense(c.target_from, c, "target_from") if c.gated else None
+        parent = None if c.init_from == "scratch" else find_dense(c.init_from, c, given, "init_from")
+        reference = parent if c.gated and not c.target_from else find_dense(c.target_from, c, given, "target_from") if c.gated else None
     with hardware.first_alone():  # who downloads, if need be
         compared_with = read_checkpoint(reference) if c.gated else {}
         starts_from = compared_with if parent == reference else read_checkpoint(parent) if parent and not checkpoint else {}
     for source, found in ((parent, starts_from), (reference, compared_with)):
         if found:
             require_tokenizer(found, source, belongs_to["tokenizer"])
-    reference_step = compared_with.get("step")
-    if checkpoint and checkpoint["reference_step"] != reference_step:
-        raise RunError(f"{reference} has been trained on since {c.out_dir} was begun (step {checkpoint['reference_step']} then, {reference_step} now): "
-                       "the target is not that model's any more. Put the old file back, or start a new run with --out_dir=out/NEW")
+    reference_fingerprint = fingerprint(compared_with) if c.gated else None
+    if checkpoint and checkpoint["reference_fingerprint"] != reference_fingerprint:
+        raise RunError(f"{reference} holds other weights now than when {c.out_dir} was begun: the target is not that model's any more. "
+                       "Put the old file back, or start a new run with --out_dir=out/NEW")
+    for what, found in (("target_from" if c.target_from else "init_from", compared_with), ("init_from", starts_from)):
+        if c.gated and found.get("model_args", {}).get("gated"):
+            raise RunError(f"{what}={getattr(c, what)} is a gated run. Start from a dense one: its loss is the target, its gates are not open or shut yet")
     torch.manual_seed(c.seed)
     gate_settings = {key: getattr(c, key) for key in GATE}
     sharded = c.parallel == "fsdp" and hardware.world() > 1
@@ -167,7 +175,7 @@ def train(config, given=frozenset()):
     elif parent:
         args = starts_from["model_args"]
         if c.lora_rank and "lora" in starts_from:
-            raise RunError(f"{parent} holds adapters itself, and one model has one set of them. Merge them first (python model.py export {os.path.dirname(parent)} --to hf FOLDER) and start from FOLDER")
+            raise RunError(f"{parent} holds adapters itself, and one model has one set of them. Merge them first (python model.py export {parent} --to hf FOLDER) and start from FOLDER")
         shorter = {"block_size": c.block_size} if "block_size" in given and "architecture" in args and c.block_size < args["block_size"] else {}  # an OLMo's positions are no weights
         model = model_of(starts_from, parent, device, prepare, **gate_settings, **shorter)
         for key, value in shape_of(model.config).items():
@@ -185,8 +193,6 @@ def train(config, given=frozenset()):
         impl = choose_impl(c.attention_impl, device.split(":")[0], model.config.block_size, model.config.n_embd // model.config.n_head) if c.gated else "dense"
     except ValueError as error:
         raise RunError(str(error)) from error
-    if compared_with.get("model_args", {}).get("gated"):
-        raise RunError(f"{'target' if c.target_from else 'init'}_from={c.target_from or c.init_from} is a gated run. Start from a dense one: its loss is the target")
     # the dense model, frozen: it sets the target, it is compared with on the same batch, it teaches
     dense_model, shares_weights = None, c.gated and c.lora_rank and reference == parent
     if shares_weights:
@@ -194,12 +200,15 @@ def train(config, given=frozenset()):
     elif c.gated:
         same_context = {"block_size": c.block_size} if "architecture" in compared_with["model_args"] else {}
         dense_model = model_of(compared_with, reference, device, cut, **same_context)
-    base = {}  # what a checkpoint of adapters says of the model that they belong to
+        if dense_model.config.vocab_size != model.config.vocab_size or data.meta["kind"] == "stream" and dense_model.config.block_size != model.config.block_size:
+            raise RunError(f"{reference} has another vocabulary or block_size than {parent}: their losses cannot be compared. Choose another target_from")
+    about_adapters = {}  # what a checkpoint of adapters says of the model that they belong to
     if c.lora_rank:
-        base = {"lora": {"rank": c.lora_rank, "alpha": c.lora_alpha, "targets": c.lora_targets}, "base": parent,
-                "base_step": checkpoint["base_step"] if checkpoint else starts_from.get("step")}
+        about_adapters = {"lora": {"rank": c.lora_rank, "alpha": c.lora_alpha, "targets": c.lora_targets}, "base": parent,
+                          "base_fingerprint": checkpoint["base_fingerprint"] if checkpoint else fingerprint(starts_from)}
     del starts_from, compared_with  # with optimizer states, which may be large
     autocast, dtype = hardware.precision(c.dtype, device, cache=not (sharded or c.recompute_activations))
+    torch._dynamo.config.recompile_limit = 64  # one model, many ways to run it: dense, gated, sampled, judged, taught; at 8 torch would give up compiling
     if device == "cpu":  # let compiled code use torch's own generator: three times faster there, and the same noise as without compiling
         torch._inductor.config.fallback_random = True
     context = data.train.shape[2] if data.meta["kind"] == "rows" else c.block_size
@@ -217,10 +226,11 @@ def train(config, given=frozenset()):
     # --- where the run stands: what the dense model can do, lambda, the best checkpoint so far ------------------------
     state = {"step": 0, "seconds": 0.0, "best": None, "dense": None, "target_loss": None, "dense_on_training": None, "batch_loss": None, "density": None, "constraint_loss": None}
     shards = checkpoint.get("shards") if checkpoint else None
-    geco = GECO(0.0, c.constraint_scale, c.lambda_rate, c.lambda_average, c.lambda_init, c.lambda_min, c.lambda_max) if c.gated else None
+    geco = GECO(target=0.0, scale=c.constraint_scale, rate=c.lambda_rate, alpha=c.lambda_average,  # the target is measured below
+                lambda_init=c.lambda_init, lambda_min=c.lambda_min, lambda_max=c.lambda_max) if c.gated else None
     if checkpoint:
         if shards:
-            sharding.load(os.path.join(c.out_dir, shards), model, optimizer)
+            sharding.load(os.path.join(c.out_dir, os.path.basename(shards)), model, optimizer)
         else:
             sharding.load_optimizer(optimizer, checkpoint["optimizer"])
         for group, decay in zip(optimizer.param_groups, (c.weight_decay, 0.0)):  # which --init_from=resume may change
@@ -239,7 +249,9 @@ def train(config, given=frozenset()):
                      f"on training batches {state['dense_on_training']:.4f}, the constraint's target {geco.target:.4f}")
         if c.open_above:
             x, _ = data.batch("train", batches.indices(0)[:max(1, 8192 // context)], context)  # some thousand queries are plenty
-            fold_shift(model, torch.from_numpy(x).to(device), c.open_above, fold=not c.lora_rank and not sharded)
+            with torch.compiler.set_stance("force_eager"):  # it happens once, with a new function in every layer: not worth compiling
+                fold_shift(model, torch.from_numpy(x).to(device), c.open_above, fold=not c.lora_rank and not sharded)
+            model.config.gate_bias = hardware.of_first(model.config.gate_bias)  # DDP does the same for the key biases
     start = state["step"]
     network = torch.nn.parallel.DistributedDataParallel(fast) if hardware.world() > 1 and not sharded else fast
     model.train()  # samples the gates, drops out; load_checkpoint and evaluate leave models in evaluation mode
@@ -265,7 +277,7 @@ def train(config, given=frozenset()):
             parts["model"] = sharding.whole_state(state_to_save(model)) if name == "best.pt" or step == c.max_steps else None
         if hardware.rank() == 0:
             save_checkpoint(os.path.join(c.out_dir, name), {**checkpoint_of(
-                model, geco=geco and geco.state_dict(), parent=parent, reference=reference, reference_step=reference_step, data=belongs_to, config=asdict(c), **base, **at), **parts})
+                model, geco=geco and geco.state_dict(), parent=parent, reference=reference, reference_fingerprint=reference_fingerprint, data=belongs_to, config=asdict(c), **about_adapters, **at), **parts})
             if name == "last.pt":
                 sharding.remove_old(c.out_dir, keep=parts.get("shards"))
 
@@ -281,7 +293,7 @@ def train(config, given=frozenset()):
                 val = found["val"]
                 open_edges = f"{val['open']:.1f} of {val['total']}"
                 if not math.isfinite(val["loss"]):
-                    raise RunError(f"the held-out loss is {val['loss']} at step {step}; {c.out_dir}/last.pt still holds an earlier step. {advice}")
+                    raise RunError(f"the held-out loss is {val['loss']} at step {step}{f'; {c.out_dir}/last.pt still holds an earlier step' if step else ''}. {advice}")
                 passes = not c.gated or meets_target(found, state["dense"], state["target_loss"])
                 score = [val["open"], val["loss"]]  # the fewest edges; of a dense run, whose edges are all open, the lowest loss
                 is_best = passes and (state["best"] is None or score <= state["best"])
@@ -292,9 +304,10 @@ def train(config, given=frozenset()):
                               density=state["density"], open=val["open"], fraction=val["fraction"], passes=passes, target_loss=state["target_loss"],
                               seconds=state["seconds"] + time.time() - began, **speed.read(),
                               **({"constraint_target": geco.target, "constraint_loss": state["constraint_loss"], "violation": geco.violation, "lambda": geco.lam} if geco else {}))
-                # last.pt first: a run that is killed in between evaluates again and writes best.pt then; but not after the last step
-                for name in sorted(["last.pt"] + ["best.pt"] * is_best, reverse=step < c.max_steps):
-                    save(name, step)
+                # last.pt first: a run that is killed in between evaluates again and writes best.pt then. A run whose last.pt is at its end never will
+                for name in ["last.pt", "best.pt"] if step < c.max_steps else ["best.pt", "last.pt"]:
+                    if name == "last.pt" or is_best:
+                        save(name, step)
                 speed.go_on()
             if step == c.max_steps:
                 break
@@ -356,13 +369,15 @@ def main(arguments):
         train(config, names)
         writes = hardware.rank() == 0
     except torch.OutOfMemoryError as error:
-        sys.exit(f"error: out of memory: {str(error).splitlines()[0]} Try a smaller --micro_batch_size (the result stays the same) or --eval_batch_size")
+        sys.exit(f"error: out of memory: {str(error).splitlines()[0]} Try a smaller --micro_batch_size (the same batches, other noise), or, for a new run, --eval_batch_size")
     except (ConfigError, RunError, CheckpointError, LoRAError, hardware.HardwareError, prepare_data.DataError, OSError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit("stopped. The same command goes on from the last checkpoint")
     finally:
         hardware.stop_processes()
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()  # the report needs the memory
     if writes:  # A process of its own: the loop needs no matplotlib, and a failing picture cannot harm a finished run.
         here = os.path.dirname(os.path.abspath(__file__))
         sys.exit(subprocess.run([sys.executable, os.path.join(here, "analyze.py"), "report", config.out_dir]).returncode)

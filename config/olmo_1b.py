@@ -20,7 +20,7 @@ lora_alpha = 128.0
 lora_targets = 'q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj'  # all, as in config/olmo_tiny_lora.py: what is not read any more has to be made up for elsewhere
 
 # The gates. OLMo has no key biases to fold a shift into, so every head gets a number of its own (handover.py). At 512 tokens an even attention
-# weight is 0.002 to 0.004: what is below a tenth of that starts shut.
+# weight is 0.002 to 0.004: what is far below that may start shut.
 gate_bias = 3.0
 open_above = 0.0003
 linear_penalty_steps = 0

@@ -83,12 +83,26 @@ def test_figures_are_pictures_of_a_sensible_size(text_folder, run, name):
     assert len(picture.getcolors()) > 10  # not blank
 
 
+def test_a_line_that_a_kill_cut_off_does_no_harm(folder):
+    with open(folder / "out/sparse/metrics.jsonl", "a") as f:
+        f.write('{"step": 99, "val_l')
+    done = analyze(folder, "report", "out/sparse")
+    assert done.returncode == 0, done.stderr
+
+
 def test_explain(folder):
     done = analyze(folder, "explain", "out/sparse")
     assert done.returncode == 0, done.stderr
     edges = json.load(open(folder / "out/sparse/explain.json"))
     assert len(edges) == sum(line.lstrip()[:1].isdigit() for line in done.stdout.splitlines()[2:])
     assert (folder / "out/sparse/explain.png").exists()
+
+
+def test_a_damaged_config_is_named(folder):
+    (folder / "out/broken").mkdir()
+    (folder / "out/broken/config.json").write_text("{")
+    done = analyze(folder, "report", "out/broken")
+    assert done.returncode == 1 and "out/broken/config.json is damaged" in done.stderr and "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize("arguments, message", [

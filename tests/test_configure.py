@@ -85,6 +85,13 @@ def test_settings_that_contradict_each_other(workplace, given, message):
     assert not (workplace / "out").exists()
 
 
+def test_a_shape_is_the_settings_business_only_from_scratch():
+    """GPT-2 has 768 numbers and 12 heads, whatever the default width is: the model that is there is asked, not the settings."""
+    check_together(Config(init_from="gpt2", n_head=12))
+    with pytest.raises(ConfigError, match="n_embd=64 must be a multiple of n_head=12"):
+        check_together(Config(n_head=12))
+
+
 def test_out_dir_is_named_after_file_and_seed(workplace):
     (workplace / "mine.py").write_text("n_layer = 2  # a comment\n")
     assert make_config("mine.py", {})[0].out_dir == "out/mine"

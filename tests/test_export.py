@@ -19,13 +19,13 @@ transformers = pytest.importorskip("transformers", reason="pip install -r tests/
 def random_model(**settings):
     """A gated model with all weights random and its edges about half open."""
     torch.manual_seed(0)
-    model = GPT(GPTConfig(**{"block_size": 16, "vocab_size": 50, "n_layer": 3, "n_head": 2, "n_embd": 32, "gated": True, "gate_bias": 0.3} | settings)).eval()
+    model = GPT(GPTConfig(**{"block_size": 16, "vocab_size": 256, "n_layer": 3, "n_head": 2, "n_embd": 32, "gated": True, "gate_bias": 0.3} | settings)).eval()
     for name, parameter in model.named_parameters():
         parameter.data += (0.3 if "c_attn" in name else 0.1) * torch.randn_like(parameter)
     return model
 
 
-@pytest.fixture(params=[{}, {"bias": False}, {"tied": False}], ids=str)
+@pytest.fixture(params=[{}, {"bias": False}, {"tied": False, "gate_bias": [[0.3, -0.2], [0.1, 0.5], [0.2, 0.4]]}], ids=str)
 def run(request, workplace):
     model = random_model(**request.param)
     os.makedirs("out/run")
@@ -105,7 +105,7 @@ def test_transformer_bridge(run):
     export.main(["out/run", "--to", "hf", "out/stdlib/hf"])
     gated, dense = logits_of(run)
     names = {"torch": torch}
-    exec(readme_lines("convert_nanogpt_weights").split("def gate_hooks")[1].join(["def gate_hooks", ""]), names)
+    exec("def gate_hooks" + readme_lines("convert_nanogpt_weights").split("def gate_hooks")[1].split("logits = ")[0], names)
     exec(readme_lines("boot_transformers"), names)
     assert (names["bridge"](IDX) - dense).abs().max() < 1e-4
     hooked = names["bridge"].run_with_hooks(IDX, fwd_hooks=names["gate_hooks"](names["bridge"], run.config.gate_bias))

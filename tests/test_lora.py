@@ -1,5 +1,6 @@
 """LoRA: adapters change nothing at first, merge exactly, can be switched off, and are all that is saved."""
 
+import functools
 import os
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 
 import lora
 import prepare_data
-from checkpoint import CheckpointError, checkpoint_of, load_checkpoint, model_of, read_checkpoint, save_checkpoint
+from checkpoint import CheckpointError, checkpoint_of, fingerprint, load_checkpoint, model_of, read_checkpoint, save_checkpoint
 from configure import ConfigError
 from evaluate import evaluate
 from lora import LoRAError
@@ -31,7 +32,7 @@ def run(request, workplace):
     save_checkpoint("base.pt", checkpoint_of(base, step=7))
     settings = {"rank": 3, "alpha": 6.0, "targets": targets}
     model = model_of(read_checkpoint("base.pt"), "base.pt", prepare=lambda model: lora.add(model, **settings), gated=True, gate_bias=0.1)
-    return base.eval(), model, {"lora": settings, "base": "base.pt", "base_step": 7}
+    return base.eval(), model, {"lora": settings, "base": "base.pt", "base_fingerprint": fingerprint(read_checkpoint("base.pt"))}
 
 
 def moved(model):
@@ -85,8 +86,9 @@ def test_only_the_adapters_are_saved_and_they_know_their_base(run, workplace):
     assert not lora.adapters_of(merged) and lora.adapters_of(beside) and merged.config.gated
     for again in (merged, beside):
         assert (again(IDX)[0] - model(IDX)[0]).abs().max() < 1e-5
-    save_checkpoint("base.pt", checkpoint_of(base, step=8))
-    with pytest.raises(CheckpointError, match="adapters for base.pt at step 7, and that is at step 8 now"):
+    next(base.parameters()).data[0, 0] += 1  # as trained with other settings, to the same step
+    save_checkpoint("base.pt", checkpoint_of(base, step=7))
+    with pytest.raises(CheckpointError, match="adapters for base.pt, which holds other weights now"):
         load_checkpoint("adapters.pt")
     os.remove("base.pt")
     with pytest.raises(CheckpointError, match="no checkpoint base.pt"):
@@ -168,6 +170,15 @@ def test_compiled_it_is_the_same_run(olmo):
     for a, b in zip(plain, compiled):
         for key in ("val_loss", "density", "constraint_loss", "target_loss", "batch_loss"):
             assert a[key] == b[key] or a[key] == pytest.approx(b[key], abs=1e-5), key
+
+
+def test_the_compiler_never_gives_up(olmo, monkeypatch):
+    """Every way in which a run uses its model is compiled anew; past a limit PyTorch would silently compile no more."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+        settings = {"compile": "on", "linear_penalty_steps": 2, "max_steps": 6, "eval_interval": 2}
+        run_it(out_dir="out/control", gated=False, lora_rank=0, **settings)
+        run_it(out_dir="out/compiled", constraint_gates="sampled", noise_free_steps=2, **settings)
 
 
 def test_adapters_on_adapters_are_refused_and_a_target_with_adapters_is_not(olmo):

@@ -98,7 +98,7 @@ def test_wrong_files_are_named(workplace):
     fails(f"{shard} cannot be read .*truncated or damaged")
     os.remove(f"hf/{shard}")
     fails(f"there is no hf/{shard}")
-    with pytest.raises(olmo.HuggingFaceError, match="a model of type 'llama'; olmo.py computes olmo, olmo2, olmo3"):
+    with pytest.raises(olmo.CheckpointError, match="a model of type 'llama'; olmo.py computes olmo, olmo2, olmo3"):
         olmo.config_of({"model_type": "llama"}, "x")
 
 

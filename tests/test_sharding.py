@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import prepare_data
+import sharding
 from checkpoint import CheckpointError, load_checkpoint, read_checkpoint
 from conftest import REPOSITORY
 from evaluate import evaluate
@@ -115,6 +116,20 @@ def test_a_sharded_run_that_was_stopped_is_no_model_yet(parent):
 
 def test_a_checkpoint_without_its_shards_is_named(parent):
     launch(2, *RUN, *SHAPE, "--parallel=fsdp", "--out_dir=out/run")
+    def resumed():
+        done = subprocess.run([sys.executable, os.path.join(REPOSITORY, "train.py"), *RUN, *SHAPE, "--out_dir=out/run", "--init_from=resume", "--max_steps=12"], capture_output=True, text=True)
+        assert done.returncode == 1 and "Traceback" not in done.stderr
+        return done.stderr
+
+    with open("out/run/shards-10/.metadata", "r+b") as f:
+        f.truncate(50)
+    assert "out/run/shards-10/.metadata is damaged" in resumed()
     os.rename("out/run/shards-10", "out/elsewhere")
-    done = subprocess.run([sys.executable, os.path.join(REPOSITORY, "train.py"), *RUN, *SHAPE, "--out_dir=out/run", "--init_from=resume", "--max_steps=12"], capture_output=True, text=True)
-    assert done.returncode == 1 and "out/run/shards-10 is missing or not whole" in done.stderr and "Traceback" not in done.stderr
+    assert "out/run/shards-10 is missing or not whole" in resumed()
+
+
+def test_old_shards_are_removed_and_nothing_else(workplace):
+    for name in ("shards-10", "shards-20", "shards-20-again", "shards-backup"):
+        os.makedirs(f"out/run/{name}")
+    sharding.remove_old("out/run", keep="shards-20")
+    assert sorted(os.listdir("out/run")) == ["shards-20", "shards-backup"]

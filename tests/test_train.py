@@ -206,8 +206,11 @@ def test_a_run_that_cannot_start_from_its_parent_says_why(echo):
     with pytest.raises(RunError, match="no best.pt or last.pt in out/gone"):
         run("sparse.py", init_from="out/gone")
     run("sparse.py", init_from="out/dense", max_steps=1)
-    with pytest.raises(RunError, match="init_from=out/sparse is a gated run"):
-        run("sparse.py", init_from="out/sparse", out_dir="out/twice")
+    for target in ({}, {"target_from": "out/dense"}):
+        with pytest.raises(RunError, match="init_from=out/sparse is a gated run"):
+            run("sparse.py", init_from="out/sparse", out_dir="out/twice", **target)
+    run("dense.py", max_steps=1, n_embd=8, n_head=1, seed=2, out_dir="out/narrow")  # of another shape, but of the same rows: may set the target
+    run("sparse.py", max_steps=1, init_from="out/dense", target_from="out/narrow", out_dir="out/of-narrow")
     with pytest.raises(RunError, match="a row of data/echo has 4 tokens, the model's block_size is 3"):
         run("dense.py", block_size=3, out_dir="out/short")
     with pytest.raises(CheckpointError, match="was trained on tokens of 'echo', the data has those of 'addition'"):
@@ -308,6 +311,10 @@ def test_folders_are_not_mixed_up(echo):
     (echo / "dense.py").write_text((echo / "dense.py").read_text().replace("0.8", "0.7"))
     with pytest.raises(RunError, match="the parent, dense.py: out/dense holds a run with other settings"):
         run("sparse.py")
+    with open("out/dense/config.json", "w") as f:
+        f.write("[1]")
+    with pytest.raises(RunError, match="out/dense/config.json is missing or damaged"):
+        run("dense.py")
 
 
 def test_resume_takes_over_what_was_not_typed_and_applies_what_was(echo):
@@ -317,6 +324,14 @@ def test_resume_takes_over_what_was_not_typed_and_applies_what_was(echo):
     assert (config["max_steps"], config["batch_size"], config["init_from"]) == (40, 32, "scratch")
     groups = read_checkpoint("out/dense/last.pt")["optimizer"]["param_groups"]
     assert [g["weight_decay"] for g in groups] == [0.2, 0.0] and groups[0]["betas"] == (0.9, 0.5)
+
+
+def test_a_resumed_run_may_get_a_lower_cap_and_a_parent_keeps_its_own_files_settings(echo):
+    (echo / "dense.py").write_text((echo / "dense.py").read_text() + "dtype = 'bfloat16'\n")
+    run("sparse.py", max_steps=1)
+    assert json.load(open("out/dense/config.json"))["dtype"] == "bfloat16" and json.load(open("out/sparse/config.json"))["dtype"] == "float32"
+    run(None, init_from="resume", out_dir="out/sparse", max_steps=6, lambda_init=2.0, lambda_max=2.0)  # measured at step 4
+    assert metrics("out/sparse")[-1]["lambda"] <= 2
 
 
 def test_learning_rate_warms_up_and_falls_to_its_minimum():
@@ -350,6 +365,9 @@ def test_a_control_goes_on_from_the_parent_in_another_order_and_can_set_the_targ
     assert metrics("out/control")[0]["val_loss"] == pytest.approx(min(m["val_loss"] for m in metrics("out/dense")), abs=1e-6)  # it starts where the parent ended
     with pytest.raises(RunError, match="target_from=out/sparse is a gated run"):
         run("sparse.py", target_from="out/sparse", out_dir="out/other")
+    run("dense.py", block_size=4, max_steps=1, out_dir="out/short")
+    with pytest.raises(RunError, match="out/short/best.pt has another vocabulary or block_size"):  # it would be judged on other windows
+        run("sparse.py", target_from="out/short", out_dir="out/other")
 
 
 def test_the_paired_constraint_is_free_of_the_batchs_luck(counting):
@@ -366,8 +384,10 @@ def test_what_the_target_hangs_on_cannot_change_on_the_way(counting):
     for changed in ({"open_above": 0.5}, {"constraint_margin": 0.3}, {"target_from": "out/nowhere"}):
         with pytest.raises(RunError, match="another model or target"):
             run("sparse.py", init_from="resume", max_steps=20, **changed)
-    save_checkpoint("out/dense/best.pt", read_checkpoint("out/dense/best.pt") | {"step": 999})  # the parent becomes better behind its child's back
-    with pytest.raises(RunError, match="out/dense/best.pt has been trained on since out/sparse was begun"):
+    parent = read_checkpoint("out/dense/best.pt")
+    next(iter(parent["model"].values()))[0, 0] += 1  # the parent becomes another behind its child's back, at the same step
+    save_checkpoint("out/dense/best.pt", parent)
+    with pytest.raises(RunError, match="out/dense/best.pt holds other weights now than when out/sparse was begun"):
         run("sparse.py", init_from="resume", max_steps=20)
 
 
