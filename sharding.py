@@ -32,6 +32,11 @@ from torch.distributed.tensor import DTensor
 import hardware
 
 
+def applies(parallel):
+    """Is a run with this setting `parallel` cut into parts? Not where one process is alone."""
+    return parallel == "fsdp" and hardware.world() > 1
+
+
 def shard(model, device):
     """Cut model (a GPT or OLMo, in place) into parts, block by block. All processes call it."""
     mesh = init_device_mesh(device.split(":")[0], (hardware.world(),))

@@ -21,6 +21,7 @@ Notable:
   have done (GPUs sum in an order of their own), and one process that accumulates gradients does what many processes do (hardware.py).
 - The same command continues an unfinished run. A run's folder is never overwritten by a run with other settings.
 - Every setting, with default, unit and meaning, is in settings.py.
+- Where a run comes from, its parent and its target: origin.py.
 - How a dense model is handed to the gates without a shock: handover.py. What the dense model teaches its child: `distill_weight`.
 """
 
@@ -33,11 +34,9 @@ import sys
 import time
 from contextlib import nullcontext
 from dataclasses import asdict
-from functools import partial
 
 import torch
 import torch._inductor.config
-import torch.utils.checkpoint
 from torch.nn import functional as F
 from tqdm import tqdm
 
@@ -46,39 +45,16 @@ import lora
 import prepare_data
 import sharding
 from batches import Batches
-from checkpoint import CheckpointError, checkpoint_of, fingerprint, is_elsewhere, model_of, new_model, read_checkpoint, require_tokenizer, save_checkpoint, shape_of, state_to_save
+from checkpoint import CheckpointError, checkpoint_of, save_checkpoint, state_to_save
 from configure import ConfigError, parse_command_line
 from evaluate import evaluate_splits
 from gate import choose_impl
 from geco import GECO
 from handover import fold_shift
-from huggingface import PRETRAINED
 from lora import LoRAError
-from resume import MetricsLog, RunError, StopRequest, claim_folder, kept_checkpoint
-from settings import FIXED, FREE, GATE, GATED_ONLY, SHAPE, Config, check_together, forward_passes, limits, make_config
-
-
-def find_dense(source, config, given, what):
-    """The checkpoint that `source` (a value of init_from or target_from) names. A config file's run is trained first if it is not finished."""
-    folder = source
-    if is_elsewhere(source) or os.path.isfile(source) and not source.endswith(".py"):
-        return source
-    if source.endswith(".py"):
-        run, names = make_config(source, {key: getattr(config, key) for key in ("seed", "device", "compile", "dtype") if key in given})
-        if config.gated and run.gated:
-            raise RunError(f"{what}={source} is a gated run. Start from a dense one: its loss is the target")
-        folder = run.out_dir
-    if os.path.realpath(folder) == os.path.realpath(config.out_dir):
-        raise RunError(f"{folder} is the run's own folder and its parent's as well. Give it another with --out_dir=out/NEW")
-    if source.endswith(".py"):
-        try:
-            train(run, names)
-        except RunError as error:
-            raise RunError(f"the parent, {source}: {error} (flags for the parent go with its own command; another parent is named with --init_from=out/OTHER)") from error
-    if path := kept_checkpoint(folder):
-        return path
-    raise RunError(f"{what}={source}: there is no best.pt or last.pt in {folder}. init_from takes 'scratch', 'resume', the folder of a run, "
-                   f"a config file, a checkpoint of nanoGPT or transformers, or one of {', '.join(PRETRAINED)}")
+from origin import models_of
+from resume import MetricsLog, RunError, StopRequest, claim_folder
+from settings import FIXED, FREE, GATED_ONLY, SHAPE, Config, check_together, forward_passes, limits, make_config
 
 
 def get_lr(step, c):
@@ -119,94 +95,17 @@ def train(config, given=frozenset()):
         return
     with hardware.first_alone():
         data = prepare_data.load(c.dataset)
-    belongs_to = {"dataset": c.dataset, "tokenizer": data.meta.get("tokenizer", c.dataset), "sha256": data.meta["sha256"]}
+    model, dense_model, facts = models_of(c, given, data, device, checkpoint, train)
 
-    # --- the model: new, the parent's weights, or the run's own -------------------------------------------------------
-    # checkpoint   the run's own last.pt, or None        parent, starts_from       whose weights a new run takes: path, contents
-    #                                                    reference, compared_with  whose loss is to be kept: path, contents; mostly the parent's
-    # model        the run's, as it is: judged, saved    dense_model               the reference, frozen: judged once
-    # fast         the same, compiled: measured          fast_dense                the same, compiled: measured, teaches
-    # network      the same, in DDP: trained
-    if checkpoint:
-        parent, reference = checkpoint["parent"], checkpoint["reference"]
-    else:
-        parent = None if c.init_from == "scratch" else find_dense(c.init_from, c, given, "init_from")
-        reference = parent if c.gated and not c.target_from else find_dense(c.target_from, c, given, "target_from") if c.gated else None
-    with hardware.first_alone():  # who downloads, if need be
-        compared_with = read_checkpoint(reference) if c.gated else {}
-        starts_from = compared_with if parent == reference else read_checkpoint(parent) if parent and not checkpoint else {}
-    for source, found in ((parent, starts_from), (reference, compared_with)):
-        if found:
-            require_tokenizer(found, source, belongs_to["tokenizer"])
-    reference_fingerprint = fingerprint(compared_with) if c.gated else None
-    if checkpoint and checkpoint["reference_fingerprint"] != reference_fingerprint:
-        raise RunError(f"{reference} holds other weights now than when {c.out_dir} was begun: the target is not that model's any more. "
-                       "Put the old file back, or start a new run with --out_dir=out/NEW")
-    for what, found in (("target_from" if c.target_from else "init_from", compared_with), ("init_from", starts_from)):
-        if c.gated and found.get("model_args", {}).get("gated"):
-            raise RunError(f"{what}={getattr(c, what)} is a gated run. Start from a dense one: its loss is the target, its gates are not open or shut yet")
-    torch.manual_seed(c.seed)
-    gate_settings = {key: getattr(c, key) for key in GATE}
-    sharded = c.parallel == "fsdp" and hardware.world() > 1
-
-    def cut(model):
-        if sharded:
-            sharding.shard(model, device)
-        return model
-
-    def prepare(model):
-        """What is done to the run's model while it is empty."""
-        if c.lora_rank:
-            if not lora.adapters_of(model):  # a new run's
-                lora.add(model, c.lora_rank, c.lora_alpha, c.lora_targets)
-            lora.freeze_in(model, getattr(torch, c.base_dtype))
-        for block in model.blocks:
-            if sharded and hardware.compiles(c.compile, device, pays_on_cpu=False):
-                block.forward = torch.compile(block.forward)  # by itself, because the graph of the whole would break wherever a block is put together
-            if c.recompute_activations:
-                block.forward = partial(torch.utils.checkpoint.checkpoint, block.forward, use_reentrant=False)
-        return cut(model)
-
-    if checkpoint:
-        model = model_of(checkpoint, f"{c.out_dir}/last.pt", device, prepare, merged=False, in_parts=True)
-        if checkpoint.get("data", belongs_to) != belongs_to:
-            raise RunError(f"data/{c.dataset} is not the data that {c.out_dir} was begun with ({checkpoint['data']} there, {belongs_to} here): it cannot go on "
-                           "exactly. Put the old data back, or start a new run with --out_dir=out/NEW")
-    elif parent:
-        args = starts_from["model_args"]
-        if c.lora_rank and "lora" in starts_from:
-            raise RunError(f"{parent} holds adapters itself, and one model has one set of them. Merge them first (python model.py export {parent} --to hf FOLDER) and start from FOLDER")
-        shorter = {"block_size": c.block_size} if "block_size" in given and "architecture" in args and c.block_size < args["block_size"] else {}  # an OLMo's positions are no weights
-        model = model_of(starts_from, parent, device, prepare, **gate_settings, **shorter)
-        for key, value in shape_of(model.config).items():
-            if key in given and getattr(c, key) != value:
-                raise RunError(f"{key}={getattr(c, key)!r}, but {parent} has {key}={value!r}: a run that starts from another keeps its shape. Leave {key} away")
-            setattr(c, key, value)
-    else:
-        model = prepare(new_model(c, data.meta["vocab_size"], gate_settings).to(device))
-    if model.config.vocab_size < data.meta["vocab_size"]:
-        raise RunError(f"the model knows {model.config.vocab_size} tokens, data/{c.dataset} has {data.meta['vocab_size']}: they do not belong together")
-    if data.meta["kind"] == "rows" and model.config.block_size < data.train.shape[2]:
-        raise RunError(f"a row of data/{c.dataset} has {data.train.shape[2]} tokens, the model's block_size is {model.config.block_size}: make it larger")
+    # --- how it computes ----------------------------------------------------------------------------------------------
+    # model: judged, saved    fast: the same, compiled: measured    network: the same, in DDP: trained
+    # dense_model: judged     fast_dense: the same, compiled: measured, teaches
     model.attention_impl = c.attention_impl
     try:
         impl = choose_impl(c.attention_impl, device.split(":")[0], model.config.block_size, model.config.n_embd // model.config.n_head) if c.gated else "dense"
     except ValueError as error:
         raise RunError(str(error)) from error
-    # the dense model, frozen: it sets the target, it is compared with on the same batch, it teaches
-    dense_model, shares_weights = None, c.gated and c.lora_rank and reference == parent
-    if shares_weights:
-        dense_model = lora.Base(model)
-    elif c.gated:
-        same_context = {"block_size": c.block_size} if "architecture" in compared_with["model_args"] else {}
-        dense_model = model_of(compared_with, reference, device, cut, **same_context)
-        if dense_model.config.vocab_size != model.config.vocab_size or data.meta["kind"] == "stream" and dense_model.config.block_size != model.config.block_size:
-            raise RunError(f"{reference} has another vocabulary or block_size than {parent}: their losses cannot be compared. Choose another target_from")
-    about_adapters = {}  # what a checkpoint of adapters says of the model that they belong to
-    if c.lora_rank:
-        about_adapters = {"lora": {"rank": c.lora_rank, "alpha": c.lora_alpha, "targets": c.lora_targets}, "base": parent,
-                          "base_fingerprint": checkpoint["base_fingerprint"] if checkpoint else fingerprint(starts_from)}
-    del starts_from, compared_with  # with optimizer states, which may be large
+    sharded = sharding.applies(c.parallel)
     autocast, dtype = hardware.precision(c.dtype, device, cache=not (sharded or c.recompute_activations))
     torch._dynamo.config.recompile_limit = 64  # one model, many ways to run it: dense, gated, sampled, judged, taught; at 8 torch would give up compiling
     if device == "cpu":  # let compiled code use torch's own generator: three times faster there, and the same noise as without compiling
@@ -216,12 +115,12 @@ def train(config, given=frozenset()):
     fast = torch.compile(model) if compiled and not sharded else model
     fast_dense = dense_model
     if c.gated and not sharded and hardware.compiles(c.compile, device, pays_on_cpu=False):
-        fast_dense = lora.Base(model, torch.compile(model)) if shares_weights else torch.compile(dense_model)
+        fast_dense = lora.Base(model, torch.compile(model)) if isinstance(dense_model, lora.Base) else torch.compile(dense_model)
     trained = [p for p in model.parameters() if p.requires_grad]
     matrices, others = [p for p in trained if p.dim() >= 2], [p for p in trained if p.dim() < 2]
     optimizer = torch.optim.AdamW([{"params": matrices, "weight_decay": c.weight_decay}, {"params": others, "weight_decay": 0.0}],
                                   lr=c.learning_rate, betas=(c.beta1, c.beta2), fused=device != "mps")
-    batches = Batches(data, context, c.batch_size, micro_batches, c.seed, parent is not None, device)
+    batches = Batches(data, context, c.batch_size, micro_batches, c.seed, facts["parent"] is not None, device)
 
     # --- where the run stands: what the dense model can do, lambda, the best checkpoint so far ------------------------
     state = {"step": 0, "seconds": 0.0, "best": None, "dense": None, "target_loss": None, "dense_on_training": None, "batch_loss": None, "density": None, "constraint_loss": None}
@@ -277,7 +176,7 @@ def train(config, given=frozenset()):
             parts["model"] = sharding.whole_state(state_to_save(model)) if name == "best.pt" or step == c.max_steps else None
         if hardware.rank() == 0:
             save_checkpoint(os.path.join(c.out_dir, name), {**checkpoint_of(
-                model, geco=geco and geco.state_dict(), parent=parent, reference=reference, reference_fingerprint=reference_fingerprint, data=belongs_to, config=asdict(c), **about_adapters, **at), **parts})
+                model, geco=geco and geco.state_dict(), config=asdict(c), **facts, **at), **parts})
             if name == "last.pt":
                 sharding.remove_old(c.out_dir, keep=parts.get("shards"))
 

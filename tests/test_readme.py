@@ -68,4 +68,5 @@ def test_our_files_import_each_other_in_one_direction_only():
     assert imports["settings"] == {"hardware", "configure"}
     assert imports["model"] == {"gate"} and imports["olmo"] == {"gate", "huggingface"} and imports["sharding"] == {"hardware"}
     assert imports["checkpoint"] == {"model", "olmo", "lora", "huggingface", "hardware"} and imports["resume"] == {"checkpoint", "prepare_data", "hardware"}
+    assert imports["origin"] == {"checkpoint", "hardware", "huggingface", "lora", "resume", "settings", "sharding"}
     assert not any({"train", "analyze"} & found for found in imports.values())
