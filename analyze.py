@@ -33,8 +33,7 @@ from evaluate import evaluate_splits
 from explain import damage, explain, when
 from induction import copying_scores, prefix_matching
 from checkpoint import CheckpointError, load_checkpoint, model_of, read_checkpoint, tokenizer_of
-from resume import kept_checkpoint, read_metrics
-from sample import checkpoint_named
+from resume import checkpoint_named, kept_checkpoint, read_metrics
 from tasks import TaskError
 
 SUMS = [(53, 21, "no carry"), (36, 28, "carry out of the units"), (43, 59, "carry into the hundreds")]  # the paper's three kinds
@@ -63,12 +62,12 @@ def report(run):
     """Write a run's report.json and figures; return the report, a dict:
 
     run, seed, step (of the checkpoint), meets_target
-    dense, sparse   {val_loss (nats, held out), accuracy (share of held-out rows right, null for text), correct, examples (both splits)}
+    dense, sparse   the model whose loss is to be kept (target_from, else the parent), and the run's: {val_loss (nats, held out), accuracy (share of held-out rows right, null for text), correct, examples (both splits)}
     target_loss     nats; what the sparse val_loss had to stay at or below
     edges           {open (mean per held-out sequence), total (causal pairs of all heads and layers), fraction, per_head [layer][head],
                     by_distance [positions back]}
     heads_off       number of heads without any open edge
-    seconds         {dense, sparse} of training
+    seconds         {dense, sparse} of training, the parent's and the run's; in the figures the dense model is the parent, too
     A dense run has sparse, target_loss and seconds.sparse null.
     """
     config = read_json(os.path.join(run, "config.json"))
@@ -77,15 +76,18 @@ def report(run):
     checkpoint = read_checkpoint(path)
     model = model_of(checkpoint, path, hardware.pick_device("auto"), merged=False,  # as the run judged it
                      prepare=lambda model: lora.freeze_in(model, getattr(torch, config.get("base_dtype", "float32"))) if "lora" in checkpoint else model)
-    seconds = read_checkpoint(os.path.join(run, "last.pt"))["seconds"]
+    metrics = read_metrics(os.path.join(run, "metrics.jsonl"))
+    seconds = metrics[-1]["seconds"]
     data = prepare_data.load(config["dataset"])
+    if checkpoint["data"]["sha256"] != data.meta["sha256"]:
+        raise AnalysisError(f"data/{config['dataset']} is not the data that {run} was trained and judged on: the losses could not be compared. Put the old data back")
     judged = evaluate_splits(model, data, config["eval_batch_size"], config["eval_batches"])
 
     if model.config.gated:
         dense, sparse = checkpoint["dense"], judged
         parent = checkpoint["parent"]
-        parent_last = os.path.join(os.path.dirname(parent), "last.pt")
-        seconds = {"dense": read_checkpoint(parent_last)["seconds"] if os.path.exists(parent_last) else None, "sparse": seconds}
+        parents = os.path.join(os.path.dirname(parent), "metrics.jsonl")
+        seconds = {"dense": read_metrics(parents)[-1]["seconds"] if os.path.exists(parents) else None, "sparse": seconds}
     else:
         dense, sparse, parent, meets_target = judged, None, None, True
         seconds = {"dense": seconds, "sparse": None}
@@ -96,7 +98,7 @@ def report(run):
         "heads_off": sum(fraction == 0 for layer in judged["val"]["per_head"] for fraction in layer), "seconds": seconds}
     prepare_data.write_json(os.path.join(run, "report.json"), result)
 
-    figures.training(os.path.join(run, "training.png"), read_metrics(os.path.join(run, "metrics.jsonl")), checkpoint["step"])
+    figures.training(os.path.join(run, "training.png"), metrics, checkpoint["step"])
     if model.config.gated:
         figures.open_by_head(os.path.join(run, "gates.png"), judged["val"]["per_head"])
         figures.open_by_distance(os.path.join(run, "distance.png"), judged["val"]["by_distance"], judged["val"]["open"])
@@ -243,8 +245,11 @@ def model_and_tokenizer(source):
 def circuit_run(dense_run, sparse_run, options):
     """Compare two runs on a task: print the table, write JSON and figures into the sparse run's folder."""
     (dense, tokenizer), (sparse, other) = model_and_tokenizer(dense_run), model_and_tokenizer(sparse_run)
-    if dense.config.gated or tokenizer != other or dense.config.vocab_size != sparse.config.vocab_size:
-        raise AnalysisError(f"circuit compares a dense run with a sparse one of the same vocabulary: `analyze.py circuit DENSE SPARSE --task=...`, not {dense_run} with {sparse_run}")
+    if not os.path.isdir(sparse_run):
+        raise AnalysisError(f"{sparse_run} is no run's folder, and the table and figures go there")
+    shapes = [(model.config.vocab_size, model.config.n_layer, model.config.n_head) for model in (dense, sparse)]
+    if dense.config.gated or not sparse.config.gated or tokenizer != other or shapes[0] != shapes[1]:
+        raise AnalysisError(f"circuit compares a dense run with a sparse one of the same vocabulary and shape: `analyze.py circuit DENSE SPARSE --task=...`, not {dense_run} with {sparse_run}")
     result = compare.compare(dense, sparse, tokenizer, options.task, options.n, options.seed, options.steps, sparse_run)
     print(compare.table(result) + f"\nfigures: {sparse_run}/circuit-{options.task}.png, -graph.png, -gallery.png")
 
@@ -288,8 +293,11 @@ def benchmark_run(run, options):
     models = {"dense": load_checkpoint(checkpoint["parent"], device, block_size=checkpoint["model_args"]["block_size"])} if checkpoint["model_args"]["gated"] else {}
     models["sparse" if models else "dense"] = model_of(checkpoint, path, device)
     table = benchmark.benchmark(models, text.tokenizer(name), options.tasks, options.limit or None, options.include or None)
-    prepare_data.write_json(os.path.join(run, "benchmark.json"), table)
+    if not table:
+        raise AnalysisError(f"none of {options.tasks} is scored by accuracy, which is what benchmark reports")
     print(f"{run}, score +- standard error over questions\n{benchmark.lines(table)}")
+    if os.path.isdir(run):  # and no name such as 'gpt2'
+        prepare_data.write_json(os.path.join(run, "benchmark.json"), table)
 
 
 USAGE = __doc__.split("\n\n")[1]

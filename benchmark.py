@@ -20,6 +20,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
 from sample import generate
+from tasks import TaskError
 
 
 class Harness(TemplateLM):
@@ -50,7 +51,7 @@ class Harness(TemplateLM):
                 row[:len(ids) - 1] = torch.tensor(ids[:-1])
             scores = self.model(x.to(device))[0].float().log_softmax(-1)  # (b, T, V)
             for i, ids, score in zip(batch, rows, scores):
-                wanted = torch.tensor(requests[i][2], device=device)
+                wanted = torch.tensor(requests[i][2][-len(ids) + 1:], device=device)  # of an answer longer than the context its end
                 score = score[len(ids) - 1 - len(wanted):len(ids) - 1]  # (answer's tokens, V)
                 found[i] = (score.gather(-1, wanted[:, None]).sum().item(), bool((score.argmax(-1) == wanted).all()))
         return found
@@ -81,6 +82,8 @@ class Harness(TemplateLM):
 def benchmark(models, tokens, tasks, limit=None, include=None):
     """{task: {metric: {name: [score, standard error]}}}. models: {name: model}; tasks: names, comma-separated; limit: questions per task; include: folder of YAML tasks."""
     manager, table = TaskManager(include_path=include), {}
+    if unknown := [task for task in tasks.split(",") if task not in manager.all_tasks]:
+        raise TaskError(f"the harness knows no task {unknown[0]!r}. `lm_eval ls tasks` lists them; your own come from --include=FOLDER")
     for name, model in models.items():
         results = lm_eval.simple_evaluate(Harness(model, tokens), tasks=tasks.split(","), limit=limit, task_manager=manager, bootstrap_iters=1000)["results"]
         for task, found in results.items():
@@ -96,5 +99,5 @@ def lines(table):
     rows = [f"{'task':24}{'metric':10}" + "".join(f"{name:>20}" for name in names)]
     for task, metrics in table.items():
         for metric, found in metrics.items():
-            rows.append(f"{task:24}{metric:10}" + "".join(f"{f'{score:.3f} +- {error:.3f}':>20}" for score, error in found.values()))
+            rows.append(f"{task:24}{metric:10}" + "".join(f"{f'{score:.3f} +- ' + (error if isinstance(error, str) else f'{error:.3f}'):>20}" for score, error in found.values()))
     return "\n".join(rows)

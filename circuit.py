@@ -9,7 +9,7 @@ writer to every reader behind it; the q, k and v of a head are readers of their 
 What does an edge carry? On a pair of prompts (tasks.py) the writer's activation is d = corrupted - clean away from its twin's. Cutting the edge
 replaces, for this reader alone, the one by the other (interchange):
 
-    exact                       metric(edge cut) - metric(clean)                                           a run for every edge; for components: `patch_components`
+    exact                       metric(edge cut) - metric(clean)                                           a run for every edge: `cut_edges`; for components: `patch_components`
     attribution (EAP)           d . grad of the metric by what the reader reads                            a first-order guess, all edges at once
     with integrated gradients   the mean of that gradient over `steps` inputs between corrupted and clean  (EAP-IG), where the first order misleads
 
@@ -19,6 +19,8 @@ A circuit keeps the n edges (or components) with the largest |score| and cuts al
 
 Notable:
 - Gates are computed from the patched q and k in every run: to cut an edge between components may open or shut attention edges.
+- A gate is a threshold, and its derivative 0: an edge that acts only by opening one would score 0, and such edges are what these models are made of.
+  So attribution takes the gradient of training, straight through the gate (`straight_through`). Where a graph is small the exact scores are better still.
 - Edges that lie on no path from the embedding to the output cannot matter: they are dropped before a circuit is counted or run.
 - Heads without an open edge on the task's prompts write a constant: they and their edges are out of the graph from the start (`dead_heads`).
 - Scores come from one set of prompts, explained effects from another.
@@ -26,6 +28,7 @@ Sources: attribution patching, Nanda 2022; EAP, Syed et al. 2023; EAP-IG, Hanna 
 the paper's section on circuits (arXiv 2512.05865). Imports tasks.py for its `Pair`; works on any model whose `forward` takes `hooks`.
 """
 
+import contextlib
 import math
 
 import numpy as np
@@ -212,6 +215,18 @@ def run(model, tokens, hooks=None):
 # Scores
 
 
+@contextlib.contextmanager
+def straight_through(model):
+    """`with straight_through(model):` and noise=0.0, gates have their values of evaluation and the gradients of training. Nothing else changes, no dropout."""
+    for attention in model.attentions:
+        attention.training = True  # of this module alone, not of its parts
+    try:
+        yield
+    finally:
+        for attention in model.attentions:
+            attention.training = False
+
+
 def gradient_runs(model, pairs, metric, steps, batch_size):
     """Yield, for every batch and every step on the way from the corrupted to the clean input: by how much all writes differ between the two runs
     (corrupted - clean, (B, W, T, C)), the `Gradients` of the step's run, and its metric, summed over the batch."""
@@ -224,7 +239,9 @@ def gradient_runs(model, pairs, metric, steps, batch_size):
         for k in range(steps):
             way = 1.0 if steps == 1 else k / steps
             hooks = Gradients(graph, (after[:, 0] + way * (before[:, 0] - after[:, 0])).requires_grad_())
-            yield after - before, hooks, metric_of(run(model, clean, hooks), group, metric).sum()
+            with straight_through(model):
+                logits = model(clean, hooks=hooks, noise=0.0)[0]
+            yield after - before, hooks, metric_of(logits, group, metric).sum()
 
 
 def attribute_edges(model, pairs, metric, steps=1, batch_size=16):
@@ -239,16 +256,6 @@ def attribute_edges(model, pairs, metric, steps=1, batch_size=16):
         for (readers, first, _), gradient in zip(hooks.reads, torch.autograd.grad(value, [x for _, _, x in hooks.reads])):
             by_reader = (gradient if gradient.dim() == 4 else gradient.unsqueeze(1)).transpose(0, 1).flatten(1)  # (readers, B T C)
             scores[:first, readers] += (difference[:first] @ by_reader.T).cpu() / steps / len(pairs)
-    return scores
-
-
-def attribute_components(model, pairs, metric, steps=1, batch_size=16):
-    """Scores (W,) of all components: difference of what it writes times the gradient by it. The sum of `attribute_edges` over a component's edges."""
-    graph = Graph(model.config.n_layer, model.config.n_head)
-    scores = torch.zeros(graph.W)
-    for difference, hooks, value in gradient_runs(model, pairs, metric, steps, batch_size):
-        gradients = torch.cat([g if g.dim() == 4 else g.unsqueeze(1) for g in torch.autograd.grad(value, hooks.parts)], dim=1)  # (B, W, T, C)
-        scores += (difference * gradients).sum((0, 2, 3)).cpu() / steps / len(pairs)
     return scores
 
 
@@ -318,6 +325,18 @@ def effects(model, pairs, metric, circuits, batch_size=64):
     return torch.cat(clean_values).cpu(), torch.cat(corrupted_values).cpu(), torch.cat(values, dim=1).cpu()
 
 
+def cut_edges(model, pairs, metric, edges):
+    """Exact scores (W, R): the metric with this one of `edges` (W, R) bool cut and all others kept, minus that with all kept; the mean over pairs."""
+    which, scores = edges.nonzero().tolist(), torch.zeros(edges.shape)
+    circuits = [edges]
+    for writer, reader in which:
+        circuits.append(edges.clone())
+        circuits[-1][writer, reader] = False
+    *_, values = effects(model, pairs, metric, circuits)
+    scores[edges] = (values[1:] - values[0]).mean(dim=1).to(scores.dtype)  # in the order of nonzero()
+    return scores
+
+
 def explained(clean, corrupted, circuits, resamples=1000, seed=0):
     """Explained effect of every circuit and its 95 % band, a bootstrap over pairs: arrays (circuits,), (circuits,), (circuits,)."""
     clean, corrupted, circuits = (np.asarray(x, dtype=np.float64) for x in (clean, corrupted, circuits))
@@ -340,7 +359,7 @@ def needed(counts, shares, level):
 
     Curves are not monotone. To stop where one first touches the level would call a circuit enough that a larger one proves not to have been.
     """
-    below = [i for i, share in enumerate(shares) if share < level]
+    below = [i for i, share in enumerate(shares) if not share >= level]  # nor is NaN a success
     if not below:
         return float(counts[0])
     last = below[-1]

@@ -3,8 +3,9 @@
     python analyze.py circuit out/stdlib_dense out/stdlib --task=quote
 
 The question of the paper's section on circuits: does sparse attention make the circuits of tasks small? For both models alike, heads or edges
-are ranked by their score on one set of prompts (circuit.py; EAP-IG); the best n are kept, all others see the corrupted prompt's activations; and
-the explained effect is measured on other prompts, for n from 1 to all. The fewer are needed for 90 %, the smaller the circuit.
+are ranked by their score on one set of prompts (circuit.py: exact in a graph of at most EXACT edges, EAP-IG in a larger one); the best n are kept, all
+others see the corrupted prompt's activations; and the explained effect is measured on other prompts, for n from 1 to all. The fewer are needed for
+90 %, the smaller the circuit that this ranking finds; a smaller one may exist.
 
 Notable: in the curve over heads embedding and MLPs are always kept, as in the paper; in the curve over edges everything has to be earned. An edge counts
 only if it lies on a path from the embedding to the output. Heads that never open on the task's prompts are out before anything is ranked.
@@ -17,10 +18,11 @@ import torch
 import figures
 import prepare_data
 import text
-from circuit import Graph, attribute_edges, best_edges, dead_heads, effects, explained, needed, sizes, without_dead_heads
-from tasks import Vocabulary, make_pairs, vocabulary
+from circuit import Graph, attribute_edges, best_edges, cut_edges, dead_heads, effects, explained, needed, patch_components, sizes, without_dead_heads
+from tasks import TaskError, Vocabulary, make_pairs, vocabulary
 
 LEVELS = (0.8, 0.9, 0.95)
+EXACT = 200  # edges: in a graph of so many or fewer every one is cut by itself
 
 
 def vocabulary_of(name, size):
@@ -36,13 +38,18 @@ def measure(model, pairs_to_score, pairs_to_test, metric, steps):
     graph = Graph(model.config.n_layer, model.config.n_head)
     dead = dead_heads(model, pairs_to_score + pairs_to_test)
     edges = without_dead_heads(graph, dead)
-    scores = attribute_edges(model, pairs_to_score, metric, steps)
-    components = scores.sum(dim=1)  # a component's score is the sum over its edges: circuit.attribute_components, without its runs
+    if graph.edges.sum() <= EXACT:
+        scores, components = cut_edges(model, pairs_to_score, metric, edges), patch_components(model, pairs_to_score, metric)
+    else:
+        scores = attribute_edges(model, pairs_to_score, metric, steps)
+        components = scores.sum(dim=1)  # what a component writes reaches everything through its edges, and the derivative of a sum is the sum
     found = {"heads": int((~dead).sum()), "heads_off": int(dead.sum()), "edges": int(edges.sum())}
 
     def curve(counts, circuits):
         """Explained effect with its band; and the two metrics between which it lies."""
         clean, corrupted, values = effects(model, pairs_to_test, metric, circuits)
+        if clean.mean() <= corrupted.mean():
+            raise TaskError(f"a model does not know the task: {metric} {clean.mean():.2f} on clean prompts, {corrupted.mean():.2f} on corrupted ones. There is no effect to explain")
         share, low, high = (part.tolist() for part in explained(clean, corrupted, values))
         found["metric"] = {"clean": clean.mean().item(), "corrupted": corrupted.mean().item()}
         return {"n": counts, "explained": share, "low": low, "high": high, "needed": {str(level): needed([max(n, 1) for n in counts], share, level) for level in LEVELS}}
@@ -82,22 +89,30 @@ def compare(dense, sparse, tokenizer, task, n, seed, steps, folder):
     """Measure both models (of one vocabulary, the tokenizer's of that name), write circuit-<task>.json and the figures into folder; return the dict."""
     tokens = vocabulary_of(tokenizer, sparse.config.vocab_size)
     (to_score, metric), (to_test, _) = (make_pairs(task, n, part, tokens) for part in (2 * seed, 2 * seed + 1))
+    seen = {tuple(pair.clean) for pair in to_score}
+    to_test = [pair for pair in to_test if tuple(pair.clean) not in seen]
+    if not to_test:
+        raise TaskError(f"{task} has so few prompts that none is left to test on. Try a smaller --n")
+    longest, room = max(len(pair.clean) for pair in to_score + to_test), min(model.config.block_size for model in (dense, sparse))
+    if longest > room:
+        raise TaskError(f"{task} has prompts of {longest} tokens, and a model has a context of {room}. Try another task, or a model with a larger block_size")
     graph = Graph(sparse.config.n_layer, sparse.config.n_head)
-    result = {"task": task, "metric": metric, "pairs": n, "seed": seed, "steps": steps}
+    result = {"task": task, "metric": metric, "pairs": n, "pairs_to_test": len(to_test), "seed": seed, "steps": steps}
     result["dense"], *_ = measure(dense, to_score, to_test, metric, steps)
     result["sparse"], scores, circuit, share = measure(sparse, to_score, to_test, metric, steps)
     result["fewer"] = {by: {str(level): ratio(result["dense"], result["sparse"], by, level) for level in LEVELS} for by in ("by_heads", "by_edges")}
     prepare_data.write_json(os.path.join(folder, f"circuit-{task}.json"), result)
     figures.circuit_curves(os.path.join(folder, f"circuit-{task}.png"), task, result)
 
-    strongest, readers = [(graph.owner(reader), writer, reader, scores[writer, reader].item()) for writer, reader in circuit.nonzero().tolist()], graph.reader_names()
-    figures.circuit_graph(os.path.join(folder, f"circuit-{task}-graph.png"), graph.writer_names() + ["output"], graph.H,
-                          [(writer, owner, readers[reader].rpartition(" ")[2] if "." in readers[reader] else "", score) for owner, writer, reader, score in strongest],
-                          f"{task}: the {len(strongest)} edges that explain {100 * share:.0f} % in the sparse model")
+    readers = graph.reader_names()
+    kept = [(writer, graph.owner(reader), readers[reader].rpartition(" ")[2] if "." in readers[reader] else "", scores[writer, reader].item())
+            for writer, reader in circuit.nonzero().tolist()]  # (from, to, as q, k or v, score)
+    figures.circuit_graph(os.path.join(folder, f"circuit-{task}-graph.png"), graph.writer_names() + ["output"], graph.H, kept,
+                          f"{task}: the {len(kept)} edges that explain {100 * share:.0f} % in the sparse model")
 
     weight = torch.zeros(graph.W)
-    for owner, writer, _, score in strongest:
-        for end in (owner, writer):
+    for writer, owner, _, score in kept:
+        for end in (writer, owner):
             if end < graph.W:
                 weight[end] += abs(score)
     busiest = [w for w in weight.argsort(descending=True).tolist() if weight[w] > 0 and "." in graph.writer_names()[w]][:5]
@@ -124,7 +139,9 @@ def table(result):
     def number(x):
         return "-" if x is None else f"{x:.1f}" if x < 100 else f"{x:.0f}"
 
-    lines = [f"{result['task']}, {result['metric']}; {result['pairs']} pairs to rank, {result['pairs']} others to test", f"{'':34} {'dense':>9} {'sparse':>9} {'fewer':>8}"]
+    lines = [f"{result['task']}, {result['metric']}; {result['pairs']} pairs to rank, {result['pairs_to_test']} others to test", f"{'':34} {'dense':>9} {'sparse':>9} {'fewer':>8}"]
+    for key in ("clean", "corrupted"):
+        lines.append(f"{'the metric, ' + key:34} {result['dense']['metric'][key]:9.2f} {result['sparse']['metric'][key]:9.2f}")
     for key, label in (("heads", "heads that open on these prompts"), ("edges", "edges among what is left")):
         lines.append(f"{label:34} {result['dense'][key]:9d} {result['sparse'][key]:9d}")
     for by, label in (("by_heads", "heads"), ("by_edges", "edges")):

@@ -82,7 +82,7 @@ def check(key, value, where, config_class, limits):
     if key not in types:
         near = difflib.get_close_matches(key, types, n=1, cutoff=0.5)
         raise ConfigError(f"unknown setting {key} {where}." + (f" Did you mean {near[0]}?" if near else "")
-                          + " `python train.py --help` lists all settings")
+                          + (" `python train.py --help` lists all settings" if len(types) > 10 else f" There are {', '.join(types)}"))
     wanted = types[key]
     if wanted is float and type(value) is int:
         value = float(value)

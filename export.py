@@ -19,7 +19,7 @@ from dataclasses import asdict
 import huggingface
 import olmo
 from checkpoint import CheckpointError, load_checkpoint, save_checkpoint
-from sample import checkpoint_named
+from resume import checkpoint_named
 
 
 def transformer_lens(model):

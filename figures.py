@@ -85,7 +85,7 @@ def training(path, metrics, kept_step=None):
     if gated:
         axes[0].axhline(metrics[0]["target_loss"], color="tab:green", ls="--", label="target: dense loss on the held-out set + slack")
         curve(axes[0], "constraint_loss", "the constraint, on single training batches: what moves lambda", color="tab:purple", lw=0.6, marker=".", ms=4)
-        axes[0].axhline(metrics[0]["constraint_target"], color="tab:purple", ls=":", label="its target: dense loss on training batches + slack")
+        axes[0].axhline(metrics[0]["constraint_target"], color="tab:purple", ls=":", label="its target: dense loss on training batches + slack - margin")
         curve(axes[1], "fraction", "all evaluations", 100, color="tab:blue")
         passed = [(m["step"], 100 * m["fraction"]) for m in metrics if m["passes"]]
         axes[1].plot(*zip(*passed) if passed else ([], []), "o", ms=4, color="tab:green", label="meets the target")

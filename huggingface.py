@@ -79,16 +79,16 @@ def read(source):
     return convert(tensors, theirs, source)
 
 
-def fetch(name):
-    """The local folder of a model on Hugging Face ('allenai/OLMo-1B-hf'): config.json and safetensors, downloaded once into huggingface_hub's cache (HF_HOME)."""
+def fetch(name, patterns):
+    """The local folder of a model on Hugging Face ('allenai/OLMo-1B-hf') with the files whose names fit patterns, downloaded once into huggingface_hub's cache (HF_HOME)."""
     try:
         from huggingface_hub import snapshot_download
     except ImportError as error:
         raise CheckpointError(f"{name} is downloaded through a package that is not installed: pip install -r requirements-olmo.txt") from error
     try:
-        return snapshot_download(name, allow_patterns=["config.json", "*.safetensors", "*.safetensors.index.json"])
+        return snapshot_download(name, allow_patterns=patterns)
     except Exception as error:  # of many types, by three packages
-        raise CheckpointError(f"{name} cannot be downloaded ({type(error).__name__}: {str(error).splitlines()[0]}). The same command goes on where this one stopped. "
+        raise CheckpointError(f"{name} cannot be downloaded ({type(error).__name__}: {str(error).partition(chr(10))[0]}). The same command goes on where this one stopped. "
                                "Without network here, bring the folder by hand and give its path instead of the name") from error
 
 
@@ -195,7 +195,11 @@ def write_folder(folder, tensors, config):
     """Write tensors and config as transformers lays them out: model.safetensors and config.json."""
     os.makedirs(folder, exist_ok=True)
     weights, settings = os.path.join(folder, "model.safetensors"), os.path.join(folder, "config.json")
-    safetensors().torch.save_file(tensors, weights + ".tmp", metadata={"format": "pt"})
+    save_file = safetensors().torch.save_file
+    try:
+        save_file(tensors, weights + ".tmp", metadata={"format": "pt"})
+    except Exception as error:  # safetensors has errors of its own, for a full disk too
+        raise CheckpointError(f"cannot write {weights}: {error}. Free some space, or choose another place") from error
     os.replace(weights + ".tmp", weights)
     with open(settings + ".tmp", "w", encoding="utf-8") as f:
         json.dump(config, f, indent=1)

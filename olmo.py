@@ -324,8 +324,10 @@ def read(source):
 
     Raises CheckpointError. The checkpoint's tensors are read when they are asked for; `checkpoint.model_of` puts them into an empty model one by one.
     """
-    folder = source if os.path.isdir(source) else huggingface.fetch(source)
-    args = config_of(huggingface.read_json(os.path.join(folder, "config.json")), source)
+    local = os.path.isdir(source)
+    folder = source if local else huggingface.fetch(source, ["config.json"])
+    args = config_of(huggingface.read_json(os.path.join(folder, "config.json")), source)  # refused, if it must be, before gigabytes are here
+    folder = source if local else huggingface.fetch(source, ["*.safetensors", "*.safetensors.index.json"])
     tensors = huggingface.LazyTensors(folder)
     if args["tied"]:
         tensors.alias("lm_head.weight", "model.embed_tokens.weight")

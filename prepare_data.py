@@ -28,6 +28,7 @@ import argparse
 import hashlib
 import json
 import os
+import shlex
 import sys
 from dataclasses import dataclass
 
@@ -164,7 +165,8 @@ def write_dataset(folder, train, val, **meta):
                 f.flush()
                 os.fsync(f.fileno())
         except OSError as error:
-            os.remove(path + ".tmp")
+            if os.path.exists(path + ".tmp"):
+                os.remove(path + ".tmp")
             raise DataError(f"cannot write {path}: {error}. Free some space and type the same command again") from error
         os.replace(path + ".tmp", path)
         meta["shape"][split] = list(data.shape) if isinstance(data, np.ndarray) else [tokens]
@@ -221,7 +223,7 @@ def make_text(folder, options):
     """The files given with --file."""
     if not options.file:
         raise DataError("text needs your files: python prepare_data.py text --file=A.txt --file=B.txt")
-    write_text(folder, text.file_documents(options.file), options.tokenizer, made_by="python prepare_data.py " + " ".join(sys.argv[1:]))
+    write_text(folder, text.file_documents(options.file), options.tokenizer, made_by="python prepare_data.py " + shlex.join(sys.argv[1:]))
 
 
 SHAKESPEARE = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
@@ -266,11 +268,15 @@ def main(arguments):
     parser.add_argument("name", choices=DATASETS)
     parser.add_argument("--tokenizer", choices=text.TOKENIZERS, help="of a text; bytes, but gpt2 for openwebtext and fineweb, olmo for dolma")
     parser.add_argument("--file", action="append", default=[], help="of text: a file, one document; give it as often as you like")
-    parser.add_argument("--shards", type=int, default=10, help="of fineweb and dolma: how many of their 103 files")
+    parser.add_argument("--shards", type=int, help="of fineweb and dolma: how many of their 103 files; 10")
     parser.add_argument("--processes", type=int, default=os.cpu_count(), help="of openwebtext and dolma: how many encode at once")
     options = parser.parse_args(arguments)
-    if options.shards < 1 or options.processes < 1:
-        sys.exit("error: --shards and --processes must be at least 1")
+    for flag, given, takes in (("shards", options.shards, ("fineweb", "dolma")), ("file", options.file, ("text",)), ("tokenizer", options.tokenizer, set(DATASETS) - {"addition"})):
+        if given and options.name not in takes:
+            sys.exit(f"error: {options.name} takes no --{flag}")
+    options.shards = 10 if options.shards is None else options.shards
+    if not 1 <= options.shards <= 103 or options.processes < 1:
+        sys.exit("error: --shards must be 1 to 103, --processes at least 1")
     name, standard = options.name, STANDARD.get(options.name, "bytes")
     options.tokenizer = options.tokenizer or standard
     folder = os.path.join("data", name + ("" if options.tokenizer == standard else f"-{options.tokenizer}"))

@@ -18,7 +18,7 @@ from dataclasses import asdict
 
 import hardware
 import prepare_data
-from checkpoint import read_checkpoint
+from checkpoint import CheckpointError, is_elsewhere, read_checkpoint
 
 
 class RunError(Exception):
@@ -29,6 +29,14 @@ def kept_checkpoint(folder):
     """The checkpoint file that a run is known by: best.pt, or last.pt where no evaluation met the target; None if there is neither."""
     paths = [os.path.join(folder, name) for name in ("best.pt", "last.pt")]
     return next((path for path in paths if os.path.exists(path)), None)
+
+
+def checkpoint_named(run):
+    """The checkpoint that `run` means: the one a run's folder is known by; any other path is returned as it is. Raises CheckpointError."""
+    path = kept_checkpoint(run)
+    if os.path.isdir(run) and not path and not is_elsewhere(run):
+        raise CheckpointError(f"there is no best.pt or last.pt in {run}. Give a run's folder, such as out/stdlib")
+    return path or run
 
 
 def claim_folder(config, inherit, fixed, free):

@@ -11,7 +11,6 @@ sees the last block_size tokens; everything is computed anew for every token, si
 """
 
 import argparse
-import os
 import shutil
 import sys
 
@@ -19,18 +18,10 @@ import torch
 
 import hardware
 import text
-from checkpoint import CheckpointError, is_elsewhere, model_of, read_checkpoint, tokenizer_of
-from resume import kept_checkpoint
+from checkpoint import CheckpointError, model_of, read_checkpoint, tokenizer_of
+from resume import checkpoint_named
 
 READ, NEW, PLAIN = "\033[30;43m", "\033[1;36m", "\033[0m"  # black on yellow: read; bold cyan: the token that reads
-
-
-def checkpoint_named(run):
-    """The checkpoint that `run` means: the one a run's folder is known by; any other path is returned as it is. Raises CheckpointError."""
-    path = kept_checkpoint(run)
-    if os.path.isdir(run) and not path and not is_elsewhere(run):
-        raise CheckpointError(f"there is no best.pt or last.pt in {run}. Give a run's folder, such as out/stdlib")
-    return path or run
 
 
 @torch.no_grad()

@@ -53,7 +53,7 @@ def vocabulary(name, size=None):
 
             bpe = tiktoken.get_encoding("gpt2")
         except Exception as error:  # no network, a damaged cache: errors of many packages
-            raise TaskError(f"OpenAI's vocabulary cannot be fetched ({type(error).__name__}): set TIKTOKEN_CACHE_DIR to a folder that holds it, or choose --vocabulary=bytes where the task fits") from error
+            raise TaskError(f"OpenAI's vocabulary cannot be fetched ({type(error).__name__}): set TIKTOKEN_CACHE_DIR to a folder that holds it") from error
         return Vocabulary("gpt2", bpe.n_vocab, bpe.encode_ordinary)
     if name == "bytes":
         return Vocabulary("bytes", 256, lambda text: list(text.encode()))
@@ -261,7 +261,8 @@ def make_pairs(task, n, seed, vocabulary):
     pairs, _, metric = TASKS[task]
     found = []
     for clean, corrupted, right, wrong, *several in pairs(vocabulary, n, random.Random(f"{task} {seed}")):
-        assert len(clean) == len(corrupted) and clean != corrupted, (clean, corrupted)
+        if len(clean) != len(corrupted) or clean == corrupted:
+            raise TaskError(f"{task}: the clean and the corrupted prompt of a pair must differ and have the same number of tokens, not {len(clean)} and {len(corrupted)}: {clean}, {corrupted}")
         positions, right, wrong = (several[0], right, wrong) if several else ([len(clean) - 1], [right], [wrong])
         found.append(Pair(clean, corrupted, positions, right, wrong))
     return found, metric
@@ -272,8 +273,10 @@ def main(arguments):
     parser.add_argument("task", nargs="?", help=", ".join(TASKS))
     parser.add_argument("--n", type=int, default=5)
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--vocabulary", help="'gpt2', 'bytes' or 'addition'; default: the first that the task fits")
+    parser.add_argument("--vocabulary", choices=["gpt2", "bytes", "addition"], help="default: the first that the task fits")
     options = parser.parse_args(arguments)
+    if options.n < 1:
+        sys.exit("error: --n must be at least 1")
     if options.task is None:
         for name, (pairs, fits, metric) in TASKS.items():
             print(f"{name:13} {', '.join(fit or 'any' for fit in fits):16} {metric:24} {pairs.__doc__.splitlines()[0]}")

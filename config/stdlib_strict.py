@@ -11,7 +11,7 @@ gate_bias = 3.0
 open_above = 0.01  # paper: nothing of the kind. Edges with an attention weight above this start open: no shock (handover.py)
 distill_weight = 1.0  # the dense model that sets the target teaches, too
 
-loss_slack = 0.0  # nats: no worse than the parent at all
+loss_slack = 0.0  # nats: no worse than the control at all
 constraint_gates = 'deterministic'  # paper: 'sampled'. What counts in the end are deterministic gates
 constraint_paired = True  # parent and child on the same batch: a batch's luck is larger than what is to be seen
 constraint_scale = 0.01  # nats

@@ -10,7 +10,7 @@ from PIL import Image
 import prepare_data
 from conftest import REPOSITORY
 from evaluate import evaluate
-from checkpoint import load_checkpoint
+from checkpoint import load_checkpoint, read_checkpoint, save_checkpoint
 from prepare_data import load
 from settings import make_config
 from train import train
@@ -96,6 +96,16 @@ def test_explain(folder):
     edges = json.load(open(folder / "out/sparse/explain.json"))
     assert len(edges) == sum(line.lstrip()[:1].isdigit() for line in done.stdout.splitlines()[2:])
     assert (folder / "out/sparse/explain.png").exists()
+
+
+def test_other_data_than_the_runs_is_named(folder):
+    checkpoint = read_checkpoint(str(folder / "out/sparse/best.pt"))
+    (folder / "out/moved").mkdir()
+    (folder / "out/moved/config.json").write_text((folder / "out/sparse/config.json").read_text())
+    (folder / "out/moved/metrics.jsonl").write_text((folder / "out/sparse/metrics.jsonl").read_text())
+    save_checkpoint(str(folder / "out/moved/best.pt"), checkpoint | {"data": checkpoint["data"] | {"sha256": {"train": "", "val": ""}}})
+    done = analyze(folder, "report", "out/moved")
+    assert done.returncode == 1 and "is not the data that out/moved was trained and judged on" in done.stderr
 
 
 def test_a_damaged_config_is_named(folder):

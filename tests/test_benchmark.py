@@ -80,6 +80,11 @@ def test_dense_beside_sparse(workplace, tasks, capsys):
     assert set(table["mine"]) == {"acc", "acc_norm"} and set(table["mine"]["acc"]) == {"dense", "sparse"}
     score, error = table["mine"]["acc"]["sparse"]
     assert error == pytest.approx((score * (1 - score) / 19) ** 0.5, rel=1e-6) and f"{score:.3f} +- {error:.3f}" in out
+    with pytest.raises(SystemExit, match="the harness knows no task 'mein'"):
+        analyze.main(["benchmark", "out/sparse", "--tasks=mein", f"--include={tasks}"])
+    with pytest.raises(SystemExit, match="none of rolling is scored by accuracy"):
+        analyze.main(["benchmark", "out/sparse", "--tasks=rolling", f"--include={tasks}", "--limit=2"])
+    assert "N/A" in lines({"one": {"acc": {"dense": [1.0, "N/A"]}}})
     assert lines(table) in out and table == benchmark({"dense": load_checkpoint("dense.pt"), "sparse": load_checkpoint("out/sparse/best.pt")}, text.tokenizer("bytes"), "mine", 20, tasks)
 
 

@@ -12,7 +12,7 @@ import torch
 import circuit
 import export
 import induction
-from circuit import Cut, Graph, Watch, attribute_components, attribute_edges, best_edges, dead_heads, effects, explained, metric_of, needed, patch_components, sizes
+from circuit import Cut, Graph, Watch, attribute_edges, best_edges, cut_edges, dead_heads, effects, explained, metric_of, needed, patch_components, sizes
 from checkpoint import checkpoint_of, save_checkpoint
 from model import GPT, GPTConfig
 from tasks import LOGIT, PROBABILITY, Pair, vocabulary
@@ -76,8 +76,9 @@ class ByHand:
                 for i in range(T):
                     a = torch.stack([q[i] @ k[j] / math.sqrt(D) for j in range(i + 1)])
                     p = a.softmax(0)
-                    if self.model.config.gated:
-                        p = p * (a + self.model.config.gate_bias > 0)
+                    if self.model.config.gated:  # a threshold, with the derivative of a sigmoid
+                        s = a + self.model.config.gate_bias
+                        p = p * ((s > 0) + s.sigmoid() - s.sigmoid().detach())
                     out.append(sum(p[j] * v[j] for j in range(i + 1)))
                 heads.append(torch.stack(out) @ block.attn.c_proj.weight[:, h * D:(h + 1) * D].T)
             writes += heads
@@ -139,30 +140,55 @@ def test_all_edges_explain_everything_and_none_nothing(model, pairs, metric):
     assert shares == pytest.approx([1, 0], abs=1e-5) and low == pytest.approx([1, 0], abs=1e-5) and high == pytest.approx([1, 0], abs=1e-5)
 
 
+def slope(model, value):
+    """The derivative of value(step) at 0: by central differences; of a gated model, whose thresholds have none, by autograd through the by-hand network."""
+    if model.config.gated:
+        step = torch.zeros((), dtype=torch.float64, requires_grad=True)
+        return torch.autograd.grad(value(step), step)[0].item()
+    with torch.no_grad():
+        return (value(1e-5) - value(-1e-5)).item() / 2e-5
+
+
 @pytest.mark.parametrize("metric", METRICS)
 def test_attribution_is_the_derivative_of_the_metric_by_how_far_an_edge_is_moved(model, pairs, metric):
-    """Central differences, ALL edges. Deterministic gates are flat almost everywhere: the derivative is that of the softmax alone."""
-    graph, pair = Graph(L, H), pairs[0]
-    scores, small = attribute_edges(model, [pair], metric), 1e-5
-    assert (scores[~graph.edges] == 0).all() and scores.abs().max() > 1e-3
+    """ALL edges."""
+    graph, pair, hand = Graph(L, H), pairs[0], ByHand(model)
+    scores, (_, other) = attribute_edges(model, [pair], metric), hand.run(torch.tensor(pair.corrupted))
+    assert (scores[~graph.edges] == 0).all() and scores.abs().max() > 1e-3 and not any(attention.training for attention in model.attentions)
     for writer, reader in graph.edges.nonzero().tolist():
-        there, back = (by_hand(model, pair, metric, {(writer, reader): step})[0] for step in (small, -small))
-        assert scores[writer, reader].item() == pytest.approx((there - back) / (2 * small), abs=2e-6, rel=1e-4)
+        found = slope(model, lambda step: metric_of(hand.run(torch.tensor(pair.clean), {(writer, reader): step}, other)[0][None], [pair], metric)[0])
+        assert scores[writer, reader].item() == pytest.approx(found, abs=2e-6, rel=1e-4)
 
 
 def test_integrated_gradients_average_over_the_way_from_the_corrupted_input(model, pairs):
     """EAP-IG's definition, with the package's steps k / steps, k from 0: the embedding of step k, everything behind it computed anew."""
     pair, steps, graph = pairs[0], 4, Graph(L, H)
     scores = attribute_edges(model, [pair], LOGIT, steps=steps)
-    hand, small = ByHand(model), 1e-5
+    hand = ByHand(model)
     with torch.no_grad():
         (_, clean), (_, corrupted) = (hand.run(torch.tensor(prompt)) for prompt in (pair.clean, pair.corrupted))
-        for writer, reader in graph.edges.nonzero().tolist()[::5]:
-            slopes = []
-            for k in range(steps):
-                there, back = (metric_of(interpolated(hand, pair, k / steps, clean, corrupted, (writer, reader), step)[None], [pair], LOGIT).item() for step in (small, -small))
-                slopes.append((there - back) / (2 * small))
-            assert scores[writer, reader].item() == pytest.approx(np.mean(slopes), abs=2e-6, rel=1e-4)
+    for edge in graph.edges.nonzero().tolist()[::5]:
+        slopes = [slope(model, lambda step: metric_of(interpolated(hand, pair, k / steps, clean, corrupted, tuple(edge), step)[None], [pair], LOGIT)[0]) for k in range(steps)]
+        assert scores[tuple(edge)].item() == pytest.approx(np.mean(slopes), abs=2e-6, rel=1e-4)
+
+
+def test_an_edge_that_only_opens_a_gate_has_a_score():
+    """With one token there is one key, whose weight is always 1: what q and k read matters for the gate, and for nothing else."""
+    pair, graph = Pair([3], [7], [0], [[1]], [[2]]), Graph(L, H)
+    scores = {gated: torch.cat([attribute_edges(make(gated), [pair], LOGIT)[:, graph.reader(part, layer)].flatten() for part in "qk" for layer in range(L)]) for gated in (False, True)}
+    assert scores[False].abs().max() < 1e-12 and scores[True].abs().max() > 1e-3
+
+
+@torch.no_grad()
+def test_exact_scores_are_those_of_every_edge_cut_alone(model, pairs):
+    graph = Graph(L, H)
+    some = graph.edges & (torch.rand(graph.W, graph.R, generator=torch.Generator().manual_seed(2)) < 0.5)
+    scores = cut_edges(model, pairs[:2], LOGIT, some)
+    gone = {tuple(edge): 1.0 for edge in (graph.edges & ~some).nonzero().tolist()}
+    assert (scores[~some] == 0).all()
+    for edge in some.nonzero().tolist()[::4]:
+        found = [by_hand(model, pair, LOGIT, gone | {tuple(edge): 1.0})[0] - by_hand(model, pair, LOGIT, gone)[0] for pair in pairs[:2]]
+        assert scores[tuple(edge)].item() == pytest.approx(np.mean(found), abs=1e-6)
 
 
 def interpolated(hand, pair, way, clean, corrupted, edge, step):
@@ -173,13 +199,6 @@ def interpolated(hand, pair, way, clean, corrupted, edge, step):
     _, plain = changed.run(positions)
     target = [y + (b - a) for y, a, b in zip(plain, clean, corrupted)]  # moving towards it by `step` adds step (corrupted - clean)
     return changed.run(positions, {edge: step}, target)[0]
-
-
-@pytest.mark.parametrize("steps", [1, 3])
-def test_a_components_attribution_is_the_sum_over_what_leaves_it(model, pairs, steps):
-    """What a component writes reaches everything through its edges, and the derivative of a sum is the sum."""
-    components, edges = attribute_components(model, pairs, LOGIT, steps, batch_size=4), attribute_edges(model, pairs, LOGIT, steps, batch_size=4)
-    assert torch.allclose(components, edges.sum(1), atol=1e-5) and components.abs().max() > 1e-3
 
 
 def test_patching_components_is_transformer_lens_activation_patching(workplace, pairs):
@@ -297,6 +316,7 @@ def test_best_edges_are_the_largest_in_size():
 def test_curves_are_read_off_on_a_logarithmic_axis():
     assert sizes(32491)[:4] == [1, 2, 3, 4] and sizes(32491)[-1] == 32491 and len(sizes(32491)) > 25 and sizes(3) == [1, 2, 3]
     assert needed([1, 10, 100], [0.0, 0.5, 1.0], 0.75) == pytest.approx(10**1.5) and needed([1, 10], [0.95, 1], 0.9) == 1 and needed([1, 10], [0.1, 0.2], 0.9) is None
+    assert needed([1, 10], [math.nan, math.nan], 0.9) is None
     assert needed([1, 10, 100, 1000], [0.0, 0.95, 0.5, 1.0], 0.75) == pytest.approx(10**2.5)  # what was enough by luck does not count
 
 

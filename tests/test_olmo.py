@@ -202,10 +202,14 @@ def test_circuits_work_on_it_unchanged(changes):
     """All edges explain everything, none nothing; and an edge's attribution is the derivative by how far it is cut, for q, k and v of grouped heads."""
     torch.manual_seed(0)
     model = lively(**changes).double()
-    pairs = [Pair(*(torch.randint(0, 11, (6,)).tolist() for _ in range(2)), ([1],), ([2],), (5,)) for _ in range(3)]
+    pairs = [Pair(*(torch.randint(0, 11, (6,)).tolist() for _ in range(2)), [5], [[1]], [[2]]) for _ in range(3)]
     graph = Graph(2, 4)
     clean, corrupted, values = effects(model, pairs, "logit difference", [graph.edges, torch.zeros_like(graph.edges)])
     assert torch.allclose(values[0], clean) and torch.allclose(values[1], corrupted) and (clean - corrupted).abs().max() > 1e-3
+    if model.config.gated:  # straight through the gates, too: with one token a pattern is always 1, and q and k matter for the gate alone
+        alone = attribute_edges(model, [Pair([3], [7], [0], [[1]], [[2]])], "logit difference")
+        assert max(alone[:, graph.reader(part, layer)].abs().max() for part in "qk" for layer in range(2)) > 1e-4
+    model.config.gated = False  # a threshold has no derivative to compare with; tests/test_circuit.py does by autograd
     scores = attribute_edges(model, pairs, "logit difference")
 
     def nudged(edge, step):

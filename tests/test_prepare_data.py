@@ -85,6 +85,10 @@ def test_command_line(workplace):
     assert done.returncode == 0 and "train (8000, 2, 11)" in done.stdout
     done = subprocess.run([*run, "nothing"], capture_output=True, text=True)
     assert done.returncode != 0 and "addition" in done.stderr and "Traceback" not in done.stderr
+    for arguments, message in ((["addition", "--tokenizer=gpt2"], "addition takes no --tokenizer"), (["openwebtext", "--shards=2"], "openwebtext takes no --shards"),
+                               (["stdlib", "--file=x"], "stdlib takes no --file"), (["fineweb", "--shards=120"], "--shards must be 1 to 103"), (["fineweb", "--shards=0"], "--shards must be 1 to 103")):
+        done = subprocess.run([*run, *arguments], capture_output=True, text=True)
+        assert done.returncode == 1 and message in done.stderr
 
 
 # ---------------------------------------------------------------------------------------------------------------------

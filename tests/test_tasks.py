@@ -10,7 +10,7 @@ import pytest
 import prepare_data
 import tasks
 from conftest import REPOSITORY
-from tasks import TASKS, TaskError, fitting, make_pairs, vocabulary
+from tasks import LOGIT, TASKS, TaskError, fitting, make_pairs, vocabulary
 
 GPT2 = bool(os.environ.get("TIKTOKEN_CACHE_DIR"))
 CASES = [(task, name) for task, (_, fits, _) in TASKS.items() for name in fits if name in ("gpt2", "bytes", "addition")]  # OLMo's cannot be had without network
@@ -133,6 +133,12 @@ def test_a_task_that_does_not_fit_names_those_that_do():
     assert fitting("addition") == ["addition", "carry"] and fitting("of somebody's own") == ["copy"]
 
 
+def test_a_pair_of_unequal_length_is_named(monkeypatch):
+    monkeypatch.setitem(tasks.TASKS, "uneven", (lambda vocabulary, n, random: iter([([1], [1, 2], 3, 4)]), ("bytes",), LOGIT))
+    with pytest.raises(TaskError, match="uneven: the clean and the corrupted prompt of a pair must differ and have the same number of tokens, not 1 and 2"):
+        make_pairs("uneven", 1, 1, vocabulary("bytes"))
+
+
 def test_the_command_prints_pairs_and_what_there_is():
     def command(*arguments):
         return subprocess.run([sys.executable, os.path.join(REPOSITORY, "tasks.py"), *arguments], capture_output=True, text=True)
@@ -140,6 +146,7 @@ def test_the_command_prints_pairs_and_what_there_is():
     assert "bracket" in command().stdout
     printed = command("quote", "--n=3").stdout
     assert printed.count("clean ") == printed.count("corrupted ") == printed.count("right ") == 3
+    assert "--n must be at least 1" in command("quote", "--n=-1").stderr and "invalid choice: 'olmo'" in command("ioi", "--vocabulary=olmo").stderr
     refused = command("ioi", "--vocabulary=bytes")
     assert refused.returncode == 1 and "What fits it" in refused.stderr
 
