@@ -354,16 +354,18 @@ def sizes(most, points=30):
     return sorted({round(most ** (i / (points - 1))) for i in range(points)})
 
 
-def needed(counts, shares, level):
-    """The size from which on the explained effect stays at `level` or above, between two sizes interpolated on the logarithmic axis; None if it ends below.
+def settles(shares, level):
+    """Index of the share from which on all are at `level` or above; len(shares) if the last one is not.
 
     Curves are not monotone. To stop where one first touches the level would call a circuit enough that a larger one proves not to have been.
     """
-    below = [i for i, share in enumerate(shares) if not share >= level]  # nor is NaN a success
-    if not below:
-        return float(counts[0])
-    last = below[-1]
-    if last == len(shares) - 1:
-        return None
-    part = (level - shares[last]) / (shares[last + 1] - shares[last])
-    return math.exp((1 - part) * math.log(counts[last]) + part * math.log(counts[last + 1]))
+    return max((i + 1 for i, share in enumerate(shares) if not share >= level), default=0)  # nor is NaN a success
+
+
+def needed(counts, shares, level):
+    """The size from which on the explained effect stays at `level` or above, between two sizes interpolated on the logarithmic axis; None if it ends below."""
+    first = settles(shares, level)
+    if first in (0, len(shares)):
+        return None if first else float(counts[0])
+    part = (level - shares[first - 1]) / (shares[first] - shares[first - 1])
+    return math.exp((1 - part) * math.log(counts[first - 1]) + part * math.log(counts[first]))

@@ -18,7 +18,7 @@ import torch
 import figures
 import prepare_data
 import text
-from circuit import Graph, attribute_edges, best_edges, cut_edges, dead_heads, effects, explained, needed, patch_components, sizes, without_dead_heads
+from circuit import Graph, attribute_edges, best_edges, cut_edges, dead_heads, effects, explained, needed, patch_components, settles, sizes, without_dead_heads
 from tasks import TaskError, Vocabulary, make_pairs, vocabulary
 
 LEVELS = (0.8, 0.9, 0.95)
@@ -74,8 +74,7 @@ def measure(model, pairs_to_score, pairs_to_test, metric, steps):
         if kept.any():
             circuits.setdefault(int(kept.sum()), kept)
     found["by_edges"] = curve(list(circuits), list(circuits.values()))
-    short = [i for i, part in enumerate(found["by_edges"]["explained"]) if part < 0.9]
-    chosen = min(short[-1] + 1, len(circuits) - 1) if short else 0  # from here on it stays above, as in `needed`
+    chosen = min(settles(found["by_edges"]["explained"], 0.9), len(circuits) - 1)
     return found, scores, list(circuits.values())[chosen], found["by_edges"]["explained"][chosen]
 
 
