@@ -192,7 +192,8 @@ def whole_model(options, device, name):
 
 def circuits(device):
     """Time and memory of circuit.py on a model of GPT-2's size: scores of all edges, and the explained effects of 30 circuits. Printed."""
-    from circuit import Graph, attribute_edges, best_edges, effects, sizes
+    from circuit import attribute_edges, best_edges, effects, sizes
+    from graph import Graph
     from tasks import LOGIT, Pair
 
     torch.manual_seed(0)

@@ -18,7 +18,8 @@ import torch
 import figures
 import prepare_data
 import text
-from circuit import Graph, attribute_edges, best_edges, cut_edges, dead_heads, effects, explained, needed, patch_components, settles, sizes, without_dead_heads
+from circuit import attribute_edges, best_edges, cut_edges, dead_heads, effects, explained, needed, patch_components, settles, sizes, without_dead_heads
+from graph import Graph
 from tasks import TaskError, Vocabulary, make_pairs, vocabulary
 
 LEVELS = (0.8, 0.9, 0.95)

@@ -169,7 +169,7 @@ class GPT(nn.Module):
         keep    bool, (n_layer, H, T, T) or (n_layer, B, H, T, T): an edge that is False here is forced shut
         record  called as record(layer, gates) for every layer, gates a `gate.Gates`: what is open, what is attended to
         noise   of the gates in training mode; 0.0 leaves it out: gates are those of evaluation, with the gradient of training. See gate.py
-        hooks   sees, and may replace, what every component reads from the residual stream and what it writes to it (circuit.py):
+        hooks   sees, and may replace, what every component reads from the residual stream and what it writes to it (graph.py):
                 hooks.read(name, layer, x)   what 'q', 'k', 'v' (all heads; may return (B, H, T, C), one for each head), 'mlp' or 'final' read, (B, T, C)
                 hooks.write(name, layer, y)  what 'embed' or 'mlp' write, (B, T, C), or 'heads', each after its slice of c_proj, (B, H, T, C)
                 Gates are computed from what q and k read, so they follow a replacement. layer is None for 'embed' and 'final'

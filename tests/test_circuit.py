@@ -1,4 +1,4 @@
-"""circuit.py against an independent transformer that is written edge by edge, against finite differences, and against TransformerLens."""
+"""graph.py, circuit.py and induction.py against an independent transformer that is written edge by edge, against finite differences, and against TransformerLens."""
 
 import copy
 import math
@@ -12,8 +12,9 @@ import torch
 import circuit
 import export
 import induction
-from circuit import Cut, Graph, Watch, attribute_edges, best_edges, cut_edges, dead_heads, effects, explained, metric_of, needed, patch_components, sizes
+from circuit import attribute_edges, best_edges, cut_edges, dead_heads, effects, explained, metric_of, needed, patch_components, sizes
 from checkpoint import checkpoint_of, save_checkpoint
+from graph import Cut, Graph, Watch
 from model import GPT, GPTConfig
 from tasks import LOGIT, PROBABILITY, Pair, vocabulary
 from tasks import copy as copying

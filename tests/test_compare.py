@@ -8,8 +8,9 @@ import torch
 
 import analyze
 from checkpoint import checkpoint_of, load_checkpoint, read_checkpoint, save_checkpoint
-from circuit import Graph, effects
+from circuit import effects
 from compare import ratio
+from graph import Graph
 from model import GPT, GPTConfig
 from tasks import make_pairs, vocabulary
 

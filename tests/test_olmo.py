@@ -10,9 +10,10 @@ import torch
 
 import olmo
 from checkpoint import CheckpointError, load_checkpoint, model_of, read_checkpoint
-from circuit import Cut, Graph, Watch, attribute_edges, batches, effects, metric_of
+from circuit import attribute_edges, batches, effects, metric_of
 from conftest import REPOSITORY
 from gate import gated_attention
+from graph import Cut, Graph, Watch
 from induction import copying_scores
 from olmo import OLMo, OLMoConfig
 from tasks import Pair

@@ -60,11 +60,11 @@ def test_our_files_import_each_other_in_one_direction_only():
     for name in ours:
         with open(os.path.join(REPOSITORY, name + ".py"), encoding="utf-8") as f:
             imports[name] = set(re.findall(r"^(?:from|import) (\w+)", f.read(), re.M)) & ours
-    for basic in ("noise", "tasks", "induction", "geco", "handover", "lora", "hardware", "text", "download", "configure", "figures"):
+    for basic in ("noise", "tasks", "induction", "geco", "handover", "lora", "hardware", "text", "download", "configure", "figures", "graph"):
         assert imports[basic] == set()
     assert imports["prepare_data"] == {"text", "corpora", "download"} and imports["corpora"] == {"text", "download"} and imports["huggingface"] == {"download"} and imports["evaluate"] == imports["batches"] == {"hardware"}
     assert imports["gate"] == imports["gate_tiled"] == imports["gate_triton"] == {"noise"} and imports["gate_op"] == {"gate_tiled"}
-    assert imports["circuit"] == {"tasks"}
+    assert imports["circuit"] == {"graph", "tasks"}
     assert imports["settings"] == {"hardware", "configure"}
     assert imports["model"] == {"gate"} and imports["olmo"] == {"gate", "huggingface"} and imports["sharding"] == {"hardware"}
     assert imports["checkpoint"] == {"model", "olmo", "lora", "huggingface", "hardware"} and imports["resume"] == {"checkpoint", "prepare_data", "hardware"}
