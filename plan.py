@@ -3,16 +3,18 @@
     python olmo.py plan --model=7b --gpus=8 --context=512
     python olmo.py plan --model=all --gpus=8                       1b, 7b, 13b and 30b
     python olmo.py plan --model=1b --gpus=1 --measured=out/gpt2    speed from a run of yours instead of an assumption
+    python olmo.py plan --model=30b --recompute_activations=True --micro_batch_size=4       any setting of train.py
 
     per GPU:   parameters + gradients + optimizer + teacher        divided by the number of GPUs under FSDP
-             + blocks put together (FSDP), and autocast's bfloat16 copies of the weights
+             + what FSDP puts together: a block's weights, its gradients before they are shared out
+             + autocast's bfloat16 copies of the weights
              + what autograd keeps for the backward pass           of one micro-batch
-             + logits, in float32: loss, divergence, gradient
+             + logits: loss, divergence, gradient
     time:      FLOPs of a step / (GPUs x peak x utilisation)
 
 Notable: nothing here is a formula from a paper where it can be counted. Parameters and adapters are counted on the real model, built on torch's meta device
-without memory; what autograd keeps is counted by running it there, in bfloat16, gated attention being a kernel that keeps q, k, v, y and one number per
-row (gate_triton.py). What the settings are comes from config/olmo_1b.py and config/olmo_7b.py. What is assumed is printed: the utilisation, unless
+without memory; what autograd keeps is counted by running it there, as a GPU's autocast would (`Autocast`), gated attention being a kernel that keeps q, k, v, y and one
+number per row (gate_triton.py). Settings come from config/olmo_1b.py and, for the others, config/olmo_7b.py. What is assumed is printed: the utilisation, unless
 --measured names a run, and 2 GB for the CUDA context, the communication's buffers and fragmentation.
 """
 
@@ -23,13 +25,15 @@ import sys
 from dataclasses import replace
 
 import torch
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 import lora
-from configure import ConfigError
+from configure import ConfigError, parse_command_line
 from hardware import PEAK_FLOPS
 from olmo import OLMo, OLMoConfig
 from resume import read_metrics
-from settings import forward_passes, make_config
+from settings import Config, check_together, forward_passes, limits, make_config
 
 OVERHEAD = 2e9  # bytes: assumed
 MODELS = {"1b": ("allenai/OLMo-1B-hf", OLMoConfig()),
@@ -53,6 +57,18 @@ class Kernel(torch.autograd.Function):
         return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
 
 
+class Autocast(TorchFunctionMode):
+    """A GPU's autocast, as far as an OLMo meets it, on devices that have another or none: products in bfloat16, norms in float32."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        dtype = {F.linear: torch.bfloat16, F.layer_norm: torch.float32, F.rms_norm: torch.float32}.get(function)
+
+        def cast(x):
+            return x.to(dtype) if dtype and torch.is_tensor(x) else x
+
+        return function(*map(cast, args), **{name: cast(x) for name, x in (kwargs or {}).items()})
+
+
 def kept_bytes(compute, model):
     """What autograd keeps for the backward pass of compute(), bytes; parameters are there anyway and not counted."""
     there, kept = {p.untyped_storage()._cdata for p in model.parameters()}, {}
@@ -63,7 +79,7 @@ def kept_bytes(compute, model):
             kept[storage._cdata] = (storage.nbytes(), storage)  # kept alive, so that no other gets its number
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), Autocast():
         compute()
     return sum(size for size, _ in kept.values())
 
@@ -81,13 +97,14 @@ def built(config, settings):
 
 def activations(model, micro_batch, context, settings):
     """Bytes that autograd keeps for one micro-batch: in the blocks, and behind them (the last norm and the logits)."""
-    x = torch.empty(micro_batch, context, model.config.n_embd, device="meta", dtype=torch.bfloat16, requires_grad=True)
+    half = settings.base_dtype == "bfloat16" and model.config.generation == 1  # the residual stream: OLMo 2 adds what a norm returns, in float32
+    x = torch.empty(micro_batch, context, model.config.n_embd, device="meta", dtype=torch.bfloat16 if half else torch.float32, requires_grad=True)
     rotation = tuple(torch.empty(context, model.config.n_embd // model.config.n_head, device="meta") for _ in range(2))
     per_block = kept_bytes(lambda: model.blocks[0](x, rotation)[0], model)
-    boundary = x.numel() * (2 if settings.base_dtype == "bfloat16" else 4)  # a block's input: the residual stream has the precision of the embedding
-    blocks = len(model.blocks) * boundary + per_block if settings.recompute_activations else len(model.blocks) * (per_block + boundary)
-    logits = micro_batch * context * model.config.vocab_size
-    return blocks, logits * (2 + 4 + 4 + 4 + 4)  # bfloat16; float32: log-softmax of the loss, of student and of teacher in the divergence, gradient
+    blocks = len(model.blocks) * x.nbytes + per_block if settings.recompute_activations else len(model.blocks) * per_block  # x: a block's input, where it starts anew
+    # Most at a time. Loss alone: logits and their gradient in bfloat16; float32: log-softmax, gradient, a factor of it. With a divergence, in its middle:
+    # logits of student and teacher in bfloat16; float32: log-softmax of the loss, of student, of teacher, and three terms of t (log t - log s)
+    return blocks, micro_batch * context * model.config.vocab_size * (2 + 2 + 6 * 4 if settings.distill_weight else 2 + 2 + 2.5 * 4)
 
 
 def plan(name, settings, gpus, context):
@@ -100,12 +117,15 @@ def plan(name, settings, gpus, context):
     size = {id(p): p.numel() * (2 if half and not p.requires_grad else 4) for p in model.parameters()}  # bytes
     block = sum(size[id(p)] for p in model.blocks[0].parameters())
     gathered = 2 * block + sum(size.values()) - len(model.blocks) * block if shards > 1 else 0  # this block and the next; and all that is outside of blocks
+    in_block = sum(p.numel() for p in model.blocks[0].parameters() if p.requires_grad)
+    outside = trained - len(model.blocks) * in_block
+    to_share = 4 * max(2 * outside, outside + 2 * in_block) if shards > 1 else 0  # gradients, and the same once more in the order of the processes; those of the output wait for the embedding's
     teachers = 0 if settings.lora_rank or not settings.distill_weight else 1
     copies = 0 if half or settings.recompute_activations else 2 * (frozen + trained)  # autocast's, in bfloat16, which the backward pass wants
     micro = settings.micro_batch_size or settings.batch_size // gpus
     blocks, logits = activations(model, micro, context, settings)
     memory = {"parameters": sum(size.values()) / shards, "gradients": 4 * trained * (2 if shards == 1 and gpus > 1 else 1) / shards,  # DDP sends them in buckets of its own
-              "optimizer": 8 * trained / shards, "teacher": teachers * 4 * (frozen + trained) / shards, "put together": (1 + teachers) * gathered,
+              "optimizer": 8 * trained / shards, "teacher": teachers * 4 * (frozen + trained) / shards, "put together": (1 + teachers) * gathered + to_share,
               "copies": copies, "activations": blocks, "logits": logits, "overhead": OVERHEAD}
     dense = model.flops_per_token(context) / 3  # a forward pass
     return {"parameters": frozen + trained, "trained": trained, "memory": memory, "flops": dense * forward_passes(settings) * settings.batch_size * context}
@@ -127,15 +147,22 @@ def main(arguments):
     parser.add_argument("--gpu", choices=PEAK_FLOPS, default="H100", help="whose bf16 peak to calculate with")
     parser.add_argument("--full", action="store_true", help="train all weights instead of adapters")
     parser.add_argument("--measured", metavar="RUN", help="take the utilisation of the peak from this run's metrics.jsonl")
-    options = parser.parse_args(arguments)
+    options, flags = parser.parse_known_args(arguments)
     if options.gpus < 1 or options.context < 1:
         sys.exit("error: --gpus and --context must be at least 1")
     here = os.path.join(os.path.dirname(os.path.abspath(__file__)), "config")
     try:
         share = utilisation(options.measured) if options.measured else 0.4
+        path, given = parse_command_line(flags, Config, limits())
+        if path:
+            raise ConfigError(f"plan takes no {path}: choose a --model, and settings as --key=value")
+        given |= {"lora_rank": 0, "base_dtype": "float32"} if options.full else {}
         rows = {}
         for name in MODELS if options.model == "all" else [options.model]:
-            settings, _ = make_config(os.path.join(here, "olmo_1b.py" if name == "1b" else "olmo_7b.py"), {"lora_rank": 0, "base_dtype": "float32"} if options.full else {})
+            settings, _ = make_config(os.path.join(here, "olmo_1b.py" if name == "1b" else "olmo_7b.py"), given)
+            check_together(settings, options.gpus)
+            if options.context > MODELS[name][1].block_size:
+                raise ConfigError(f"--context={options.context}: {MODELS[name][0]} has a context of {MODELS[name][1].block_size:,} tokens")
             rows[name] = (settings, plan(name, settings, options.gpus, options.context))
     except (ConfigError, OSError) as error:
         sys.exit(f"error: {error}")

@@ -134,8 +134,8 @@ def make_config(path, given):
     return config, set(values)
 
 
-def check_together(config):
-    """Raise ConfigError if settings contradict each other. Returns how many micro-batches a step has, over all processes."""
+def check_together(config, processes=1):
+    """Raise ConfigError if settings contradict each other, or so many processes cannot share them. Returns how many micro-batches a step has, over all of them."""
     scratch, is_olmo = config.init_from == "scratch", config.architecture != "gpt2"  # who starts from a model has its shape, not that of the settings
     if scratch and config.n_embd % config.n_head:
         raise ConfigError(f"n_embd={config.n_embd} must be a multiple of n_head={config.n_head}: the heads share the width")
@@ -151,7 +151,7 @@ def check_together(config):
         raise ConfigError("lora_rank adds adapters to a model that is there already: set init_from, or leave lora_rank away")
     if not config.lambda_min <= config.lambda_init <= config.lambda_max:
         raise ConfigError(f"lambda_init={config.lambda_init} must lie between lambda_min={config.lambda_min} and lambda_max={config.lambda_max}")
-    micro = config.micro_batch_size or config.batch_size // hardware.world()
-    if not micro or config.batch_size % (micro * hardware.world()):
-        raise ConfigError(f"batch_size={config.batch_size} does not divide into {hardware.world()} process(es) times micro-batches of micro_batch_size={micro}")
+    micro = config.micro_batch_size or config.batch_size // processes
+    if not micro or config.batch_size % (micro * processes):
+        raise ConfigError(f"batch_size={config.batch_size} does not divide into {processes} process(es) times micro-batches of micro_batch_size={micro}")
     return config.batch_size // micro

@@ -88,7 +88,7 @@ def train(config, given=frozenset()):
     takes_over = asdict(c) if c.init_from == "resume" else SHAPE
     checkpoint = claim_folder(c, inherit=[key for key in takes_over if key not in given], fixed=FIXED,
                               free=lambda c: FREE if c.gated else (*FREE, *GATED_ONLY))
-    device, micro_batches = hardware.pick_device(c.device), check_together(c)
+    device, micro_batches = hardware.pick_device(c.device), check_together(c, hardware.world())
     hardware.wait_for_all()  # nobody writes into the folder before everybody has read it
     if checkpoint and checkpoint["step"] >= c.max_steps:
         hardware.say(f"{c.out_dir} is finished ({checkpoint['step']} steps)")

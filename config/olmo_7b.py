@@ -1,10 +1,10 @@
 """OLMo 7B with LoRA, as config/olmo_1b.py: the paper's largest. Every GPU holds a part of the frozen model.
 
     python prepare_data.py dolma --shards=12
-    torchrun --nproc_per_node=8 train.py config/olmo_7b.py            eight GPUs of 80 GB; `python olmo.py plan --model=7b` says what it takes
+    torchrun --nproc_per_node=8 train.py config/olmo_7b.py            eight GPUs of 80 GB, half full; `python olmo.py plan --model=7b` says of what
 
 Other models of 7 billion: --init_from=allenai/OLMo-7B-0424-hf (clipped q, k and v), allenai/OLMo-2-1124-7B or allenai/Olmo-3-1025-7B (the last two with
---dataset=dolma-olmo2). Nobody here has run it.
+--dataset=dolma-olmo2). Larger ones, or smaller GPUs: --recompute_activations=True --micro_batch_size=4 keeps less and computes a third more. Nobody here has run it.
 """
 
 init_from = 'allenai/OLMo-7B-hf'  # downloaded; read by every process, tensor by tensor
@@ -13,7 +13,6 @@ block_size = 512
 gated = True
 dtype = 'auto'
 parallel = 'fsdp'
-recompute_activations = True
 base_dtype = 'bfloat16'  # frozen weights in half precision; adapters in full
 
 lora_rank = 64
@@ -36,7 +35,7 @@ lambda_max = 0.1
 noise_free_steps = 3000
 
 batch_size = 256
-micro_batch_size = 4
+micro_batch_size = 8
 max_steps = 6000  # 0.8 billion tokens
 learning_rate = 1e-4
 min_lr = 1e-5
