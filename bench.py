@@ -265,8 +265,8 @@ def main(arguments):
         sys.exit(f"error: {error}")
     if device.startswith("cuda"):
         torch.cuda.set_device(device)
-    else:
-        torch._inductor.config.fallback_random = True  # torch's own generator inside compiled code, as in train.py
+    torch._inductor.config.fallback_random = True  # torch's own generator inside compiled code, as in train.py
+    torch._dynamo.config.recompile_limit = 64  # many lengths; at 8 torch would give up compiling, silently
     options.B = options.B or (8 if device.startswith("cuda") else 2)
     options.dtype = options.dtype or ("bfloat16" if device.startswith("cuda") else "float32")
 

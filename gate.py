@@ -131,9 +131,11 @@ def choose_impl(name, device, T, D, dtype=torch.float32):
 
     That is, for contexts of 64 and more, triton on a GPU (heads up to 128 wide, no float64) and tiled on a CPU.
     device: 'cpu', 'cuda', ...; T tokens of context, D the width of a head. TRITON_INTERPRET=1 lets 'triton', asked for by name, run on a CPU, slowly.
-    Raises ValueError if name is none of these, or 'triton' where it cannot run.
+    Raises ValueError if name is none of these, or 'tiled' or 'triton' where they cannot run.
     """
     gpu = device.startswith("cuda")
+    if name == "tiled" and device != "cpu":
+        raise ValueError(f"attention_impl='tiled' is for CPUs; on {device} use 'auto'")
     triton_fits = D <= 128 and dtype != torch.float64 and HAS_TRITON
     if name == "auto":
         return "plain" if T < 64 else "triton" if gpu and triton_fits else "tiled" if device == "cpu" else "plain"

@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 # Dense bf16 matrix FLOP/s that the data sheets promise, by words in torch.cuda.get_device_name(). The first match counts
-PEAK_FLOPS = {"H100 PCIe": 756e12, "H200": 989e12, "H100": 989e12, "B200": 2250e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12, "A10": 125e12, "4090": 165e12, "3090": 71e12}
+PEAK_FLOPS = {"H100 PCIe": 756e12, "H100 NVL": 835e12, "H200": 989e12, "H100": 989e12, "B200": 2250e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12, "A10": 125e12, "4090": 165e12, "3090": 71e12}
 
 
 class HardwareError(Exception):
@@ -72,7 +72,7 @@ def peak_flops(device):
     """bf16 FLOP/s that the device could do at best, or None where nobody has written it down (PEAK_FLOPS)."""
     if device.startswith("cuda"):
         name = torch.cuda.get_device_name(device)
-        return next((flops for part, flops in PEAK_FLOPS.items() if re.search(rf"\b{part}\b", name)), None)
+        return next((flops for part, flops in PEAK_FLOPS.items() if re.search(rf"\b{part}\b(?! (Ti|D|Laptop))", name)), None)
     return None
 
 
@@ -121,7 +121,7 @@ def first_alone():
 
 def total(values, device="cpu"):
     """Sums over all processes of a list of numbers; every process gets them. A list of floats."""
-    summed = torch.tensor(values, dtype=torch.float64, device=device if device != "mps" else "cpu")
+    summed = torch.tensor(values, dtype=torch.float64, device=device if torch.device(device).type != "mps" else "cpu")  # which has no float64
     if dist.is_initialized():
         dist.all_reduce(summed)
     return summed.tolist()
@@ -149,7 +149,7 @@ def say(*words):
 
 
 class Speed:
-    """A stopwatch for training steps that leaves evaluations out: tokens per second, model FLOPs utilisation, peak GPU memory.
+    """A stopwatch for training steps that leaves evaluations out: tokens per second, model FLOPs utilisation (recomputed activations do not count), peak GPU memory.
 
     tokens_per_step, over all processes; flops_per_token, forward and backward, see `GPT.flops_per_token`.
     """
@@ -157,22 +157,26 @@ class Speed:
     def __init__(self, tokens_per_step, flops_per_token, device):
         self.tokens_per_step, self.flops_per_token, self.device = tokens_per_step, flops_per_token, device
         self.peak = peak_flops(device)
-        self.steps, self.seconds, self.since = 0, 0.0, time.perf_counter()
+        self.steps, self.seconds, self.memory = 0, 0.0, None
+        self.go_on()
 
     def step(self):
         self.steps += 1
 
     def pause(self):
         self.seconds += time.perf_counter() - self.since
+        if self.device.startswith("cuda"):
+            self.memory = torch.cuda.max_memory_allocated(self.device) / 1e9
 
     def go_on(self):
         self.since = time.perf_counter()
+        if self.device.startswith("cuda"):
+            torch.cuda.reset_peak_memory_stats(self.device)
 
     def read(self):
         """What was measured since the last call, as a dict; null where there is nothing to tell. Call it while paused."""
         speed = self.tokens_per_step * self.steps / self.seconds if self.steps else None
-        cuda = self.device.startswith("cuda")
         found = {"tokens_per_second": speed, "mfu": speed * self.flops_per_token / (self.peak * world()) if speed and self.peak else None,
-                 "gpu_memory_gb": torch.cuda.max_memory_allocated(self.device) / 1e9 if cuda else None}
+                 "gpu_memory_gb": self.memory}
         self.steps, self.seconds = 0, 0.0
         return found

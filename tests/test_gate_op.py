@@ -233,6 +233,8 @@ def test_the_choice_and_its_errors(monkeypatch):
     assert choose_impl("plain", "cuda", 1024, 64) == "plain"
     with pytest.raises(ValueError, match="needs a GPU"):
         choose_impl("triton", "cpu", 128, 64)
+    with pytest.raises(ValueError, match="'tiled' is for CPUs; on cuda use 'auto'"):
+        choose_impl("tiled", "cuda", 1024, 64)
     with pytest.raises(ValueError, match="not 'fast'"):
         choose_impl("fast", "cpu", 128, 64)
 
@@ -271,12 +273,12 @@ from triton.backends.compiler import GPUTarget
 import gate_triton
 
 FLOATS, NUMBERS = {"lse", "penalty", "bias", "delta", "dpenalty"}, {"scale"}
-LIMITS = {80: 166912, 86: 101376, 90: 232448}  # bytes of shared memory a block may have: A100, consumer cards, H100
+LIMITS = {75: 65536, 80: 166912, 86: 101376, 90: 232448}  # bytes of shared memory a block may have: T4, A100, consumer cards, H100
 for kernel in (gate_triton.forward_kernel, gate_triton.dq_kernel, gate_triton.dkdv_kernel):
     backward = kernel is not gate_triton.forward_kernel
     for capability, dtype, width, noise, sample, linear in ((90, "bf16", 64, True, True, False), (90, "bf16", 128, True, True, False), (86, "fp32", 128, True, True, True),
-                                                            (86, "fp16", 128, False, True, False), (86, "bf16", 64, True, True, False), (80, "bf16", 128, False, False, True)):
-        (rows, columns), launching = gate_triton.launch(width, torch.float32 if dtype == "fp32" else torch.bfloat16, backward, roomy=capability != 86)
+                                                            (86, "fp16", 128, False, True, False), (86, "bf16", 64, True, True, False), (80, "bf16", 128, False, False, True), (75, "fp32", 128, True, True, False)):
+        (rows, columns), launching = gate_triton.launch(width, torch.float32 if dtype == "fp32" else torch.bfloat16, backward, roomy=capability == 90)
         constants = {"D": width, "WIDTH": width, "ROWS": rows, "COLUMNS": columns, "NOISE": noise, "LINEAR": linear}
         constants |= {"SAMPLE": sample, "TEMPERATURE": 0.7 if linear else 1.0, "NEGLIGIBLE": 0.0 if dtype == "fp32" else 2.0**-16} if backward else {}
         names = kernel.arg_names
