@@ -58,6 +58,14 @@ def read_json(path):
 # report
 
 
+def model_judged(checkpoint, path):
+    """The model as its run judged it: adapters beside the frozen weights, and those in the run's precision."""
+    def prepare(model):
+        return lora.freeze_in(model, getattr(torch, checkpoint["config"]["base_dtype"])) if "lora" in checkpoint else model
+
+    return model_of(checkpoint, path, hardware.pick_device("auto"), prepare, merged=False)
+
+
 def report(run):
     """Write a run's report.json and figures; return the report, a dict:
 
@@ -74,8 +82,7 @@ def report(run):
     path = kept_checkpoint(run) or os.path.join(run, "last.pt")
     meets_target = os.path.basename(path) == "best.pt"
     checkpoint = read_checkpoint(path)
-    model = model_of(checkpoint, path, hardware.pick_device("auto"), merged=False,  # as the run judged it
-                     prepare=lambda model: lora.freeze_in(model, getattr(torch, config.get("base_dtype", "float32"))) if "lora" in checkpoint else model)
+    model = model_judged(checkpoint, path)
     metrics = read_metrics(os.path.join(run, "metrics.jsonl"))
     seconds = metrics[-1]["seconds"]
     data = prepare_data.load(config["dataset"])
@@ -290,8 +297,13 @@ def benchmark_run(run, options):
     name = tokenizer_of(checkpoint)
     if name not in text.TOKENIZERS:
         raise AnalysisError(f"{run} was trained on {name}, which is no text: benchmark needs a run on text")
-    models = {"dense": load_checkpoint(checkpoint["parent"], device, block_size=checkpoint["model_args"]["block_size"])} if checkpoint["model_args"]["gated"] else {}
-    models["sparse" if models else "dense"] = model_of(checkpoint, path, device)
+    if "lora" in checkpoint:  # one model is both
+        model = model_judged(checkpoint, path)
+        models = {"dense": lambda: lora.Base(model), "sparse": lambda: model}
+    elif checkpoint["model_args"]["gated"]:
+        models = {"dense": lambda: load_checkpoint(checkpoint["parent"], device, block_size=checkpoint["model_args"]["block_size"]), "sparse": lambda: model_judged(checkpoint, path)}
+    else:
+        models = {"dense": lambda: model_judged(checkpoint, path)}
     table = benchmark.benchmark(models, text.tokenizer(name), options.tasks, options.limit or None, options.include or None)
     if not table:
         raise AnalysisError(f"none of {options.tasks} is scored by accuracy, which is what benchmark reports")
@@ -322,6 +334,8 @@ def main(arguments):
         else:
             for run in runs:
                 (explain_run if command == "explain" else induction_run)(run)
+    except torch.OutOfMemoryError as error:
+        sys.exit(f"error: out of memory: {str(error).splitlines()[0]} To compute on the CPU: CUDA_VISIBLE_DEVICES= python analyze.py {' '.join(arguments)}")
     except (AnalysisError, CheckpointError, ConfigError, TaskError, lora.LoRAError, hardware.HardwareError, text.TextError, prepare_data.DataError, OSError) as error:
         sys.exit(f"error: {error}")
 

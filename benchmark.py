@@ -80,12 +80,12 @@ class Harness(TemplateLM):
 
 
 def benchmark(models, tokens, tasks, limit=None, include=None):
-    """{task: {metric: {name: [score, standard error]}}}. models: {name: model}; tasks: names, comma-separated; limit: questions per task; include: folder of YAML tasks."""
+    """{task: {metric: {name: [score, standard error]}}}. models: {name: function that brings the model}, one is there at a time; tasks: names, comma-separated; limit: questions per task; include: folder of YAML tasks."""
     manager, table = TaskManager(include_path=include), {}
     if unknown := [task for task in tasks.split(",") if task not in manager.all_tasks]:
         raise TaskError(f"the harness knows no task {unknown[0]!r}. `lm_eval ls tasks` lists them; your own come from --include=FOLDER")
-    for name, model in models.items():
-        results = lm_eval.simple_evaluate(Harness(model, tokens), tasks=tasks.split(","), limit=limit, task_manager=manager, bootstrap_iters=1000)["results"]
+    for name, bring in models.items():
+        results = lm_eval.simple_evaluate(Harness(bring(), tokens), tasks=tasks.split(","), limit=limit, task_manager=manager, bootstrap_iters=1000)["results"]
         for task, found in results.items():
             for metric in ("acc", "acc_norm"):
                 if f"{metric},none" in found:

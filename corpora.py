@@ -2,7 +2,7 @@
 
     openwebtext   8 million web pages, 9 billion GPT-2 tokens; what GPT-2 was trained on, rebuilt            (Gokaslan & Cohen 2019)
     fineweb       ready GPT-2 tokens in 103 files of 100 million, as Keller Jordan's modded-nanogpt hosts them        (Penedo et al. 2024)
-    dolma         what OLMo was trained on: its authors' sample of version 1.6, 10 billion tokens in 103 files        (Soldaini et al. 2024)
+    dolma         what OLMo 1's training data was drawn from: a sample of version 1.6, 10 billion tokens in 103 files   (Soldaini et al. 2024)
 
 Each function returns what `prepare_data.write_dataset` takes: {'train', 'val'}, iterators of arrays of token ids, and the description.
 
@@ -92,7 +92,8 @@ def dolma(folder, shards, tokenizer, processes):
     try:
         source = datasets.Dataset.from_generator(_dolma_documents, gen_kwargs={"paths": paths}, num_proc=workers if workers > 1 else None)
     except datasets.exceptions.DatasetGenerationError as error:
-        raise CorpusError(str(error.__cause__ or error)) from error
+        said = str(error.__cause__ or error).rpartition("CorpusError: ")[2]  # of another process it is the whole traceback
+        raise CorpusError(said.splitlines()[0]) from error
     return encode(source, tokenizer, processes, held_out=0.005)
 
 

@@ -341,7 +341,8 @@ def write(folder, state, args):
     rope = {"rope_type": "default", "rope_theta": args["rope_theta"]}
     config = {"model_type": kind, "architectures": [{"olmo": "OlmoForCausalLM", "olmo2": "Olmo2ForCausalLM", "olmo3": "Olmo3ForCausalLM"}[kind]],
               **{theirs: args[ours] for ours, theirs in NAMES.items()}, "num_key_value_heads": args["n_kv_head"], "tie_word_embeddings": args["tied"],
-              "hidden_act": "silu", "attention_bias": False, "rope_theta": args["rope_theta"], "rope_parameters": rope, "pad_token_id": None, "eos_token_id": None}
+              "hidden_act": "silu", "attention_bias": False, "rope_theta": args["rope_theta"], "rope_parameters": rope, "pad_token_id": None,
+              "eos_token_id": 50279 if 50280 <= args["vocab_size"] <= 50304 else 100257 if 100278 <= args["vocab_size"] <= 100352 else None}  # <|endoftext|>
     config |= {"clip_qkv": args["clip_qkv"]} if kind == "olmo" else {"rms_norm_eps": args["norm_eps"]}
     if y:
         config |= {"sliding_window": args["block_size"], "layer_types": ["full_attention" if i in y["layers"] else "sliding_attention" for i in range(args["n_layer"])],

@@ -7,7 +7,7 @@
     python prepare_data.py shakespeare                  tiny Shakespeare, 1 MB, by URL
     python prepare_data.py openwebtext --processes=8    what GPT-2 was trained on, rebuilt: 9 billion tokens; 90 GB of disk; needs `datasets`
     python prepare_data.py fineweb --shards=10          ready GPT-2 tokens, 100 million (200 MB) a shard, by URL
-    python prepare_data.py dolma --shards=2             what OLMo was trained on: its authors' sample, 103 files of 160 MB and 80 million tokens; needs `datasets`
+    python prepare_data.py dolma --shards=2             a sample of what OLMo's training data was drawn from: 103 files of 160 MB and 80 million tokens; needs `datasets`
 
 A dataset is a folder data/<name>/ with two files of token ids and a description:
 
@@ -246,7 +246,7 @@ def make_fineweb(folder, options):
 
 
 def make_dolma(folder, options):
-    write_dataset(folder, **corpora.dolma(os.path.join(folder, "shards"), options.shards, options.tokenizer, options.processes))
+    write_dataset(folder, **corpora.dolma(os.path.join(os.path.dirname(folder), "dolma", "shards"), options.shards, options.tokenizer, options.processes))
 
 
 DATASETS = {"addition": make_addition, "stdlib": make_stdlib, "text": make_text, "shakespeare": make_shakespeare,

@@ -1,4 +1,4 @@
-"""OLMo 1B with LoRA on a sample of Dolma, what it was trained on: the paper's first step beyond GPT-2.
+"""OLMo 1B with LoRA on a sample of Dolma, of which it has seen much: the paper's first step beyond GPT-2.
 
     pip install -r requirements-olmo.txt && pip install datasets
     python prepare_data.py dolma --shards=12                          once: 2 GB to download, 1 billion tokens

@@ -7,9 +7,11 @@ import pytest
 import torch
 
 import analyze
+import lora
 import text
-from checkpoint import checkpoint_of, load_checkpoint, save_checkpoint
+from checkpoint import checkpoint_of, fingerprint, load_checkpoint, read_checkpoint, save_checkpoint
 from model import GPT, GPTConfig
+from olmo import OLMo, OLMoConfig
 from test_olmo import theirs
 
 lm_eval = pytest.importorskip("lm_eval", reason="pip install -r tests/requirements.txt")
@@ -85,7 +87,34 @@ def test_dense_beside_sparse(workplace, tasks, capsys):
     with pytest.raises(SystemExit, match="none of rolling is scored by accuracy"):
         analyze.main(["benchmark", "out/sparse", "--tasks=rolling", f"--include={tasks}", "--limit=2"])
     assert "N/A" in lines({"one": {"acc": {"dense": [1.0, "N/A"]}}})
-    assert lines(table) in out and table == benchmark({"dense": load_checkpoint("dense.pt"), "sparse": load_checkpoint("out/sparse/best.pt")}, text.tokenizer("bytes"), "mine", 20, tasks)
+    assert lines(table) in out and table == benchmark({"dense": lambda: load_checkpoint("dense.pt"), "sparse": lambda: load_checkpoint("out/sparse/best.pt")}, text.tokenizer("bytes"), "mine", 20, tasks)
+
+
+def test_of_a_run_with_adapters_both_are_one_model(workplace, tasks, monkeypatch):
+    """An OLMo of half precision with adapters, the commonest run: dense is the same model, adapters and gates switched off. It is loaded once, as it was judged."""
+    config = {"generation": 2, "block_size": 64, "vocab_size": 256, "n_layer": 1, "n_head": 2, "n_kv_head": 1, "n_embd": 16, "n_hidden": 32}
+    torch.manual_seed(1)
+    model = OLMo(OLMoConfig(**config))
+    for parameter in model.parameters():
+        parameter.data += 0.3 * torch.randn_like(parameter)
+    os.makedirs("out/sparse")
+    save_checkpoint("dense.pt", checkpoint_of(model, data={"tokenizer": "bytes"}))
+    adapters = {"rank": 2, "alpha": 4.0, "targets": "q_proj,v_proj"}
+    model.config.gated, model.config.gate_bias = True, -1.0
+    lora.add(model, **adapters)
+    for layer in lora.adapters_of(model).values():
+        for name, tensor in layer.initial().items():
+            getattr(layer, name).data = tensor + 0.3 * torch.randn_like(tensor)
+    save_checkpoint("out/sparse/best.pt", checkpoint_of(model, data={"tokenizer": "bytes"}, parent="dense.pt", lora=adapters, base="dense.pt",
+                                                        base_fingerprint=fingerprint(read_checkpoint("dense.pt")), config={"base_dtype": "bfloat16"}))
+    loaded, real = [], analyze.model_of
+    monkeypatch.setattr(analyze, "model_of", lambda *inputs, **options: loaded.append(real(*inputs, **options)) or loaded[-1])
+    analyze.main(["benchmark", "out/sparse", "--tasks=mine", f"--include={tasks}"])
+    assert {p.dtype for name, p in loaded[0].named_parameters() if "lora" not in name} == {torch.bfloat16} and len(loaded) == 1
+    with open("out/sparse/benchmark.json") as f:
+        table = json.load(f)
+    dense = load_checkpoint("dense.pt").bfloat16()
+    assert table["mine"]["acc"]["dense"] == benchmark({"dense": lambda: dense}, text.tokenizer("bytes"), "mine", None, tasks)["mine"]["acc"]["dense"]
 
 
 def test_a_missing_harness_and_a_run_without_text_are_named(workplace, monkeypatch):
