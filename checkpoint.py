@@ -64,11 +64,9 @@ def read_checkpoint(path):
         raise CheckpointError(f"there is no checkpoint {path}. Train one first, for instance: python train.py config/addition.py")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from error
-    except Exception as error:  # zip and pickle errors of many types: all mean that the file is not what it should be
-        raise CheckpointError(f"{path} cannot be read ({type(error).__name__}): it is truncated or not a checkpoint at all. "
-                              "If it is a run's, move its folder away and start the run again") from error
+    except Exception as error:  # zip and pickle errors of many types: most mean that the file is not what it should be
+        wrong = f"({type(error).__name__}): it is truncated or not a checkpoint at all. If it is a run's, move its folder away and start the run again"
+        raise CheckpointError(f"{path} cannot be read {huggingface.cause_of(error) or wrong}") from error
     missing = {"model", "model_args"} - set(checkpoint if isinstance(checkpoint, dict) else ())
     if missing:
         raise CheckpointError(f"{path} is no checkpoint of this project or of nanoGPT: it has no {' and no '.join(sorted(missing))}")

@@ -51,7 +51,7 @@ def read_config_file(path, config_class, limits):
         near = difflib.get_close_matches(os.path.basename(path), files, n=1)
         raise ConfigError(f"there is no config file {path}." + (f" Did you mean {os.path.join(folder, near[0])}?" if near else ""))
     try:
-        with open(path, encoding="utf-8") as f:
+        with open(path, encoding="utf-8-sig") as f:  # some editors put a mark at the beginning
             lines = ast.parse(f.read()).body
     except SyntaxError as error:
         raise ConfigError(f"{path}, line {error.lineno}: {error.msg}") from error

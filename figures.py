@@ -154,7 +154,7 @@ def open_by_distance(path, by_distance, open_edges):
 
 def gallery(path, titles, tokens, rows, what="The busiest heads of the sparse model on one held-out snippet"):
     """Attention maps of a few heads on one snippet; what: says which. titles: one per head; tokens: T strings; rows [(label, [weights (T, T), one per head])]."""
-    T, columns, tokens = len(tokens), max(1, len(titles)), [token.replace(" ", "·") for token in tokens]
+    T, columns, tokens = len(tokens), max(1, len(titles)), [token.replace(" ", "·").replace("$", r"\$") for token in tokens]  # $ would begin a formula
     figure, axes = plt.subplots(len(rows), columns, figsize=(4.2 * columns, 4.4 * len(rows)), squeeze=False, layout="constrained")
     for r, (label, maps) in enumerate(rows):
         for c, weights in enumerate(maps):

@@ -28,6 +28,7 @@ PRETRAINED = {
     "gpt2-large": {"size": 3247202234, "sha256": None},
     "gpt2-xl": {"size": 6431878936, "sha256": None},
 }
+END_OF_TEXT = {50257: 50256, 50304: 50256, 50280: 50279, 100278: 100257}  # the id of <|endoftext|> by the size of the vocabulary: GPT-2's, also padded, OLMo's, OLMo 2's
 CONV1D = re.compile(r"(attn\.c_attn|attn\.c_proj|mlp\.c_fc|mlp\.c_proj)\.weight$")
 MASK = re.compile(r"\.attn\.(masked_)?bias$")
 GELU = {"gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu": "none"}  # their names -> torch's `approximate`
@@ -150,8 +151,19 @@ def read_tensors(path):
     load = safetensors().torch.load_file if path.endswith(".safetensors") else lambda path: torch.load(path, map_location="cpu", weights_only=True)
     try:
         return load(path)
-    except Exception as error:  # of many types: all mean that the file is not what it should be
-        raise CheckpointError(f"{path} cannot be read ({type(error).__name__}): it is truncated or damaged. Delete it and bring it again") from error
+    except Exception as error:  # of many types: most mean that the file is not what it should be
+        raise CheckpointError(f"{path} cannot be read {cause_of(error) or f'({type(error).__name__}): it is truncated or damaged. Delete it and bring it again'}") from error
+
+
+def cause_of(error):
+    """Why a file could not be read, in brackets, if the file itself may be sound; else None."""
+    no_memory = isinstance(error, MemoryError) or "allocate memory" in str(error) or "not enough memory" in str(error)  # torch raises RuntimeErrors
+    return "(there is not enough memory for it)" if no_memory else f"({error})" if isinstance(error, OSError) else None
+
+
+def gate_of(theirs):
+    """The model_args of the gates in their config.json, where our export has written them."""
+    return {"gated": True, "gate_bias": theirs["gate_bias"]} if "gate_bias" in theirs else {}
 
 
 def convert(tensors, theirs, source):
@@ -169,7 +181,7 @@ def convert(tensors, theirs, source):
     layers = {int(name.split(".")[1]) for name in state if name.startswith("h.")}
     args = {"n_layer": theirs.get("n_layer", len(layers)), "n_head": theirs.get("n_head", max(1, n_embd // 64)),  # every GPT-2 has heads of width 64
             "n_embd": n_embd, "block_size": state["wpe.weight"].shape[0], "vocab_size": vocab_size, "bias": True, "gelu": GELU[activation],
-            "tied": torch.equal(lm_head, state["wte.weight"])}
+            "tied": torch.equal(lm_head, state["wte.weight"]), **gate_of(theirs)}
     return {"model": {f"transformer.{name}": tensor.float() for name, tensor in state.items()} | {"lm_head.weight": lm_head.float()}, "model_args": args}
 
 
@@ -183,7 +195,7 @@ def write(folder, state, args):
                if not (args["tied"] and name == "lm_head.weight")}
     config = FIXED | {"architectures": ["GPT2LMHeadModel"], "vocab_size": args["vocab_size"], "n_positions": args["block_size"], "n_embd": args["n_embd"],
                       "n_layer": args["n_layer"], "n_head": args["n_head"], "tie_word_embeddings": args["tied"],
-                      **dict.fromkeys(("bos_token_id", "eos_token_id"), 50256 if args["vocab_size"] > 50256 else None),  # <|endoftext|>
+                      **dict.fromkeys(("bos_token_id", "eos_token_id"), END_OF_TEXT.get(args["vocab_size"])),
                       "activation_function": ACTIVATION[args["gelu"]],
                       "resid_pdrop": args["dropout"], "embd_pdrop": args["dropout"], "attn_pdrop": 0.0}
     if args["gated"]:
@@ -198,11 +210,14 @@ def write_folder(folder, tensors, config):
     save_file = safetensors().torch.save_file
     try:
         save_file(tensors, weights + ".tmp", metadata={"format": "pt"})
+        with open(settings + ".tmp", "w", encoding="utf-8") as f:
+            json.dump(config, f, indent=1)
     except Exception as error:  # safetensors has errors of its own, for a full disk too
+        for path in (weights + ".tmp", settings + ".tmp"):
+            if os.path.exists(path):
+                os.remove(path)  # nothing is in the way of another try
         raise CheckpointError(f"cannot write {weights}: {error}. Free some space, or choose another place") from error
     os.replace(weights + ".tmp", weights)
-    with open(settings + ".tmp", "w", encoding="utf-8") as f:
-        json.dump(config, f, indent=1)
     os.replace(settings + ".tmp", settings)
 
 

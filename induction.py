@@ -13,10 +13,10 @@ import torch
 def prefix_matching(model, sequences=32, length=24, seed=0):
     """(L, H): on random tokens that are repeated, the weight with which the second time reads what came after the first time. Shut edges count 0.
 
-    1 is a perfect induction head: having seen `A B ... A` it looks at B. Tokens 32 to 126 if there are that many (so that bytes are printable), else all.
+    1 is a perfect induction head: having seen `A B ... A` it looks at B. All tokens, of bytes the printable ones.
     """
     generator = torch.Generator().manual_seed(seed)
-    low, high = (32, 127) if model.config.vocab_size > 126 else (0, model.config.vocab_size)
+    low, high = (32, 127) if model.config.vocab_size == 256 else (0, model.config.vocab_size)
     length = min(length, model.config.block_size // 2)
     first = low + torch.rand(sequences, high - low, generator=generator).argsort(dim=1)[:, :length]  # no token twice in a sequence
     length = first.shape[1]

@@ -309,6 +309,7 @@ def config_of(theirs, source):
     args |= {"architecture": "olmo", "generation": GENERATIONS[kind], "n_kv_head": theirs.get("num_key_value_heads") or args["n_head"],
              "tied": theirs.get("tie_word_embeddings", False), "clip_qkv": theirs.get("clip_qkv"), "norm_eps": theirs.get("rms_norm_eps", 1e-5),
              "rope_theta": float(thetas.pop() if thetas else 500000.0 if kind == "olmo3" else 10000.0)}
+    args |= huggingface.gate_of(theirs)
     if kind == "olmo3":
         args["block_size"] = min(args["block_size"], theirs.get("sliding_window") or args["block_size"])
         if stretch == "yarn":

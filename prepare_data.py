@@ -25,6 +25,7 @@ meta.json last, so that a folder with a meta.json is whole.
 """
 
 import argparse
+import contextlib
 import hashlib
 import json
 import os
@@ -34,6 +35,11 @@ from dataclasses import dataclass
 
 import numpy as np
 from tqdm import tqdm
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 import corpora
 import text
@@ -105,8 +111,10 @@ def load(name, root="data"):
             known = name.partition("-")[0] in DATASETS
             raise DataError(f"there is no dataset {folder}. " + (f"Make it: {how_to_make(name)}" if known else
                             f"Datasets that can be made: {', '.join(DATASETS)}, for instance: {how_to_make('addition')}"))
-        print(f"making {folder} ...")
-        make(name.split("-")[0], folder, tokenizer="gpt2" if name.endswith("-gpt2") else "bytes")
+        with locked(folder):
+            if not os.path.exists(os.path.join(folder, "meta.json")):  # no other process has made it while we waited
+                print(f"making {folder} ...")
+                make(name.split("-")[0], folder, tokenizer="gpt2" if name.endswith("-gpt2") else "bytes")
     try:
         with open(os.path.join(folder, "meta.json")) as f:
             meta = json.load(f)
@@ -131,6 +139,29 @@ def load(name, root="data"):
 # Writing
 
 
+@contextlib.contextmanager
+def locked(folder, wait=True):
+    """`with locked(folder):` no other process is in such a block of this folder, which is made if there is none. Another one is waited for; with wait=False BlockingIOError.
+
+    The lock ends with the process, even by kill -9. Windows, and file systems without locks, let everybody in.
+    """
+    os.makedirs(folder, exist_ok=True)
+    with contextlib.ExitStack() as stack:
+        if fcntl:
+            place = os.open(folder, os.O_RDONLY)
+            stack.callback(os.close, place)
+            try:
+                fcntl.flock(place, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if not wait:
+                    raise
+                print(f"waiting for another process that works on {folder} ...", flush=True)
+                fcntl.flock(place, fcntl.LOCK_EX)
+            except OSError as error:
+                print(f"note: {folder} cannot be locked ({error.strerror}): let no other process work there")
+        yield
+
+
 def write_whole(path, content):
     """Write bytes to path, whole or not at all: to a temporary name first, then renamed."""
     with open(path + ".tmp", "wb") as f:
@@ -147,11 +178,9 @@ def write_json(path, content):
 
 def write_dataset(folder, train, val, **meta):
     """Write a dataset folder. train, val: arrays of token ids, (N, 2, T) for kind='rows' or flat for kind='stream'; or, for a stream that
-    does not fit into memory, iterators of flat arrays. meta holds vocab_size at least. Raises DataError, leaving no half dataset, if the disk is full."""
+    does not fit into memory, iterators of flat arrays. meta holds vocab_size at least. Raises DataError, what was there before untouched, if the disk is full."""
     os.makedirs(folder, exist_ok=True)
     meta |= {"shape": {}, "sha256": {}}
-    if os.path.exists(os.path.join(folder, "meta.json")):
-        os.remove(os.path.join(folder, "meta.json"))  # from here on the old dataset is not whole
     for split, data in (("train", train), ("val", val)):
         path = os.path.join(folder, f"{split}.bin")
         digest, tokens = hashlib.sha256(), 0
@@ -165,12 +194,16 @@ def write_dataset(folder, train, val, **meta):
                 f.flush()
                 os.fsync(f.fileno())
         except OSError as error:
-            if os.path.exists(path + ".tmp"):
-                os.remove(path + ".tmp")
+            for name in ("train", "val"):
+                if os.path.exists(os.path.join(folder, f"{name}.bin.tmp")):
+                    os.remove(os.path.join(folder, f"{name}.bin.tmp"))
             raise DataError(f"cannot write {path}: {error}. Free some space and type the same command again") from error
-        os.replace(path + ".tmp", path)
         meta["shape"][split] = list(data.shape) if isinstance(data, np.ndarray) else [tokens]
         meta["sha256"][split] = digest.hexdigest()
+    if os.path.exists(os.path.join(folder, "meta.json")):
+        os.remove(os.path.join(folder, "meta.json"))  # from here on the old dataset is not whole
+    for split in ("train", "val"):
+        os.replace(os.path.join(folder, f"{split}.bin.tmp"), os.path.join(folder, f"{split}.bin"))
     write_json(os.path.join(folder, "meta.json"), meta)
 
 
@@ -281,7 +314,8 @@ def main(arguments):
     options.tokenizer = options.tokenizer or standard
     folder = os.path.join("data", name + ("" if options.tokenizer == standard else f"-{options.tokenizer}"))
     try:
-        make(**(vars(options) | {"folder": folder}))
+        with locked(folder):
+            make(**(vars(options) | {"folder": folder}))
         data = load(os.path.basename(folder))
     except (DataError, OSError) as error:
         sys.exit(f"error: {error}")

@@ -11,6 +11,7 @@ A run's folder out/<run>/ holds config.json, metrics.jsonl, best.pt, last.pt, re
 This file knows checkpoints (checkpoint.py) and no setting by name, but for init_from and out_dir.
 """
 
+import contextlib
 import json
 import os
 import signal
@@ -76,6 +77,18 @@ def claim_folder(config, inherit, fixed, free):
     if changed:
         hardware.say(f"going on with changed settings: {words}")
     return read_checkpoint(last)
+
+
+@contextlib.contextmanager
+def alone_in(folder):
+    """`with alone_in(folder):` no other run trains there; process 0 sees to it. The folder is made if there is none. Raises RunError."""
+    with contextlib.ExitStack() as stack:
+        try:
+            if hardware.rank() == 0:
+                stack.enter_context(prepare_data.locked(folder, wait=False))
+        except BlockingIOError as error:
+            raise RunError(f"another process is training in {folder}. Wait until it has ended, then the same command goes on from there; or choose another --out_dir") from error
+        yield
 
 
 def read_metrics(path):

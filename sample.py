@@ -11,6 +11,7 @@ sees the last block_size tokens; everything is computed anew for every token, si
 """
 
 import argparse
+import contextlib
 import shutil
 import sys
 
@@ -47,8 +48,8 @@ def generate(model, idx, tokens, temperature=0.8, top_k=50, vocab_size=None):
 
 
 def paint(words, color):
-    """Words in a color, if a terminal is there to show it."""
-    return f"{color}{words}{PLAIN}" if sys.stdout.isatty() else words
+    """Words in a color; in brackets where no terminal is there to show it."""
+    return f"{color}{words}{PLAIN}" if sys.stdout.isatty() else f"[{words}]"
 
 
 def edges_line(context, new, read, tokens, width):
@@ -56,10 +57,11 @@ def edges_line(context, new, read, tokens, width):
     *shown, chosen = text.pieces([*context, new], tokens)
     seen = read.any(dim=(0, 1)).tolist()  # by any head of any layer
     seen = [False] * (len(shown) - len(seen)) + seen  # what lies before the model's context was not read
-    first, room = len(shown), width - len(chosen) - len("  99999 edges, 9999 further left")
-    while first > 0 and room >= len(shown[first - 1]):
+    brackets = 0 if sys.stdout.isatty() else 2
+    first, room = len(shown), width - len(chosen) - brackets - len("  99999 edges, 9999 further left")
+    while first > 0 and room >= len(shown[first - 1]) + brackets * seen[first - 1]:
         first -= 1
-        room -= len(shown[first])
+        room -= len(shown[first]) + brackets * seen[first]
     line = "".join(paint(piece, READ) if was_read else piece for piece, was_read in zip(shown[first:], seen[first:]))
     further = f", {sum(seen[:first])} further left" if any(seen[:first]) else ""
     return f"{line}{paint(chosen, NEW)}  {int(read.sum())} edges{further}"
@@ -92,13 +94,16 @@ def main(arguments):
         sys.exit(f"error: {error}")
     if options.edges:
         print(f"{paint('read', READ)} by some head of some layer before it chose {paint('the next token', NEW)}; the number counts the edges of all heads")
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")  # not every pipe can take every sign
     torch.manual_seed(options.seed)
     start = len(ids)
     idx = torch.tensor([[int(i) for i in ids]], device=device)
-    for token, read in generate(model, idx, options.tokens, options.temperature, options.top_k, tokens.vocab_size):
-        if options.edges:
-            print(edges_line(ids, token, read, tokens, shutil.get_terminal_size().columns))
-        ids.append(token)
+    with contextlib.suppress(KeyboardInterrupt):  # Ctrl-C: enough
+        for token, read in generate(model, idx, options.tokens, options.temperature, options.top_k, tokens.vocab_size):
+            if options.edges:
+                print(edges_line(ids, token, read, tokens, shutil.get_terminal_size().columns))
+            ids.append(token)
     if not options.edges:
         print(options.prompt + tokens.decode(ids[start:]))
 

@@ -133,7 +133,7 @@ def docstring(vocabulary, n, random):
     if vocabulary.name == "bytes":
         yield from docstring_bytes(vocabulary, n, random)
         return
-    names, words = (sorted(set(one_token(group, vocabulary.encode))) for group in (ARGUMENTS, WORDS))
+    names, words = (sorted(set(one_token(group, vocabulary.encode))) for group in (ARGUMENTS, set(WORDS) - set(ARGUMENTS)))  # what is said names no argument
     for _ in range(n):
         function, *chosen = random.sample(names, 10)
         true, other = chosen[:5], chosen[5:9]

@@ -71,6 +71,7 @@ def olmo_tokenizer(name):
     except Exception as error:  # of many types, by three packages
         raise TextError(f"the vocabulary of {OLMO[name]} cannot be fetched ({type(error).__name__}). huggingface_hub downloads it once and keeps it in the folder "
                         "that the environment variable HF_HOME names: copy that folder from a machine that has it") from error
+    bpe.encode_special_tokens = True  # '<|endoftext|>' in a text is text, as with GPT-2's encode_ordinary
     return Tokenizer(name, bpe.get_vocab_size(), bpe.token_to_id(ENDOFTEXT), lambda text: bpe.encode(text.decode("utf-8", errors="replace"), add_special_tokens=False).ids,
                      lambda ids: bpe.decode([int(i) for i in ids], skip_special_tokens=False))
 
@@ -119,6 +120,8 @@ def file_documents(paths):
             raise TextError(f"--file={path}: {error.strerror}") from error
         if not content.strip():
             raise TextError(f"--file={path} is empty")
+        if b"\0" in content:
+            raise TextError(f"--file={path} holds zero bytes: it is no text, or text in UTF-16. Save it as UTF-8")
         yield content
 
 

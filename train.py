@@ -54,7 +54,7 @@ from geco import GECO
 from handover import fold_shift
 from lora import LoRAError
 from origin import models_of
-from resume import MetricsLog, RunError, StopRequest, claim_folder
+from resume import MetricsLog, RunError, StopRequest, alone_in, claim_folder
 from settings import FIXED, FREE, GATED_ONLY, SHAPE, Config, check_together, forward_passes, limits, make_config
 
 
@@ -155,12 +155,6 @@ def train(config, given=frozenset()):
     network = torch.nn.parallel.DistributedDataParallel(fast) if hardware.world() > 1 and not sharded else fast
     model.train()  # samples the gates, drops out; load_checkpoint and evaluate leave models in evaluation mode
 
-    log = None
-    if hardware.rank() == 0:
-        os.makedirs(c.out_dir, exist_ok=True)
-        prepare_data.write_json(os.path.join(c.out_dir, "config.json"), asdict(c))
-        evaluates_at_start = start % c.eval_interval == 0 or start == c.max_steps
-        log = MetricsLog(os.path.join(c.out_dir, "metrics.jsonl"), keep_until=start - evaluates_at_start)
     hardware.say(f"{c.out_dir}: {'gated' if c.gated else 'dense'}, {sum(p.numel() for p in model.parameters()):,} parameters{f', {sum(p.numel() for p in trained):,} of them trained' if c.lora_rank else ''}, {hardware.world()} x {device}, {dtype}, attention {impl}, "
                  f"{'compiled (the first step takes half a minute, or more)' if compiled else 'not compiled'}, "
                  f"{micro_batches} micro-batch(es) of {c.batch_size // micro_batches} x {context} tokens, from step {start} to {c.max_steps}")
@@ -184,7 +178,12 @@ def train(config, given=frozenset()):
 
     # --- the loop -----------------------------------------------------------------------------------------------------
     began, open_edges, speed = time.time(), "not counted yet", hardware.Speed(c.batch_size * context, model.flops_per_token(context) / 3 * (forward_passes(c) - c.recompute_activations), device)
-    with StopRequest() as stop, tqdm(total=c.max_steps, initial=start, desc=c.out_dir, unit="step", dynamic_ncols=True, disable=hardware.rank() > 0) as bar:
+    with alone_in(c.out_dir), StopRequest() as stop, tqdm(total=c.max_steps, initial=start, desc=c.out_dir, unit="step", dynamic_ncols=True, disable=hardware.rank() > 0) as bar:
+        log = None
+        if hardware.rank() == 0:
+            prepare_data.write_json(os.path.join(c.out_dir, "config.json"), asdict(c))
+            evaluates_at_start = start % c.eval_interval == 0 or start == c.max_steps
+            log = MetricsLog(os.path.join(c.out_dir, "metrics.jsonl"), keep_until=start - evaluates_at_start)
         for step in range(start, c.max_steps + 1):
             if step % c.eval_interval == 0 or step == c.max_steps:
                 speed.pause()

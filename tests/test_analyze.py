@@ -4,9 +4,11 @@ import json
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 from PIL import Image
 
+import figures
 import prepare_data
 from conftest import REPOSITORY
 from evaluate import evaluate
@@ -71,6 +73,11 @@ def test_a_run_on_text(text_folder):
     assert f"{report['edges']['open'] / 32:.2f}" in done.stdout
     done = analyze(text_folder, "explain", "out/text")
     assert done.returncode == 1 and "explain counts over sums" in done.stderr
+
+
+def test_a_dollar_among_the_tokens_is_no_formula(tmp_path):
+    figures.gallery(str(tmp_path / "dollar.png"), ["head 0.0"], ["a", "$$", "$x$"], [("dense", [np.tril(np.ones((3, 3)))])])
+    assert (tmp_path / "dollar.png").exists()
 
 
 @pytest.mark.parametrize("run, name", [("sparse", "attention_flow"), ("sparse", "training"), ("sparse", "gates"), ("sparse", "distance"), ("text", "distance"), ("text", "gallery")])

@@ -28,6 +28,16 @@ def test_nanogpts_compiled_names_load():
     load_weights(tiny(), {f"_orig_mod.{name}": t for name, t in m.state_dict().items()})
 
 
+def test_too_little_memory_is_not_called_a_damaged_file(workplace, monkeypatch):
+    def too_large(*args, **options):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 240000000 bytes")
+
+    save_checkpoint("c.pt", checkpoint_of(tiny()))
+    monkeypatch.setattr(torch, "load", too_large)
+    with pytest.raises(CheckpointError, match=r"c.pt cannot be read \(there is not enough memory for it\)$"):
+        read_checkpoint("c.pt")
+
+
 def test_bad_checkpoints_are_named(workplace):
     with pytest.raises(CheckpointError, match="no checkpoint gone.pt"):
         read_checkpoint("gone.pt")

@@ -111,12 +111,12 @@ def test_the_projects_own_config_files_are_right(name, monkeypatch):
 
 
 def test_a_child_and_its_control_differ_in_the_gates_alone(monkeypatch):
-    """Or the control would control nothing. config/stdlib_strict.py is config/stdlib.py but for its target and the price that it takes to meet it."""
+    """Or the control would control nothing. config/stdlib_strict.py is config/stdlib.py but for its parent and the price that a nat has."""
     monkeypatch.chdir(REPOSITORY)
     child, control, strict = (vars(make_config(f"config/{name}.py", {})[0]) for name in ("stdlib", "stdlib_control", "stdlib_strict"))
     about_gates = {"gated", "target_from", "out_dir", "open_above", "distill_weight", *GATED_ONLY}
     assert {key for key in child if child[key] != control[key]} <= about_gates
-    assert {key for key in child if child[key] != strict[key]} == {"target_from", "out_dir", "lambda_max"}
+    assert {key for key in child if child[key] != strict[key]} == {"init_from", "out_dir", "lambda_max"}
 
 
 @pytest.mark.parametrize("arguments", [["config/addition.py", "--learning_rte=1e-3"], ["config/nothing.py"],

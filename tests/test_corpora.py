@@ -110,9 +110,9 @@ def test_dolma_in_olmos_tokens(hub, server):
 
 
 def test_olmos_tokenizers_come_from_the_hub_once(hub, server):
-    code = "import text; t = text.tokenizer('olmo2'); ids = text.encode_document('Document naïve'.encode(), t); print(t.decode(ids), t.separator, ids.dtype)"
+    code = "import text; t = text.tokenizer('olmo2'); ids = text.encode_document('Document naïve'.encode(), t); print(t.decode(ids), t.separator, ids.dtype, 0 in t.encode(b'<|endoftext|>'))"
     done = subprocess.run([sys.executable, "-c", code], env=hub, capture_output=True, text=True)
-    assert done.stdout.strip() == "<|endoftext|>Document naïve 0 uint16", done.stderr
+    assert done.stdout.strip() == "<|endoftext|>Document naïve 0 uint16 False", done.stderr
     offline = subprocess.run([sys.executable, "-c", code], env=hub | {"HF_HUB_OFFLINE": "1"}, capture_output=True, text=True)
     assert offline.stdout == done.stdout
     empty = subprocess.run([sys.executable, os.path.join(REPOSITORY, "prepare_data.py"), "stdlib", "--tokenizer=olmo"], env=hub | {"HF_HOME": "nowhere", "HF_HUB_OFFLINE": "1"},

@@ -66,6 +66,7 @@ def test_an_olmo_goes_to_transformers_and_gets_its_gate_back(workplace, settings
     export.main(["olmo.pt", "--to", "hf", "hf"])
     gated, dense = logits_of(model)
     assert (transformers.AutoModelForCausalLM.from_pretrained("hf").eval()(IDX).logits - dense).abs().max() < 1e-4
+    assert torch.equal(load_checkpoint("hf")(IDX)[0], gated)  # we read our own gates again
     names = {}
     exec(readme_lines("AttentionInterface").replace("GPT2LMHeadModel", "AutoModelForCausalLM").replace("out/stdlib/hf", "hf"), names)
     assert (names["model"](IDX).logits - gated).abs().max() < 1e-4
@@ -79,6 +80,7 @@ def test_transformers_dense_and_with_the_gate_put_back(run):
     gated, dense = logits_of(run)
     model = transformers.GPT2LMHeadModel.from_pretrained("hf").eval()
     assert (model(IDX).logits - dense).abs().max() < 1e-4
+    assert torch.equal(load_checkpoint("hf")(IDX)[0], gated)  # we read our own gates again
     names = {}
     exec(readme_lines("AttentionInterface").replace("out/stdlib/hf", "hf"), names)
     assert (names["model"](IDX).logits - gated).abs().max() < 1e-4

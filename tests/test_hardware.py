@@ -16,6 +16,7 @@ import prepare_data
 from conftest import REPOSITORY
 from hardware import HardwareError
 from checkpoint import read_checkpoint
+from resume import RunError, alone_in
 
 SETTINGS = ["--dataset=count", "--n_layer=2", "--n_head=2", "--n_embd=16", "--block_size=8", "--batch_size=16", "--learning_rate=3e-3", "--eval_interval=1",
             "--eval_batch_size=7", "--eval_batches=5", "--warmup_steps=2", "--max_steps=20", "--dropout=0.1", "--device=cpu"]
@@ -106,6 +107,18 @@ def test_peak_flops_are_those_of_the_very_gpu(monkeypatch):
         found[name] = hardware.peak_flops("cuda:0")
     assert list(found.values()) == [989e12, 756e12, 989e12, 312e12, None, 362e12, 121e12, 165e12, 835e12, None, None]
     assert hardware.peak_flops("cpu") is None
+
+
+def test_two_runs_in_one_folder_are_refused(workplace):
+    """The lock is the system's: it ends with the process that holds it."""
+    code = "import sys; sys.path.insert(0, sys.argv[1]); import resume\nwith resume.alone_in('out/run'):\n    print('in', flush=True); sys.stdin.read()"
+    with subprocess.Popen([sys.executable, "-c", code, REPOSITORY], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == "in\n"
+        with pytest.raises(RunError, match="another process is training in out/run"), alone_in("out/run"):
+            raise AssertionError("both are in")
+        other.kill()
+    with alone_in("out/run"):
+        assert os.path.isdir("out/run")
 
 
 def test_one_process_is_its_own_average():

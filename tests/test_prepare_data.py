@@ -131,7 +131,8 @@ def test_your_own_files_in_bytes_and_in_gpt2_tokens(workplace, monkeypatch):
 
 def test_bad_files_are_named(workplace):
     (workplace / "empty.txt").write_text(" \n")
-    for arguments, message in ((["text"], "needs your files"), (["text", "--file=gone.txt"], "--file=gone.txt: No such file"), (["text", "--file=empty.txt"], "is empty"),
+    (workplace / "windows.txt").write_text("text\n", encoding="utf-16")
+    for arguments, message in ((["text"], "needs your files"), (["text", "--file=gone.txt"], "--file=gone.txt: No such file"), (["text", "--file=empty.txt"], "is empty"), (["text", "--file=windows.txt"], "Save it as UTF-8"),
                                (["fineweb", "--tokenizer=bytes"], "GPT-2's tokens already")):
         with pytest.raises(SystemExit, match=message):
             prepare_data.main(arguments)
@@ -166,11 +167,28 @@ def test_a_vocabulary_that_cannot_be_fetched_says_what_to_do(workplace, monkeypa
         prepare_data.main(["stdlib", "--tokenizer=gpt2"])
 
 
-def test_a_full_disk_leaves_no_half_dataset(workplace, monkeypatch):
-    def full(descriptor):
-        raise OSError(28, "No space left on device")
+def full(descriptor):
+    raise OSError(28, "No space left on device")
 
+
+def test_a_full_disk_leaves_no_half_dataset(workplace, monkeypatch):
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(DataError, match="cannot write data/stdlib/train.bin.*No space left"):
         load("stdlib")
     assert os.listdir("data/stdlib") == []
+
+
+def test_a_full_disk_leaves_the_old_dataset_whole(workplace, monkeypatch):
+    before = load("addition").meta
+    calls = []
+    monkeypatch.setattr(os, "fsync", lambda descriptor: full(descriptor) if calls else calls.append(descriptor))  # the second file no more
+    with pytest.raises(SystemExit, match="cannot write data/addition/val.bin.*No space left"):
+        prepare_data.main(["addition"])
+    assert load("addition").meta == before and sorted(os.listdir("data/addition")) == ["meta.json", "train.bin", "val.bin"]
+
+
+def test_processes_that_want_the_same_dataset_wait_for_the_first(workplace):
+    code = "import sys; sys.path.insert(0, sys.argv[1]); import prepare_data; print(prepare_data.load('addition').train.shape)"
+    several = [subprocess.Popen([sys.executable, "-c", code, REPOSITORY], stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    said = [process.communicate()[0] for process in several]
+    assert all("(8000, 2, 11)" in words for words in said) and sum("making data/addition" in words for words in said) == 1

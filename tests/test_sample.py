@@ -64,6 +64,8 @@ def test_the_line_of_edges_fits_and_marks(monkeypatch):
     assert line == f"0123456789a{sample.READ}b{sample.PLAIN}↵cde{sample.READ}f{sample.PLAIN}{sample.NEW}!{sample.PLAIN}  3 edges"
     narrow = sample.edges_line(list(b"0123456789abcdef"), ord("!"), read, tokens, width=37)
     assert narrow == f"cde{sample.READ}f{sample.PLAIN}{sample.NEW}!{sample.PLAIN}  3 edges, 1 further left"
+    monkeypatch.setattr("sys.stdout.isatty", lambda: False, raising=False)
+    assert sample.edges_line(list(b"0123456789abcdef"), ord("!"), read, tokens, width=40) == "de[f][!]  3 edges, 1 further left"
 
 
 @pytest.fixture
