@@ -15,7 +15,7 @@ constraint_paired = True  # parent and child on the same batch: a batch's luck i
 constraint_scale = 0.01  # nats
 lambda_init = 0.1
 lambda_min = 0.02
-lambda_max = 4.0
+lambda_max = 4.0  # 20 times that of config/stdlib.py: lambda is at its cap for most of the run, so the cap is what a nat is worth in edges. In the steps that the control had, 0.8 was too little
 
 linear_penalty_steps = 0  # the paper's penalty alone: text needs thousands of edges, and the linear one charges them for being certain
 noise_free_steps = 18000  # paper: 0. Trained as it is judged: in trials a third fewer edges at the same loss
