@@ -18,7 +18,8 @@ import torch
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 TRAIN = os.path.join(os.path.dirname(HERE), "train.py")
-SETTINGS = ["--dataset=addition", "--device=cpu", "--max_steps=3000", "--eval_interval=20", "--eval_batches=1", "--eval_batch_size=50", "--batch_size=16", "--n_embd=16", "--dropout=0.1"]
+STEPS = 3000
+SETTINGS = ["--dataset=addition", "--device=cpu", f"--max_steps={STEPS}", "--eval_interval=20", "--eval_batches=1", "--eval_batch_size=50", "--batch_size=16", "--n_embd=16", "--dropout=0.1"]
 
 
 def run(*arguments, seconds=None):
@@ -46,14 +47,16 @@ def main(kills=20, seed=1):
         whole = time.time() - began
         killed = 0
         while killed < kills:
-            if run(*gated, "--out_dir=out/killed", seconds=draw.uniform(0.5, 1.0) * max(4.0, whole / 4)):
+            ended = run(*gated, "--out_dir=out/killed", seconds=draw.uniform(0.5, 1.0) * max(4.0, whole / 4))
+            saved = "out/killed/last.pt"
+            step = torch.load(saved, weights_only=True)["step"] if os.path.exists(saved) else 0
+            if not ended:
+                killed += 1
+                print(f"kill {killed}: at step {step or 'none saved yet'}", flush=True)
+            if step == STEPS:  # killed in the report, if at all
                 print(f"it came to its end after {killed} kills; that counts as one round, the next begins")
                 compare("out/whole", "out/killed")
                 os.rename("out/killed", f"out/killed-{killed}")
-            else:
-                killed += 1
-                saved = "out/killed/last.pt"
-                print(f"kill {killed}: at step {torch.load(saved, weights_only=True)['step'] if os.path.exists(saved) else 'none saved yet'}", flush=True)
         run(*gated, "--out_dir=out/killed")
         compare("out/whole", "out/killed")
 
