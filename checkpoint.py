@@ -155,8 +155,8 @@ def tokenizer_of(checkpoint):
     if "data" in checkpoint:
         return checkpoint["data"]["tokenizer"]
     vocab_size = checkpoint["model_args"].get("vocab_size", 0)
-    if "architecture" in checkpoint["model_args"]:  # an OLMo of Hugging Face's: its vocabulary, or padded to a multiple of 128
-        return "olmo" if 50280 <= vocab_size <= 50304 else "olmo2" if 100278 <= vocab_size <= 100352 else None
+    if "architecture" in checkpoint["model_args"]:  # an OLMo of Hugging Face's
+        return olmo.tokenizer_for(vocab_size)
     return "gpt2" if vocab_size in (50257, 50304) else None  # 50304: padded to a multiple of 64, as nanoGPT does
 
 

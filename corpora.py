@@ -92,8 +92,9 @@ def dolma(folder, shards, tokenizer, processes):
     try:
         source = datasets.Dataset.from_generator(_dolma_documents, gen_kwargs={"paths": paths}, num_proc=workers if workers > 1 else None)
     except datasets.exceptions.DatasetGenerationError as error:
-        said = str(error.__cause__ or error).rpartition("CorpusError: ")[2]  # of another process it is the whole traceback
-        raise CorpusError(said.splitlines()[0]) from error
+        lines = [line for line in str(error.__cause__ or error).splitlines() if line.strip('" ')]  # of another process it is the whole traceback
+        ours = [line.partition("CorpusError: ")[2] for line in lines if "CorpusError: " in line]
+        raise CorpusError((ours + lines[-1:])[0]) from error
     return encode(source, tokenizer, processes, held_out=0.005)
 
 

@@ -279,6 +279,11 @@ NAMES = {"block_size": "max_position_embeddings", "vocab_size": "vocab_size", "n
          "n_embd": "hidden_size", "n_hidden": "intermediate_size"}
 
 
+def tokenizer_for(vocab_size):
+    """The tokenizer, 'olmo' or 'olmo2', with a vocabulary of this size, which may be padded to a multiple of 128; None for other sizes."""
+    return "olmo" if 50280 <= vocab_size <= 50304 else "olmo2" if 100278 <= vocab_size <= 100352 else None
+
+
 def is_olmo(source):
     """Does `source` name an OLMo on Hugging Face ('allenai/OLMo-2-0425-1B'), or a folder that holds one as transformers writes it?"""
     folder = os.path.join(source, "config.json")
@@ -343,7 +348,7 @@ def write(folder, state, args):
     config = {"model_type": kind, "architectures": [{"olmo": "OlmoForCausalLM", "olmo2": "Olmo2ForCausalLM", "olmo3": "Olmo3ForCausalLM"}[kind]],
               **{theirs: args[ours] for ours, theirs in NAMES.items()}, "num_key_value_heads": args["n_kv_head"], "tie_word_embeddings": args["tied"],
               "hidden_act": "silu", "attention_bias": False, "rope_theta": args["rope_theta"], "rope_parameters": rope, "pad_token_id": None,
-              "eos_token_id": 50279 if 50280 <= args["vocab_size"] <= 50304 else 100257 if 100278 <= args["vocab_size"] <= 100352 else None}  # <|endoftext|>
+              "eos_token_id": {"olmo": 50279, "olmo2": 100257}.get(tokenizer_for(args["vocab_size"]))}  # <|endoftext|>
     config |= {"clip_qkv": args["clip_qkv"]} if kind == "olmo" else {"rms_norm_eps": args["norm_eps"]}
     if y:
         config |= {"sliding_window": args["block_size"], "layer_types": ["full_attention" if i in y["layers"] else "sliding_attention" for i in range(args["n_layer"])],

@@ -181,8 +181,8 @@ def write_dataset(folder, train, val, **meta):
     does not fit into memory, iterators of flat arrays. meta holds vocab_size at least. Raises DataError, what was there before untouched, if the disk is full."""
     os.makedirs(folder, exist_ok=True)
     meta |= {"shape": {}, "sha256": {}}
-    for split, data in (("train", train), ("val", val)):
-        path = os.path.join(folder, f"{split}.bin")
+    paths = {split: os.path.join(folder, f"{split}.bin") for split in ("train", "val")}
+    for (split, path), data in zip(paths.items(), (train, val)):
         digest, tokens = hashlib.sha256(), 0
         try:
             with open(path + ".tmp", "wb") as f:
@@ -194,16 +194,16 @@ def write_dataset(folder, train, val, **meta):
                 f.flush()
                 os.fsync(f.fileno())
         except OSError as error:
-            for name in ("train", "val"):
-                if os.path.exists(os.path.join(folder, f"{name}.bin.tmp")):
-                    os.remove(os.path.join(folder, f"{name}.bin.tmp"))
+            for written in paths.values():
+                if os.path.exists(written + ".tmp"):
+                    os.remove(written + ".tmp")
             raise DataError(f"cannot write {path}: {error}. Free some space and type the same command again") from error
         meta["shape"][split] = list(data.shape) if isinstance(data, np.ndarray) else [tokens]
         meta["sha256"][split] = digest.hexdigest()
     if os.path.exists(os.path.join(folder, "meta.json")):
         os.remove(os.path.join(folder, "meta.json"))  # from here on the old dataset is not whole
-    for split in ("train", "val"):
-        os.replace(os.path.join(folder, f"{split}.bin.tmp"), os.path.join(folder, f"{split}.bin"))
+    for path in paths.values():
+        os.replace(path + ".tmp", path)
     write_json(os.path.join(folder, "meta.json"), meta)
 
 

@@ -194,8 +194,8 @@ def train(config, given=frozenset()):
                     raise RunError(f"the held-out loss is {val['loss']} at step {step}{f'; {c.out_dir}/last.pt still holds an earlier step' if step else ''}. {advice}")
                 passes = not c.gated or meets_target(found, state["dense"], state["target_loss"])
                 score = [val["open"], val["loss"]]  # the fewest edges; of a dense run, whose edges are all open, the lowest loss
-                again = step == start and checkpoint is not None and state["best"] is not None  # judged before; another device or number of processes rounds otherwise
-                is_best = passes and (state["best"] is None or score <= state["best"] or again and all(math.isclose(*pair, rel_tol=1e-6) for pair in zip(score, state["best"])))
+                # at step start of a run that goes on it was judged before; another device or number of processes rounds otherwise
+                is_best = passes and (state["best"] is None or score <= state["best"] or step == start and all(math.isclose(*pair, rel_tol=1e-6) for pair in zip(score, state["best"])))
                 state["best"] = score if is_best else state["best"]
                 if log:
                     log.write(step=step, val_loss=val["loss"], accuracy=val["accuracy"], correct=sum(f["correct"] for f in found.values()),
