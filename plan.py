@@ -31,7 +31,7 @@ from torch.overrides import TorchFunctionMode
 import lora
 from configure import ConfigError, parse_command_line
 from hardware import PEAK_FLOPS
-from olmo import OLMo, OLMoConfig
+from olmo import OLMo, OLMoConfig, rotations
 from resume import read_metrics
 from settings import Config, check_together, forward_passes, limits, make_config
 
@@ -99,8 +99,7 @@ def activations(model, micro_batch, context, settings):
     """Bytes that autograd keeps for one micro-batch: in the blocks, and behind them (the last norm and the logits)."""
     half = settings.base_dtype == "bfloat16" and model.config.generation == 1  # the residual stream: OLMo 2 adds what a norm returns, in float32
     x = torch.empty(micro_batch, context, model.config.n_embd, device="meta", dtype=torch.bfloat16 if half else torch.float32, requires_grad=True)
-    rotation = tuple(torch.empty(context, model.config.n_embd // model.config.n_head, device="meta") for _ in range(2))
-    per_block = kept_bytes(lambda: model.blocks[0](x, rotation)[0], model)
+    per_block = kept_bytes(lambda: model.blocks[0](x, rotations(model.config, context, "meta"))[0], model)
     blocks = len(model.blocks) * x.nbytes + per_block if settings.recompute_activations else len(model.blocks) * per_block  # x: a block's input, where it starts anew
     # Most at a time. Loss alone: logits and their gradient in bfloat16; float32: log-softmax, gradient, a factor of it. With a divergence, in its middle:
     # logits of student and teacher in bfloat16; float32: log-softmax of the loss, of student, of teacher, and three terms of t (log t - log s)

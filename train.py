@@ -111,10 +111,12 @@ def train(config, given=frozenset()):
     torch._dynamo.config.recompile_limit = 64  # one model, many ways to run it: dense, gated, sampled, judged, taught; at 8 torch would give up compiling
     torch._inductor.config.fallback_random = True  # compiled code draws from torch's own generator: the same noise as without compiling, however the graph is cut
     context = data.train.shape[2] if data.meta["kind"] == "rows" else c.block_size
-    compiled = hardware.compiles(c.compile, device, pays_on_cpu=c.gated and context >= 64 and not sharded)  # it fuses the gates; dense models are no faster
+    long = context >= 64 and not sharded
+    pays_dense = long and c.architecture != "gpt2"  # on a CPU: it fuses OLMo's norms and rotations; a dense GPT is no faster
+    compiled = hardware.compiles(c.compile, device, pays_on_cpu=pays_dense or c.gated and long)  # and the gates
     fast = torch.compile(model) if compiled and not sharded else model
     fast_dense = dense_model
-    if c.gated and not sharded and hardware.compiles(c.compile, device, pays_on_cpu=False):
+    if c.gated and not sharded and hardware.compiles(c.compile, device, pays_on_cpu=pays_dense):
         fast_dense = lora.Base(model, torch.compile(model)) if isinstance(dense_model, lora.Base) else torch.compile(dense_model)
     trained = [p for p in model.parameters() if p.requires_grad]
     matrices, others = [p for p in trained if p.dim() >= 2], [p for p in trained if p.dim() < 2]
