@@ -264,6 +264,12 @@ def test_a_norm_that_returns_float32_does_not_split_the_precisions(gated):
     assert seen == [{torch.bfloat16}] * 2
 
 
+def test_the_rotations_are_an_operator_to_the_compiler():
+    torch.library.opcheck(olmo.cos_and_sin, (torch.randn(3, 4),))
+    model, idx = ours(), torch.randint(11, (2, 16))
+    torch.testing.assert_close(torch.compile(model, fullgraph=True)(idx)[0], model(idx)[0])
+
+
 @pytest.mark.parametrize("impl", ["tiled", "triton"])
 def test_the_fast_forms_take_olmos_shapes(impl):
     """Heads of width 128, grouped keys and values, a bias for each head, under RoPE's rotation: values and gradients are those of the formula."""
