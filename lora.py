@@ -1,12 +1,16 @@
 """LoRA: train a low-rank change of some matrices instead of the matrices.
 
     y = W x + (alpha / r) B A x            W (out, in) frozen; A (r, in) random, B (out, r) zero at first, so that training starts from the model as it is
+    y = (w + d) x / rms(x)                 a norm: w (C,) frozen, d (C,) zero at first. A vector has no rank to lower
 
 For OLMo the paper trains such adapters: r (in + out) numbers per matrix instead of in * out, so optimizer, gradients and checkpoint are small, and the
 dense teacher needs no memory of its own, because it is the same model with the adapters switched off (`Base`).
 
 Which matrices? The gate is a function of q and k alone, so their projections are what moves edges; with v, o and the MLP the model can also make up for
 what it does not read any more. `lora_targets` says which.
+
+And the norms of q and k, where a model has them (OLMo 2): they set how large scores can be, and the gate compares scores with a constant. With these norms frozen no
+change of W_q and W_k can lift all edges of a head that are worth it above the threshold and keep the others below (README, "A small OLMo 2 on a laptop").
 
 Notable:
 - A frozen matrix keeps its name in the model; its adapter stands beside it: `...q_proj.weight`, `...q_proj.lora_a`, `...q_proj.lora_b`.
@@ -26,16 +30,30 @@ class LoRAError(Exception):
     """Adapters that do not fit the model. The message says what to type instead."""
 
 
-class LoRALinear(nn.Module):
-    """A Linear layer, frozen, with an adapter beside it. `on` = False leaves the adapter out."""
+class Adapter(nn.Module):
+    """A layer, its weight frozen, and a change of this weight beside it. `on` = False leaves the change out."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.weight, self.on = layer.weight.requires_grad_(False), True
+
+    def merged_into(self, layer):
+        """layer, which has no weight yet, with this one's, changed."""
+        layer.weight = self.weight
+        layer.weight += self.change().to(layer.weight.dtype)
+        return layer
+
+
+class LoRALinear(Adapter):
+    """A Linear layer with a change of low rank."""
 
     def __init__(self, linear, rank, alpha):
-        super().__init__()
-        self.weight, self.bias = linear.weight.requires_grad_(False), linear.bias
+        super().__init__(linear)
+        self.bias = linear.bias
         where = {"device": linear.weight.device, "dtype": torch.float32}  # adapters learn in small steps, which bfloat16 would round away
         self.lora_a = nn.Parameter(torch.empty(rank, linear.in_features, **where))
         self.lora_b = nn.Parameter(torch.empty(linear.out_features, rank, **where))
-        self.scale, self.on = alpha / rank, True
+        self.scale = alpha / rank
 
     def forward(self, x):
         y = F.linear(x, self.weight, self.bias)
@@ -52,18 +70,46 @@ class LoRALinear(nn.Module):
         """(alpha / r) B A, (out, in): what the adapter adds to the weight."""
         return self.scale * self.lora_b @ self.lora_a
 
+    def merged(self):
+        """An ordinary layer that computes the same. Its weight is this one's, changed in place."""
+        linear = self.merged_into(nn.Linear(self.weight.shape[1], self.weight.shape[0], bias=False, device="meta"))
+        linear.bias = self.bias
+        return linear
+
+
+class LoRANorm(Adapter):
+    """An RMSNorm with a change of each of its weights."""
+
+    def __init__(self, norm):
+        super().__init__(norm)
+        self.eps = norm.eps
+        self.lora_d = nn.Parameter(torch.empty(norm.weight.shape, device=norm.weight.device, dtype=torch.float32))
+
+    def forward(self, x):
+        return F.rms_norm(x, self.weight.shape, self.weight + self.lora_d if self.on else self.weight, self.eps)
+
+    def initial(self):
+        return {"lora_d": torch.zeros(self.lora_d.shape, device="cpu")}
+
+    def change(self):
+        return self.lora_d
+
+    def merged(self):
+        return self.merged_into(nn.RMSNorm(self.weight.shape, eps=self.eps, device="meta"))
+
 
 def add(model, rank, alpha, targets):
-    """Freeze model and put an adapter beside every Linear layer whose name ends in one of targets ('q_proj,k_proj'). Returns model, changed in place.
+    """Freeze model and put an adapter beside every Linear and RMSNorm layer whose name ends in one of targets ('q_proj,k_proj,q_norm'), or beside
+    'all' but the output embedding. Returns model, changed in place.
 
-    The adapters hold nothing yet: `LoRALinear.initial` says what. Raises LoRAError, naming the layers there are, if a target is the name of none;
+    The adapters hold nothing yet: their `initial` says what. Raises LoRAError, naming the layers there are, if a target is the name of none;
     or if another layer uses the matrix as well, as a tied embedding does.
     """
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    wanted = [target.strip() for target in targets.split(",")]
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, (nn.Linear, nn.RMSNorm))}
     last = {name.rpartition(".")[2] for name in layers}
-    if unknown := [target for target in wanted if target not in last]:
-        raise LoRAError(f"lora_targets: the model has no Linear layer {unknown[0]!r}. It has {', '.join(sorted(last - {'lm_head'}))}")
+    wanted = last - {"lm_head"} if targets == "all" else {target.strip() for target in targets.split(",")}
+    if unknown := sorted(wanted - last):
+        raise LoRAError(f"lora_targets: the model has no Linear layer or RMSNorm {unknown[0]!r}. It has {', '.join(sorted(last - {'lm_head'}))}")
     names = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
@@ -73,7 +119,7 @@ def add(model, rank, alpha, targets):
     for name, layer in layers.items():
         place, _, last = name.rpartition(".")
         if last in wanted:
-            setattr(model.get_submodule(place), last, LoRALinear(layer, rank, alpha))
+            setattr(model.get_submodule(place), last, LoRALinear(layer, rank, alpha) if isinstance(layer, nn.Linear) else LoRANorm(layer))
     return model
 
 
@@ -86,24 +132,21 @@ def freeze_in(model, dtype):
 
 
 def adapters_of(model):
-    """{name: LoRALinear} of a model; empty if it has none."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
+    """{name: Adapter} of a model; empty if it has none."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, Adapter)}
 
 
 def state_of(model):
-    """The state dict of the adapters alone: what `LoRALinear` has beside the frozen model."""
-    return {name: tensor for name, tensor in model.state_dict().items() if name.rpartition(".")[2] in ("lora_a", "lora_b")}
+    """The state dict of the adapters alone: what they have beside the frozen model."""
+    return {name: tensor for name, tensor in model.state_dict().items() if name.rpartition(".")[2].startswith("lora_")}
 
 
 @torch.no_grad()
 def merge(model):
     """Add every adapter to its matrix and remove it: an ordinary model that computes the same. Returns model, changed in place."""
     for name, layer in adapters_of(model).items():
-        linear = nn.Linear(layer.weight.shape[1], layer.weight.shape[0], bias=False, device="meta")
-        linear.weight, linear.bias = layer.weight, layer.bias
-        linear.weight += layer.change().to(layer.weight.dtype)
         place, _, last = name.rpartition(".")
-        setattr(model.get_submodule(place), last, linear)
+        setattr(model.get_submodule(place), last, layer.merged())
     return model.requires_grad_(True)
 
 

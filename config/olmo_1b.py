@@ -17,7 +17,7 @@ dtype = 'auto'  # bfloat16
 
 lora_rank = 64
 lora_alpha = 128.0
-lora_targets = 'q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj'  # all, as in config/olmo_tiny_lora.py: what is not read any more has to be made up for elsewhere
+lora_targets = 'all'  # q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj: what is not read any more has to be made up for elsewhere. Of OLMo 2 the norms, too
 
 # The gates. OLMo has no key biases to fold a shift into, so every head gets a number of its own (handover.py). At 512 tokens an even attention
 # weight is 0.002 to 0.004: what is far below that may start shut.

@@ -17,7 +17,7 @@ base_dtype = 'bfloat16'  # frozen weights in half precision; adapters in full
 
 lora_rank = 64
 lora_alpha = 128.0
-lora_targets = 'q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj'
+lora_targets = 'all'
 
 # The gates. OLMo has no key biases to fold a shift into, so every head gets a number of its own (handover.py). At 512 tokens an even attention
 # weight is 0.002 to 0.004: what is far below that may start shut.

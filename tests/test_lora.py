@@ -22,10 +22,11 @@ from train import train
 
 MODELS = [(GPT(GPTConfig(block_size=16, vocab_size=11, n_layer=2, n_head=2, n_embd=16)), "c_attn,c_fc"),
           (OLMo(OLMoConfig(generation=2, block_size=16, vocab_size=11, n_layer=2, n_head=4, n_kv_head=2, n_embd=32, n_hidden=48)), "q_proj,k_proj,v_proj")]
+MODELS.append((MODELS[1][0], "all"))
 IDX = torch.randint(0, 11, (2, 16), generator=torch.Generator().manual_seed(0))
 
 
-@pytest.fixture(params=MODELS, ids=["gpt2", "olmo"])
+@pytest.fixture(params=MODELS, ids=["gpt2", "olmo", "olmo with norms"])
 def run(request, workplace):
     """A base on disk, and the model with adapters that training would start from, gates on."""
     base, targets = request.param
@@ -35,11 +36,15 @@ def run(request, workplace):
     return base.eval(), model, {"lora": settings, "base": "base.pt", "base_fingerprint": fingerprint(read_checkpoint("base.pt"))}
 
 
+def zero_at_first(layer):
+    return layer.lora_d if isinstance(layer, lora.LoRANorm) else layer.lora_b
+
+
 def moved(model):
     """As after some training."""
     torch.manual_seed(1)
     for layer in lora.adapters_of(model).values():
-        torch.nn.init.normal_(layer.lora_b, std=0.3)
+        torch.nn.init.normal_(zero_at_first(layer), std=0.3)
     return model
 
 
@@ -50,17 +55,18 @@ def test_adapters_start_as_nothing_and_train_alone(run):
     assert torch.equal(model(IDX)[0], base(IDX)[0])
     base.config.gated = False
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
-    assert trained == set(lora.state_of(model)) and len(trained) == 2 * len(lora.adapters_of(model))
+    assert trained == set(lora.state_of(model)) and len(trained) == sum(len(layer.initial()) for layer in lora.adapters_of(model).values())
     _, loss, density = model.train()(IDX, IDX)
     (loss + density).backward()
     for layer in lora.adapters_of(model).values():
-        assert layer.weight.grad is None and layer.lora_b.grad.abs().sum() > 0 and layer.scale == 2.0
+        assert layer.weight.grad is None and zero_at_first(layer).grad.abs().sum() > 0
 
 
 def test_merged_is_unmerged(run):
     _, model, _ = run
     moved(model)
-    before, weight = model(IDX)[0], {name: layer.weight + 2 * layer.lora_b @ layer.lora_a for name, layer in lora.adapters_of(model).items()}
+    before = model(IDX)[0]  # alpha / r is 2
+    weight = {name: layer.weight + (layer.lora_d if isinstance(layer, lora.LoRANorm) else 2 * layer.lora_b @ layer.lora_a) for name, layer in lora.adapters_of(model).items()}
     names = set(lora.merge(model).state_dict())
     assert not lora.adapters_of(model) and not any("lora" in name for name in names)
     assert (model(IDX)[0] - before).abs().max() < 1e-5
@@ -109,7 +115,7 @@ def test_frozen_weights_in_half_precision_keep_adapters_in_full():
 def test_a_matrix_that_is_not_there_or_serves_twice_is_named():
     with pytest.raises(LoRAError, match="embed_tokens.weight and lm_head.weight are one matrix"):
         lora.add(OLMo(OLMoConfig(block_size=8, vocab_size=11, n_layer=1, n_head=2, n_kv_head=2, n_embd=32, n_hidden=48)), 2, 4.0, "q_proj,lm_head")
-    with pytest.raises(LoRAError, match="no Linear layer 'q_proj'. It has c_attn, c_fc, c_proj"):
+    with pytest.raises(LoRAError, match="no Linear layer or RMSNorm 'q_proj'. It has c_attn, c_fc, c_proj"):
         lora.add(GPT(MODELS[0][0].config), 2, 4.0, "c_attn, q_proj")
 
 
