@@ -199,7 +199,7 @@ def test_adapters_on_adapters_are_refused_and_a_target_with_adapters_is_not(olmo
 def test_frozen_weights_in_bfloat16_and_settings_that_do_not_fit(olmo):
     last, lines = run_it(out_dir="out/half", base_dtype="bfloat16", max_steps=2)
     assert all(tensor.dtype == torch.float32 for tensor in last["model"].values()) and lines[-1]["step"] == 2
-    for given, message in (({"lora_targets": "c_attn"}, "no Linear layer 'c_attn'. It has down_proj, gate_proj, k_proj"), ({"block_size": 65}, "block_size=65"), ({"n_layer": 3}, "n_layer=3, but hf has n_layer=4"),
+    for given, message in (({"lora_targets": "c_attn"}, "no Linear layer or RMSNorm 'c_attn'. It has down_proj, gate_proj, k_proj"), ({"block_size": 65}, "block_size=65"), ({"n_layer": 3}, "n_layer=3, but hf has n_layer=4"),
                            ({"architecture": "gpt2"}, "architecture='gpt2', but hf has architecture='olmo'")):
         with pytest.raises((LoRAError, RunError), match=message):
             run_it(out_dir="out/wrong", **given)
