@@ -9,8 +9,9 @@ dense teacher needs no memory of its own, because it is the same model with the 
 Which matrices? The gate is a function of q and k alone, so their projections are what moves edges; with v, o and the MLP the model can also make up for
 what it does not read any more. `lora_targets` says which.
 
-And the norms of q and k, where a model has them (OLMo 2): they set how large scores can be, and the gate compares scores with a constant. With these norms frozen no
-change of W_q and W_k can lift all edges of a head that are worth it above the threshold and keep the others below (README, "A small OLMo 2 on a laptop").
+And the norms of q and k, where a model has them (OLMo 2). Behind such a norm the squares of a position's queries add up to the same number whatever W_q is: it
+can only give more to one head and less to another. How large scores are, which the gate compares with a constant, is up to the norm's weights; frozen, they
+cost a run most of its sparsity (README, "A small OLMo 2 on a laptop").
 
 Notable:
 - A frozen matrix keeps its name in the model; its adapter stands beside it: `...q_proj.weight`, `...q_proj.lora_a`, `...q_proj.lora_b`.

@@ -9,7 +9,7 @@ gate_bias = 3.0
 open_above = 0.01  # paper: nothing of the kind. Edges with an attention weight above this start open, by a number for each head (handover.py)
 lora_rank = 32  # of 128: half as many numbers as a square matrix has
 lora_alpha = 64.0
-lora_targets = 'all'  # the norms, too: with those of q and k frozen no score can grow, and the gate compares scores with a constant
+lora_targets = 'all'  # the norms, too: those of q and k decide how large scores are (lora.py)
 
 distill_weight = 1.0  # the dense model that sets the target teaches, too
 
