@@ -19,7 +19,7 @@ constraint_paired = True  # parent and child on the same batch: a batch's luck i
 constraint_scale = 0.01  # nats
 lambda_init = 0.1
 lambda_min = 0.02
-lambda_max = 0.3  # low: most of the run gets rid of edges at this price, lambda at its cap; the loss comes back as the learning rate falls. Adapters pay for it with more edges than weights do (0.2)
+lambda_max = 0.3  # low: most of the run gets rid of edges at this price, lambda at its cap; the loss comes back as the learning rate falls
 
 linear_penalty_steps = 0  # the paper's penalty alone: text needs thousands of edges, and the linear one charges them for being certain
 noise_free_steps = 18000  # paper: 0. Trained as it is judged: in trials a third fewer edges at the same loss
