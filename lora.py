@@ -10,12 +10,12 @@ Which matrices? The gate is a function of q and k alone, so their projections ar
 what it does not read any more. `lora_targets` says which.
 
 And the norms of q and k, where a model has them (OLMo 2). Behind such a norm the squares of a position's queries add up to the same number whatever W_q is: it
-can only give more to one head and less to another. How large scores are, which the gate compares with a constant, is up to the norm's weights; frozen, they
-cost a run most of its sparsity (README, "A small OLMo 2 on a laptop").
+can only give more to one head and less to another. How large scores are, which the gate compares with a constant, is up to the norm's weights. Frozen, they
+left twice as many edges open, at a higher loss, in the beginning of a run (README, "A small OLMo 2 on a laptop").
 
 Notable:
 - A frozen matrix keeps its name in the model; its adapter stands beside it: `...q_proj.weight`, `...q_proj.lora_a`, `...q_proj.lora_b`.
-- `merge` adds B A to W: then the model is an ordinary one again, and the outputs are the same up to rounding.
+- `merge` adds B A to W, and d to w: then the model is an ordinary one again, and the outputs are the same up to rounding.
 Source: Hu et al. 2021; A's initialisation is that of the authors' loralib. This file imports no other file of ours.
 """
 
@@ -144,7 +144,7 @@ def state_of(model):
 
 @torch.no_grad()
 def merge(model):
-    """Add every adapter to its matrix and remove it: an ordinary model that computes the same. Returns model, changed in place."""
+    """Add every adapter to its weight and remove it: an ordinary model that computes the same. Returns model, changed in place."""
     for name, layer in adapters_of(model).items():
         place, _, last = name.rpartition(".")
         setattr(model.get_submodule(place), last, layer.merged())
