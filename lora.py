@@ -1,13 +1,13 @@
 """LoRA: train a low-rank change of some matrices instead of the matrices.
 
     y = W x + (alpha / r) B A x            W (out, in) frozen; A (r, in) random, B (out, r) zero at first, so that training starts from the model as it is
-    y = (w + d) x / rms(x)                 a norm: w (C,) frozen, d (C,) zero at first. A vector has no rank to lower
+    y = (w + d) x / rms(x)                 a norm: w (C,) frozen, d (C,) zero at first
 
 For OLMo the paper trains such adapters: r (in + out) numbers per matrix instead of in * out, so optimizer, gradients and checkpoint are small, and the
 dense teacher needs no memory of its own, because it is the same model with the adapters switched off (`Base`).
 
 Which matrices? The gate is a function of q and k alone, so their projections are what moves edges; with v, o and the MLP the model can also make up for
-what it does not read any more. `lora_targets` says which.
+what it does not read any more. `lora_targets` says which. An embedding that is both the input's and the output's gets one adapter for both, `model.tie`.
 
 And the norms of q and k, where a model has them (OLMo 2). Behind such a norm the squares of a position's queries add up to the same number whatever W_q is: it
 can only give more to one head and less to another. How large scores are, which the gate compares with a constant, is up to the norm's weights. Frozen, they
@@ -38,29 +38,22 @@ class Adapter(nn.Module):
         super().__init__()
         self.weight, self.on = layer.weight.requires_grad_(False), True
 
-    def merged_into(self, layer):
-        """layer, which has no weight yet, with this one's, changed."""
+    def plain(self):
+        """An ordinary layer with the same weight, without the change."""
+        layer = self.empty()
         layer.weight = self.weight
-        layer.weight += self.change().to(layer.weight.dtype)
         return layer
 
 
-class LoRALinear(Adapter):
-    """A Linear layer with a change of low rank."""
+class LoRAMatrix(Adapter):
+    """A layer whose weight is a matrix, (out, in), with a change of low rank."""
 
-    def __init__(self, linear, rank, alpha):
-        super().__init__(linear)
-        self.bias = linear.bias
-        where = {"device": linear.weight.device, "dtype": torch.float32}  # adapters learn in small steps, which bfloat16 would round away
-        self.lora_a = nn.Parameter(torch.empty(rank, linear.in_features, **where))
-        self.lora_b = nn.Parameter(torch.empty(linear.out_features, rank, **where))
+    def __init__(self, layer, rank, alpha):
+        super().__init__(layer)
+        where = {"device": layer.weight.device, "dtype": torch.float32}  # adapters learn in small steps, which bfloat16 would round away
+        self.lora_a = nn.Parameter(torch.empty(rank, layer.weight.shape[1], **where))
+        self.lora_b = nn.Parameter(torch.empty(layer.weight.shape[0], rank, **where))
         self.scale = alpha / rank
-
-    def forward(self, x):
-        y = F.linear(x, self.weight, self.bias)
-        if self.on:
-            y = y + self.scale * F.linear(F.linear(x, self.lora_a.to(x.dtype)), self.lora_b.to(x.dtype))
-        return y
 
     def initial(self):
         """{name: tensor} of an adapter that changes nothing yet, on the CPU: the same on every device and however the model is cut."""
@@ -71,18 +64,44 @@ class LoRALinear(Adapter):
         """(alpha / r) B A, (out, in): what the adapter adds to the weight."""
         return self.scale * self.lora_b @ self.lora_a
 
-    def merged(self):
-        """An ordinary layer that computes the same. Its weight is this one's, changed in place."""
-        linear = self.merged_into(nn.Linear(self.weight.shape[1], self.weight.shape[0], bias=False, device="meta"))
-        linear.bias = self.bias
-        return linear
+
+class LoRALinear(LoRAMatrix):
+    """A Linear layer: y = x (W + (alpha / r) B A)^T + b."""
+
+    def __init__(self, linear, rank, alpha):
+        super().__init__(linear, rank, alpha)
+        self.bias = linear.bias
+
+    def forward(self, x):
+        y = F.linear(x, self.weight, self.bias)
+        if self.on:
+            y = y + self.scale * F.linear(F.linear(x, self.lora_a.to(x.dtype)), self.lora_b.to(x.dtype))
+        return y
+
+    def empty(self):
+        layer = nn.Linear(self.weight.shape[1], self.weight.shape[0], bias=False, device="meta")
+        layer.bias = self.bias
+        return layer
+
+
+class LoRAEmbedding(LoRAMatrix):
+    """An Embedding: row i of W + (alpha / r) B A, (V, C)."""
+
+    def forward(self, idx):
+        x = F.embedding(idx, self.weight)
+        if self.on:
+            x = x + (self.scale * F.embedding(idx, self.lora_b) @ self.lora_a).to(x.dtype)
+        return x
+
+    def empty(self):
+        return nn.Embedding(*self.weight.shape, device="meta")
 
 
 class LoRANorm(Adapter):
     """An RMSNorm with a change of each of its weights."""
 
-    def __init__(self, norm):
-        super().__init__(norm)
+    def __init__(self, norm, rank, alpha):
+        super().__init__(norm)  # a vector has no rank to lower
         self.eps = norm.eps
         self.lora_d = nn.Parameter(torch.empty(norm.weight.shape, device=norm.weight.device, dtype=torch.float32))
 
@@ -95,32 +114,33 @@ class LoRANorm(Adapter):
     def change(self):
         return self.lora_d
 
-    def merged(self):
-        return self.merged_into(nn.RMSNorm(self.weight.shape, eps=self.eps, device="meta"))
+    def empty(self):
+        return nn.RMSNorm(self.weight.shape, eps=self.eps, device="meta")
+
+
+KINDS = {nn.Linear: LoRALinear, nn.Embedding: LoRAEmbedding, nn.RMSNorm: LoRANorm}
 
 
 def add(model, rank, alpha, targets):
-    """Freeze model and put an adapter beside every Linear and RMSNorm layer whose name ends in one of targets ('q_proj,k_proj,q_norm'), or beside
-    'all' but the output embedding. Returns model, changed in place.
+    """Freeze model and put an adapter beside every Linear, Embedding and RMSNorm layer whose name ends in one of targets ('q_proj,k_proj,q_norm').
+    'all' stands for all but embeddings: 'all,embed_tokens' takes those of OLMo, too. Returns model, changed in place.
 
-    The adapters hold nothing yet: their `initial` says what. Raises LoRAError, naming the layers there are, if a target is the name of none;
-    or if another layer uses the matrix as well, as a tied embedding does.
+    An output embedding that is the input's matrix gets the input's adapter as well. The adapters hold nothing yet: their `initial` says what.
+    Raises LoRAError, naming the layers there are, if a target is the name of none.
     """
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, (nn.Linear, nn.RMSNorm))}
-    last = {name.rpartition(".")[2] for name in layers}
-    wanted = last - {"lm_head"} if targets == "all" else {target.strip() for target in targets.split(",")}
-    if unknown := sorted(wanted - last):
-        raise LoRAError(f"lora_targets: the model has no Linear layer or RMSNorm {unknown[0]!r}. It has {', '.join(sorted(last - {'lm_head'}))}")
-    names = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        names.setdefault(id(parameter), []).append(name)
-    if shared := [names[id(layer.weight)] for name, layer in layers.items() if name.rpartition(".")[2] in wanted and len(names[id(layer.weight)]) > 1]:
-        raise LoRAError(f"lora_targets: {' and '.join(shared[0])} are one matrix in this model; an adapter would change only one of its uses. Leave it out")
+    layers = {name: module for name, module in model.named_modules() if type(module) in KINDS}
+    last_of = {name: name.rpartition(".")[2] for name in layers}
+    embeddings = {last_of[name] for name, layer in layers.items() if isinstance(layer, nn.Embedding)} | {"lm_head"}
+    wanted = {target.strip() for target in targets.split(",")}
+    wanted = wanted - {"all"} | (set(last_of.values()) - embeddings if "all" in wanted else set())
+    if unknown := sorted(wanted - set(last_of.values())):
+        raise LoRAError(f"lora_targets: the model has no Linear, Embedding or RMSNorm layer {unknown[0]!r}. It has {', '.join(sorted(set(last_of.values())))}")
+    matrices = {id(layer.weight) for name, layer in layers.items() if last_of[name] in wanted}
     model.requires_grad_(False)
     for name, layer in layers.items():
-        place, _, last = name.rpartition(".")
-        if last in wanted:
-            setattr(model.get_submodule(place), last, LoRALinear(layer, rank, alpha) if isinstance(layer, nn.Linear) else LoRANorm(layer))
+        if id(layer.weight) in matrices:
+            setattr(model.get_submodule(name.rpartition(".")[0]), last_of[name], KINDS[type(layer)](layer, rank, alpha))
+    model.tie()
     return model
 
 
@@ -145,9 +165,12 @@ def state_of(model):
 @torch.no_grad()
 def merge(model):
     """Add every adapter to its weight and remove it: an ordinary model that computes the same. Returns model, changed in place."""
-    for name, layer in adapters_of(model).items():
+    layers = adapters_of(model)
+    for layer in {id(layer.weight): layer for layer in layers.values()}.values():  # a matrix that serves twice is changed once
+        layer.weight += layer.change().to(layer.weight.dtype)
+    for name, layer in layers.items():
         place, _, last = name.rpartition(".")
-        setattr(model.get_submodule(place), last, layer.merged())
+        setattr(model.get_submodule(place), last, layer.plain())
     return model.requires_grad_(True)
 
 

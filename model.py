@@ -153,7 +153,8 @@ class GPT(nn.Module):
     def tie(self):
         """Make the output embedding the input's, if the model is such a one; again after weights have been replaced."""
         if self.config.tied:
-            self.lm_head.weight = self.transformer.wte.weight
+            for name, parameter in self.transformer.wte.named_parameters():  # the matrix, and its LoRA adapter
+                setattr(self.lm_head, name, parameter)
 
     @property
     def blocks(self):

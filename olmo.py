@@ -228,7 +228,8 @@ class OLMo(nn.Module):
     def tie(self):
         """Make the output embedding the input's, if the model is such a one; again after weights have been replaced."""
         if self.config.tied:
-            self.lm_head.weight = self.model.embed_tokens.weight
+            for name, parameter in self.model.embed_tokens.named_parameters():  # the matrix, and its LoRA adapter
+                setattr(self.lm_head, name, parameter)
 
     @property
     def blocks(self):

@@ -45,7 +45,7 @@ class Config:
     # adapters (lora.py)
     lora_rank: int = 0  # train adapters of this rank and freeze the model; 0 trains all weights
     lora_alpha: float = 32.0  # adapters are scaled by lora_alpha / lora_rank
-    lora_targets: str = "q_proj,k_proj"  # matrices and RMSNorms that get one, by the last part of their name; 'all' but embeddings
+    lora_targets: str = "q_proj,k_proj"  # matrices and RMSNorms that get one, by the last part of their name; 'all' is all but embeddings, which are added by name: 'all,embed_tokens'
     base_dtype: str = "float32"  # in which frozen weights are kept: 'float32' or 'bfloat16', half the memory; then the dense model is judged in it, too
     # the gates, and the constraint that shuts them
     gated: bool = False  # False is an ordinary dense run; it ignores this block

@@ -22,11 +22,11 @@ from train import train
 
 MODELS = [(GPT(GPTConfig(block_size=16, vocab_size=11, n_layer=2, n_head=2, n_embd=16)), "c_attn,c_fc"),
           (OLMo(OLMoConfig(generation=2, block_size=16, vocab_size=11, n_layer=2, n_head=4, n_kv_head=2, n_embd=32, n_hidden=48)), "q_proj,k_proj,v_proj")]
-MODELS.append((MODELS[1][0], "all"))
+MODELS.append((MODELS[1][0], "all,embed_tokens"))  # tied: one adapter for input and output
 IDX = torch.randint(0, 11, (2, 16), generator=torch.Generator().manual_seed(0))
 
 
-@pytest.fixture(params=MODELS, ids=["gpt2", "olmo", "olmo with norms"])
+@pytest.fixture(params=MODELS, ids=["gpt2", "olmo", "olmo with norms and embeddings"])
 def run(request, workplace):
     """A base on disk, and the model with adapters that training would start from, gates on."""
     base, targets = request.param
@@ -54,7 +54,7 @@ def test_adapters_start_as_nothing_and_train_alone(run):
     base.config.__dict__.update(vars(dense))
     assert torch.equal(model(IDX)[0], base(IDX)[0])
     base.config.gated = False
-    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    trained = {name for name, p in model.named_parameters(remove_duplicate=False) if p.requires_grad}
     assert trained == set(lora.state_of(model)) and len(trained) == sum(1 if isinstance(layer, lora.LoRANorm) else 2 for layer in lora.adapters_of(model).values())
     _, loss, density = model.train()(IDX, IDX)
     (loss + density).backward()
@@ -112,10 +112,20 @@ def test_frozen_weights_in_half_precision_keep_adapters_in_full():
     assert layer.lora_b.grad.dtype == torch.float32
 
 
-def test_a_matrix_that_is_not_there_or_serves_twice_is_named():
-    with pytest.raises(LoRAError, match="embed_tokens.weight and lm_head.weight are one matrix"):
-        lora.add(OLMo(OLMoConfig(block_size=8, vocab_size=11, n_layer=1, n_head=2, n_kv_head=2, n_embd=32, n_hidden=48)), 2, 4.0, "q_proj,lm_head")
-    with pytest.raises(LoRAError, match="no Linear layer or RMSNorm 'q_proj'. It has c_attn, c_fc, c_proj"):
+def test_what_gets_an_adapter():
+    def with_adapters(targets, tied=True):
+        model = OLMo(OLMoConfig(generation=2, tied=tied, block_size=8, vocab_size=11, n_layer=1, n_head=2, n_kv_head=2, n_embd=32, n_hidden=48))
+        return model, set(lora.adapters_of(lora.add(model, 2, 4.0, targets)))
+
+    assert with_adapters("up_proj, norm")[1] == {"model.layers.0.mlp.up_proj", "model.norm"}
+    blocks = {name for name in with_adapters("all")[1] if name.startswith("model.layers.0.")}
+    assert len(blocks) == 7 + 4 and with_adapters("all")[1] == blocks | {"model.norm"}
+    for targets in ("lm_head", "embed_tokens"):  # one matrix, one change of it
+        model, names = with_adapters(targets)
+        assert names == {"lm_head", "model.embed_tokens"} and model.lm_head.lora_b is model.model.embed_tokens.lora_b
+        assert len([p for p in model.parameters() if p.requires_grad]) == 2
+        assert len(with_adapters(targets, tied=False)[1]) == 1
+    with pytest.raises(LoRAError, match="no Linear, Embedding or RMSNorm layer 'q_proj'. It has c_attn, c_fc, c_proj, lm_head, wpe, wte"):
         lora.add(GPT(MODELS[0][0].config), 2, 4.0, "c_attn, q_proj")
 
 
@@ -199,7 +209,7 @@ def test_adapters_on_adapters_are_refused_and_a_target_with_adapters_is_not(olmo
 def test_frozen_weights_in_bfloat16_and_settings_that_do_not_fit(olmo):
     last, lines = run_it(out_dir="out/half", base_dtype="bfloat16", max_steps=2)
     assert all(tensor.dtype == torch.float32 for tensor in last["model"].values()) and lines[-1]["step"] == 2
-    for given, message in (({"lora_targets": "c_attn"}, "no Linear layer or RMSNorm 'c_attn'. It has down_proj, gate_proj, k_proj"), ({"block_size": 65}, "block_size=65"), ({"n_layer": 3}, "n_layer=3, but hf has n_layer=4"),
+    for given, message in (({"lora_targets": "c_attn"}, "no Linear, Embedding or RMSNorm layer 'c_attn'. It has down_proj, embed_tokens, gate_proj"), ({"block_size": 65}, "block_size=65"), ({"n_layer": 3}, "n_layer=3, but hf has n_layer=4"),
                            ({"architecture": "gpt2"}, "architecture='gpt2', but hf has architecture='olmo'")):
         with pytest.raises((LoRAError, RunError), match=message):
             run_it(out_dir="out/wrong", **given)

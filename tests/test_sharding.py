@@ -22,7 +22,7 @@ SHAPE = ["--architecture=olmo2", "--n_layer=2", "--n_head=4", "--n_kv_head=2", "
 RUN = ["--dataset=count", "--batch_size=16", "--micro_batch_size=4", "--learning_rate=3e-3", "--eval_interval=1", "--eval_batch_size=7", "--eval_batches=5", "--warmup_steps=2",
        "--max_steps=10", "--device=cpu"]
 GATED = [*RUN, "--init_from=out/dense", "--gated=True", "--open_above=0.02", "--distill_weight=0.5", "--constraint_paired=True", "--linear_penalty_steps=5"]
-LORA = ["--lora_rank=2", "--lora_targets=q_proj,k_proj,down_proj,q_norm,norm"]  # in blocks and outside, matrices and norms
+LORA = ["--lora_rank=2", "--lora_targets=q_proj,k_proj,down_proj,q_norm,norm,embed_tokens"]  # in blocks and outside; matrices, norms, and the embedding, which serves twice
 
 
 @pytest.fixture(scope="module")
