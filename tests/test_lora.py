@@ -20,6 +20,7 @@ from test_hardware import count_dataset, metrics
 from test_olmo import theirs
 from train import train
 
+torch.manual_seed(0)
 MODELS = [(GPT(GPTConfig(block_size=16, vocab_size=11, n_layer=2, n_head=2, n_embd=16)), "c_attn,c_fc"),
           (OLMo(OLMoConfig(generation=2, block_size=16, vocab_size=11, n_layer=2, n_head=4, n_kv_head=2, n_embd=32, n_hidden=48)), "q_proj,k_proj,v_proj")]
 MODELS.append((MODELS[1][0], "all,embed_tokens"))  # tied: one adapter for input and output
@@ -64,12 +65,12 @@ def test_adapters_start_as_nothing_and_train_alone(run):
 
 def test_merged_is_unmerged(run):
     _, model, _ = run
-    moved(model)
+    moved(model).double()
     before = model(IDX)[0]  # alpha / r is 2
     weight = {name: layer.weight + (layer.lora_d if isinstance(layer, lora.LoRANorm) else 2 * layer.lora_b @ layer.lora_a) for name, layer in lora.adapters_of(model).items()}
     names = set(lora.merge(model).state_dict())
     assert not lora.adapters_of(model) and not any("lora" in name for name in names)
-    assert (model(IDX)[0] - before).abs().max() < 1e-5
+    assert (model(IDX)[0] - before).abs().max() < 1e-10
     assert all(torch.equal(model.state_dict()[f"{name}.weight"], value) for name, value in weight.items())
 
 
@@ -91,7 +92,7 @@ def test_only_the_adapters_are_saved_and_they_know_their_base(run, workplace):
     merged, beside = load_checkpoint("adapters.pt"), model_of(read_checkpoint("adapters.pt"), "adapters.pt", merged=False)
     assert not lora.adapters_of(merged) and lora.adapters_of(beside) and merged.config.gated
     for again in (merged, beside):
-        assert (again(IDX)[0] - model(IDX)[0]).abs().max() < 1e-5
+        assert (again(IDX)[0] - model(IDX)[0]).abs().max() < 3e-5  # in float32
     next(base.parameters()).data[0, 0] += 1  # as trained with other settings, to the same step
     save_checkpoint("base.pt", checkpoint_of(base, step=7))
     with pytest.raises(CheckpointError, match="adapters for base.pt, which holds other weights now"):
