@@ -151,7 +151,7 @@ class GPT(nn.Module):
     attention_impl = "auto"  # who computes gated attention: see `gate.choose_impl`. A choice of this run, not of the model: in no checkpoint
 
     def tie(self):
-        """Make the output embedding the input's, if the model is such a one; again after weights have been replaced."""
+        """If config.tied: let lm_head use the input embedding's own parameters. To be called again after one of them has been replaced."""
         if self.config.tied:
             for name, parameter in self.transformer.wte.named_parameters():  # the matrix, and its LoRA adapter
                 setattr(self.lm_head, name, parameter)

@@ -65,12 +65,18 @@ def folder_for(step, named):
     return f"shards-{step}" + ("-again" if named == f"shards-{step}" else "")
 
 
-TRAINED = StateDictOptions(ignore_frozen_params=True)  # of a model with LoRA adapters these alone
+TRAINED = StateDictOptions(ignore_frozen_params=True)
+
+
+def trained_state(model):
+    """{name: tensor} of what is trained: of a model with LoRA adapters these alone. (Of a matrix with two names, ignore_frozen_params leaves out one.)"""
+    frozen = {name for name, parameter in model.named_parameters(remove_duplicate=False) if not parameter.requires_grad}
+    return {name: tensor for name, tensor in get_model_state_dict(model).items() if name not in frozen}
 
 
 def save(folder, model, optimizer):
     """Write what is trained of model, and optimizer, into folder, every process its part; whole once all have returned. Raises OSError."""
-    state = {"model": get_model_state_dict(model, options=TRAINED)}
+    state = {"model": trained_state(model)}
     if optimizer.state:  # else it has not made a step, and asking would make PyTorch pretend one, which Adam counts
         state["optimizer"] = get_optimizer_state_dict(model, optimizer, options=TRAINED)
     try:
@@ -83,7 +89,7 @@ def load(folder, model, optimizer):
     """Read it back, by as many processes as there are now. Raises OSError if the folder is not there or not whole."""
     if not os.path.exists(os.path.join(folder, ".metadata")):
         raise OSError(f"{folder} is missing or not whole: last.pt beside it cannot go on without it")
-    state = {"model": get_model_state_dict(model, options=TRAINED)}
+    state = {"model": trained_state(model)}
     try:
         stored = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
     except Exception as error:  # pickle's, of many types

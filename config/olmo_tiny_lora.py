@@ -1,4 +1,7 @@
-"""config/olmo_tiny.py with adapters instead of weights: as OLMo 1B and 7B are trained (config/olmo_1b.py)."""
+"""config/olmo_tiny.py with adapters instead of weights, as OLMo 1B and 7B are trained (config/olmo_1b.py).
+
+Adapters learn more slowly than weights: they get a third more steps, a higher learning rate, a higher lambda_max, and the embedding has one, too.
+"""
 
 init_from = 'config/olmo_tiny_dense.py'  # trained first, if it is not there yet
 dataset = 'stdlib'
@@ -24,9 +27,9 @@ lambda_max = 0.4  # config/olmo_tiny.py: 0.3. A nat has to be worth more where l
 linear_penalty_steps = 0  # the paper's penalty alone: text needs thousands of edges, and the linear one charges them for being certain
 noise_free_steps = 12000  # paper: 0. Trained as it is judged: in trials a third fewer edges at the same loss
 batch_size = 8
-max_steps = 16000  # config/olmo_tiny.py: 12,000. Adapters learn more slowly than weights
-learning_rate = 1.5e-3
+max_steps = 16000  # config/olmo_tiny.py: 12,000
+learning_rate = 1.5e-3  # config/olmo_tiny.py: 1e-3
 min_lr = 5e-5
 eval_interval = 1000
 eval_batch_size = 20
-eval_batches = 50  # 1,000 windows of held-out files, the same for parent, control and child; small batches of T x T matrices stay in the cache
+eval_batches = 50  # 1,000 windows of held-out files, the same for parent and child; small batches of T x T matrices stay in the cache

@@ -9,6 +9,7 @@ import time
 
 import pytest
 import torch
+from torch.distributed.checkpoint import FileSystemReader
 
 import prepare_data
 import sharding
@@ -63,6 +64,8 @@ def test_two_processes_with_half_a_model_each_do_what_one_does(parent, adapters)
     assert sharded["model"] is not None and sharded["shards"] == "shards-10"  # at its end a run's last.pt is whole
     assert evaluate_of("out/two") == pytest.approx(metrics("out/two")[-1]["val_loss"], abs=1e-5)
     assert sorted(os.listdir("out/two/shards-10")) == [".metadata", "__0_0.distcp", "__1_0.distcp"]
+    stored = FileSystemReader("out/two/shards-10").read_metadata().state_dict_metadata
+    assert {name.removeprefix("model.") for name in stored if name.startswith("model.")} == set(sharded["model"])  # of adapters nothing else
     # two wrote, one goes on; and the other way round
     for run, processes, more in (("two", 1, []), ("one", 2, ["--parallel=fsdp"])):
         launch(processes, *GATED, *adapters, f"--out_dir=out/{run}", "--init_from=resume", "--max_steps=14", *more)
