@@ -24,7 +24,7 @@ import shutil
 
 import torch
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_optimizer_state_dict, set_model_state_dict, set_optimizer_state_dict
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, set_model_state_dict, set_optimizer_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -65,18 +65,12 @@ def folder_for(step, named):
     return f"shards-{step}" + ("-again" if named == f"shards-{step}" else "")
 
 
-TRAINED = StateDictOptions(ignore_frozen_params=True)
+TRAINED = StateDictOptions(ignore_frozen_params=True)  # of a model with LoRA adapters the optimizer knows these alone
 
 
-def trained_state(model):
-    """{name: tensor} of what is trained: of a model with LoRA adapters these alone. (Of a matrix with two names, ignore_frozen_params leaves out one.)"""
-    frozen = {name for name, parameter in model.named_parameters(remove_duplicate=False) if not parameter.requires_grad}
-    return {name: tensor for name, tensor in get_model_state_dict(model).items() if name not in frozen}
-
-
-def save(folder, model, optimizer):
-    """Write what is trained of model, and optimizer, into folder, every process its part; whole once all have returned. Raises OSError."""
-    state = {"model": trained_state(model)}
+def save(folder, weights, model, optimizer):
+    """Write weights, {name: tensor} of what a checkpoint of model holds, and optimizer, into folder, every process its part; whole once all have returned. Raises OSError."""
+    state = {"model": weights}
     if optimizer.state:  # else it has not made a step, and asking would make PyTorch pretend one, which Adam counts
         state["optimizer"] = get_optimizer_state_dict(model, optimizer, options=TRAINED)
     try:
@@ -85,11 +79,11 @@ def save(folder, model, optimizer):
         raise OSError(f"cannot write {folder}: {next(iter(error.failures.values()))[0]}. last.pt still names an earlier one. Free some space, and the same command goes on") from error
 
 
-def load(folder, model, optimizer):
-    """Read it back, by as many processes as there are now. Raises OSError if the folder is not there or not whole."""
+def load(folder, weights, model, optimizer):
+    """Read them back, by as many processes as there are now. Raises OSError if the folder is not there or not whole."""
     if not os.path.exists(os.path.join(folder, ".metadata")):
         raise OSError(f"{folder} is missing or not whole: last.pt beside it cannot go on without it")
-    state = {"model": trained_state(model)}
+    state = {"model": weights}
     try:
         stored = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
     except Exception as error:  # pickle's, of many types

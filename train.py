@@ -131,7 +131,7 @@ def train(config, given=frozenset()):
                 lambda_init=c.lambda_init, lambda_min=c.lambda_min, lambda_max=c.lambda_max) if c.gated else None
     if checkpoint:
         if shards:
-            sharding.load(os.path.join(c.out_dir, os.path.basename(shards)), model, optimizer)
+            sharding.load(os.path.join(c.out_dir, os.path.basename(shards)), state_to_save(model), model, optimizer)
         else:
             sharding.load_optimizer(optimizer, checkpoint["optimizer"])
         for group, decay in zip(optimizer.param_groups, (c.weight_decay, 0.0)):  # which --init_from=resume may change
@@ -167,7 +167,7 @@ def train(config, given=frozenset()):
         parts = {"optimizer": None if sharded else optimizer.state_dict()}
         if sharded and name == "last.pt":
             shards = parts["shards"] = sharding.folder_for(step, shards)
-            sharding.save(os.path.join(c.out_dir, shards), model, optimizer)
+            sharding.save(os.path.join(c.out_dir, shards), state_to_save(model), model, optimizer)
         if sharded:
             parts["model"] = sharding.whole_state(state_to_save(model)) if name == "best.pt" or step == c.max_steps else None
         if hardware.rank() == 0:
