@@ -146,6 +146,13 @@ def table(reports):
     return "\n".join("  ".join([f"{name:24}", *(cell.rjust(width) for cell, width in zip(cells, widths))]) for name, cells in rows)
 
 
+def nothing_found(run):
+    """What to do about a run of which no evaluation but the untrained start, or none at all, met the target: said below its table."""
+    cap = read_json(os.path.join(run, "config.json"))["lambda_max"]
+    return (f"{run}: since its start no evaluation has met the target. If the run is at its end, edges went faster than training could make up for: "
+            f"the same command with --lambda_max={3 * cap:g} --out_dir={run}-slower takes more care")
+
+
 def parent_of(parent, run):
     """The dense model that a run started from, or None, said aloud, if its file is gone."""
     try:
@@ -324,7 +331,8 @@ def main(arguments):
     limits = {"n": ("at least 2", lambda v: v >= 2), "steps": ("at least 1", lambda v: v >= 1), "seed": ("0 or more", lambda v: v >= 0), "limit": ("0 or more", lambda v: v >= 0)}
     try:
         if command == "report":
-            print(table([report(run) for run in runs]))
+            reports = [report(run) for run in runs]
+            print("\n".join([table(reports), *(nothing_found(r["run"]) for r in reports if r["sparse"] and not (r["meets_target"] and r["step"]))]))
             print(f"report.json and figures are in {', '.join(runs)}")
         elif command == "circuit":
             circuit_run(*runs, CircuitOptions(**parse_command_line(flags, CircuitOptions, limits)[1]))
