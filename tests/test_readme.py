@@ -14,7 +14,7 @@ with open(os.path.join(REPOSITORY, "README.md"), encoding="utf-8") as f:
 def test_the_two_commands_stand_at_the_top():
     top = README[:2500]
     assert "pip install -r requirements.txt && python train.py config/addition.py" in top
-    assert "pip install -r requirements.txt -r tests/requirements.txt && python -m pytest -n 2 " in top
+    assert "pip install -r requirements.txt -r tests/requirements.txt && python -m pytest -n 2 --dist worksteal " in top
 
 
 def test_links_lead_somewhere():
