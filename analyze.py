@@ -332,7 +332,10 @@ def main(arguments):
     try:
         if command == "report":
             reports = [report(run) for run in runs]
-            print("\n".join([table(reports), *(nothing_found(r["run"]) for r in reports if r["sparse"] and not (r["meets_target"] and r["step"]))]))
+            print(table(reports))
+            for r in reports:
+                if r["sparse"] and not (r["meets_target"] and r["step"]):
+                    print(nothing_found(r["run"]))
             print(f"report.json and figures are in {', '.join(runs)}")
         elif command == "circuit":
             circuit_run(*runs, CircuitOptions(**parse_command_line(flags, CircuitOptions, limits)[1]))

@@ -24,7 +24,7 @@ import shutil
 
 import torch
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, set_model_state_dict, set_optimizer_state_dict
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, set_optimizer_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -80,7 +80,7 @@ def save(folder, weights, model, optimizer):
 
 
 def load(folder, weights, model, optimizer):
-    """Read them back, by as many processes as there are now. Raises OSError if the folder is not there or not whole."""
+    """Read them back, by as many processes as there are now; weights, which are the model's own tensors, are filled in place. Raises OSError if the folder is not there or not whole."""
     if not os.path.exists(os.path.join(folder, ".metadata")):
         raise OSError(f"{folder} is missing or not whole: last.pt beside it cannot go on without it")
     state = {"model": weights}
@@ -95,7 +95,6 @@ def load(folder, weights, model, optimizer):
         dcp.load(state, checkpoint_id=folder)
     except dcp.CheckpointException as error:
         raise OSError(f"{folder} is damaged: {next(iter(error.failures.values()))[0]}") from error
-    set_model_state_dict(model, state["model"], options=StateDictOptions(strict=False))
     if has_moments:
         set_optimizer_state_dict(model, optimizer, state["optimizer"])
 
