@@ -105,7 +105,7 @@ def report(run):
         "heads_off": sum(fraction == 0 for layer in judged["val"]["per_head"] for fraction in layer), "seconds": seconds}
     prepare_data.write_json(os.path.join(run, "report.json"), result)
 
-    figures.training(os.path.join(run, "training.png"), metrics, checkpoint["step"])
+    figures.training(os.path.join(run, "training.png"), metrics, checkpoint["step"], (config["lambda_min"], config["lambda_max"]) if config["gated"] else ())
     if model.config.gated:
         figures.open_by_head(os.path.join(run, "gates.png"), judged["val"]["per_head"])
         figures.open_by_distance(os.path.join(run, "distance.png"), judged["val"]["by_distance"], judged["val"]["open"])

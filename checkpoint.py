@@ -187,11 +187,11 @@ def new_model(c, vocab_size, gate_settings):
     """A model of the shape that the settings c describe, with random weights. gate_settings: {'gated', 'gate_bias', 'gate_temperature'}."""
     same = {key: getattr(c, key) for key in ("n_layer", "n_head", "n_embd", "block_size", "tied")} | gate_settings
     if c.architecture == "gpt2":
-        return GPT(GPTConfig(vocab_size=vocab_size, dropout=c.dropout, bias=c.bias, **same))
+        return GPT(GPTConfig(vocab_size=vocab_size, dropout=c.dropout, bias=c.bias, gelu=c.gelu, init_std=c.init_std, **same))
     return olmo.OLMo(olmo.OLMoConfig(vocab_size=vocab_size, generation=2 if c.architecture == "olmo2" else 1, n_kv_head=c.n_kv_head or c.n_head, n_hidden=4 * c.n_embd, **same))
 
 
 def shape_of(config):
     """The shape of a model that is there already, in the words of settings.SHAPE."""
     architecture = "gpt2" if isinstance(config, GPTConfig) else "olmo2" if config.generation == 2 else "olmo"
-    return {key: getattr(config, key) for key in ("n_layer", "n_head", "n_kv_head", "n_embd", "block_size", "dropout", "bias", "tied") if hasattr(config, key)} | {"architecture": architecture}
+    return {key: getattr(config, key) for key in ("n_layer", "n_head", "n_kv_head", "n_embd", "block_size", "dropout", "bias", "tied", "gelu") if hasattr(config, key)} | {"architecture": architecture}

@@ -70,8 +70,8 @@ def attention_flow(path, columns, rows):
     save(figure, path)
 
 
-def training(path, metrics, kept_step=None):
-    """metrics: the lines of metrics.jsonl. Loss; for a gated run also open edges and lambda. kept_step: of best.pt."""
+def training(path, metrics, kept_step=None, bounds=()):
+    """metrics: the lines of metrics.jsonl. Loss; for a gated run also open edges and lambda. kept_step: of best.pt; bounds: lambda's floor and cap."""
     gated = "lambda" in metrics[0]
     figure, axes = plt.subplots(3 if gated else 1, 1, figsize=(7, 8 if gated else 3.4), sharex=True, squeeze=False, layout="constrained")
     axes = axes[:, 0]
@@ -95,7 +95,14 @@ def training(path, metrics, kept_step=None):
         axes[1].set(ylabel="open edges (%)")
         axes[1].legend(fontsize=8)
         curve(axes[2], "lambda", "lambda", color="tab:purple")
+        for bound, label in zip(bounds, ("floor", "cap")):
+            axes[2].axhline(bound, color=GREY, lw=1, ls="--", label=label)
+        back = [m["step"] for m in metrics if m.get("goes_back")]
+        for ax in axes[1:]:
+            for step in back:
+                ax.axvline(step, color="tab:orange", lw=1, zorder=0, label="constraint lost: back to the best so far" if step == back[0] else None)
         axes[2].set(ylabel="lambda")
+        axes[2].legend(fontsize=8)
     axes[0].set(ylabel="loss (nats)")
     axes[0].legend(fontsize=8, loc="lower left", bbox_to_anchor=(0, 1))  # above the axes: every corner inside may hold a curve
     for ax in axes:

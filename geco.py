@@ -51,6 +51,11 @@ class GECO:
         self.lam = min(self.lambda_max, max(self.lambda_min, self.lam * math.exp(self.rate * self.violation)))
         return self.lam
 
+    def insist(self, factor):
+        """Answer to a lost constraint (train.py goes back to the last state that met it): lambda times factor, and what was measured is forgotten."""
+        self.lam = min(self.lambda_max, self.lam * factor)
+        self.violation = 0.0
+
     def objective(self, loss, density, density_weight=1.0):
         """L = density_weight * density + lambda (loss - target). Tensors in, tensor out."""
         return density_weight * density + self.lam * (loss - self.target)

@@ -47,6 +47,7 @@ class GPTConfig:
     bias: bool = True  # biases in Linear and LayerNorm layers
     tied: bool = True  # lm_head and wte are one matrix
     gelu: str = "tanh"  # 'tanh', GPT-2's approximation, or 'none', the exact one, as in nanoGPT
+    init_std: float = 0.02  # of random weights; GPT-2's, made for C = 768. A narrow model learns faster from wider ones, about 0.6 / sqrt(C)
     gated: bool = False  # attention through Bernoulli gates
     gate_bias: float | list = 3.0  # b in s = a + b; a list has one for each head, [layer][head] (handover.py)
     gate_temperature: float = 1.0  # of the straight-through gradient
@@ -141,10 +142,10 @@ class GPT(nn.Module):
         ))
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.tie()
-        # GPT-2's initialisation: N(0, 0.02), and 1 / sqrt(2 n_layer) of it for the layers that write into the residual stream
+        # GPT-2's initialisation: N(0, init_std), and 1 / sqrt(2 n_layer) of it for the layers that write into the residual stream
         for name, p in self.named_parameters():
             if p.dim() == 2:
-                nn.init.normal_(p, std=0.02 / (math.sqrt(2 * config.n_layer) if name.endswith("c_proj.weight") else 1))
+                nn.init.normal_(p, std=config.init_std / (math.sqrt(2 * config.n_layer) if name.endswith("c_proj.weight") else 1))
             elif name.endswith("bias"):
                 nn.init.zeros_(p)
 

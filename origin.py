@@ -49,6 +49,14 @@ def find_dense(source, config, given, what, train):
                    f"a config file, a checkpoint of nanoGPT or transformers, or one of {', '.join(PRETRAINED)}")
 
 
+def require_ready(checkpoint, path):
+    """Raise RunError if a dense run that was to be trained until it is ready (ready_loss) has not got there: what a child is to keep would be an unfinished model's loss."""
+    ready_loss = checkpoint.get("config", {}).get("ready_loss")
+    if ready_loss and not checkpoint.get("ready"):
+        raise RunError(f"{path} is no parent yet: it still gets answers wrong, or its held-out loss is above its ready_loss={ready_loss:g}. Train it on, with the command that "
+                       f"trained it and --init_from=resume --max_steps={2 * checkpoint['config']['max_steps']}; then the same command as now")
+
+
 def models_of(c, given, data, device, checkpoint, train):
     """(model, dense_model, facts) of the run that the settings c describe.
 
@@ -80,6 +88,9 @@ def models_of(c, given, data, device, checkpoint, train):
     for what, found in (("target_from" if c.target_from else "init_from", of_reference), ("init_from", of_parent)):
         if c.gated and found.get("model_args", {}).get("gated"):
             raise RunError(f"{what}={getattr(c, what)} is a gated run. Start from a dense one: its loss is the target, its gates are not open or shut yet")
+    if c.gated:
+        for source, found in ((parent, of_parent), (reference, of_reference)):
+            require_ready(found, source)
     if checkpoint and checkpoint["reference_fingerprint"] != facts["reference_fingerprint"]:
         raise RunError(f"{reference} holds other weights now than when {c.out_dir} was begun: the target is not that model's any more. "
                        "Put the old file back, or start a new run with --out_dir=out/NEW")

@@ -1,6 +1,6 @@
 """A run that cannot be lost: whose folder it is, where it goes on, how it is stopped.
 
-A run's folder out/<run>/ holds config.json, metrics.jsonl, best.pt, last.pt, report.json and figures. Its rules:
+A run's folder out/<run>/ holds config.json, metrics.jsonl, best.pt or closest.pt, last.pt, report.json and figures. Its rules:
 
 - The same command goes on where the run stands. If the run is finished there is nothing to do.
 - Other settings are refused: two runs never mix in one folder. `--init_from=resume` says that the change is meant.
@@ -27,8 +27,8 @@ class RunError(Exception):
 
 
 def kept_checkpoint(folder):
-    """The checkpoint file that a run is known by: best.pt, or last.pt where no evaluation met the target; None if there is neither."""
-    paths = [os.path.join(folder, name) for name in ("best.pt", "last.pt")]
+    """The checkpoint file that a run is known by: best.pt; where no evaluation met the target closest.pt, or else last.pt; None if there is none."""
+    paths = [os.path.join(folder, name) for name in ("best.pt", "closest.pt", "last.pt")]
     return next((path for path in paths if os.path.exists(path)), None)
 
 

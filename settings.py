@@ -42,6 +42,8 @@ class Config:
     dropout: float = 0.0  # GPT-2 only
     bias: bool = True  # biases in Linear and LayerNorm layers; GPT-2 only
     tied: bool = True  # input and output embedding are one matrix
+    gelu: str = "tanh"  # 'tanh', GPT-2's approximation, or 'none', the exact one, nanoGPT's, which a CPU computes faster; GPT-2 only
+    init_std: float = 0.02  # of random weights, of a GPT from scratch; GPT-2's is made for 768 channels, a narrow model wants about 0.6 / sqrt(n_embd)
     # adapters (lora.py)
     lora_rank: int = 0  # train adapters of this rank and freeze the model; 0 trains all weights
     lora_alpha: float = 32.0  # adapters are scaled by lora_alpha / lora_rank
@@ -57,6 +59,8 @@ class Config:
     noise_free_steps: int = 0  # last steps, in which gates are not drawn but thresholds, as when they are judged; gradients stay straight-through. 0 is the paper's
     density_weight: float = 1.0  # in L = density_weight * density + lambda (loss - target)
     loss_slack: float = 0.001  # nats above the dense loss that count as equal
+    patience: int = 0  # evaluations in a row that miss the target until the run goes back to best.pt, the last state that met it; 0 is never, the paper's
+    return_factor: float = 2.0  # by which lambda is larger then, up to lambda_max
     constraint_gates: str = "deterministic"  # gates under which the constraint's loss is taken; 'sampled' is the paper's
     constraint_interval: int = 4  # steps between two measurements of the constraint
     constraint_paired: bool = False  # compare with the dense model on the very same batch: a batch's luck is ten times a slack of 0.01 nats
@@ -78,6 +82,8 @@ class Config:
     beta1: float = 0.9
     beta2: float = 0.99
     grad_clip: float = 1.0  # largest norm of the gradient; 0 is off
+    average_decay: float = 0.0  # of the moving average of the weights that is judged and kept (Polyak): 0.99 is about the last 100 steps; 0 is off, the paper's
+    ready_loss: float = 0.0  # of a dense run: nats, held out; at this loss, and with all answers right, it is ready and stops; no child starts from it before. 0 is off
     # evaluation, on both splits
     eval_interval: int = 100  # steps
     eval_batch_size: int = 1000  # sequences
@@ -87,9 +93,9 @@ class Config:
 def limits():
     """{setting: (words, test)}: what a value must be beside its type."""
     at_least_1 = "n_layer n_head n_embd block_size constraint_interval batch_size max_steps eval_interval eval_batch_size"
-    positive = "lora_alpha gate_temperature density_weight constraint_scale lambda_rate lambda_init lambda_min lambda_max learning_rate"
-    not_negative = "n_kv_head lora_rank loss_slack linear_penalty_steps noise_free_steps min_lr warmup_steps weight_decay grad_clip eval_batches constraint_margin distill_weight micro_batch_size"
-    fractions = "dropout lambda_average beta1 beta2 open_above"
+    positive = "lora_alpha init_std return_factor gate_temperature density_weight constraint_scale lambda_rate lambda_init lambda_min lambda_max learning_rate"
+    not_negative = "patience ready_loss n_kv_head lora_rank loss_slack linear_penalty_steps noise_free_steps min_lr warmup_steps weight_decay grad_clip eval_batches constraint_margin distill_weight micro_batch_size"
+    fractions = "dropout average_decay lambda_average beta1 beta2 open_above"
     return {
         **{key: ("at least 1", lambda v: v >= 1) for key in at_least_1.split()},
         **{key: ("above 0", lambda v: 0 < v < math.inf) for key in positive.split()},
@@ -101,6 +107,7 @@ def limits():
         "attention_impl": ("'auto', 'plain', 'tiled' or 'triton'", lambda v: v in ("auto", "plain", "tiled", "triton")),
         "parallel": ("'ddp' or 'fsdp'", lambda v: v in ("ddp", "fsdp")),
         "architecture": ("'gpt2', 'olmo' or 'olmo2'", lambda v: v in ("gpt2", "olmo", "olmo2")),
+        "gelu": ("'tanh' or 'none'", lambda v: v in ("tanh", "none")),
         "base_dtype": ("'float32' or 'bfloat16'", lambda v: v in ("float32", "bfloat16")),
         "dtype": ("'auto', 'float32' or 'bfloat16'", lambda v: v in ("auto", "float32", "bfloat16")),
         "device": ("'auto', 'cpu', 'mps', 'cuda' or 'cuda:N'", lambda v: re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", v) is not None),
@@ -108,7 +115,7 @@ def limits():
     }
 
 
-SHAPE = ("architecture", "n_layer", "n_head", "n_kv_head", "n_embd", "block_size", "dropout", "bias", "tied")  # what a run takes over from its parent
+SHAPE = ("architecture", "n_layer", "n_head", "n_kv_head", "n_embd", "block_size", "dropout", "bias", "tied", "gelu")  # what a run takes over from its parent
 GATE = ("gated", "gate_bias", "gate_temperature")
 # model, start and target: what no run may change on its way
 FIXED = (*SHAPE, *GATE, "lora_rank", "lora_alpha", "lora_targets", "base_dtype", "dataset", "target_from", "open_above", "loss_slack", "constraint_margin", "eval_batches", "eval_batch_size")
@@ -149,6 +156,8 @@ def check_together(config, processes=1):
         raise ConfigError("base_dtype is that of frozen weights: it needs lora_rank")
     if config.lora_rank and scratch:
         raise ConfigError("lora_rank adds adapters to a model that is there already: set init_from, or leave lora_rank away")
+    if (config.average_decay or config.patience) and (config.parallel == "fsdp" or config.lora_rank):
+        raise ConfigError("average_decay and patience hold a second copy of the whole model: they go with neither parallel='fsdp' nor lora_rank. Set both to 0")
     if not config.lambda_min <= config.lambda_init <= config.lambda_max:
         raise ConfigError(f"lambda_init={config.lambda_init} must lie between lambda_min={config.lambda_min} and lambda_max={config.lambda_max}")
     micro = config.micro_batch_size or config.batch_size // processes

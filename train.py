@@ -25,6 +25,7 @@ Notable:
 - How a dense model is handed to the gates without a shock: handover.py. What the dense model teaches its child: `distill_weight`.
 """
 
+import copy
 import gc
 import inspect
 import math
@@ -46,7 +47,7 @@ import lora
 import prepare_data
 import sharding
 from batches import Batches
-from checkpoint import CheckpointError, checkpoint_of, save_checkpoint, state_to_save
+from checkpoint import CheckpointError, checkpoint_of, load_weights, read_checkpoint, save_checkpoint, state_to_save
 from configure import ConfigError, parse_command_line
 from evaluate import evaluate_splits
 from gate import choose_impl
@@ -73,6 +74,31 @@ def meets_target(found, dense, target_loss):
         found[split]["correct"] >= dense[split]["correct"] for split in found if found[split]["accuracy"] is not None)
 
 
+def is_ready(found, ready_loss):
+    """Is a dense model ready to be a parent? All its answers are right, where they are right or wrong, and its held-out loss is at most ready_loss (nats)."""
+    val = found["val"]
+    answers = [f for f in found.values() if f["accuracy"] is not None]
+    return val["loss"] <= ready_loss and all(f["correct"] == f["examples"] for f in answers)
+
+
+def distance_from_target(found, dense, target_loss):
+    """How far a gated model is from what `meets_target` asks for: (answers lost, nats too many). (0, 0.0) meets it."""
+    lost = sum(max(0, dense[split]["correct"] - found[split]["correct"]) for split in found if found[split]["accuracy"] is not None)
+    return lost, max(0.0, found["val"]["loss"] - target_loss)
+
+
+def judged_model(model, c):
+    """Who is judged and kept: the model itself, or with average_decay a copy of it, for `follow` to keep up with it."""
+    return copy.deepcopy(model).eval() if c.average_decay else model
+
+
+def follow(average, model, decay):
+    """average <- decay average + (1 - decay) model, weight by weight: Polyak's average. Training jumps about a minimum; the average lies in it."""
+    with torch.no_grad():
+        for kept, now in zip(average.parameters(), model.parameters(), strict=True):
+            kept.lerp_(now, 1 - decay)
+
+
 def divergence(logits, teacher_logits, targets):
     """KL(teacher || student), the mean over the positions where something is asked, nats. Logits (B, T, V), targets (B, T), -1 where nothing is."""
     student, teacher = (x[targets != -1].float().log_softmax(-1) for x in (logits, teacher_logits))  # (asked, V)
@@ -91,7 +117,7 @@ def train(config, given=frozenset()):
                               free=lambda c: FREE if c.gated else (*FREE, *GATED_ONLY))
     device, micro_batches = hardware.pick_device(c.device), check_together(c, hardware.world())
     hardware.wait_for_all()  # nobody writes into the folder before everybody has read it
-    if checkpoint and checkpoint["step"] >= c.max_steps:
+    if checkpoint and (checkpoint["step"] >= c.max_steps or checkpoint.get("ready")):
         hardware.say(f"{c.out_dir} is finished ({checkpoint['step']} steps)")
         return
     with hardware.first_alone():
@@ -99,8 +125,9 @@ def train(config, given=frozenset()):
     model, dense_model, facts = models_of(c, given, data, device, checkpoint, train)
 
     # --- how it computes ----------------------------------------------------------------------------------------------
-    # model: judged, saved    fast: the same, compiled: measured    network: the same, in DDP: trained
-    # dense_model: judged     fast_dense: the same, compiled: measured, teaches
+    # model: trained    fast: the same, compiled    network: the same, in DDP
+    # judged: judged, saved: the model, or the moving average of its weights    fast_judged: the same, compiled: measured
+    # dense_model: judged    fast_dense: the same, compiled: measured, teaches
     model.attention_impl = c.attention_impl
     try:
         impl = choose_impl(c.attention_impl, device.split(":")[0], model.config.block_size, model.config.n_embd // model.config.n_head) if c.gated else "dense"
@@ -125,7 +152,7 @@ def train(config, given=frozenset()):
     batches = Batches(data, context, c.batch_size, micro_batches, c.seed, facts["parent"] is not None, device)
 
     # --- where the run stands: what the dense model can do, lambda, the best checkpoint so far ------------------------
-    state = {"step": 0, "seconds": 0.0, "best": None, "dense": None, "target_loss": None, "dense_on_training": None, "batch_loss": None, "density": None, "constraint_loss": None}
+    state = {"step": 0, "seconds": 0.0, "best": None, "closest": None, "met_at": 0, "ready": None, "dense": None, "target_loss": None, "dense_on_training": None, "batch_loss": None, "density": None, "constraint_loss": None}
     shards = checkpoint.get("shards") if checkpoint else None
     geco = GECO(target=0.0, scale=c.constraint_scale, rate=c.lambda_rate, alpha=c.lambda_average,  # the target is measured below
                 lambda_init=c.lambda_init, lambda_min=c.lambda_min, lambda_max=c.lambda_max) if c.gated else None
@@ -136,10 +163,14 @@ def train(config, given=frozenset()):
             sharding.load_optimizer(optimizer, checkpoint["optimizer"])
         for group, decay in zip(optimizer.param_groups, (c.weight_decay, 0.0)):  # which --init_from=resume may change
             group.update(weight_decay=decay, betas=(c.beta1, c.beta2))
-        state = {key: checkpoint[key] for key in state}
+        state = {key: checkpoint.get(key, value) for key, value in state.items()}
         if geco:
             geco.load_state_dict(checkpoint["geco"])
-        del checkpoint["model"], checkpoint["optimizer"]  # they may be large
+        judged = judged_model(model, c)
+        if c.average_decay:
+            load_weights(model, checkpoint["trained"])
+        for large in {"model", "optimizer", "trained"} & set(checkpoint):
+            del checkpoint[large]
     elif c.gated:
         dense = state["dense"] = evaluate_splits(dense_model, data, c.eval_batch_size, c.eval_batches)
         state["target_loss"] = dense["val"]["loss"] + c.loss_slack
@@ -153,6 +184,11 @@ def train(config, given=frozenset()):
             with torch.compiler.set_stance("force_eager"):  # it happens once, with a new function in every layer: not worth compiling
                 fold_shift(model, torch.from_numpy(x).to(device), c.open_above, fold=not c.lora_rank and not sharded)
             model.config.gate_bias = hardware.of_first(model.config.gate_bias)  # DDP does the same for the key biases
+    if not checkpoint:
+        judged = judged_model(model, c)
+    fast_judged = fast
+    if judged is not model:
+        fast_judged = torch.compile(judged) if compiled else judged
     start = state["step"]
     network = torch.nn.parallel.DistributedDataParallel(fast) if hardware.world() > 1 and not sharded else fast
     model.train()  # samples the gates, drops out; load_checkpoint and evaluate leave models in evaluation mode
@@ -170,11 +206,63 @@ def train(config, given=frozenset()):
             sharding.save(os.path.join(c.out_dir, shards), state_to_save(model), model, optimizer)
         if sharded:
             parts["model"] = sharding.whole_state(state_to_save(model)) if name == "best.pt" or step == c.max_steps else None
+        if c.average_decay and name == "last.pt":
+            parts["trained"] = model.state_dict()
         if hardware.rank() == 0:
             save_checkpoint(os.path.join(c.out_dir, name), {**checkpoint_of(
-                model, geco=geco and geco.state_dict(), config=asdict(c), **facts, **at), **parts})
+                judged, geco=geco and geco.state_dict(), config=asdict(c), **facts, **at), **parts})
             if name == "last.pt":
                 sharding.remove_old(c.out_dir, keep=parts.get("shards"))
+
+    def worthwhile(val):
+        """Can an evaluation still pass, after what the held-out rows say? Else the others need not be counted."""
+        if not c.gated:
+            return val["correct"] == val["examples"]
+        return meets_target({"val": val}, state["dense"], state["target_loss"])
+
+    def names_to_keep(step, found, passes):
+        """Under which names, beside last.pt, this evaluation's model is kept: best.pt, closest.pt or none. Remembers the scores."""
+        val = found["val"]
+        score, which = [val["open"], val["loss"]], "best"  # the fewest edges; of a dense run, whose edges are all open, the lowest loss
+        if state["ready"]:
+            return ["best.pt"]  # a parent is the one that was found ready
+        if c.gated and step == 0:
+            return []  # the untrained start is nobody's result
+        if not passes:
+            score, which = list(distance_from_target(found, state["dense"], state["target_loss"])), "closest"
+            if state["best"]:
+                return []
+        before = state[which]
+        # at step start of a run that goes on it was judged before; another device or number of processes rounds otherwise
+        again = step == start and before and all(math.isclose(*pair, rel_tol=1e-6) for pair in zip(score, before))
+        if before and score > before and not again:
+            return []
+        state[which] = score
+        return [f"{which}.pt"]
+
+    def describe(step, found, passes):
+        """A line of metrics.jsonl."""
+        val = found["val"]
+        judged_all = len(found) == 2
+        line = dict(step=step, val_loss=val["loss"], accuracy=val["accuracy"], val_correct=val["correct"],
+                    correct=sum(f["correct"] for f in found.values()) if judged_all else None,
+                    train_loss=found["train"]["loss"] if judged_all else None, batch_loss=state["batch_loss"],
+                    density=state["density"], open=val["open"], fraction=val["fraction"], passes=passes, target_loss=state["target_loss"],
+                    seconds=state["seconds"] + time.time() - began, **speed.read())
+        if geco:
+            line |= {"constraint_target": geco.target, "constraint_loss": state["constraint_loss"], "violation": geco.violation, "lambda": geco.lam}
+        return line
+
+    def go_back(step):
+        """The constraint is lost: return to best.pt, the last state that met the target, optimizer and all, and insist on the constraint more than now or then."""
+        hardware.wait_for_all()  # process 0 has written it
+        best = read_checkpoint(os.path.join(c.out_dir, "best.pt"))
+        for weights in {model, judged}:
+            load_weights(weights, best["model"])
+        sharding.load_optimizer(optimizer, best["optimizer"])
+        geco.lam = max(geco.lam, best["geco"]["lam"])
+        geco.insist(c.return_factor)
+        state["met_at"] = step
 
     advice = f"Start again with a smaller step, for instance --learning_rate={c.learning_rate / 3:.1g} --out_dir=out/NEW"
 
@@ -189,35 +277,34 @@ def train(config, given=frozenset()):
         for step in range(start, c.max_steps + 1):
             if step % c.eval_interval == 0 or step == c.max_steps:
                 speed.pause()
-                found = evaluate_splits(model, data, c.eval_batch_size, c.eval_batches)
+                found = evaluate_splits(judged, data, c.eval_batch_size, c.eval_batches, worthwhile)
                 val = found["val"]
-                open_edges = f"{val['open']:.1f} of {val['total']}"
                 if not math.isfinite(val["loss"]):
                     raise RunError(f"the held-out loss is {val['loss']} at step {step}{f'; {c.out_dir}/last.pt still holds an earlier step' if step else ''}. {advice}")
                 passes = not c.gated or meets_target(found, state["dense"], state["target_loss"])
-                score = [val["open"], val["loss"]]  # the fewest edges; of a dense run, whose edges are all open, the lowest loss
-                # at step start of a run that goes on it was judged before; another device or number of processes rounds otherwise
-                is_best = passes and (state["best"] is None or score <= state["best"] or step == start and all(math.isclose(*pair, rel_tol=1e-6) for pair in zip(score, state["best"])))
-                state["best"] = score if is_best else state["best"]
+                state["ready"] = is_ready(found, c.ready_loss) if c.ready_loss and not c.gated else None
+                if passes:
+                    state["met_at"] = step
+                kept = names_to_keep(step, found, passes)
+                at_end = step == c.max_steps or bool(state["ready"])
+                lost = not at_end and c.patience and state["best"] and step - state["met_at"] >= c.patience * c.eval_interval
                 if log:
-                    log.write(step=step, val_loss=val["loss"], accuracy=val["accuracy"], correct=sum(f["correct"] for f in found.values()),
-                              train_loss=found["train"]["loss"] if "train" in found else None, batch_loss=state["batch_loss"],
-                              density=state["density"], open=val["open"], fraction=val["fraction"], passes=passes, target_loss=state["target_loss"],
-                              seconds=state["seconds"] + time.time() - began, **speed.read(),
-                              **({"constraint_target": geco.target, "constraint_loss": state["constraint_loss"], "violation": geco.violation, "lambda": geco.lam} if geco else {}))
+                    log.write(**describe(step, found, passes), goes_back=bool(lost))
                 # last.pt first: a run that is killed in between evaluates again and writes best.pt then. A run whose last.pt is at its end never will
-                for name in ["last.pt", "best.pt"] if step < c.max_steps else ["best.pt", "last.pt"]:
-                    if name == "last.pt" or is_best:
-                        save(name, step)
+                for name in [*kept, "last.pt"] if at_end else ["last.pt", *kept]:
+                    save(name, step)
+                if at_end:
+                    break
+                if lost:
+                    go_back(step)
                 speed.go_on()
-            if step == c.max_steps:
-                break
 
             for group in optimizer.param_groups:
                 group["lr"] = get_lr(step, c)
             noisy = step < c.max_steps - c.noise_free_steps
             if c.gated and step % c.constraint_interval == 0:
-                measured = batches.mean_loss(step, fast, autocast, sampled=noisy and c.constraint_gates == "sampled")
+                sampled = noisy and c.constraint_gates == "sampled"
+                measured = batches.mean_loss(step, fast if sampled else fast_judged, autocast, sampled)
                 if c.constraint_paired:  # the dense model's luck with this batch, taken off; on average it is 0
                     measured -= batches.mean_loss(step, fast_dense, autocast) - state["dense_on_training"]
                 state["constraint_loss"] = measured
@@ -244,6 +331,8 @@ def train(config, given=frozenset()):
                                f"offending_batch.json the indices of the batch. {advice}")
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
+            if c.average_decay:
+                follow(judged, model, c.average_decay)
             speed.step()
 
             state["batch_loss"] = batch_loss if state["batch_loss"] is None else 0.95 * state["batch_loss"] + 0.05 * batch_loss
