@@ -513,3 +513,34 @@ def test_triton_without_a_gpu_is_refused_before_anything_is_built(counting, monk
     with pytest.raises(RunError, match="attention_impl='triton' needs a GPU"):
         run("sparse.py", attention_impl="triton", device="cpu", init_from="out/dense")
     assert not os.path.exists("out/sparse")
+
+
+def test_an_unready_parent_is_refused_and_a_ready_one_stops(echo):
+    """ready_loss: trained until all answers are right and the loss is low; until then no child starts from it."""
+    dense = (echo / "dense.py").read_text()
+    (echo / "dense.py").write_text(dense + "ready_loss = 0.05\n")
+    with pytest.raises(RunError, match="out/dense/best.pt is no parent yet: .*ready_loss=0.05.*--init_from=resume --max_steps=120"):
+        run("sparse.py")
+    run("dense.py", init_from="resume", max_steps=2000, learning_rate=1e-2)
+    last = read_checkpoint("out/dense/last.pt")
+    assert last["ready"] and last["step"] < 2000 and metrics("out/dense")[-1]["val_loss"] <= 0.05
+    run("sparse.py", init_from="out/dense", max_steps=20)
+    assert metrics("out/sparse")[-1]["step"] == 20
+
+
+def test_the_average_of_the_weights_is_what_is_judged_and_kept(echo):
+    run("dense.py", average_decay=0.9)
+    last = read_checkpoint("out/dense/last.pt")
+    assert not same(last["model"], last["trained"])
+    model = load_checkpoint("out/dense/last.pt")
+    data = prepare_data.load("echo")
+    x, y = (torch.from_numpy(a) for a in data.batch("val", range(200), 4))
+    assert metrics("out/dense")[-1]["val_loss"] == pytest.approx(model(x, y)[1].item(), rel=1e-5)
+
+
+def test_a_run_that_loses_its_target_goes_back_to_the_last_state_that_met_it(echo, monkeypatch):
+    answers = iter([False, True, False, False, True] + [True] * 20)
+    monkeypatch.setattr(train_file, "meets_target", lambda found, dense, target: next(answers) if len(found) == 2 else True)
+    folder = run("sparse.py", patience=2, max_steps=80, lambda_init=1.0, lambda_min=0.2)
+    lines = metrics(folder)
+    assert [line["goes_back"] for line in lines] == [False, False, False, True, False]
