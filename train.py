@@ -279,6 +279,7 @@ def train(config, given=frozenset()):
                 speed.pause()
                 found = evaluate_splits(judged, data, c.eval_batch_size, c.eval_batches, worthwhile)
                 val = found["val"]
+                open_edges = f"{val['open']:.1f} of {val['total']}"
                 if not math.isfinite(val["loss"]):
                     raise RunError(f"the held-out loss is {val['loss']} at step {step}{f'; {c.out_dir}/last.pt still holds an earlier step' if step else ''}. {advice}")
                 passes = not c.gated or meets_target(found, state["dense"], state["target_loss"])
