@@ -3,6 +3,8 @@
     python analyze.py report out/addition                 report.json and figures; train.py calls this at the end of a run
     python analyze.py report out/addition out/other ...   the same for several runs, one table
     python analyze.py explain out/addition                when does each edge open, and what is it for (explain.py)
+    python analyze.py ask out/addition 36+28              one sum: its answer, the edges that opened (ask.py)
+    python analyze.py ask out/addition 36+28 --shut=1.s2.s4   the same, layer 1's edge from s4 to s2 cut
     python analyze.py circuit out/stdlib_dense out/stdlib --task=quote      how small is a task's circuit, dense and sparse (compare.py)
     python analyze.py induction out/stdlib                which heads copy: prefix matching and copying score of every head
     python analyze.py benchmark out/olmo_1b               TruthfulQA, PIQA, OpenBookQA, ARC-Easy, dense beside sparse (benchmark.py)
@@ -22,7 +24,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+import ask
 import compare
+import explain
 import figures
 import hardware
 import lora
@@ -30,17 +34,16 @@ import prepare_data
 import text
 from configure import ConfigError, parse_command_line
 from evaluate import evaluate_splits
-from explain import damage, explain, when
+from explain import AnalysisError
 from induction import copying_scores, prefix_matching
 from checkpoint import CheckpointError, load_checkpoint, model_of, read_checkpoint, tokenizer_of
 from resume import checkpoint_named, kept_checkpoint, read_metrics
 from tasks import TaskError
 
-SUMS = [(53, 21, "no carry"), (36, 28, "carry out of the units"), (43, 59, "carry into the hundreds")]  # the paper's three kinds
-
-
-class AnalysisError(Exception):
-    """A run that cannot be analysed. The message says what to type instead."""
+# The paper's three kinds of sum. Of each number a d-digit model gets the last d digits: 53+21, 36+28, 43+59
+SUMS = [(6253, 1421, "no carry"),
+        (4136, 3528, "carry out of the units"),
+        (5743, 8659, "carry into the {highest}")]
 
 
 def read_json(path):
@@ -110,8 +113,9 @@ def report(run):
         figures.open_by_head(os.path.join(run, "gates.png"), judged["val"]["per_head"])
         figures.open_by_distance(os.path.join(run, "distance.png"), judged["val"]["by_distance"], judged["val"]["open"])
         dense_model = lora.Base(model) if checkpoint.get("base") == parent else parent_of(parent, run)
-        if config["dataset"] == "addition":
-            attention_flow(run, model.cpu(), dense_model)
+        task = prepare_data.addition_task(data.meta)
+        if task:
+            attention_flow(run, model.cpu(), dense_model, task)
         elif data.meta["kind"] == "stream":
             gallery(run, model.cpu(), dense_model, data, judged["val"]["per_head"])
     return result
@@ -162,22 +166,36 @@ def parent_of(parent, run):
         return None
 
 
+def example_sums(task):
+    """The sums to draw, of the paper's three kinds: [(a, b, kind)]."""
+    highest = explain.PLACES[task.digits]
+    end = 10**task.digits
+    return [(a % end, b % end, kind.format(highest=highest)) for a, b, kind in SUMS]
+
+
 @torch.no_grad()
-def attention_flow(run, model, dense_model):
+def attention_flow(run, model, dense_model, task):
     """attention_flow.png: three sums through the dense parent (if it is still there) and the sparse model."""
-    a, b = np.array([s[:2] for s in SUMS]).T
-    questions = prepare_data.addition_rows(a, b)[:, 0].astype(np.int64)
-    columns = [(f"{x} + {y} = {x + y}, {kind}", token_names(question)) for (x, y, kind), question in zip(SUMS, questions)]
+    sums = example_sums(task)
+    a, b = np.array([(a, b) for a, b, _ in sums]).T
+    questions = prepare_data.addition_rows(a, b, *task)[:, 0].astype(np.int64)
+    titles = [f"{x} + {y} = {x + y}, {kind}" for x, y, kind in sums]
+    columns = [(title, symbols(question)) for title, question in zip(titles, questions)]
     models = [("sparse", model)]
     if dense_model:
         models.insert(0, ("dense", dense_model))
     rows = []
     for label, net in models:
         layers = []
-        logits, _, _ = net(torch.from_numpy(questions), record=lambda layer, gates: layers.append((gates.open * gates.pattern).numpy()))
+
+        def remember(layer, gates):
+            layers.append((gates.open * gates.pattern).numpy())
+
+        logits, _, _ = net(torch.from_numpy(questions), record=remember)
         answers = logits.argmax(-1).numpy()
         weights = np.stack(layers, axis=1)  # (sums, n_layer, H, T, T)
-        rows.append((label, [(w, [""] * 6 + token_names(answer[6:])) for w, answer in zip(weights, answers)]))
+        said = [[""] * task.first + symbols(answer[task.first:]) for answer in answers]
+        rows.append((label, list(zip(weights, said))))
     figures.attention_flow(os.path.join(run, "attention_flow.png"), columns, rows)
 
 
@@ -202,7 +220,8 @@ def gallery(run, model, dense_model, data, per_head, heads=4, length=36):
     figures.gallery(os.path.join(run, "gallery.png"), titles, pieces[snippet], rows)
 
 
-def token_names(tokens):
+def symbols(tokens):
+    """Token ids of addition as the signs that they stand for."""
     return [prepare_data.ADDITION_TOKENS[t] for t in tokens]
 
 
@@ -210,29 +229,33 @@ def token_names(tokens):
 # explain
 
 
-TOKEN_NAMES = ["a1", "a0", "+", "b1", "b0", "=", "s4", "s3", "s2", "s1", "s0"]  # s2: the `?` that answers the hundreds
-
-
 def explain_run(run):
     """Write a run's explain.json and explain.png, and print the table."""
-    config = read_json(os.path.join(run, "config.json"))
-    if config["dataset"] != "addition" or not config["gated"]:
-        raise AnalysisError(f"{run} is {'a gated' if config['gated'] else 'a dense'} run on {config['dataset']}: "
-                            "explain counts over sums and describes gates, so it needs a gated run on addition, such as out/addition")
-    model = load_checkpoint(checkpoint_named(run))
-    edges, intact = explain(model)
-    prepare_data.write_json(os.path.join(run, "explain.json"), edges)
-    lines = []
+    model, data, task = explain.read_addition_run(run)
+    if not os.path.isdir(run):
+        raise AnalysisError(f"{run} is no run's folder, and the table and the figure go there")
+    if not model.config.gated:
+        raise AnalysisError(f"{run} is a dense run on {data.name}: explain counts over sums and describes "
+                            "gates, so it needs a gated run on addition, such as out/addition")
+    a, b = explain.population(data, task)
+    edges, intact = explain.explain(model, task, a, b)
+    found = explain.summary(edges, intact, task, len(a))
+    prepare_data.write_json(os.path.join(run, "explain.json"), found)
+
+    right = f"{100 * intact['sum']:.2f} % of the {len(a):,} sums right"
+    title = f"{run}: {found['open']:.2f} open edges on average, {right}"
+    print(f"{title}\n{explain.legend(task)}")
+    for line in explain.circuit_in_words(edges, intact, task, model.config.n_head):
+        print(line)
+    print(f"algorithm: {found['algorithm']}")
+
+    drawn = []
     for edge in edges:
-        head = f" head {edge['head']}" if model.config.n_head > 1 else ""
-        lines.append((f"layer {edge['layer']}{head}  {TOKEN_NAMES[edge['query']]} reads {TOKEN_NAMES[edge['key']]}", when(edge), damage(edge, intact)))
-    mean = sum(edge["open_on"] for edge in edges) / 10_000
-    title = f"{run}: {mean:.2f} open edges on average, {100 * intact['sum']:.2f} % of the 10,000 sums right"
-    print(f"{title}\na1 a0 + b1 b0 = s4 s3 s2 s1 s0: s0 is the `?` that answers the units, s1 the tens, s2 the hundreds")
-    for number, (edge, (what, opens, breaks)) in enumerate(zip(edges, lines), 1):
-        print(f"{number:3d}  {what}, open on {edge['open_on']} sums: {opens}; {breaks}")
-    figures.explanation(os.path.join(run, "explain.png"), TOKEN_NAMES, model.config.n_layer,
-                        [{**edge, "share": edge["open_on"] / 10_000, "text": "\n    ".join(line)} for edge, line in zip(edges, lines)], title)
+        name = explain.edge_name(edge, task, model.config.n_head)
+        lines = [name, explain.when(edge), explain.damage(edge, intact)]
+        drawn.append({**edge, "text": "\n    ".join(lines)})
+    path = os.path.join(run, "explain.png")
+    figures.explanation(path, explain.token_names(task), model.config.n_layer, drawn, title)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -325,8 +348,9 @@ USAGE = __doc__.split("\n\n")[1]
 def main(arguments):
     command, runs = (arguments[0] if arguments else ""), [run.rstrip("/") for run in arguments[1:] if not run.startswith("--")]
     flags = [flag for flag in arguments[1:] if flag.startswith("--")]
-    takes_flags = command in ("circuit", "benchmark")
-    if command not in ("report", "explain", "circuit", "induction", "benchmark") or not runs or flags and not takes_flags or command == "circuit" and (len(runs) != 2 or not flags):
+    takes_flags = command in ("circuit", "benchmark", "ask")
+    known = ("report", "explain", "ask", "circuit", "induction", "benchmark")
+    if command not in known or not runs or flags and not takes_flags or command == "circuit" and (len(runs) != 2 or not flags):
         sys.exit(f"usage:\n{USAGE}")
     limits = {"n": ("at least 2", lambda v: v >= 2), "steps": ("at least 1", lambda v: v >= 1), "seed": ("0 or more", lambda v: v >= 0), "limit": ("0 or more", lambda v: v >= 0)}
     try:
@@ -337,6 +361,8 @@ def main(arguments):
                 if r["sparse"] and not (r["meets_target"] and r["step"]):
                     print(nothing_found(r["run"]))
             print(f"report.json and figures are in {', '.join(runs)}")
+        elif command == "ask":
+            ask.ask_run(runs[0], "".join(runs[1:]), flags)
         elif command == "circuit":
             circuit_run(*runs, CircuitOptions(**parse_command_line(flags, CircuitOptions, limits)[1]))
         elif command == "benchmark":

@@ -1,6 +1,7 @@
 """Every dataset: how it is made, how it lies on disk, how it is read.
 
     python prepare_data.py addition                     two-digit addition, all 10,000 sums, made offline in a second
+    python prepare_data.py addition --digits=3          three digits, 20,000 sums: data/addition3
     python prepare_data.py stdlib                       the Python standard library's source, 11 MB of code, offline
     python prepare_data.py stdlib --tokenizer=gpt2      the same in GPT-2's tokens: data/stdlib-gpt2
     python prepare_data.py text --file=A --file=B       your own files
@@ -32,6 +33,7 @@ import os
 import shlex
 import sys
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from tqdm import tqdm
@@ -96,8 +98,15 @@ class Dataset:
 
 def how_to_make(name, meta=None):
     """The command that makes dataset `name`."""
-    base, _, tokenizer = name.partition("-")
-    return (meta or {}).get("made_by") or f"python prepare_data.py {base}" + f" --tokenizer={tokenizer}" * bool(tokenizer)
+    if meta and "made_by" in meta:
+        return meta["made_by"]
+    if name in OFFLINE:
+        base, options = OFFLINE[name]
+    else:
+        base, _, tokenizer = name.partition("-")
+        options = {"tokenizer": tokenizer} if tokenizer else {}
+    flags = [f"--{flag}={value}" for flag, value in options.items()]
+    return " ".join(["python prepare_data.py", base, *flags])
 
 
 def load(name, root="data"):
@@ -114,7 +123,8 @@ def load(name, root="data"):
         with locked(folder):
             if not os.path.exists(os.path.join(folder, "meta.json")):  # no other process has made it while we waited
                 print(f"making {folder} ...")
-                make(name.split("-")[0], folder, tokenizer="gpt2" if name.endswith("-gpt2") else "bytes")
+                base, options = OFFLINE[name]
+                make(base, folder, **options)
     try:
         with open(os.path.join(folder, "meta.json")) as f:
             meta = json.load(f)
@@ -213,24 +223,88 @@ def write_dataset(folder, train, val, **meta):
 ADDITION_TOKENS = "0123456789+=?"
 
 
-def addition_rows(a, b):
-    """Rows for the sums a + b: (N, 2, 11) uint16, the question and, at its five `?`, the digits of the answer.
+class AdditionTask(NamedTuple):
+    """The shape of an addition dataset: a row is `digits` digits, +, as many, =, and `answers` times ?."""
 
-    a, b: (N,) integers from 0 to 99. The model answers all five digits in parallel, in one forward pass.
+    digits: int = 2  # of each of the two numbers
+    answers: int = 5  # positions of the answer, the highest place first, filled up with zeros
+
+    @property
+    def first(self):
+        """The position of the first `?`."""
+        return 2 * self.digits + 2
+
+    @property
+    def length(self):
+        """T, the tokens of a row."""
+        return self.first + self.answers
+
+
+def answers_for(digits):
+    """The answer positions of a dataset of so many digits: five, or more where the sum needs them."""
+    return max(5, digits + 1)
+
+
+def addition_task(meta):
+    """The AdditionTask (digits, answers) of the dataset that meta.json describes, or None if it does not add.
+
+    Datasets made before meta.json had a `task` are known by their symbols and their 11 tokens a row.
+    """
+    task = meta.get("task")
+    if task:
+        return AdditionTask(task["digits"], task["answers"]) if task["name"] == "addition" else None
+    adds = meta["kind"] == "rows" and meta.get("vocab") == list(ADDITION_TOKENS)
+    old = AdditionTask()
+    return old if adds and meta["shape"]["train"][2] == old.length else None
+
+
+def addition_rows(a, b, digits=2, answers=5):
+    """Rows for the sums a + b: (N, 2, T) uint16, the question and, at its `?`, the digits of the answer.
+
+    a, b: (N,) integers from 0 to 10^digits - 1. The model answers all digits at once, in one forward pass.
+    T = 2 digits + 2 + answers: 11 for two digits.
     """
     a, b = np.asarray(a), np.asarray(b)
+    task = AdditionTask(digits, answers)
     plus, equals, ask = (ADDITION_TOKENS.index(c) for c in "+=?")
-    rows = np.full((len(a), 2, 11), IGNORE, dtype=np.uint16)
-    rows[:, 0] = np.stack([a // 10, a % 10, a * 0 + plus, b // 10, b % 10, a * 0 + equals] + [a * 0 + ask] * 5, axis=1)
-    rows[:, 1, 6:] = np.stack([(a + b) // 10**place % 10 for place in (4, 3, 2, 1, 0)], axis=1)
+    rows = np.full((len(a), 2, task.length), IGNORE, dtype=np.uint16)
+    rows[:, 0, :digits] = digits_of(a, digits)
+    rows[:, 0, digits] = plus
+    rows[:, 0, digits + 1:task.first - 1] = digits_of(b, digits)
+    rows[:, 0, task.first - 1] = equals
+    rows[:, 0, task.first:] = ask
+    rows[:, 1, task.first:] = digits_of(a + b, answers)
     return rows
 
 
+def digits_of(numbers, count):
+    """The last `count` digits of numbers (N,), the highest place first: (N, count)."""
+    return numbers[:, None] // 10 ** np.arange(count)[::-1] % 10
+
+
+def addition_pairs(rows, digits):
+    """The numbers that rows (N, 2, T) add: a (N,) and b (N,). The way back from `addition_rows`."""
+    place_values = 10 ** np.arange(digits)[::-1]
+    questions = np.asarray(rows[:, 0]).astype(np.int64)
+    return questions[:, :digits] @ place_values, questions[:, digits + 1:2 * digits + 1] @ place_values
+
+
 def make_addition(folder, options):
-    """All 10,000 pairs, shuffled by a fixed seed: 8,000 to train on, 2,000 held out, no pair in both."""
-    order = np.random.default_rng(0).permutation(10_000)
-    rows = addition_rows(order // 100, order % 100)
-    write_dataset(folder, rows[:8000], rows[8000:], kind="rows", vocab_size=len(ADDITION_TOKENS), vocab=list(ADDITION_TOKENS))
+    """Pairs shuffled by a fixed seed, four fifths to train on, one fifth held out, no pair in both.
+
+    One and two digits: all 100 or 10,000 pairs. More: 20,000 of the 10^(2 digits), drawn without repetition.
+    """
+    digits, rng = options.digits, np.random.default_rng(0)
+    if digits <= 2:
+        order = rng.permutation(100**digits)
+    else:
+        order = rng.choice(100**digits, 20_000, replace=False)
+    a, b = np.divmod(order, 10**digits)
+    rows = addition_rows(a, b, digits, answers_for(digits))
+    train = len(rows) * 4 // 5
+    write_dataset(folder, rows[:train], rows[train:], kind="rows", vocab_size=len(ADDITION_TOKENS),
+                  vocab=list(ADDITION_TOKENS),
+                  task={"name": "addition", "digits": digits, "answers": answers_for(digits)})
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -284,14 +358,21 @@ def make_dolma(folder, options):
 
 DATASETS = {"addition": make_addition, "stdlib": make_stdlib, "text": make_text, "shakespeare": make_shakespeare,
             "openwebtext": make_openwebtext, "fineweb": make_fineweb, "dolma": make_dolma}
-OFFLINE = ["addition", "stdlib", "stdlib-gpt2"]  # those that need no network: train.py makes them on first use
+MOST_DIGITS = 4
+# Those that need no network: train.py makes them on first use. {name: (dataset, options of `make`)}
+OFFLINE = {"addition": ("addition", {}),
+           "stdlib": ("stdlib", {}),
+           "stdlib-gpt2": ("stdlib", {"tokenizer": "gpt2"})}
+OFFLINE |= {f"addition{d}": ("addition", {"digits": d}) for d in range(1, MOST_DIGITS + 1) if d != 2}
 STANDARD = {"openwebtext": "gpt2", "fineweb": "gpt2", "dolma": "olmo"}  # made for this tokenizer, and named without it; others for bytes
 
 
-def make(name, folder, file=(), tokenizer="bytes", shards=10, processes=4):
+def make(name, folder, file=(), tokenizer="bytes", shards=10, processes=4, digits=2):
     """Make dataset `name` in folder. The options are those of the command line."""
     try:
-        DATASETS[name](folder, argparse.Namespace(file=file, tokenizer=tokenizer, shards=shards, processes=processes))
+        options = argparse.Namespace(file=file, tokenizer=tokenizer, shards=shards, processes=processes,
+                                     digits=digits)
+        DATASETS[name](folder, options)
     except (text.TextError, corpora.CorpusError, DownloadError) as error:
         raise DataError(str(error)) from error
 
@@ -299,20 +380,28 @@ def make(name, folder, file=(), tokenizer="bytes", shards=10, processes=4):
 def main(arguments):
     parser = argparse.ArgumentParser(prog="prepare_data.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", choices=DATASETS)
+    parser.add_argument("--digits", type=int, help=f"of addition: of each number, 1 to {MOST_DIGITS}; 2")
     parser.add_argument("--tokenizer", choices=text.TOKENIZERS, help="of a text; bytes, but gpt2 for openwebtext and fineweb, olmo for dolma")
     parser.add_argument("--file", action="append", default=[], help="of text: a file, one document; give it as often as you like")
     parser.add_argument("--shards", type=int, help="of fineweb and dolma: how many of their 103 files; 10")
     parser.add_argument("--processes", type=int, default=os.cpu_count(), help="of openwebtext and dolma: how many encode at once")
     options = parser.parse_args(arguments)
-    for flag, given, takes in (("shards", options.shards, ("fineweb", "dolma")), ("file", options.file, ("text",)), ("tokenizer", options.tokenizer, set(DATASETS) - {"addition"})):
-        if given and options.name not in takes:
+    takers = {"digits": ("addition",), "shards": ("fineweb", "dolma"), "file": ("text",),
+              "tokenizer": set(DATASETS) - {"addition"}}
+    for flag, takes in takers.items():
+        if getattr(options, flag) not in (None, []) and options.name not in takes:
             sys.exit(f"error: {options.name} takes no --{flag}")
+    options.digits = 2 if options.digits is None else options.digits
+    if not 1 <= options.digits <= MOST_DIGITS:
+        sys.exit(f"error: --digits must be 1 to {MOST_DIGITS}, the digits of each of the two numbers")
     options.shards = 10 if options.shards is None else options.shards
     if not 1 <= options.shards <= 103 or options.processes < 1:
         sys.exit("error: --shards must be 1 to 103, --processes at least 1")
     name, standard = options.name, STANDARD.get(options.name, "bytes")
     options.tokenizer = options.tokenizer or standard
-    folder = os.path.join("data", name + ("" if options.tokenizer == standard else f"-{options.tokenizer}"))
+    suffix = "" if options.digits == 2 else str(options.digits)
+    suffix += "" if options.tokenizer == standard else f"-{options.tokenizer}"
+    folder = os.path.join("data", name + suffix)
     try:
         with locked(folder):
             make(**(vars(options) | {"folder": folder}))

@@ -6,14 +6,17 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+import analyze as analyze_module
 import figures
 import prepare_data
 from conftest import REPOSITORY
 from evaluate import evaluate
-from checkpoint import load_checkpoint, read_checkpoint, save_checkpoint
-from prepare_data import load
+from checkpoint import checkpoint_of, load_checkpoint, read_checkpoint, save_checkpoint
+from model import GPT, GPTConfig
+from prepare_data import AdditionTask, load
 from settings import make_config
 from train import train
 
@@ -106,11 +109,36 @@ def test_a_line_that_a_kill_cut_off_does_no_harm(folder):
 
 
 def test_explain(folder):
-    done = analyze(folder, "explain", "out/sparse")
+    done = analyze(folder, "explain", "out/sparse")  # hardly trained: every other edge is open
+    assert done.returncode == 1 and "edges open on one sum or another: that is not sparse" in done.stderr
+    checkpoint = read_checkpoint(str(folder / "out/sparse/best.pt"))
+    (folder / "out/few").mkdir()
+    config = GPTConfig(block_size=11, vocab_size=13, n_layer=2, n_head=1, n_embd=8, gated=True, gate_bias=-1.5)
+    torch.manual_seed(1)
+    model = GPT(config)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    save_checkpoint(str(folder / "out/few/best.pt"), checkpoint_of(model, data=checkpoint["data"]))
+    done = analyze(folder, "explain", "out/few")
     assert done.returncode == 0, done.stderr
-    edges = json.load(open(folder / "out/sparse/explain.json"))
-    assert len(edges) == sum(line.lstrip()[:1].isdigit() for line in done.stdout.splitlines()[2:])
-    assert (folder / "out/sparse/explain.png").exists()
+    found = json.load(open(folder / "out/few/explain.json"))
+    assert 0 < len(found["edges"]) <= 60
+    assert len(found["edges"]) == sum(line.lstrip()[:1].isdigit() for line in done.stdout.splitlines()[2:])
+    assert found["task"] == {"name": "addition", "digits": 2, "answers": 5} and found["sums"] == 10_000
+    assert f"algorithm: {found['algorithm']}" in done.stdout and f"{found['open']:.2f} open edges" in done.stdout
+    assert (folder / "out/few/explain.png").exists()
+
+
+def test_the_sums_that_are_drawn_have_no_carry_one_from_the_units_and_one_into_the_highest_place():
+    assert [sum_[:2] for sum_ in analyze_module.example_sums(AdditionTask())] == [(53, 21), (36, 28), (43, 59)]
+    for digits in (1, 2, 3, 4):
+        plain, units, highest = analyze_module.example_sums(AdditionTask(digits, 5))
+        carries = []
+        for a, b, _ in (plain, units, highest):
+            ends = [10 ** (place + 1) for place in range(digits)]
+            carries.append([a % end + b % end >= end for end in ends])
+        assert not any(carries[0]) and carries[1] == [True] + [False] * (digits - 1) and carries[2][-1]
+    assert highest[2] == "carry into the ten-thousands"
 
 
 def test_other_data_than_the_runs_is_named(folder):

@@ -10,7 +10,7 @@ import pytest
 
 import prepare_data
 from conftest import REPOSITORY
-from prepare_data import ADDITION_TOKENS, DataError, addition_rows, load, write_dataset
+from prepare_data import ADDITION_TOKENS, DataError, addition_pairs, addition_rows, load, write_dataset
 
 
 def text(tokens):
@@ -32,6 +32,40 @@ def test_all_pairs_none_twice(workplace):
         for x, y in split.astype(int):
             question = text(x)
             assert int(text(y)[6:]) == int(question[:2]) + int(question[3:5])
+
+
+@pytest.mark.parametrize("digits, rows, T", [(1, 100, 9), (3, 20_000, 13), (4, 20_000, 15)])
+def test_other_numbers_of_digits(workplace, digits, rows, T):
+    data = load(f"addition{digits}")  # made on first use
+    assert data.train.shape == (rows * 4 // 5, 2, T) and data.val.shape == (rows // 5, 2, T)
+    assert prepare_data.addition_task(data.meta) == (digits, 5)
+    everything = np.concatenate([data.train, data.val])
+    a, b = addition_pairs(everything, digits)
+    assert len(set(zip(a, b))) == rows and max(a.max(), b.max()) == 10**digits - 1
+    assert (everything == addition_rows(a, b, digits, 5)).all()
+    for x, y in everything[:50].astype(int):
+        question, answer = text(x), text(y)[-5:]
+        assert len(question) == T and question.endswith("=?????")
+        assert int(answer) == sum(int(number) for number in question[:2 * digits + 1].split("+"))
+
+
+def test_two_digits_are_what_they_always_were(workplace):
+    sha256 = load("addition").meta["sha256"]
+    assert sha256["train"] == "dea3967fdeef3dc967e7221d2fdb49055145c9fc86d2bde69055cca2c15cf2cf"
+    assert sha256["val"] == "2a264df73270ba13020f4558b083da1a35e6ce637885fb7e281bfa84874614cb"
+
+
+def test_the_dataset_says_what_its_task_is(workplace):
+    meta = load("addition").meta
+    assert meta["task"] == {"name": "addition", "digits": 2, "answers": 5}
+    task = prepare_data.addition_task(meta)
+    assert task == (2, 5) and task.first == 6 and task.length == 11
+    before = {key: value for key, value in meta.items() if key != "task"}
+    assert prepare_data.addition_task(before) == (2, 5)  # made before meta.json had a task
+    assert prepare_data.addition_task(before | {"vocab": list("0123456789-=?")}) is None
+    assert prepare_data.addition_task(before | {"shape": {"train": [80, 2, 9]}}) is None
+    assert prepare_data.addition_task(meta | {"task": {"name": "sorting"}}) is None
+    assert prepare_data.addition_task({"kind": "stream", "vocab_size": 256}) is None
 
 
 def test_the_split_is_always_the_same(workplace):
@@ -83,9 +117,13 @@ def test_command_line(workplace):
     run = [sys.executable, f"{REPOSITORY}/prepare_data.py"]
     done = subprocess.run([*run, "addition"], capture_output=True, text=True)
     assert done.returncode == 0 and "train (8000, 2, 11)" in done.stdout
+    done = subprocess.run([*run, "addition", "--digits=3"], capture_output=True, text=True)
+    assert done.returncode == 0 and "data/addition3: rows, train (16000, 2, 13), val (4000, 2, 13)" in done.stdout
     done = subprocess.run([*run, "nothing"], capture_output=True, text=True)
     assert done.returncode != 0 and "addition" in done.stderr and "Traceback" not in done.stderr
-    for arguments, message in ((["addition", "--tokenizer=gpt2"], "addition takes no --tokenizer"), (["openwebtext", "--shards=2"], "openwebtext takes no --shards"),
+    for arguments, message in ((["addition", "--tokenizer=gpt2"], "addition takes no --tokenizer"),
+                               (["stdlib", "--digits=3"], "stdlib takes no --digits"), (["addition", "--digits=0"], "--digits must be 1 to 4"),
+                               (["addition", "--digits=5"], "--digits must be 1 to 4"), (["openwebtext", "--shards=2"], "openwebtext takes no --shards"),
                                (["stdlib", "--file=x"], "stdlib takes no --file"), (["fineweb", "--shards=120"], "--shards must be 1 to 103"), (["fineweb", "--shards=0"], "--shards must be 1 to 103")):
         done = subprocess.run([*run, *arguments], capture_output=True, text=True)
         assert done.returncode == 1 and message in done.stderr
@@ -138,6 +176,7 @@ def test_bad_files_are_named(workplace):
             prepare_data.main(arguments)
     with pytest.raises(DataError, match="Make it: python prepare_data.py openwebtext"):
         load("openwebtext")
+    assert prepare_data.how_to_make("addition3") == "python prepare_data.py addition --digits=3"
     assert prepare_data.how_to_make("stdlib-gpt2") == "python prepare_data.py stdlib --tokenizer=gpt2"
 
 
