@@ -13,8 +13,6 @@ import torch
 
 import hardware
 
-FEW_EDGES = 10_000  # as many are counted one by one, where examples are rows: enough to draw them
-
 
 @torch.no_grad()
 def evaluate(model, data, split, batch_size=1000, max_batches=0):
@@ -24,7 +22,7 @@ def evaluate(model, data, split, batch_size=1000, max_batches=0):
     are spread evenly over the split, because its first documents need not be like the others.
     Returns a dict of plain numbers: loss, accuracy (None for a stream), correct and examples (numbers of rows),
     open, total, fraction, per_head [n_layer][H] open fractions, by_distance [T] open fractions of the edges that reach
-    0, 1, 2, ... positions back; by_edge, (n_layer, H, T, T) shares of the rows, of a gated model with few edges, on rows; else None. Leaves the model in the mode in which it was.
+    0, 1, 2, ... positions back. Leaves the model in the mode in which it was.
     """
     config, device = model.config, next(model.parameters()).device
     rows = data.meta["kind"] == "rows"
@@ -37,15 +35,11 @@ def evaluate(model, data, split, batch_size=1000, max_batches=0):
     counts_on = {"device": "cpu" if device.type == "mps" else device, "dtype": torch.float64}  # mps has no float64
     open_edges = torch.zeros(config.n_layer, config.n_head, **counts_on)  # summed over sequences
     reads = torch.zeros(T, T, **counts_on)  # query by key, summed over sequences, layers and heads
-    small = rows and config.gated and config.n_layer * config.n_head * T * T <= FEW_EDGES
-    by_edge = torch.zeros(config.n_layer, config.n_head, T, T, **counts_on) if small else None
 
     def count(layer, gates):
         by_head = gates.open.sum(dim=0).to(**counts_on)  # (H, T, T)
         open_edges[layer] += by_head.sum(dim=(1, 2))
         reads.add_(by_head.sum(dim=0))
-        if small:
-            by_edge[layer] += by_head
 
     was_training = model.training
     model.eval()
@@ -63,8 +57,6 @@ def evaluate(model, data, split, batch_size=1000, max_batches=0):
     model.train(was_training)
     reach = [reads.diagonal(-distance).sum().item() for distance in range(T)]
     loss_sum, targets_seen, correct, *counted = hardware.total([loss_sum, targets_seen, correct, *open_edges.flatten().tolist(), *reach], device)
-    if small:
-        by_edge = torch.tensor(hardware.total(by_edge.flatten().tolist(), device)).view(by_edge.shape) / len(indices)
     correct, heads = int(correct), config.n_layer * config.n_head
     open_edges = torch.tensor(counted[:heads], dtype=torch.float64).view(config.n_layer, config.n_head)
 
@@ -73,7 +65,7 @@ def evaluate(model, data, split, batch_size=1000, max_batches=0):
     total = heads * pairs
     return {"loss": loss_sum / targets_seen, "accuracy": correct / len(indices) if rows else None, "correct": correct,
             "examples": len(indices), "open": per_head.sum().item() * pairs, "total": total,
-            "fraction": per_head.mean().item(), "per_head": per_head.tolist(), "by_distance": by_distance, "by_edge": by_edge}
+            "fraction": per_head.mean().item(), "per_head": per_head.tolist(), "by_distance": by_distance}
 
 
 def evaluate_splits(model, data, batch_size, max_batches, worthwhile=None):

@@ -118,7 +118,7 @@ def limits():
 SHAPE = ("architecture", "n_layer", "n_head", "n_kv_head", "n_embd", "block_size", "dropout", "bias", "tied", "gelu")  # what a run takes over from its parent
 GATE = ("gated", "gate_bias", "gate_temperature")
 # model, start and target: what no run may change on its way
-FIXED = (*SHAPE, *GATE, "lora_rank", "lora_alpha", "lora_targets", "base_dtype", "dataset", "target_from", "open_above", "loss_slack", "constraint_margin", "eval_batches", "eval_batch_size")
+FIXED = (*SHAPE, *GATE, "average_decay", "lora_rank", "lora_alpha", "lora_targets", "base_dtype", "dataset", "target_from", "open_above", "loss_slack", "constraint_margin", "eval_batches", "eval_batch_size")
 FREE = ("out_dir", "device", "compile", "attention_impl", "dtype", "micro_batch_size", "parallel", "recompute_activations")  # what may differ when a run goes on
 SETTINGS = list(Config.__annotations__)
 GATED_ONLY = SETTINGS[SETTINGS.index("gate_bias"):SETTINGS.index("lambda_max") + 1]  # the block that a dense run ignores

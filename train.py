@@ -16,7 +16,9 @@ loss stays there. Three losses take part, and all of them are in the log:
 - the run is judged on the held-out set under deterministic gates, by `meets_target`.
 
 Notable:
-- best.pt is the checkpoint with the FEWEST open edges among the evaluations that pass that judgement, not the last one.
+- best.pt is the checkpoint with the FEWEST open edges among the evaluations that pass that judgement, not the last one, nor the untrained start.
+  A run in which none passes keeps the one that came closest, closest.pt.
+- With average_decay it is a moving average of the weights that is judged and kept; with patience a run that loses its target goes back to best.pt.
 - A step's examples and noise hang on (seed, step) alone (batches.py): a run that is killed and started again does on a CPU bit for bit what it would
   have done (GPUs sum in an order of their own), and one process that accumulates gradients does what many processes do (hardware.py).
 - The same command continues an unfinished run. A run's folder is never overwritten by a run with other settings.
@@ -82,9 +84,15 @@ def is_ready(found, ready_loss):
 
 
 def distance_from_target(found, dense, target_loss):
-    """How far a gated model is from what `meets_target` asks for: (answers lost, nats too many). (0, 0.0) meets it."""
-    lost = sum(max(0, dense[split]["correct"] - found[split]["correct"]) for split in found if found[split]["accuracy"] is not None)
-    return lost, max(0.0, found["val"]["loss"] - target_loss)
+    """How far a gated model is from what `meets_target` asks for: (held-out answers lost, nats too many, training answers lost). Zeros meet it.
+
+    In the order in which it is found out: training rows are counted only where the first two are 0.
+    """
+    lost = {"val": 0, "train": 0}
+    for split in found:
+        if found[split]["accuracy"] is not None:
+            lost[split] = max(0, dense[split]["correct"] - found[split]["correct"])
+    return lost["val"], max(0.0, found["val"]["loss"] - target_loss), lost["train"]
 
 
 def judged_model(model, c):
@@ -205,7 +213,7 @@ def train(config, given=frozenset()):
             shards = parts["shards"] = sharding.folder_for(step, shards)
             sharding.save(os.path.join(c.out_dir, shards), state_to_save(model), model, optimizer)
         if sharded:
-            parts["model"] = sharding.whole_state(state_to_save(model)) if name == "best.pt" or step == c.max_steps else None
+            parts["model"] = sharding.whole_state(state_to_save(model)) if name != "last.pt" or step == c.max_steps else None
         if c.average_decay and name == "last.pt":
             parts["trained"] = model.state_dict()
         if hardware.rank() == 0:
@@ -243,7 +251,7 @@ def train(config, given=frozenset()):
     def describe(step, found, passes):
         """A line of metrics.jsonl."""
         val = found["val"]
-        judged_all = len(found) == 2
+        judged_all = "train" in found
         line = dict(step=step, val_loss=val["loss"], accuracy=val["accuracy"], val_correct=val["correct"],
                     correct=sum(f["correct"] for f in found.values()) if judged_all else None,
                     train_loss=found["train"]["loss"] if judged_all else None, batch_loss=state["batch_loss"],

@@ -75,6 +75,16 @@ def test_two_processes_with_half_a_model_each_do_what_one_does(parent, adapters)
     assert all(torch.allclose(a[name], b[name], atol=1e-4) for name in a)
 
 
+def test_the_closest_checkpoint_of_a_sharded_run_that_misses_its_target_is_whole(parent):
+    """All gates are shut, and the learning rate makes it worse: the closest evaluation is one in the middle."""
+    launch(2, *GATED, "--open_above=0", "--gate_bias=-20", "--learning_rate=10.0", "--max_steps=4", "--parallel=fsdp", "--out_dir=out/missed")
+    assert not os.path.exists("out/missed/best.pt")
+    step = read_checkpoint("out/missed/closest.pt")["step"]
+    assert 0 < step < 4
+    loss = evaluate(load_checkpoint("out/missed/closest.pt"), prepare_data.load("count"), "val", 7, 5)["loss"]
+    assert loss == pytest.approx(next(line["val_loss"] for line in metrics("out/missed") if line["step"] == step), abs=1e-5)
+
+
 def test_what_large_models_use_all_at_once(parent):
     """FSDP, blocks compiled and recomputed, adapters on frozen weights in half precision that are their own teacher: config/olmo_7b.py and more."""
     settings = [*GATED, *LORA, "--base_dtype=bfloat16", "--max_steps=2"]

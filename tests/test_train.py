@@ -19,7 +19,7 @@ from checkpoint import CheckpointError, load_checkpoint, read_checkpoint, save_c
 from model import GPT
 from resume import RunError, StopRequest
 from settings import Config, make_config
-from train import get_lr, meets_target, train
+from train import distance_from_target, get_lr, meets_target, train
 
 SMALL = {"dataset": "echo", "n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": 4, "batch_size": 32, "max_steps": 60, "warmup_steps": 5,
          "learning_rate": 3e-3, "eval_interval": 20, "eval_batch_size": 500, "device": "cpu"}
@@ -200,6 +200,8 @@ def test_a_finished_run_says_so_and_other_settings_are_refused(echo, capsys):
     assert read_checkpoint("out/dense/last.pt")["step"] == 80
     with pytest.raises(RunError, match="holds a run with another model or target"):
         run("dense.py", init_from="resume", n_layer=3)
+    with pytest.raises(RunError, match="holds a run with another model or target .*average_decay 0.0 there, 0.9 here"):
+        run("dense.py", init_from="resume", max_steps=100, average_decay=0.9)
 
 
 def test_a_run_that_cannot_start_from_its_parent_says_why(echo):
@@ -318,6 +320,19 @@ def test_a_model_with_fewer_right_answers_does_not_meet_the_target():
     assert not meets_target(found(0.9, {"train": 9, "val": 5}), dense, 1.1)
     assert not meets_target(found(0.9, {"train": 10, "val": 4}), dense, 1.1)
     assert meets_target(found(1.1, {"train": 0, "val": 0}, None), found(1.0, {"train": 0, "val": 0}, None), 1.1)
+
+
+def test_the_closest_evaluation_is_told_by_what_was_counted_for_all():
+    """Where held-out answers are lost the training rows are not counted: that must not look closer than a few training answers lost."""
+    def found(loss, **correct):
+        return {split: {"loss": loss, "correct": number, "accuracy": 0.5} for split, number in correct.items()}
+
+    dense = found(1.0, val=5, train=10)
+    met = distance_from_target(found(1.0, val=5, train=10), dense, 1.1)
+    in_training = distance_from_target(found(1.0, val=5, train=7), dense, 1.1)
+    too_large = distance_from_target(found(1.2, val=5), dense, 1.1)
+    held_out = distance_from_target(found(1.0, val=4), dense, 1.1)
+    assert met < in_training < too_large < held_out and not any(met)
 
 
 def test_folders_are_not_mixed_up(echo):
