@@ -4,8 +4,8 @@ A run's folder out/<run>/ holds config.json, metrics.jsonl, best.pt or closest.p
 
 - The same command goes on where the run stands. If the run is finished there is nothing to do.
 - Other settings are refused: two runs never mix in one folder. `--init_from=resume` says that the change is meant.
-- Files are written under a temporary name and renamed, config.json first, then last.pt, then best.pt (after the last step best.pt goes first); metrics.jsonl grows line
-  by line. So a `kill -9` at any moment leaves a folder from which the run goes on: whatever came after last.pt is done again.
+- Files are written under a temporary name and renamed, config.json first, then last.pt, then best.pt; metrics.jsonl grows line
+  by line. After the last step best.pt.next is written first, and takes its place after last.pt: a run that is killed in between still needs the best.pt of before. So a `kill -9` at any moment leaves a folder from which the run goes on: whatever came after last.pt is done again.
 - Ctrl-C and SIGTERM finish the step, save, and say how to go on. Further SIGTERMs change nothing: torchrun and a scheduler may both send one.
 
 This file knows checkpoints (checkpoint.py) and no setting by name, but for init_from and out_dir.
@@ -77,6 +77,17 @@ def claim_folder(config, inherit, fixed, free):
     if changed:
         hardware.say(f"going on with changed settings: {words}")
     return read_checkpoint(last)
+
+
+def settle(folder, finished):
+    """What the end of a run left as best.pt.next or closest.pt.next takes its place if last.pt is at the end, too; else it goes, for the end will come again."""
+    for name in ("best.pt", "closest.pt"):
+        waiting = os.path.join(folder, name + ".next")
+        with contextlib.suppress(FileNotFoundError):
+            if finished:
+                os.replace(waiting, os.path.join(folder, name))
+            else:
+                os.remove(waiting)
 
 
 @contextlib.contextmanager

@@ -57,7 +57,7 @@ from geco import GECO
 from handover import fold_shift
 from lora import LoRAError
 from origin import models_of
-from resume import MetricsLog, RunError, StopRequest, alone_in, claim_folder
+from resume import MetricsLog, RunError, StopRequest, alone_in, claim_folder, settle
 from settings import FIXED, FREE, GATED_ONLY, SHAPE, Config, check_together, forward_passes, limits, make_config
 
 
@@ -126,6 +126,8 @@ def train(config, given=frozenset()):
     device, micro_batches = hardware.pick_device(c.device), check_together(c, hardware.world())
     hardware.wait_for_all()  # nobody writes into the folder before everybody has read it
     if checkpoint and (checkpoint["step"] >= c.max_steps or checkpoint.get("ready")):
+        if hardware.rank() == 0:
+            settle(c.out_dir, finished=True)
         hardware.say(f"{c.out_dir} is finished ({checkpoint['step']} steps)")
         return
     with hardware.first_alone():
@@ -279,6 +281,7 @@ def train(config, given=frozenset()):
     with alone_in(c.out_dir), StopRequest() as stop, tqdm(total=c.max_steps, initial=start, desc=c.out_dir, unit="step", dynamic_ncols=True, disable=hardware.rank() > 0) as bar:
         log = None
         if hardware.rank() == 0:
+            settle(c.out_dir, finished=False)
             prepare_data.write_json(os.path.join(c.out_dir, "config.json"), asdict(c))
             evaluates_at_start = start % c.eval_interval == 0 or start == c.max_steps
             log = MetricsLog(os.path.join(c.out_dir, "metrics.jsonl"), keep_until=start - evaluates_at_start)
@@ -300,9 +303,11 @@ def train(config, given=frozenset()):
                 if log:
                     log.write(**describe(step, found, passes), goes_back=bool(lost))
                 # last.pt first: a run that is killed in between evaluates again and writes best.pt then. A run whose last.pt is at its end never will
-                for name in [*kept, "last.pt"] if at_end else ["last.pt", *kept]:
+                for name in [f"{name}.next" for name in kept] + ["last.pt"] if at_end else ["last.pt", *kept]:
                     save(name, step)
                 if at_end:
+                    if hardware.rank() == 0:
+                        settle(c.out_dir, finished=True)
                     break
                 if lost:
                     go_back(step)

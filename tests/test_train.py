@@ -151,6 +151,46 @@ def test_a_run_that_is_stopped_and_killed_everywhere_ends_bit_for_bit_like_one_t
             assert {k: v for k, v in x.items() if k not in ("seconds", "tokens_per_second")} == {k: v for k, v in y.items() if k not in ("seconds", "tokens_per_second")}
 
 
+def test_a_run_that_goes_back_and_is_killed_near_its_end_ends_like_one_that_is_not(echo, monkeypatch):
+    """The last evaluation is the best, the one before it goes back to an earlier best.pt: killed before every rename of the last two."""
+    def judged(found, dense, target):  # as good as a coin, but the same for the same weights
+        return int(found["val"]["loss"] * 1e7) % 5 < 2
+
+    monkeypatch.setattr(train_file, "meets_target", judged)
+    settings = {"average_decay": 0.9, "patience": 1, "max_steps": 40, "eval_interval": 5, "lambda_init": 1.0, "seed": 2, "init_from": run("dense.py", seed=2)}
+    real, renamed = os.replace, []
+
+    def watched(source, target):
+        real(source, target)
+        renamed.append(os.path.basename(target))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", watched)
+        run("sparse.py", out_dir="out/whole", **settings)
+    lines = metrics("out/whole")
+    assert lines[-2]["goes_back"] and lines[-1]["passes"] and read_checkpoint("out/whole/best.pt")["step"] == 40
+    assert renamed[-3:] == ["best.pt.next", "last.pt", "best.pt"]
+
+    for place in range(len(renamed) - 5, len(renamed)):
+        done = []
+
+        def deadly(source, target):
+            if len(done) == place:
+                raise Killed
+            real(source, target)
+            done.append(target)
+
+        again = f"out/killed{place}"
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "replace", deadly)
+            with pytest.raises(Killed):
+                run("sparse.py", out_dir=again, **settings)
+        run("sparse.py", out_dir=again, **settings)
+        for name in ("last.pt", "best.pt"):
+            assert same(parameters("out/whole", name), parameters(again, name)), (place, name)
+        assert not [name for name in os.listdir(again) if name.endswith(".next")]
+
+
 def start(*arguments):
     return subprocess.Popen([sys.executable, f"{REPOSITORY}/train.py", *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                             env=os.environ | {"OMP_NUM_THREADS": "1"})
