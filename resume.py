@@ -83,11 +83,12 @@ def settle(folder, finished):
     """What the end of a run left as best.pt.next or closest.pt.next takes its place if last.pt is at the end, too; else it goes, for the end will come again."""
     for name in ("best.pt", "closest.pt"):
         waiting = os.path.join(folder, name + ".next")
-        with contextlib.suppress(FileNotFoundError):
-            if finished:
-                os.replace(waiting, os.path.join(folder, name))
-            else:
-                os.remove(waiting)
+        if not os.path.exists(waiting):
+            continue
+        if finished:
+            os.replace(waiting, os.path.join(folder, name))
+        else:
+            os.remove(waiting)
 
 
 @contextlib.contextmanager
