@@ -3,7 +3,7 @@
     python bench.py                              one table: B=2 H=12 T=1024 D=64 in float32 on a CPU; B=8, bfloat16 on a GPU
     python bench.py --open=1,0.1,0.01,0.004      the same at other shares of open edges
     python bench.py --lengths                    T from 128 to 8192: table and chart
-    python bench.py --model=stdlib               a training step of a whole model, dense and gated: the text experiment's, or --model=gpt2
+    python bench.py --model=stdlib               a training step of a whole model, dense, gated, taught by a dense one: the text experiment's, or --model=gpt2
     python bench.py --circuit                    all 32,491 edge scores of a GPT-2 124M (random weights), 64 pairs of 20 tokens; a curve of 30 circuits
     python bench.py --splash=PATH                also the package of the paper's authors (hrpan/splash_attention), from a folder or installed ('')
 
@@ -27,11 +27,13 @@ import time
 
 import torch
 import torch._inductor.config
+from torch._dynamo.utils import counters
 from torch.nn import functional as F
 
 import hardware
 from gate import choose_impl, gated_attention
 from model import GPT, GPTConfig
+from train import divergence
 
 SHAPES = {"stdlib": dict(vocab_size=256, n_layer=4, n_head=16, n_embd=128, block_size=128), "gpt2": dict(vocab_size=50304)}
 
@@ -39,8 +41,8 @@ SHAPES = {"stdlib": dict(vocab_size=256, n_layer=4, n_head=16, n_embd=128, block
 def make_inputs(B, H, T, D, share, dtype, device):
     """q, k, v, dy (B, H, T, D) and a bias, for which about `share` of the causal edges are open under deterministic gates."""
     generator = torch.Generator().manual_seed(0)
-    position = torch.arange(T, dtype=torch.float64)
-    frequencies = torch.randn(D // 2, generator=generator, dtype=torch.float64)
+    position = torch.arange(T, dtype=torch.float64, device=device)
+    frequencies = torch.randn(D // 2, generator=generator, dtype=torch.float64).to(device)
     v, dy = (torch.randn(B, H, T, D, generator=generator) for _ in range(2))
 
     def waves(reach):  # a_ij = 20 mean_d cos(frequency_d (i - j) / reach): 20 on the diagonal, falling off over `reach` positions
@@ -151,10 +153,10 @@ def attention(options, device, T, share):
     return [row_of(T, share, name, times, memory, statistics.median(forwards[name][0])) for name, (times, memory) in both.items()]
 
 
-def row_of(T, share, way, times, memory, forward_ms=None):
-    """One line of the table and of bench.json. share: of open edges, None for a whole model; times in ms, sorted; memory in bytes or None."""
+def row_of(T, share, way, times, memory, forward_ms=None, mfu=None):
+    """One line of the table and of bench.json. share: of open edges, None for a whole model; times in ms, sorted; memory in bytes or None; mfu: see `used`."""
     return {"T": T, "open": share, "way": way, "forward_ms": forward_ms, "ms": statistics.median(times),
-            "quartiles_ms": [times[len(times) // 4], times[3 * len(times) // 4]], "memory_mb": None if memory is None else memory / 1e6}
+            "quartiles_ms": [times[len(times) // 4], times[3 * len(times) // 4]], "memory_mb": None if memory is None else memory / 1e6, "mfu": mfu}
 
 
 def floor_of(B, H, T, D, dtype, device):
@@ -167,27 +169,58 @@ def floor_of(B, H, T, D, dtype, device):
     return words + (f"; at the data sheet's {peak / 1e12:.0f} TFLOP/s the products take {7 * product / peak * 1000:.3f} ms" if peak else "")
 
 
-def whole_model(options, device, name):
-    """A training step, forward, backward, AdamW, compiled: dense and gated."""
+def training_steps(options, device, name):
+    """{way: (training step, its FLOP)} of a whole model: forward, backward, AdamW, compiled. Dense; gated; gated with a dense teacher, as with train.py's distill_weight."""
     shape = SHAPES[name]
     context = shape.get("block_size", 1024)
     x = torch.randint(0, shape["vocab_size"], (options.B, context), device=device)
     autocast, _ = hardware.precision("auto", device)
-    calls = {}
-    for impl in ("dense", "plain") + (("triton",) if device != "cpu" else ("tiled",)):
-        model = GPT(GPTConfig(**shape, gated=impl != "dense", gate_bias=options.gate_bias)).to(device)
-        model.attention_impl = impl if impl != "dense" else "auto"
+
+    def built(gated, impl):
+        model = GPT(GPTConfig(**shape, gated=gated, gate_bias=options.gate_bias)).to(device)
+        model.attention_impl = impl
+        return model, torch.compile(model) if gated or device != "cpu" else model
+
+    def step_of(gated, impl, teacher=None):
+        model, network = built(gated, impl)
         optimizer = torch.optim.AdamW(model.parameters(), fused=True)
 
-        def step(network=torch.compile(model) if impl != "dense" or device != "cpu" else model, optimizer=optimizer):
+        def step():
             with autocast():
-                _, loss, density = network(x, x)
+                logits, loss, density = network(x, x)
+                if teacher is not None:
+                    with torch.no_grad():
+                        taught = teacher(x)[0]
+                    loss = loss + divergence(logits, taught, x)
             (loss + density).backward()
             optimizer.step()
             optimizer.zero_grad()
 
-        calls[f"{name}, {impl}"] = step
-    return [row_of(context, None, way, times, memory) for way, (times, memory) in measure(calls, device, options.repeats).items()]
+        return step, model.flops_per_token(context) / 3 * x.numel() * (3 + (teacher is not None))  # a forward pass is a third of a step
+
+    config = GPTConfig(**shape)
+    matrices = config.n_layer * config.n_head * options.B * context**2 * 4  # bytes of one T x T matrix in float32
+    fast = "tiled" if device == "cpu" else "triton"
+    steps = {f"{name}, dense": step_of(False, "auto"), f"{name}, {fast}": step_of(True, fast)}
+    if 3 * matrices < options.most_memory * 1e9:
+        steps[f"{name}, plain"] = step_of(True, "plain")
+    _, teacher = built(False, "auto")
+    return steps | {f"{name}, {fast}, taught": step_of(True, fast, teacher)}
+
+
+def whole_model(options, device, name):
+    """Rows of the table for a training step of a whole model."""
+    steps = training_steps(options, device, name)
+    counters["graph_break"].clear()
+    found = measure({way: step for way, (step, _) in steps.items()}, device, options.repeats)
+    print(f"graph breaks: {dict(counters['graph_break']) or 'none'}")
+    return [row_of(SHAPES[name].get("block_size", 1024), None, way, times, memory, mfu=used(steps[way][1], statistics.median(times), device)) for way, (times, memory) in found.items()]
+
+
+def used(flop, ms, device):
+    """Share of the data sheet's bf16 FLOP/s that a step of so many FLOP, counted as for dense attention, gets in so many ms; None where no data sheet is known."""
+    peak = hardware.peak_flops(device)
+    return flop / (ms / 1000) / peak if peak else None
 
 
 def circuits(device):
@@ -210,15 +243,16 @@ def circuits(device):
 
 def show(rows):
     """The table: within a length and a share of open edges, ratios to the first way."""
-    print("|     T |   open | way              | forward, ms | with backward, ms | quartiles     | x dense | memory, MB | x dense |")
-    print("|------:|-------:|------------------|------------:|------------------:|---------------|--------:|-----------:|--------:|")
+    print("|     T |   open | way                  | forward, ms | with backward, ms | quartiles     | x dense | memory, MB | x dense | MFU  |")
+    print("|------:|-------:|----------------------|------------:|------------------:|---------------|--------:|-----------:|--------:|-----:|")
     for row in rows:
         floor = next(other for other in rows if (other["T"], other["open"]) == (row["T"], row["open"]))
         opened = "" if row["open"] is None else f"{100 * row['open']:.1f} %"
         forward = "" if row["forward_ms"] is None else f"{row['forward_ms']:.2f}"
         memory, more = ("", "") if row["memory_mb"] is None else (f"{row['memory_mb']:.0f}", f"{row['memory_mb'] / max(1e-9, floor['memory_mb']):.1f}")
         low, high = row["quartiles_ms"]
-        print(f"| {row['T']:5d} | {opened:>6} | {row['way']:16} | {forward:>11} | {row['ms']:17.2f} | {low:.1f} to {high:.1f} | {row['ms'] / floor['ms']:7.2f} | {memory:>10} | {more:>7} |")
+        mfu = "" if row["mfu"] is None else f"{100 * row['mfu']:.0f} %"
+        print(f"| {row['T']:5d} | {opened:>6} | {row['way']:20} | {forward:>11} | {row['ms']:17.2f} | {low:.1f} to {high:.1f} | {row['ms'] / floor['ms']:7.2f} | {memory:>10} | {more:>7} | {mfu:>4} |")
 
 
 def chart(rows, path, title):
@@ -256,7 +290,7 @@ def main(arguments):
     parser.add_argument("--gate_bias", type=float, default=3.0, help="of --model: below 0 most gates are shut")
     parser.add_argument("--splash", nargs="?", const="", help="folder of the authors' package; alone: it is installed")
     parser.add_argument("--repeats", type=int, default=11)
-    parser.add_argument("--most_memory", type=float, default=8.0, help="GB: lengths for which the plain formula would need more are left out for it")
+    parser.add_argument("--most_memory", type=float, default=8.0, help="GB: lengths and models for which the plain formula would need more are left out for it")
     parser.add_argument("--out_dir", default="out/bench")
     options = parser.parse_args(arguments)
     try:

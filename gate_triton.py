@@ -223,14 +223,17 @@ def ready(q, k, v, bias, seed):
     return tensors, numbers, {"D": D, "WIDTH": max(16, triton.next_power_of_2(D)), "NOISE": seed is not None}
 
 
-def launch(D, dtype, backward, roomy):
-    """(ROWS, COLUMNS) of a tile, and options of the launch: as large as registers and shared memory hold beside the sums, (ROWS, D) forward and
-    two of (COLUMNS, D) backward. roomy: see `is_roomy`. Found by compiling (`ptxas -v`: what spills out of the registers), not by timing: no GPU was at hand."""
+def launch(kernel, D, dtype, roomy):
+    """ROWS and COLUMNS of a kernel's tile, and options of the launch: as large as registers and shared memory hold beside the sums, (ROWS, D) in `forward_kernel` and `dq_kernel` and
+    two of (COLUMNS, D) in `dkdv_kernel`. roomy: see `is_roomy`. Found by compiling (`ptxas -v`: what spills out of the registers), not by timing: no GPU was at hand."""
+    backward = kernel is not forward_kernel
     if dtype == torch.float32:
-        side = 16 if backward and D > 64 else 32
-        return (side, side), {"num_warps": 4, "num_stages": 2}
-    tile = (64, 64 if roomy else 32) if backward else (128 if D <= 64 else 64, 64)
-    return tile, {"num_warps": 4 if backward and D <= 64 else 8, "num_stages": 3 if D <= 64 else 2}
+        rows = columns = 16 if backward and D > 64 else 32
+        warps, stages = 4, 2
+    else:
+        rows, columns = (64, 64 if roomy else 32) if backward else (128 if D <= 64 else 64, 64)
+        warps, stages = 4 if backward and D <= 64 else 8, 3 if D <= 64 else 2
+    return {"ROWS": rows, "COLUMNS": columns, "num_warps": warps, "num_stages": stages}
 
 
 def is_roomy(device):
@@ -238,17 +241,22 @@ def is_roomy(device):
     return device.type == "cuda" and torch.cuda.get_device_properties(device).shared_memory_per_block_optin > 200_000
 
 
+def launch_for(kernel, q, tile):
+    """`launch` for queries q (B, H, T, D), with another tile (ROWS, COLUMNS) if there is one."""
+    return launch(kernel, q.shape[-1], q.dtype, is_roomy(q.device)) | ({"ROWS": tile[0], "COLUMNS": tile[1]} if tile else {})
+
+
 def forward(q, k, v, bias, seed, sample, temperature, linear_penalty, tile=None):
     """q, k, v (B, H, T, D); bias (H,); seed (2,) of the noise, or None. Returns y (B, H, T, D), the penalty's sum per head (B H), lse (B, H, T).
     tile: (ROWS, COLUMNS), powers of two from 16; None chooses."""
     (q, k, v, bias, seed), numbers, options = ready(q, k, v, bias, seed)
     B, H, T, D = q.shape
-    (rows, columns), launching = launch(D, q.dtype, False, is_roomy(q.device))
-    rows, columns = tile or (rows, columns)
+    options |= launch_for(forward_kernel, q, tile)
+    tiles = triton.cdiv(T, options["ROWS"])
     y, lse = torch.empty_like(v, memory_format=torch.contiguous_format), q.new_empty(B, H, T, dtype=torch.float32)
-    penalty = q.new_empty(B * H, triton.cdiv(T, rows), dtype=torch.float32)
+    penalty = q.new_empty(B * H, tiles, dtype=torch.float32)
     with torch.cuda.device_of(q):  # the kernel runs where q is, which need not be the current GPU
-        forward_kernel[(B * H, triton.cdiv(T, rows))](q, k, v, y, lse, penalty, bias, seed, *numbers, **options, ROWS=rows, COLUMNS=columns, LINEAR=linear_penalty, **launching)
+        forward_kernel[(B * H, tiles)](q, k, v, y, lse, penalty, bias, seed, *numbers, **options, LINEAR=linear_penalty)
     return y, penalty.sum(1), lse
 
 
@@ -256,14 +264,12 @@ def backward(dy, dpenalty, q, k, v, bias, seed, y, lse, sample, temperature, lin
     """dy as y, dpenalty (B H), the rest as in `forward`. Returns dq, dk, dv (B, H, T, D)."""
     (q, k, v, bias, seed), numbers, options = ready(q, k, v, bias, seed)
     B, H, T, D = q.shape
-    (rows, columns), launching = launch(D, q.dtype, True, is_roomy(q.device))
-    rows, columns = tile or (rows, columns)
     dy, dpenalty, delta = dy.contiguous(), dpenalty.contiguous(), torch.empty_like(lse)
     dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
-    options |= {"ROWS": rows, "COLUMNS": columns, "SAMPLE": sample, "TEMPERATURE": temperature, "LINEAR": linear_penalty,
-                "NEGLIGIBLE": 0.0 if q.dtype == torch.float32 else 2.0**-16, **launching}
+    options |= {"SAMPLE": sample, "TEMPERATURE": temperature, "LINEAR": linear_penalty, "NEGLIGIBLE": 0.0 if q.dtype == torch.float32 else 2.0**-16}
+    of_dq, of_dkdv = (options | launch_for(kernel, q, tile) for kernel in (dq_kernel, dkdv_kernel))
     shared = lse, delta, dpenalty, bias, seed, *numbers
     with torch.cuda.device_of(q):
-        dq_kernel[(B * H, triton.cdiv(T, rows))](q, k, v, y, dy, dq, *shared, **options)
-        dkdv_kernel[(B * H, triton.cdiv(T, columns))](q, k, v, dy, dk, dv, *shared, **options)
+        dq_kernel[(B * H, triton.cdiv(T, of_dq["ROWS"]))](q, k, v, y, dy, dq, *shared, **of_dq)
+        dkdv_kernel[(B * H, triton.cdiv(T, of_dkdv["COLUMNS"]))](q, k, v, dy, dk, dv, *shared, **of_dkdv)
     return [dq, dk, dv]

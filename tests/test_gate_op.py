@@ -278,8 +278,8 @@ for kernel in (gate_triton.forward_kernel, gate_triton.dq_kernel, gate_triton.dk
     backward = kernel is not gate_triton.forward_kernel
     for capability, dtype, width, noise, sample, linear in ((90, "bf16", 64, True, True, False), (90, "bf16", 128, True, True, False), (86, "fp32", 128, True, True, True),
                                                             (86, "fp16", 128, False, True, False), (86, "bf16", 64, True, True, False), (80, "bf16", 128, False, False, True), (75, "fp32", 128, True, True, False)):
-        (rows, columns), launching = gate_triton.launch(width, torch.float32 if dtype == "fp32" else torch.bfloat16, backward, roomy=capability == 90)
-        constants = {"D": width, "WIDTH": width, "ROWS": rows, "COLUMNS": columns, "NOISE": noise, "LINEAR": linear}
+        launching = gate_triton.launch(kernel, width, torch.float32 if dtype == "fp32" else torch.bfloat16, roomy=capability == 90)
+        constants = {"D": width, "WIDTH": width, "ROWS": launching.pop("ROWS"), "COLUMNS": launching.pop("COLUMNS"), "NOISE": noise, "LINEAR": linear}
         constants |= {"SAMPLE": sample, "TEMPERATURE": 0.7 if linear else 1.0, "NEGLIGIBLE": 0.0 if dtype == "fp32" else 2.0**-16} if backward else {}
         names = kernel.arg_names
         types = {name: "constexpr" if name in constants else "*i64" if name == "seed" else "*fp32" if name in FLOATS else "fp32" if name in NUMBERS
