@@ -1,5 +1,6 @@
 """bench.py: the inputs are as open as asked for, and one small run prints, writes and draws every way."""
 
+import argparse
 import json
 import os
 import subprocess
@@ -8,7 +9,9 @@ import sys
 import pytest
 import torch
 
-from bench import make_inputs, peak_memory
+import bench
+import train
+from bench import divergence, make_inputs, peak_memory, training_steps
 from conftest import REPOSITORY
 from gate import gated_attention
 
@@ -39,3 +42,19 @@ def test_a_small_run(workplace):
     assert [row["way"] for row in rows] == ["dense (SDPA)", "plain, eager", "plain, compiled", "tiled, eager", "tiled, compiled"]
     assert all(0 < row["forward_ms"] and 0 < row["ms"] for row in rows) and all(row["way"] in done.stdout for row in rows)
     assert os.path.getsize("out/bench/bench.png") > 5000
+
+
+def test_a_taught_step_is_timed_with_the_divergence_that_training_uses():
+    logits, taught, targets = torch.randn(2, 5, 9), torch.randn(2, 5, 9), torch.randint(-1, 9, (2, 5))
+    assert torch.equal(divergence(logits, taught, targets), train.divergence(logits, taught, targets)) and divergence(logits, logits, targets) == 0
+
+
+def test_the_steps_of_a_model_count_what_they_compute(monkeypatch):
+    monkeypatch.setitem(bench.SHAPES, "tiny", dict(vocab_size=50, n_layer=2, n_head=2, n_embd=16, block_size=64))
+    with torch.compiler.set_stance("force_eager"):
+        steps = training_steps(argparse.Namespace(B=2, gate_bias=3.0, most_memory=8.0), "cpu", "tiny")
+        for step, _ in steps.values():
+            step()
+    flop = {way: flop for way, (_, flop) in steps.items()}
+    assert list(flop) == ["tiny, dense", "tiny, tiled", "tiny, plain", "tiny, tiled, taught"]
+    assert flop["tiny, dense"] == flop["tiny, tiled"] == 3 / 4 * flop["tiny, tiled, taught"] > 0
