@@ -129,20 +129,21 @@ def sampled_gates(s, temperature=1.0, noise=None):
 def choose_impl(name, device, T, D, dtype=torch.float32):
     """Who computes gated attention: 'plain', this file's formula; 'tiled' (gate_tiled.py); 'triton' (gate_triton.py). 'auto' is the fastest that fits.
 
-    That is, for contexts of 64 and more, triton on a GPU (heads up to 128 wide, no float64) and tiled on a CPU.
+    That is, for contexts of 64 and more, triton on a GPU (half precision, heads up to 128 wide) and tiled on a CPU. In float32 the kernels failed on an H100 (gate_triton.py).
     device: 'cpu', 'cuda', ...; T tokens of context, D the width of a head. TRITON_INTERPRET=1 lets 'triton', asked for by name, run on a CPU, slowly.
     Raises ValueError if name is none of these, or 'tiled' or 'triton' where they cannot run.
     """
     gpu = device.startswith("cuda")
     if name == "tiled" and device != "cpu":
         raise ValueError(f"attention_impl='tiled' is for CPUs; on {device} use 'auto'")
-    triton_fits = D <= 128 and dtype != torch.float64 and HAS_TRITON
+    half = dtype in (torch.bfloat16, torch.float16)
+    triton_fits = D <= 128 and HAS_TRITON and (half if gpu else dtype != torch.float64)
     if name == "auto":
         return "plain" if T < 64 else "triton" if gpu and triton_fits else "tiled" if device == "cpu" else "plain"
     if name not in ("plain", "tiled", "triton"):
         raise ValueError(f"attention_impl is 'auto', 'plain', 'tiled' or 'triton', not {name!r}")
     if name == "triton" and not (triton_fits and (gpu or os.environ.get("TRITON_INTERPRET") == "1")):
-        raise ValueError(f"attention_impl='triton' needs a GPU, the triton package, heads up to 128 wide and no float64; here: {device}, width {D}, {dtype}. Use 'auto'")
+        raise ValueError(f"attention_impl='triton' needs a GPU, the triton package, heads up to 128 wide and half precision (--dtype=bfloat16); here: {device}, width {D}, {dtype}. Use 'auto'")
     return name
 
 

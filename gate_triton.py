@@ -30,7 +30,8 @@ for all three would need five, and atomic additions.
 Notable: half-precision inputs are multiplied as they are and summed in float32, so a is exact at the gate's threshold; e and A p are
 rounded to the inputs' type for their products, as in flash attention. float16 needs a loss scaler, or the penalty's gradient underflows;
 bfloat16 needs none. Widths that are no power of two are padded inside the kernel. Queries beyond the end of the text are zeros: what is computed
-for them is finite, meets zeros, and is not stored. TRITON_INTERPRET=1 runs all of it on a CPU (tests/test_gate_op.py). Online softmax:
+for them is finite, meets zeros, and is not stored. In float32 dv came out WRONG on an H100 (torch 2.11, Triton 3.6: relative error 1.4, all else right to 1e-6;
+in the interpreter it is right, in bfloat16 everywhere), so `gate.choose_impl` keeps float32 on GPUs with the plain formula. TRITON_INTERPRET=1 runs all of it on a CPU (tests/test_gate_op.py). Online softmax:
 Milakov & Gimelshein 2018; tiles and the backward pass with lse and delta: Dao et al., FlashAttention 1 and 2.
 """
 
@@ -223,27 +224,23 @@ def ready(q, k, v, bias, seed):
     return tensors, numbers, {"D": D, "WIDTH": max(16, triton.next_power_of_2(D)), "NOISE": seed is not None}
 
 
-def launch(kernel, D, dtype, roomy):
-    """ROWS and COLUMNS of a kernel's tile, and options of the launch: as large as registers and shared memory hold beside the sums, (ROWS, D) in `forward_kernel` and `dq_kernel` and
-    two of (COLUMNS, D) in `dkdv_kernel`. roomy: see `is_roomy`. Found by compiling (`ptxas -v`: what spills out of the registers), not by timing: no GPU was at hand."""
-    backward = kernel is not forward_kernel
+def launch(kernel, D, dtype):
+    """ROWS and COLUMNS of a kernel's tile, and options of its launch: what was fastest on an H100 (docs/gpu.md), of those that fit into the registers and shared memory of small GPUs, too."""
     if dtype == torch.float32:
-        rows = columns = 16 if backward and D > 64 else 32
-        warps, stages = 4, 2
+        rows = columns = 16 if kernel is not forward_kernel and D > 64 else 32
+        stages = 2
+    elif kernel is forward_kernel:
+        rows, columns, stages = (64, 32, 3) if D <= 64 else (64, 64, 2)
+    elif kernel is dq_kernel:
+        rows, columns, stages = 64, 32, 3
     else:
-        rows, columns = (64, 64 if roomy else 32) if backward else (128 if D <= 64 else 64, 64)
-        warps, stages = 4 if backward and D <= 64 else 8, 3 if D <= 64 else 2
-    return {"ROWS": rows, "COLUMNS": columns, "num_warps": warps, "num_stages": stages}
-
-
-def is_roomy(device):
-    """Does a block get more than the A100's 163 KB of shared memory? Those that do, with 227 KB, are the GPUs whose products leave registers free as well (H100, B200)."""
-    return device.type == "cuda" and torch.cuda.get_device_properties(device).shared_memory_per_block_optin > 200_000
+        rows, columns, stages = 32, 64, 3 if D <= 64 else 2
+    return {"ROWS": rows, "COLUMNS": columns, "num_warps": 4, "num_stages": stages}
 
 
 def launch_for(kernel, q, tile):
     """`launch` for queries q (B, H, T, D), with another tile (ROWS, COLUMNS) if there is one."""
-    return launch(kernel, q.shape[-1], q.dtype, is_roomy(q.device)) | ({"ROWS": tile[0], "COLUMNS": tile[1]} if tile else {})
+    return launch(kernel, q.shape[-1], q.dtype) | ({"ROWS": tile[0], "COLUMNS": tile[1]} if tile else {})
 
 
 def forward(q, k, v, bias, seed, sample, temperature, linear_penalty, tile=None):

@@ -139,12 +139,12 @@ def train(config, given=frozenset()):
     # judged: judged, saved: the model, or the moving average of its weights    fast_judged: the same, compiled: measured
     # dense_model: judged    fast_dense: the same, compiled: measured, teaches
     model.attention_impl = c.attention_impl
-    try:
-        impl = choose_impl(c.attention_impl, device.split(":")[0], model.config.block_size, model.config.n_embd // model.config.n_head) if c.gated else "dense"
-    except ValueError as error:
-        raise RunError(str(error)) from error
     sharded = sharding.applies(c.parallel)
     autocast, dtype = hardware.precision(c.dtype, device, cache=not (sharded or c.recompute_activations))
+    try:
+        impl = choose_impl(c.attention_impl, device.split(":")[0], model.config.block_size, model.config.n_embd // model.config.n_head, getattr(torch, dtype)) if c.gated else "dense"
+    except ValueError as error:
+        raise RunError(str(error)) from error
     torch._dynamo.config.recompile_limit = 64  # one model, many ways to run it: dense, gated, sampled, judged, taught; at 8 torch would give up compiling
     torch._inductor.config.fallback_random = True  # compiled code draws from torch's own generator: the same noise as without compiling, however the graph is cut
     context = data.train.shape[2] if data.meta["kind"] == "rows" else c.block_size
