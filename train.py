@@ -38,11 +38,11 @@ import sys
 import time
 from contextlib import nullcontext
 from dataclasses import asdict
+from functools import partial
 
 import torch
 import torch._inductor.config
 from torch.nn import functional as F
-from tqdm import tqdm
 
 import hardware
 import lora
@@ -57,6 +57,7 @@ from geco import GECO
 from handover import fold_shift
 from lora import LoRAError
 from origin import models_of
+from progress import Job, Progress
 from resume import MetricsLog, RunError, StopRequest, alone_in, claim_folder, settle
 from settings import FIXED, FREE, GATED_ONLY, SHAPE, Config, check_together, forward_passes, limits, make_config
 
@@ -113,8 +114,9 @@ def divergence(logits, teacher_logits, targets):
     return F.kl_div(student, teacher, log_target=True, reduction="batchmean")
 
 
-def train(config, given=frozenset()):
-    """Train the run that config describes, from where its folder stands to the end. given: the settings that were set.
+def train(config, given=frozenset(), job=None):
+    """Train the run that config describes, from where its folder stands to the end. given: the settings that were set; job: of which this run is
+    a part, for the progress line; left out, the run's own.
 
     Leaves config.json, metrics.jsonl, best.pt and last.pt in config.out_dir. Raises RunError, ConfigError, CheckpointError, HardwareError,
     LoRAError or DataError with a message for people; SystemExit after Ctrl-C, the run saved.
@@ -125,14 +127,15 @@ def train(config, given=frozenset()):
                               free=lambda c: FREE if c.gated else (*FREE, *GATED_ONLY))
     device, micro_batches = hardware.pick_device(c.device), check_together(c, hardware.world())
     hardware.wait_for_all()  # nobody writes into the folder before everybody has read it
+    job = job or Job.of(c, given, checkpoint)
     if checkpoint and (checkpoint["step"] >= c.max_steps or checkpoint.get("ready")):
         if hardware.rank() == 0:
             settle(c.out_dir, finished=True)
-        hardware.say(f"{c.out_dir} is finished ({checkpoint['step']} steps)")
+        hardware.say(f"{job.name(c.out_dir)} is finished ({checkpoint['step']} steps)")
         return
     with hardware.first_alone():
         data = prepare_data.load(c.dataset)
-    model, dense_model, facts = models_of(c, given, data, device, checkpoint, train)
+    model, dense_model, facts = models_of(c, given, data, device, checkpoint, partial(train, job=job))
 
     # --- how it computes ----------------------------------------------------------------------------------------------
     # model: trained    fast: the same, compiled    network: the same, in DDP
@@ -203,7 +206,7 @@ def train(config, given=frozenset()):
     network = torch.nn.parallel.DistributedDataParallel(fast) if hardware.world() > 1 and not sharded else fast
     model.train()  # samples the gates, drops out; load_checkpoint and evaluate leave models in evaluation mode
 
-    hardware.say(f"{c.out_dir}: {'gated' if c.gated else 'dense'}, {sum(p.numel() for p in model.parameters()):,} parameters{f', {sum(p.numel() for p in trained):,} of them trained' if c.lora_rank else ''}, {hardware.world()} x {device}, {dtype}, attention {impl}, "
+    hardware.say(f"{job.outlook(c.out_dir)}: {'gated' if c.gated else 'dense'}, {sum(p.numel() for p in model.parameters()):,} parameters{f', {sum(p.numel() for p in trained):,} of them trained' if c.lora_rank else ''}, {hardware.world()} x {device}, {dtype}, attention {impl}, "
                  f"{'compiled (the first step takes half a minute, or more)' if compiled else 'not compiled'}, "
                  f"{micro_batches} micro-batch(es) of {c.batch_size // micro_batches} x {context} tokens, from step {start} to {c.max_steps}")
 
@@ -277,8 +280,8 @@ def train(config, given=frozenset()):
     advice = f"Start again with a smaller step, for instance --learning_rate={c.learning_rate / 3:.1g} --out_dir=out/NEW"
 
     # --- the loop -----------------------------------------------------------------------------------------------------
-    began, open_edges, speed = time.time(), "not counted yet", hardware.Speed(c.batch_size * context, model.flops_per_token(context) / 3 * (forward_passes(c) - c.recompute_activations), device)
-    with alone_in(c.out_dir), StopRequest() as stop, tqdm(total=c.max_steps, initial=start, desc=c.out_dir, unit="step", dynamic_ncols=True, disable=hardware.rank() > 0) as bar:
+    began, speed = time.time(), hardware.Speed(c.batch_size * context, model.flops_per_token(context) / 3 * (forward_passes(c) - c.recompute_activations), device)
+    with alone_in(c.out_dir), StopRequest() as stop, Progress(job, c, start) as progress:
         log = None
         if hardware.rank() == 0:
             settle(c.out_dir, finished=False)
@@ -290,7 +293,6 @@ def train(config, given=frozenset()):
                 speed.pause()
                 found = evaluate_splits(judged, data, c.eval_batch_size, c.eval_batches, worthwhile)
                 val = found["val"]
-                open_edges = f"{val['open']:.1f} of {val['total']}"
                 if not math.isfinite(val["loss"]):
                     raise RunError(f"the held-out loss is {val['loss']} at step {step}{f'; {c.out_dir}/last.pt still holds an earlier step' if step else ''}. {advice}")
                 passes = not c.gated or meets_target(found, state["dense"], state["target_loss"])
@@ -298,6 +300,7 @@ def train(config, given=frozenset()):
                 if passes:
                     state["met_at"] = step
                 kept = names_to_keep(step, found, passes)
+                progress.evaluated(found, state["target_loss"], state["best"], geco and geco.lam)
                 at_end = step == c.max_steps or bool(state["ready"])
                 lost = not at_end and c.patience and state["best"] and step - state["met_at"] >= c.patience * c.eval_interval
                 if log:
@@ -350,8 +353,7 @@ def train(config, given=frozenset()):
             speed.step()
 
             state["batch_loss"] = batch_loss if state["batch_loss"] is None else 0.95 * state["batch_loss"] + 0.05 * batch_loss
-            bar.update()
-            bar.set_postfix_str(f"loss {state['batch_loss']:.4f}" + (f", open {open_edges}, lambda {geco.lam:.3f}" if c.gated else ""), refresh=False)
+            progress.step()
             if stopping and step + 1 < c.max_steps:  # after the last step only the evaluation is left
                 save("last.pt", step + 1)
                 hardware.wait_for_all()  # torchrun ends all processes as soon as one has ended
