@@ -11,6 +11,9 @@
 
 Everything is computed again from the checkpoint by evaluate.py, the code that judged the run while it trained.
 
+A report's first line says what became of the run (verdict.py). Of a gated run that missed its target, numbers and pictures are those of its
+closest evaluation, and the last lines say what to try.
+
 Writes into the run's folder: report.json, training.png; for a gated run gates.png and distance.png; for addition attention_flow.png,
 the paper's first figure; for text gallery.png; from `explain` explain.json and explain.png; from `circuit`, into the sparse run's folder,
 circuit-<task>.json and its figures; from `induction` induction.json; from `benchmark` benchmark.json.
@@ -32,6 +35,7 @@ import hardware
 import lora
 import prepare_data
 import text
+import verdict
 from configure import ConfigError, parse_command_line
 from evaluate import evaluate_splits
 from explain import AnalysisError
@@ -73,8 +77,11 @@ def report(run):
     """Write a run's report.json and figures; return the report, a dict:
 
     run, seed, step (of the checkpoint), meets_target
+    headline, advice  what became of the run, and what to do about it (verdict.py): a sentence, and a list of them
     dense, sparse   the model whose loss is to be kept (target_from, else the parent), and the run's: {val_loss (nats, held out), accuracy (share of held-out rows right, null for text), correct, examples (both splits)}
     target_loss     nats; what the sparse val_loss had to stay at or below
+    closest         of a gated run that missed its target: {answers_lost, nats_too_many} of the checkpoint, else null
+    ready, still_learning   of a dense run: may a child start from it (null without ready_loss); had its loss not settled when it ended
     edges           {open (mean per held-out sequence), total (causal pairs of all heads and layers), fraction, per_head [layer][head],
                     by_distance [positions back]}
     heads_off       number of heads without any open edge
@@ -83,42 +90,54 @@ def report(run):
     """
     config = read_json(os.path.join(run, "config.json"))
     path = kept_checkpoint(run) or os.path.join(run, "last.pt")
-    meets_target = os.path.basename(path) == "best.pt"
     checkpoint = read_checkpoint(path)
     model = model_judged(checkpoint, path)
     metrics = read_metrics(os.path.join(run, "metrics.jsonl"))
-    seconds = metrics[-1]["seconds"]
     data = prepare_data.load(config["dataset"])
     if checkpoint["data"]["sha256"] != data.meta["sha256"]:
         raise AnalysisError(f"data/{config['dataset']} is not the data that {run} was trained and judged on: the losses could not be compared. Put the old data back")
     judged = evaluate_splits(model, data, config["eval_batch_size"], config["eval_batches"])
 
-    if model.config.gated:
-        dense, sparse = checkpoint["dense"], judged
-        parent = checkpoint["parent"]
-        parents = os.path.join(os.path.dirname(parent), "metrics.jsonl")
-        seconds = {"dense": read_metrics(parents)[-1]["seconds"] if os.path.exists(parents) else None, "sparse": seconds}
-    else:
-        dense, sparse, parent, meets_target = judged, None, None, True
-        seconds = {"dense": seconds, "sparse": None}
+    gated, seconds, parent = model.config.gated, metrics[-1]["seconds"], None
+    if gated:
+        folder = os.path.dirname(checkpoint["parent"])
+        if os.path.exists(os.path.join(folder, "metrics.jsonl")):
+            parent = read_metrics(os.path.join(folder, "metrics.jsonl")), folder
     result = {
-        "run": run, "seed": config["seed"], "step": checkpoint["step"], "meets_target": meets_target,
-        "dense": summary(dense), "sparse": sparse and summary(sparse), "target_loss": checkpoint["target_loss"],
+        "run": run, "seed": config["seed"], "step": checkpoint["step"],
+        "meets_target": not gated or os.path.basename(path) == "best.pt" and checkpoint["step"] > 0,  # nobody's result is the untrained start
+        "dense": summary(checkpoint["dense"] if gated else judged), "sparse": summary(judged) if gated else None,
+        "target_loss": checkpoint["target_loss"], "closest": None,
+        "ready": bool(checkpoint.get("ready")) if config["ready_loss"] and not gated else None,
+        "still_learning": None if gated else verdict.still_learning(metrics),
         "edges": {key: judged["val"][key] for key in ("open", "total", "fraction", "per_head", "by_distance")},
-        "heads_off": sum(fraction == 0 for layer in judged["val"]["per_head"] for fraction in layer), "seconds": seconds}
+        "heads_off": sum(fraction == 0 for layer in judged["val"]["per_head"] for fraction in layer),
+        "seconds": {"dense": parent[0][-1]["seconds"] if parent else None, "sparse": seconds} if gated else {"dense": seconds, "sparse": None}}
+    if not result["meets_target"]:
+        held_out, nats, training = verdict.distance_from_target(judged, checkpoint["dense"], checkpoint["target_loss"])
+        result["closest"] = {"answers_lost": held_out + training, "nats_too_many": nats}
+    result["headline"] = verdict.headline(result, config, metrics)
+    result["advice"] = verdict.advice(result, config, metrics, parent)
     prepare_data.write_json(os.path.join(run, "report.json"), result)
-
-    figures.training(os.path.join(run, "training.png"), metrics, checkpoint["step"], (config["lambda_min"], config["lambda_max"]) if config["gated"] else ())
-    if model.config.gated:
-        figures.open_by_head(os.path.join(run, "gates.png"), judged["val"]["per_head"])
-        figures.open_by_distance(os.path.join(run, "distance.png"), judged["val"]["by_distance"], judged["val"]["open"])
-        dense_model = lora.Base(model) if checkpoint.get("base") == parent else parent_of(parent, run)
-        task = prepare_data.addition_task(data.meta)
-        if task:
-            attention_flow(run, model.cpu(), dense_model, task)
-        elif data.meta["kind"] == "stream":
-            gallery(run, model.cpu(), dense_model, data, judged["val"]["per_head"])
+    draw(result, config, metrics, checkpoint, model, data)
     return result
+
+
+def draw(result, config, metrics, checkpoint, model, data):
+    """The figures of a report, into its run's folder. result: the report; model: that of the checkpoint, which is drawn."""
+    run, edges = result["run"], result["edges"]
+    figures.training(os.path.join(run, "training.png"), metrics, checkpoint["step"], (config["lambda_min"], config["lambda_max"]) if config["gated"] else ())
+    if not model.config.gated or not checkpoint["step"]:
+        return  # all edges are open
+    figures.open_by_head(os.path.join(run, "gates.png"), edges["per_head"])
+    figures.open_by_distance(os.path.join(run, "distance.png"), edges["by_distance"], edges["open"])
+    dense_model = lora.Base(model) if checkpoint.get("base") == checkpoint["parent"] else parent_of(checkpoint["parent"], run)
+    label = "sparse" if result["meets_target"] else f"target missed,\nclosest: step {checkpoint['step']}"
+    task = prepare_data.addition_task(data.meta)
+    if task:
+        attention_flow(run, model.cpu(), dense_model, task, label)
+    elif data.meta["kind"] == "stream":
+        gallery(run, model.cpu(), dense_model, data, edges["per_head"], label)
 
 
 def summary(judged):
@@ -150,11 +169,15 @@ def table(reports):
     return "\n".join("  ".join([f"{name:24}", *(cell.rjust(width) for cell, width in zip(cells, widths))]) for name, cells in rows)
 
 
-def nothing_found(run):
-    """What to do about a run of which no evaluation but the untrained start, or none at all, met the target: said below its table."""
-    cap = read_json(os.path.join(run, "config.json"))["lambda_max"]
-    return (f"{run}: since its start no evaluation has met the target. If the run is at its end, edges went faster than training could make up for: "
-            f"the same command with --lambda_max={3 * cap:g} --out_dir={run}-slower takes more care")
+def print_reports(reports):
+    """What becomes of every run first, then the table, then what to do."""
+    for r in reports:
+        print(r["headline"])
+    print(table(reports))
+    for r in reports:
+        for sentence in r["advice"]:
+            print(f"{r['run']}: {sentence}")
+    print(f"report.json and figures are in {', '.join(r['run'] for r in reports)}")
 
 
 def parent_of(parent, run):
@@ -174,18 +197,18 @@ def example_sums(task):
 
 
 @torch.no_grad()
-def attention_flow(run, model, dense_model, task):
-    """attention_flow.png: three sums through the dense parent (if it is still there) and the sparse model."""
+def attention_flow(run, model, dense_model, task, label):
+    """attention_flow.png: three sums through the dense parent (if it is still there) and the sparse model, whose row is called `label`."""
     sums = example_sums(task)
     a, b = np.array([(a, b) for a, b, _ in sums]).T
     questions = prepare_data.addition_rows(a, b, *task)[:, 0].astype(np.int64)
     titles = [f"{x} + {y} = {x + y}, {kind}" for x, y, kind in sums]
     columns = [(title, symbols(question)) for title, question in zip(titles, questions)]
-    models = [("sparse", model)]
+    models = [(label, model)]
     if dense_model:
         models.insert(0, ("dense", dense_model))
     rows = []
-    for label, net in models:
+    for name, net in models:
         layers = []
 
         def remember(layer, gates):
@@ -195,13 +218,13 @@ def attention_flow(run, model, dense_model, task):
         answers = logits.argmax(-1).numpy()
         weights = np.stack(layers, axis=1)  # (sums, n_layer, H, T, T)
         said = [[""] * task.first + symbols(answer[task.first:]) for answer in answers]
-        rows.append((label, list(zip(weights, said))))
+        rows.append((name, list(zip(weights, said))))
     figures.attention_flow(os.path.join(run, "attention_flow.png"), columns, rows)
 
 
 @torch.no_grad()
-def gallery(run, model, dense_model, data, per_head, heads=4, length=36):
-    """gallery.png: what the busiest heads of the sparse model attend to on one held-out snippet, and what the same heads did before."""
+def gallery(run, model, dense_model, data, per_head, label, heads=4, length=36):
+    """gallery.png: what the busiest heads of the sparse model, called `label`, attend to on one held-out snippet, and what the same heads did before."""
     name = data.meta.get("tokenizer")
     ids = np.asarray(data.val[len(data.val) // 2:][:1000]).astype(np.int64)  # the middle of the held-out text
     pieces = text.pieces(ids.tolist(), text.tokenizer(name)) if name in text.TOKENIZERS else [str(i) for i in ids]
@@ -211,11 +234,11 @@ def gallery(run, model, dense_model, data, per_head, heads=4, length=36):
     fractions = np.array(per_head)
     busiest = sorted(np.ndindex(fractions.shape), key=lambda at: -fractions[at])[:min(heads, (fractions > 0).sum())]
     rows = []
-    for label, net in (("dense", dense_model), ("sparse", model)):
+    for which, net in (("dense", dense_model), (label, model)):
         if net:
             layers = []
             net(torch.from_numpy(ids[snippet])[None], record=lambda layer, gates: layers.append((gates.open * gates.pattern)[0].numpy()))
-            rows.append((label, [layers[layer][head] for layer, head in busiest]))
+            rows.append((which, [layers[layer][head] for layer, head in busiest]))
     titles = [f"layer {layer}, head {head}: {100 * fractions[layer, head]:.2g} % open" for layer, head in busiest]
     figures.gallery(os.path.join(run, "gallery.png"), titles, pieces[snippet], rows)
 
@@ -355,12 +378,7 @@ def main(arguments):
     limits = {"n": ("at least 2", lambda v: v >= 2), "steps": ("at least 1", lambda v: v >= 1), "seed": ("0 or more", lambda v: v >= 0), "limit": ("0 or more", lambda v: v >= 0)}
     try:
         if command == "report":
-            reports = [report(run) for run in runs]
-            print(table(reports))
-            for r in reports:
-                if r["sparse"] and not (r["meets_target"] and r["step"]):
-                    print(nothing_found(r["run"]))
-            print(f"report.json and figures are in {', '.join(runs)}")
+            print_reports([report(run) for run in runs])
         elif command == "ask":
             ask.ask_run(runs[0], "".join(runs[1:]), flags)
         elif command == "circuit":

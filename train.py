@@ -17,7 +17,7 @@ loss stays there. Three losses take part, and all of them are in the log:
 
 Notable:
 - best.pt is the checkpoint with the FEWEST open edges among the evaluations that pass that judgement, not the last one, nor the untrained start.
-  A run in which none passes keeps the one that came closest, closest.pt.
+  A run in which none passes keeps the one that came closest, closest.pt, says so first in its report, and exits with status 2 (verdict.py).
 - With average_decay it is a moving average of the weights that is judged and kept; with patience a run that loses its target goes back to best.pt.
 - A step's examples and noise hang on (seed, step) alone (batches.py): a run that is killed and started again does on a CPU bit for bit what it would
   have done (GPUs sum in an order of their own), and one process that accumulates gradients does what many processes do (hardware.py).
@@ -60,6 +60,7 @@ from origin import models_of
 from progress import Job, Progress
 from resume import MetricsLog, RunError, StopRequest, alone_in, claim_folder, settle
 from settings import FIXED, FREE, GATED_ONLY, SHAPE, Config, check_together, forward_passes, limits, make_config
+from verdict import MISSED, distance_from_target, has_succeeded, is_ready, meets_target
 
 
 def get_lr(step, c):
@@ -68,32 +69,6 @@ def get_lr(step, c):
         return c.learning_rate * (step + 1) / c.warmup_steps
     done = (step - c.warmup_steps) / max(1, c.max_steps - c.warmup_steps)
     return c.min_lr + (c.learning_rate - c.min_lr) * (1 + math.cos(math.pi * min(1, done))) / 2
-
-
-def meets_target(found, dense, target_loss):
-    """Is the gated model as good as the dense one? Its held-out loss is at most the target and, where answers are right or
-    wrong (rows), on both splits no fewer of them are right. found, dense: {split: what `evaluate` returns}."""
-    return found["val"]["loss"] <= target_loss and all(
-        found[split]["correct"] >= dense[split]["correct"] for split in found if found[split]["accuracy"] is not None)
-
-
-def is_ready(found, ready_loss):
-    """Is a dense model ready to be a parent? All its answers are right, where they are right or wrong, and its held-out loss is at most ready_loss (nats)."""
-    val = found["val"]
-    answers = [f for f in found.values() if f["accuracy"] is not None]
-    return val["loss"] <= ready_loss and all(f["correct"] == f["examples"] for f in answers)
-
-
-def distance_from_target(found, dense, target_loss):
-    """How far a gated model is from what `meets_target` asks for: (held-out answers lost, nats too many, training answers lost). Zeros meet it.
-
-    In the order in which it is found out: training rows are counted only where the first two are 0.
-    """
-    lost = {"val": 0, "train": 0}
-    for split in found:
-        if found[split]["accuracy"] is not None:
-            lost[split] = max(0, dense[split]["correct"] - found[split]["correct"])
-    return lost["val"], max(0.0, found["val"]["loss"] - target_loss), lost["train"]
 
 
 def judged_model(model, c):
@@ -118,7 +93,8 @@ def train(config, given=frozenset(), job=None):
     """Train the run that config describes, from where its folder stands to the end. given: the settings that were set; job: of which this run is
     a part, for the progress line; left out, the run's own.
 
-    Leaves config.json, metrics.jsonl, best.pt and last.pt in config.out_dir. Raises RunError, ConfigError, CheckpointError, HardwareError,
+    Leaves config.json, metrics.jsonl, best.pt or closest.pt, and last.pt in config.out_dir. Returns whether the run is what it was to become
+    (verdict.py). Raises RunError, ConfigError, CheckpointError, HardwareError,
     LoRAError or DataError with a message for people; SystemExit after Ctrl-C, the run saved.
     """
     c = config
@@ -132,7 +108,7 @@ def train(config, given=frozenset(), job=None):
         if hardware.rank() == 0:
             settle(c.out_dir, finished=True)
         hardware.say(f"{job.name(c.out_dir)} is finished ({checkpoint['step']} steps)")
-        return
+        return has_succeeded(c, checkpoint)
     with hardware.first_alone():
         data = prepare_data.load(c.dataset)
     model, dense_model, facts = models_of(c, given, data, device, checkpoint, partial(train, job=job))
@@ -360,6 +336,7 @@ def train(config, given=frozenset(), job=None):
                 program = f"torchrun --nproc_per_node={hardware.world()}" if hardware.world() > 1 else "python"
                 sys.exit(f"stopped and saved after {step + 1} steps. To go on: {program} train.py {shlex.join(sys.argv[1:])}" if hardware.rank() == 0 else 1)
     hardware.wait_for_all()  # a child that starts now finds the files whole
+    return has_succeeded(c, state)
 
 
 def main(arguments):
@@ -372,7 +349,7 @@ def main(arguments):
         path, given = parse_command_line(arguments, Config, limits())
         config, names = make_config(path, given)
         hardware.start_processes(hardware.pick_device(config.device))
-        train(config, names)
+        succeeded = train(config, names)
         writes = hardware.rank() == 0
     except torch.OutOfMemoryError as error:
         sys.exit(f"error: out of memory: {str(error).splitlines()[0]} Try a smaller --micro_batch_size (the same batches, other noise), or, for a new run, --eval_batch_size")
@@ -387,7 +364,8 @@ def main(arguments):
         torch.cuda.empty_cache()  # the report needs the memory
     if writes:  # A process of its own: the loop needs no matplotlib, and a failing picture cannot harm a finished run.
         here = os.path.dirname(os.path.abspath(__file__))
-        sys.exit(subprocess.run([sys.executable, os.path.join(here, "analyze.py"), "report", config.out_dir]).returncode)
+        reported = subprocess.run([sys.executable, os.path.join(here, "analyze.py"), "report", config.out_dir])
+        sys.exit(reported.returncode or (0 if succeeded else MISSED))
 
 
 if __name__ == "__main__":

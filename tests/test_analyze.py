@@ -54,12 +54,12 @@ def test_report(folder, monkeypatch):
     assert f"{again['open']:.2f} of 132" in done.stdout and "out/dense" in done.stdout
 
 
-def test_a_run_of_which_the_start_alone_met_the_target_is_pointed_out(folder, monkeypatch):
+def test_a_run_at_its_start_is_pointed_out_and_not_drawn(folder, monkeypatch):
     monkeypatch.chdir(folder)
     train(*make_config("sparse.py", {"device": "cpu", "max_steps": 0, "out_dir": "out/untrained"}))
     done = analyze(folder, "report", "out/sparse", "out/untrained")
-    assert "out/untrained: since its start no evaluation has met the target" in done.stdout and "--lambda_max=12" in done.stdout
-    assert "out/sparse: since" not in done.stdout
+    assert "NOT TRAINED: out/untrained is at its start" in done.stdout and "NOT TRAINED: out/sparse" not in done.stdout
+    assert (folder / "out/untrained/training.png").exists() and not (folder / "out/untrained/attention_flow.png").exists()
 
 
 @pytest.fixture(scope="module")
