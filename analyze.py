@@ -15,7 +15,7 @@ A report's first line says what became of the run (verdict.py). Of a gated run t
 closest evaluation, and the last lines say what to try.
 
 Writes into the run's folder: report.json, training.png; for a gated run gates.png and distance.png; for addition attention_flow.png,
-the paper's first figure; for text gallery.png; from `explain` explain.json and explain.png; from `circuit`, into the sparse run's folder,
+the paper's first figure, flow.png and flow.gif, edges going out while it trained; for text gallery.png; from `explain` explain.json and explain.png; from `circuit`, into the sparse run's folder,
 circuit-<task>.json and its figures; from `induction` induction.json; from `benchmark` benchmark.json.
 """
 
@@ -31,6 +31,7 @@ import ask
 import compare
 import explain
 import figures
+import flow
 import hardware
 import lora
 import prepare_data
@@ -136,6 +137,7 @@ def draw(result, config, metrics, checkpoint, model, data):
     task = prepare_data.addition_task(data.meta)
     if task:
         attention_flow(run, model.cpu(), dense_model, task, label)
+        flow.film(run, task, model.config, config["max_steps"])
     elif data.meta["kind"] == "stream":
         gallery(run, model.cpu(), dense_model, data, edges["per_head"], label)
 

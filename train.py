@@ -52,6 +52,7 @@ from batches import Batches
 from checkpoint import CheckpointError, checkpoint_of, load_weights, read_checkpoint, save_checkpoint, state_to_save
 from configure import ConfigError, parse_command_line
 from evaluate import evaluate_splits
+from flow import FlowLog
 from gate import choose_impl
 from geco import GECO
 from handover import fold_shift
@@ -258,12 +259,14 @@ def train(config, given=frozenset(), job=None):
     # --- the loop -----------------------------------------------------------------------------------------------------
     began, speed = time.time(), hardware.Speed(c.batch_size * context, model.flops_per_token(context) / 3 * (forward_passes(c) - c.recompute_activations), device)
     with alone_in(c.out_dir), StopRequest() as stop, Progress(job, c, start) as progress:
-        log = None
+        log = flow = None
         if hardware.rank() == 0:
             settle(c.out_dir, finished=False)
             prepare_data.write_json(os.path.join(c.out_dir, "config.json"), asdict(c))
             evaluates_at_start = start % c.eval_interval == 0 or start == c.max_steps
             log = MetricsLog(os.path.join(c.out_dir, "metrics.jsonl"), keep_until=start - evaluates_at_start)
+            if c.gated and prepare_data.addition_task(data.meta):
+                flow = FlowLog(c.out_dir, prepare_data.addition_task(data.meta), model.config, c.max_steps, keep_until=start - evaluates_at_start)
         for step in range(start, c.max_steps + 1):
             if step % c.eval_interval == 0 or step == c.max_steps:
                 speed.pause()
@@ -281,6 +284,8 @@ def train(config, given=frozenset(), job=None):
                 lost = not at_end and c.patience and state["best"] and step - state["met_at"] >= c.patience * c.eval_interval
                 if log:
                     log.write(**describe(step, found, passes), goes_back=bool(lost))
+                if flow:
+                    flow.write(step, found, kept, passes, geco.lam)
                 # last.pt first: a run that is killed in between evaluates again and writes best.pt then. A run whose last.pt is at its end never will
                 for name in [f"{name}.next" for name in kept] + ["last.pt"] if at_end else ["last.pt", *kept]:
                     save(name, step)
