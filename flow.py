@@ -30,8 +30,8 @@ BLACK, GREY, PALE = (20, 20, 20), (120, 120, 120), (222, 222, 222)
 FAINTEST = 0.12  # an edge that is open in a single sum can still be seen
 
 SMOOTH = 2  # drawn so many times as large as shown
-COLUMN, LEFT, RIGHT, TOP, BOTTOM = 58, 84, 30, 92, 92  # pixels: a token's width, and the margins
-HEIGHT, LOWEST = 340, 30  # pixels: of all layers together, and of one layer at least
+COLUMN, LEFT, RIGHT, TOP, BOTTOM = 48, 76, 24, 84, 90  # pixels: a token's width, and the margins
+HEIGHT, LOWEST = 280, 28  # pixels: of all layers together, and of one layer at least
 
 MOST_FRAMES = 36
 MOST_BYTES = 300_000  # of flow.gif, so that it fits into a README
@@ -91,7 +91,7 @@ def film(folder, task, config, max_steps):
     shown = np.linspace(0, len(frames) - 1, min(len(frames), MOST_FRAMES)).round().astype(int)
     pictures = [canvas.draw(frames[i]) for i in shown[:-1]] + [canvas.draw(frames[-1], is_kept=True)]
     save_picture(os.path.join(folder, "flow.png"), pictures[-1])
-    prepare_data.write_whole(os.path.join(folder, "flow.gif"), animation(pictures, 16 if config.n_head == 1 else 32))
+    prepare_data.write_whole(os.path.join(folder, "flow.gif"), animation(pictures, palette_of(config.n_head)))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -201,25 +201,24 @@ def save_picture(path, image):
     prepare_data.write_whole(path, content.getvalue())
 
 
-def animation(pictures, colors=16):
+def palette_of(n_head):
+    """The colours of all frames of a film, as an image for `quantize`: greys, and every head's colour in four shades."""
+    greys = [(level,) * 3 for level in (255, 222, 180, 120, 70, 20)]
+    shades = [faded(color, share) for color in HEAD_COLORS[:n_head] for share in (1, 0.66, 0.33, 0)]
+    image = Image.new("P", (1, 1))
+    image.putpalette([part for color in greys + shades for part in color])
+    return image
+
+
+def animation(pictures, palette):
     """Images of one size as the bytes of a GIF that repeats for ever. As sharp as MOST_BYTES allow: smaller, and at last with fewer frames."""
-    for scale in (1, 0.75, 0.5):
+    for scale in (1, 0.85, 0.7, 0.55):
         size = [round(side * scale) for side in pictures[0].size]
-        content = encode([picture.resize(size, Image.Resampling.LANCZOS) for picture in pictures], colors)
-        if len(content) <= MOST_BYTES or len(pictures) == 1:
-            return content
-    return animation([*pictures[:-1:2], pictures[-1]], colors)
-
-
-def encode(pictures, colors):
-    """Images as a GIF with one palette for all, taken from the first, one in the middle and the last: only what changes is stored."""
-    width, height = pictures[0].size
-    samples = Image.new("RGB", (width, 3 * height))
-    for i in range(3):
-        samples.paste(pictures[i * (len(pictures) - 1) // 2], (0, i * height))
-    palette = samples.quantize(colors, method=Image.Quantize.FASTOCTREE)
-    frames = [picture.quantize(palette=palette, dither=Image.Dither.NONE) for picture in pictures]
-    durations = [FIRST, *[FRAME] * (len(frames) - 2), LAST][-len(frames):]
-    content = io.BytesIO()
-    frames[0].save(content, "gif", save_all=True, append_images=frames[1:], duration=durations, loop=0)
-    return content.getvalue()
+        scaled = [picture.resize(size, Image.Resampling.LANCZOS) for picture in pictures]
+        frames = [picture.quantize(palette=palette, dither=Image.Dither.NONE) for picture in scaled]
+        durations = [FIRST, *[FRAME] * (len(frames) - 2), LAST][-len(frames):]
+        content = io.BytesIO()
+        frames[0].save(content, "gif", save_all=True, append_images=frames[1:], duration=durations, loop=0)
+        if content.tell() <= MOST_BYTES or len(frames) == 1:
+            return content.getvalue()
+    return animation([*pictures[:-1:2], pictures[-1]], palette)
