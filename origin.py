@@ -25,10 +25,12 @@ from huggingface import PRETRAINED
 from resume import RunError, kept_checkpoint
 from settings import GATE, make_config
 
+PASSED_ON = ("seed", "device", "compile", "dtype")  # settings that a run hands to a parent that is trained first, where they were set
+
 
 def run_of(source, config, given):
     """The run of a config file that `config` starts from or is compared with: (Config, names of the settings that were set). Seed and hardware are passed on."""
-    passed_on = {key: getattr(config, key) for key in ("seed", "device", "compile", "dtype") if key in given}
+    passed_on = {key: getattr(config, key) for key in PASSED_ON if key in given}
     return make_config(source, passed_on)
 
 

@@ -92,7 +92,7 @@ def still_learning(metrics):
 
 
 def headline(report, config, metrics):
-    """The first line of a report. report: analyze.report's dict so far; config: of config.json; metrics: lines of metrics.jsonl."""
+    """The first line of a report. report: that of report.py so far; config: of config.json; metrics: lines of metrics.jsonl."""
     if report["sparse"]:
         return headline_of_gated(report, config, metrics)
     return headline_of_dense(report, config, metrics)

@@ -9,9 +9,9 @@ import pytest
 import torch
 from PIL import Image
 
-import analyze as analyze_module
 import figures
 import prepare_data
+import report as report_module
 from conftest import REPOSITORY
 from evaluate import evaluate
 from checkpoint import checkpoint_of, load_checkpoint, read_checkpoint, save_checkpoint
@@ -130,9 +130,9 @@ def test_explain(folder):
 
 
 def test_the_sums_that_are_drawn_have_no_carry_one_from_the_units_and_one_into_the_highest_place():
-    assert [sum_[:2] for sum_ in analyze_module.example_sums(AdditionTask())] == [(53, 21), (36, 28), (43, 59)]
+    assert [sum_[:2] for sum_ in report_module.example_sums(AdditionTask())] == [(53, 21), (36, 28), (43, 59)]
     for digits in (1, 2, 3, 4):
-        plain, units, highest = analyze_module.example_sums(AdditionTask(digits, 5))
+        plain, units, highest = report_module.example_sums(AdditionTask(digits, 5))
         carries = []
         for a, b, _ in (plain, units, highest):
             ends = [10 ** (place + 1) for place in range(digits)]
