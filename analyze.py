@@ -2,6 +2,7 @@
 
     python analyze.py report out/addition                 report.json and figures; train.py calls this at the end of a run
     python analyze.py report out/addition out/other ...   the same for several runs, one table
+    python analyze.py seeds config/addition.py --seeds=21-40   train twenty seeds, or as many as are not trained yet, and compare (seeds.py)
     python analyze.py explain out/addition                when does each edge open, and what is it for (explain.py)
     python analyze.py ask out/addition 36+28              one sum: its answer, the edges that opened (ask.py)
     python analyze.py ask out/addition 36+28 --shut=1.s2.s4   the same, layer 1's edge from s4 to s2 cut
@@ -11,12 +12,14 @@
 
 Everything is computed again from the checkpoint by evaluate.py, the code that judged the run while it trained.
 
+A report's first line says what became of the run (verdict.py). Of a gated run that missed its target, numbers and pictures are those of its
+closest evaluation, and the last lines say what to try.
+
 Writes into the run's folder: report.json, training.png; for a gated run gates.png and distance.png; for addition attention_flow.png,
-the paper's first figure; for text gallery.png; from `explain` explain.json and explain.png; from `circuit`, into the sparse run's folder,
-circuit-<task>.json and its figures; from `induction` induction.json; from `benchmark` benchmark.json.
+the paper's first figure, flow.png and flow.gif, edges going out while it trained; for text gallery.png; from `explain` explain.json and explain.png; from `circuit`, into the sparse run's folder,
+circuit-<task>.json and its figures; from `induction` induction.json; from `seeds`, beside the runs, out/<name>-seeds.json; from `benchmark` benchmark.json.
 """
 
-import json
 import os
 import sys
 from dataclasses import dataclass
@@ -31,198 +34,15 @@ import figures
 import hardware
 import lora
 import prepare_data
+import report
+import seeds
 import text
 from configure import ConfigError, parse_command_line
-from evaluate import evaluate_splits
 from explain import AnalysisError
 from induction import copying_scores, prefix_matching
 from checkpoint import CheckpointError, load_checkpoint, model_of, read_checkpoint, tokenizer_of
-from resume import checkpoint_named, kept_checkpoint, read_metrics
+from resume import checkpoint_named
 from tasks import TaskError
-
-# The paper's three kinds of sum. Of each number a d-digit model gets the last d digits: 53+21, 36+28, 43+59
-SUMS = [(6253, 1421, "no carry"),
-        (4136, 3528, "carry out of the units"),
-        (5743, 8659, "carry into the {highest}")]
-
-
-def read_json(path):
-    if not os.path.exists(path):
-        raise AnalysisError(f"{os.path.dirname(path)} is no run's folder: it has no {os.path.basename(path)}. "
-                            "Train one first, for instance: python train.py config/addition.py")
-    try:
-        with open(path, encoding="utf-8") as f:
-            return json.load(f)
-    except ValueError as error:
-        raise AnalysisError(f"{path} is damaged: {error}") from error
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# report
-
-
-def model_judged(checkpoint, path):
-    """The model as its run judged it: adapters beside the frozen weights, and those in the run's precision."""
-    def prepare(model):
-        return lora.freeze_in(model, getattr(torch, checkpoint["config"]["base_dtype"])) if "lora" in checkpoint else model
-
-    return model_of(checkpoint, path, hardware.pick_device("auto"), prepare, merged=False)
-
-
-def report(run):
-    """Write a run's report.json and figures; return the report, a dict:
-
-    run, seed, step (of the checkpoint), meets_target
-    dense, sparse   the model whose loss is to be kept (target_from, else the parent), and the run's: {val_loss (nats, held out), accuracy (share of held-out rows right, null for text), correct, examples (both splits)}
-    target_loss     nats; what the sparse val_loss had to stay at or below
-    edges           {open (mean per held-out sequence), total (causal pairs of all heads and layers), fraction, per_head [layer][head],
-                    by_distance [positions back]}
-    heads_off       number of heads without any open edge
-    seconds         {dense, sparse} of training, the parent's and the run's; in the figures the dense model is the parent, too
-    A dense run has sparse, target_loss and seconds.sparse null.
-    """
-    config = read_json(os.path.join(run, "config.json"))
-    path = kept_checkpoint(run) or os.path.join(run, "last.pt")
-    meets_target = os.path.basename(path) == "best.pt"
-    checkpoint = read_checkpoint(path)
-    model = model_judged(checkpoint, path)
-    metrics = read_metrics(os.path.join(run, "metrics.jsonl"))
-    seconds = metrics[-1]["seconds"]
-    data = prepare_data.load(config["dataset"])
-    if checkpoint["data"]["sha256"] != data.meta["sha256"]:
-        raise AnalysisError(f"data/{config['dataset']} is not the data that {run} was trained and judged on: the losses could not be compared. Put the old data back")
-    judged = evaluate_splits(model, data, config["eval_batch_size"], config["eval_batches"])
-
-    if model.config.gated:
-        dense, sparse = checkpoint["dense"], judged
-        parent = checkpoint["parent"]
-        parents = os.path.join(os.path.dirname(parent), "metrics.jsonl")
-        seconds = {"dense": read_metrics(parents)[-1]["seconds"] if os.path.exists(parents) else None, "sparse": seconds}
-    else:
-        dense, sparse, parent, meets_target = judged, None, None, True
-        seconds = {"dense": seconds, "sparse": None}
-    result = {
-        "run": run, "seed": config["seed"], "step": checkpoint["step"], "meets_target": meets_target,
-        "dense": summary(dense), "sparse": sparse and summary(sparse), "target_loss": checkpoint["target_loss"],
-        "edges": {key: judged["val"][key] for key in ("open", "total", "fraction", "per_head", "by_distance")},
-        "heads_off": sum(fraction == 0 for layer in judged["val"]["per_head"] for fraction in layer), "seconds": seconds}
-    prepare_data.write_json(os.path.join(run, "report.json"), result)
-
-    figures.training(os.path.join(run, "training.png"), metrics, checkpoint["step"], (config["lambda_min"], config["lambda_max"]) if config["gated"] else ())
-    if model.config.gated:
-        figures.open_by_head(os.path.join(run, "gates.png"), judged["val"]["per_head"])
-        figures.open_by_distance(os.path.join(run, "distance.png"), judged["val"]["by_distance"], judged["val"]["open"])
-        dense_model = lora.Base(model) if checkpoint.get("base") == parent else parent_of(parent, run)
-        task = prepare_data.addition_task(data.meta)
-        if task:
-            attention_flow(run, model.cpu(), dense_model, task)
-        elif data.meta["kind"] == "stream":
-            gallery(run, model.cpu(), dense_model, data, judged["val"]["per_head"])
-    return result
-
-
-def summary(judged):
-    """One model's side of a report. `correct` counts the rows of both splits, `accuracy` is that of the held-out ones alone."""
-    splits = judged.values()
-    rows = judged["val"]["accuracy"] is not None
-    return {"val_loss": judged["val"]["loss"], "accuracy": judged["val"]["accuracy"],
-            "correct": sum(s["correct"] for s in splits) if rows else None, "examples": sum(s["examples"] for s in splits)}
-
-
-def table(reports):
-    """The reports as text, one column per run."""
-    def sparse_or_dense(r):
-        return r["sparse"] or r["dense"]
-
-    rows = [("", [r["run"] for r in reports]),
-            ("held-out loss, dense", [f"{r['dense']['val_loss']:.4f}" for r in reports]),
-            ("held-out loss, sparse", [f"{r['sparse']['val_loss']:.4f}" if r["sparse"] else "-" for r in reports]),
-            ("target", [f"{r['target_loss']:.4f}" + ("" if r["meets_target"] else " MISSED") if r["sparse"] else "-" for r in reports]),
-            ("rows right", [f"{sparse_or_dense(r)['correct']} of {sparse_or_dense(r)['examples']}"
-                            if sparse_or_dense(r)["correct"] is not None else "-" for r in reports]),
-            ("open edges", [f"{r['edges']['open']:.2f} of {r['edges']['total']} ({100 * r['edges']['fraction']:.2f} %)" for r in reports]),
-            ("open edges per token", [f"{r['edges']['open'] / len(r['edges']['by_distance']):.2f}" for r in reports]),
-            ("heads off", [f"{r['heads_off']} of {sum(map(len, r['edges']['per_head']))}" for r in reports]),
-            ("checkpoint of step", [str(r["step"]) for r in reports]),
-            ("seconds, dense + sparse", [" + ".join("-" if s is None else f"{s:.0f}" for s in r["seconds"].values()) for r in reports])]
-    rows = [row for row in rows if set(row[1]) != {"-"}]  # nothing to say in any of the runs
-    widths = [max(len(cells[i]) for _, cells in rows) for i in range(len(reports))]
-    return "\n".join("  ".join([f"{name:24}", *(cell.rjust(width) for cell, width in zip(cells, widths))]) for name, cells in rows)
-
-
-def nothing_found(run):
-    """What to do about a run of which no evaluation but the untrained start, or none at all, met the target: said below its table."""
-    cap = read_json(os.path.join(run, "config.json"))["lambda_max"]
-    return (f"{run}: since its start no evaluation has met the target. If the run is at its end, edges went faster than training could make up for: "
-            f"the same command with --lambda_max={3 * cap:g} --out_dir={run}-slower takes more care")
-
-
-def parent_of(parent, run):
-    """The dense model that a run started from, or None, said aloud, if its file is gone."""
-    try:
-        return load_checkpoint(parent)
-    except CheckpointError:
-        print(f"{parent} is gone: the figures in {run} show the sparse model only")
-        return None
-
-
-def example_sums(task):
-    """The sums to draw, of the paper's three kinds: [(a, b, kind)]."""
-    highest = explain.PLACES[task.digits]
-    end = 10**task.digits
-    return [(a % end, b % end, kind.format(highest=highest)) for a, b, kind in SUMS]
-
-
-@torch.no_grad()
-def attention_flow(run, model, dense_model, task):
-    """attention_flow.png: three sums through the dense parent (if it is still there) and the sparse model."""
-    sums = example_sums(task)
-    a, b = np.array([(a, b) for a, b, _ in sums]).T
-    questions = prepare_data.addition_rows(a, b, *task)[:, 0].astype(np.int64)
-    titles = [f"{x} + {y} = {x + y}, {kind}" for x, y, kind in sums]
-    columns = [(title, symbols(question)) for title, question in zip(titles, questions)]
-    models = [("sparse", model)]
-    if dense_model:
-        models.insert(0, ("dense", dense_model))
-    rows = []
-    for label, net in models:
-        layers = []
-
-        def remember(layer, gates):
-            layers.append((gates.open * gates.pattern).numpy())
-
-        logits, _, _ = net(torch.from_numpy(questions), record=remember)
-        answers = logits.argmax(-1).numpy()
-        weights = np.stack(layers, axis=1)  # (sums, n_layer, H, T, T)
-        said = [[""] * task.first + symbols(answer[task.first:]) for answer in answers]
-        rows.append((label, list(zip(weights, said))))
-    figures.attention_flow(os.path.join(run, "attention_flow.png"), columns, rows)
-
-
-@torch.no_grad()
-def gallery(run, model, dense_model, data, per_head, heads=4, length=36):
-    """gallery.png: what the busiest heads of the sparse model attend to on one held-out snippet, and what the same heads did before."""
-    name = data.meta.get("tokenizer")
-    ids = np.asarray(data.val[len(data.val) // 2:][:1000]).astype(np.int64)  # the middle of the held-out text
-    pieces = text.pieces(ids.tolist(), text.tokenizer(name)) if name in text.TOKENIZERS else [str(i) for i in ids]
-    line_ends = [i for i, piece in enumerate(pieces[:900]) if piece.endswith("↵")]
-    begin = line_ends[0] + 1 if line_ends else 0  # from the beginning of a line
-    snippet = slice(begin, begin + min(length, model.config.block_size))
-    fractions = np.array(per_head)
-    busiest = sorted(np.ndindex(fractions.shape), key=lambda at: -fractions[at])[:min(heads, (fractions > 0).sum())]
-    rows = []
-    for label, net in (("dense", dense_model), ("sparse", model)):
-        if net:
-            layers = []
-            net(torch.from_numpy(ids[snippet])[None], record=lambda layer, gates: layers.append((gates.open * gates.pattern)[0].numpy()))
-            rows.append((label, [layers[layer][head] for layer, head in busiest]))
-    titles = [f"layer {layer}, head {head}: {100 * fractions[layer, head]:.2g} % open" for layer, head in busiest]
-    figures.gallery(os.path.join(run, "gallery.png"), titles, pieces[snippet], rows)
-
-
-def symbols(tokens):
-    """Token ids of addition as the signs that they stand for."""
-    return [prepare_data.ADDITION_TOKENS[t] for t in tokens]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -328,12 +148,12 @@ def benchmark_run(run, options):
     if name not in text.TOKENIZERS:
         raise AnalysisError(f"{run} was trained on {name}, which is no text: benchmark needs a run on text")
     if "lora" in checkpoint:  # one model is both
-        model = model_judged(checkpoint, path)
+        model = report.model_judged(checkpoint, path)
         models = {"dense": lambda: lora.Base(model), "sparse": lambda: model}
     elif checkpoint["model_args"]["gated"]:
-        models = {"dense": lambda: load_checkpoint(checkpoint["parent"], device, block_size=checkpoint["model_args"]["block_size"]), "sparse": lambda: model_judged(checkpoint, path)}
+        models = {"dense": lambda: load_checkpoint(checkpoint["parent"], device, block_size=checkpoint["model_args"]["block_size"]), "sparse": lambda: report.model_judged(checkpoint, path)}
     else:
-        models = {"dense": lambda: model_judged(checkpoint, path)}
+        models = {"dense": lambda: report.model_judged(checkpoint, path)}
     table = benchmark.benchmark(models, text.tokenizer(name), options.tasks, options.limit or None, options.include or None)
     if not table:
         raise AnalysisError(f"none of {options.tasks} is scored by accuracy, which is what benchmark reports")
@@ -348,19 +168,16 @@ USAGE = __doc__.split("\n\n")[1]
 def main(arguments):
     command, runs = (arguments[0] if arguments else ""), [run.rstrip("/") for run in arguments[1:] if not run.startswith("--")]
     flags = [flag for flag in arguments[1:] if flag.startswith("--")]
-    takes_flags = command in ("circuit", "benchmark", "ask")
-    known = ("report", "explain", "ask", "circuit", "induction", "benchmark")
+    takes_flags = command in ("circuit", "benchmark", "ask", "seeds")
+    known = ("report", "seeds", "explain", "ask", "circuit", "induction", "benchmark")
     if command not in known or not runs or flags and not takes_flags or command == "circuit" and (len(runs) != 2 or not flags):
         sys.exit(f"usage:\n{USAGE}")
     limits = {"n": ("at least 2", lambda v: v >= 2), "steps": ("at least 1", lambda v: v >= 1), "seed": ("0 or more", lambda v: v >= 0), "limit": ("0 or more", lambda v: v >= 0)}
     try:
         if command == "report":
-            reports = [report(run) for run in runs]
-            print(table(reports))
-            for r in reports:
-                if r["sparse"] and not (r["meets_target"] and r["step"]):
-                    print(nothing_found(r["run"]))
-            print(f"report.json and figures are in {', '.join(runs)}")
+            report.print_reports([report.report(run) for run in runs])
+        elif command == "seeds":
+            sys.exit(seeds.run_seeds(arguments[1:]))
         elif command == "ask":
             ask.ask_run(runs[0], "".join(runs[1:]), flags)
         elif command == "circuit":

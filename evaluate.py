@@ -22,7 +22,8 @@ def evaluate(model, data, split, batch_size=1000, max_batches=0):
     are spread evenly over the split, because its first documents need not be like the others.
     Returns a dict of plain numbers: loss, accuracy (None for a stream), correct and examples (numbers of rows),
     open, total, fraction, per_head [n_layer][H] open fractions, by_distance [T] open fractions of the edges that reach
-    0, 1, 2, ... positions back. Leaves the model in the mode in which it was.
+    0, 1, 2, ... positions back, by_edge [n_layer][H][T][T] the share of rows in which an edge is open (query by key; None
+    for a stream, where positions mean nothing, and for a dense model). Leaves the model in the mode in which it was.
     """
     config, device = model.config, next(model.parameters()).device
     rows = data.meta["kind"] == "rows"
@@ -35,11 +36,14 @@ def evaluate(model, data, split, batch_size=1000, max_batches=0):
     counts_on = {"device": "cpu" if device.type == "mps" else device, "dtype": torch.float64}  # mps has no float64
     open_edges = torch.zeros(config.n_layer, config.n_head, **counts_on)  # summed over sequences
     reads = torch.zeros(T, T, **counts_on)  # query by key, summed over sequences, layers and heads
+    by_edge = torch.zeros(config.n_layer, config.n_head, T, T, **counts_on) if rows and config.gated else None  # summed over rows
 
     def count(layer, gates):
         by_head = gates.open.sum(dim=0).to(**counts_on)  # (H, T, T)
         open_edges[layer] += by_head.sum(dim=(1, 2))
         reads.add_(by_head.sum(dim=0))
+        if by_edge is not None:
+            by_edge[layer] += by_head
 
     was_training = model.training
     model.eval()
@@ -63,9 +67,12 @@ def evaluate(model, data, split, batch_size=1000, max_batches=0):
     per_head = open_edges / len(indices) / pairs if config.gated else torch.ones(config.n_layer, config.n_head)
     by_distance = [counted[heads + d] / len(indices) / heads / (T - d) if config.gated else 1.0 for d in range(T)]
     total = heads * pairs
+    if by_edge is not None:
+        by_edge = torch.tensor(hardware.total(by_edge.flatten().tolist(), device)).view(by_edge.shape) / len(indices)
     return {"loss": loss_sum / targets_seen, "accuracy": correct / len(indices) if rows else None, "correct": correct,
             "examples": len(indices), "open": per_head.sum().item() * pairs, "total": total,
-            "fraction": per_head.mean().item(), "per_head": per_head.tolist(), "by_distance": by_distance}
+            "fraction": per_head.mean().item(), "per_head": per_head.tolist(), "by_distance": by_distance,
+            "by_edge": None if by_edge is None else by_edge.tolist()}
 
 
 def evaluate_splits(model, data, batch_size, max_batches, worthwhile=None):

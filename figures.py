@@ -71,7 +71,7 @@ def attention_flow(path, columns, rows):
 
 
 def training(path, metrics, kept_step=None, bounds=()):
-    """metrics: the lines of metrics.jsonl. Loss; for a gated run also open edges and lambda. kept_step: of best.pt; bounds: lambda's floor and cap."""
+    """metrics: the lines of metrics.jsonl. Loss; for a gated run also open edges and lambda. kept_step: of best.pt, or closest.pt; bounds: lambda's floor and cap."""
     gated = "lambda" in metrics[0]
     figure, axes = plt.subplots(3 if gated else 1, 1, figsize=(7, 8 if gated else 3.4), sharex=True, squeeze=False, layout="constrained")
     axes = axes[:, 0]
@@ -90,8 +90,9 @@ def training(path, metrics, kept_step=None, bounds=()):
         passed = [(m["step"], 100 * m["fraction"]) for m in metrics if m["passes"]]
         axes[1].plot(*zip(*passed) if passed else ([], []), "o", ms=4, color="tab:green", label="meets the target")
         for m in metrics:
-            if m["step"] == kept_step and m["passes"]:
-                axes[1].plot(kept_step, 100 * m["fraction"], "*", ms=14, color="tab:red", label=f"kept: step {kept_step}, {m['open']:.2f} edges")
+            if m["step"] == kept_step and kept_step > 0:
+                what, color = ("kept", "tab:red") if m["passes"] else ("target missed; closest", "tab:orange")
+                axes[1].plot(kept_step, 100 * m["fraction"], "*", ms=14, color=color, label=f"{what}: step {kept_step}, {m['open']:.2f} edges")
         axes[1].set(ylabel="open edges (%)")
         axes[1].legend(fontsize=8)
         curve(axes[2], "lambda", "lambda", color="tab:purple")

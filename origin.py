@@ -25,6 +25,28 @@ from huggingface import PRETRAINED
 from resume import RunError, kept_checkpoint
 from settings import GATE, make_config
 
+PASSED_ON = ("seed", "device", "compile", "dtype")  # settings that a run hands to a parent that is trained first, where they were set
+
+
+def run_of(source, config, given):
+    """The run of a config file that `config` starts from or is compared with: (Config, names of the settings that were set). Seed and hardware are passed on."""
+    passed_on = {key: getattr(config, key) for key in PASSED_ON if key in given}
+    return make_config(source, passed_on)
+
+
+def runs_of(config, given):
+    """The Configs of all runs that training `config` takes, in their order: those of the config files that it names, then its own."""
+    runs = []
+    for source in (config.init_from, config.target_from if config.gated else ""):
+        if not source.endswith(".py"):
+            continue
+        run, names = run_of(source, config, given)
+        if os.path.realpath(run.out_dir) == os.path.realpath(config.out_dir):
+            continue  # which `find_dense` refuses
+        trained = [earlier.out_dir for earlier in runs]
+        runs += [earlier for earlier in runs_of(run, names) if earlier.out_dir not in trained]
+    return [*runs, config]
+
 
 def find_dense(source, config, given, what, train):
     """The checkpoint that `source` (a value of init_from or target_from) names. A config file's run is trained first, by `train`, if it is not finished."""
@@ -32,7 +54,7 @@ def find_dense(source, config, given, what, train):
     if is_elsewhere(source) or os.path.isfile(source) and not is_config:
         return source
     if is_config:
-        run, names = make_config(source, {key: getattr(config, key) for key in ("seed", "device", "compile", "dtype") if key in given})
+        run, names = run_of(source, config, given)
         if config.gated and run.gated:
             raise RunError(f"{what}={source} is a gated run. Start from a dense one: its loss is the target")
         folder = run.out_dir

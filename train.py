@@ -17,7 +17,7 @@ loss stays there. Three losses take part, and all of them are in the log:
 
 Notable:
 - best.pt is the checkpoint with the FEWEST open edges among the evaluations that pass that judgement, not the last one, nor the untrained start.
-  A run in which none passes keeps the one that came closest, closest.pt.
+  A run in which none passes keeps the one that came closest, closest.pt, says so first in its report, and exits with status 2 (verdict.py).
 - With average_decay it is a moving average of the weights that is judged and kept; with patience a run that loses its target goes back to best.pt.
 - A step's examples and noise hang on (seed, step) alone (batches.py): a run that is killed and started again does on a CPU bit for bit what it would
   have done (GPUs sum in an order of their own), and one process that accumulates gradients does what many processes do (hardware.py).
@@ -38,11 +38,11 @@ import sys
 import time
 from contextlib import nullcontext
 from dataclasses import asdict
+from functools import partial
 
 import torch
 import torch._inductor.config
 from torch.nn import functional as F
-from tqdm import tqdm
 
 import hardware
 import lora
@@ -52,13 +52,16 @@ from batches import Batches
 from checkpoint import CheckpointError, checkpoint_of, load_weights, read_checkpoint, save_checkpoint, state_to_save
 from configure import ConfigError, parse_command_line
 from evaluate import evaluate_splits
+from flow import FlowLog
 from gate import choose_impl
 from geco import GECO
 from handover import fold_shift
 from lora import LoRAError
 from origin import models_of
+from progress import Job, Progress
 from resume import MetricsLog, RunError, StopRequest, alone_in, claim_folder, settle
 from settings import FIXED, FREE, GATED_ONLY, SHAPE, Config, check_together, forward_passes, limits, make_config
+from verdict import MISSED, distance_from_target, has_succeeded, is_ready, meets_target
 
 
 def get_lr(step, c):
@@ -67,32 +70,6 @@ def get_lr(step, c):
         return c.learning_rate * (step + 1) / c.warmup_steps
     done = (step - c.warmup_steps) / max(1, c.max_steps - c.warmup_steps)
     return c.min_lr + (c.learning_rate - c.min_lr) * (1 + math.cos(math.pi * min(1, done))) / 2
-
-
-def meets_target(found, dense, target_loss):
-    """Is the gated model as good as the dense one? Its held-out loss is at most the target and, where answers are right or
-    wrong (rows), on both splits no fewer of them are right. found, dense: {split: what `evaluate` returns}."""
-    return found["val"]["loss"] <= target_loss and all(
-        found[split]["correct"] >= dense[split]["correct"] for split in found if found[split]["accuracy"] is not None)
-
-
-def is_ready(found, ready_loss):
-    """Is a dense model ready to be a parent? All its answers are right, where they are right or wrong, and its held-out loss is at most ready_loss (nats)."""
-    val = found["val"]
-    answers = [f for f in found.values() if f["accuracy"] is not None]
-    return val["loss"] <= ready_loss and all(f["correct"] == f["examples"] for f in answers)
-
-
-def distance_from_target(found, dense, target_loss):
-    """How far a gated model is from what `meets_target` asks for: (held-out answers lost, nats too many, training answers lost). Zeros meet it.
-
-    In the order in which it is found out: training rows are counted only where the first two are 0.
-    """
-    lost = {"val": 0, "train": 0}
-    for split in found:
-        if found[split]["accuracy"] is not None:
-            lost[split] = max(0, dense[split]["correct"] - found[split]["correct"])
-    return lost["val"], max(0.0, found["val"]["loss"] - target_loss), lost["train"]
 
 
 def judged_model(model, c):
@@ -113,10 +90,12 @@ def divergence(logits, teacher_logits, targets):
     return F.kl_div(student, teacher, log_target=True, reduction="batchmean")
 
 
-def train(config, given=frozenset()):
-    """Train the run that config describes, from where its folder stands to the end. given: the settings that were set.
+def train(config, given=frozenset(), job=None):
+    """Train the run that config describes, from where its folder stands to the end. given: the settings that were set; job: of which this run is
+    a part, for the progress line; left out, the run's own.
 
-    Leaves config.json, metrics.jsonl, best.pt and last.pt in config.out_dir. Raises RunError, ConfigError, CheckpointError, HardwareError,
+    Leaves config.json, metrics.jsonl, best.pt or closest.pt, and last.pt in config.out_dir. Returns whether the run is what it was to become
+    (verdict.py). Raises RunError, ConfigError, CheckpointError, HardwareError,
     LoRAError or DataError with a message for people; SystemExit after Ctrl-C, the run saved.
     """
     c = config
@@ -125,14 +104,15 @@ def train(config, given=frozenset()):
                               free=lambda c: FREE if c.gated else (*FREE, *GATED_ONLY))
     device, micro_batches = hardware.pick_device(c.device), check_together(c, hardware.world())
     hardware.wait_for_all()  # nobody writes into the folder before everybody has read it
+    job = job or Job.of(c, given, checkpoint)
     if checkpoint and (checkpoint["step"] >= c.max_steps or checkpoint.get("ready")):
         if hardware.rank() == 0:
             settle(c.out_dir, finished=True)
-        hardware.say(f"{c.out_dir} is finished ({checkpoint['step']} steps)")
-        return
+        hardware.say(f"{job.name(c.out_dir)} is finished ({checkpoint['step']} steps)")
+        return has_succeeded(c, checkpoint)
     with hardware.first_alone():
         data = prepare_data.load(c.dataset)
-    model, dense_model, facts = models_of(c, given, data, device, checkpoint, train)
+    model, dense_model, facts = models_of(c, given, data, device, checkpoint, partial(train, job=job))
 
     # --- how it computes ----------------------------------------------------------------------------------------------
     # model: trained    fast: the same, compiled    network: the same, in DDP
@@ -203,7 +183,7 @@ def train(config, given=frozenset()):
     network = torch.nn.parallel.DistributedDataParallel(fast) if hardware.world() > 1 and not sharded else fast
     model.train()  # samples the gates, drops out; load_checkpoint and evaluate leave models in evaluation mode
 
-    hardware.say(f"{c.out_dir}: {'gated' if c.gated else 'dense'}, {sum(p.numel() for p in model.parameters()):,} parameters{f', {sum(p.numel() for p in trained):,} of them trained' if c.lora_rank else ''}, {hardware.world()} x {device}, {dtype}, attention {impl}, "
+    hardware.say(f"{job.outlook(c.out_dir)}: {'gated' if c.gated else 'dense'}, {sum(p.numel() for p in model.parameters()):,} parameters{f', {sum(p.numel() for p in trained):,} of them trained' if c.lora_rank else ''}, {hardware.world()} x {device}, {dtype}, attention {impl}, "
                  f"{'compiled (the first step takes half a minute, or more)' if compiled else 'not compiled'}, "
                  f"{micro_batches} micro-batch(es) of {c.batch_size // micro_batches} x {context} tokens, from step {start} to {c.max_steps}")
 
@@ -277,20 +257,21 @@ def train(config, given=frozenset()):
     advice = f"Start again with a smaller step, for instance --learning_rate={c.learning_rate / 3:.1g} --out_dir=out/NEW"
 
     # --- the loop -----------------------------------------------------------------------------------------------------
-    began, open_edges, speed = time.time(), "not counted yet", hardware.Speed(c.batch_size * context, model.flops_per_token(context) / 3 * (forward_passes(c) - c.recompute_activations), device)
-    with alone_in(c.out_dir), StopRequest() as stop, tqdm(total=c.max_steps, initial=start, desc=c.out_dir, unit="step", dynamic_ncols=True, disable=hardware.rank() > 0) as bar:
-        log = None
+    began, speed = time.time(), hardware.Speed(c.batch_size * context, model.flops_per_token(context) / 3 * (forward_passes(c) - c.recompute_activations), device)
+    with alone_in(c.out_dir), StopRequest() as stop, Progress(job, c, start) as progress:
+        log = flow = None
         if hardware.rank() == 0:
             settle(c.out_dir, finished=False)
             prepare_data.write_json(os.path.join(c.out_dir, "config.json"), asdict(c))
             evaluates_at_start = start % c.eval_interval == 0 or start == c.max_steps
             log = MetricsLog(os.path.join(c.out_dir, "metrics.jsonl"), keep_until=start - evaluates_at_start)
+            if c.gated and prepare_data.addition_task(data.meta):
+                flow = FlowLog(c.out_dir, prepare_data.addition_task(data.meta), model.config, c.max_steps, keep_until=start - evaluates_at_start)
         for step in range(start, c.max_steps + 1):
             if step % c.eval_interval == 0 or step == c.max_steps:
                 speed.pause()
                 found = evaluate_splits(judged, data, c.eval_batch_size, c.eval_batches, worthwhile)
                 val = found["val"]
-                open_edges = f"{val['open']:.1f} of {val['total']}"
                 if not math.isfinite(val["loss"]):
                     raise RunError(f"the held-out loss is {val['loss']} at step {step}{f'; {c.out_dir}/last.pt still holds an earlier step' if step else ''}. {advice}")
                 passes = not c.gated or meets_target(found, state["dense"], state["target_loss"])
@@ -298,10 +279,13 @@ def train(config, given=frozenset()):
                 if passes:
                     state["met_at"] = step
                 kept = names_to_keep(step, found, passes)
+                progress.evaluated(found, state["target_loss"], state["best"], geco and geco.lam)
                 at_end = step == c.max_steps or bool(state["ready"])
                 lost = not at_end and c.patience and state["best"] and step - state["met_at"] >= c.patience * c.eval_interval
                 if log:
                     log.write(**describe(step, found, passes), goes_back=bool(lost))
+                if flow:
+                    flow.write(step, found, kept, passes, geco.lam)
                 # last.pt first: a run that is killed in between evaluates again and writes best.pt then. A run whose last.pt is at its end never will
                 for name in [f"{name}.next" for name in kept] + ["last.pt"] if at_end else ["last.pt", *kept]:
                     save(name, step)
@@ -350,14 +334,14 @@ def train(config, given=frozenset()):
             speed.step()
 
             state["batch_loss"] = batch_loss if state["batch_loss"] is None else 0.95 * state["batch_loss"] + 0.05 * batch_loss
-            bar.update()
-            bar.set_postfix_str(f"loss {state['batch_loss']:.4f}" + (f", open {open_edges}, lambda {geco.lam:.3f}" if c.gated else ""), refresh=False)
+            progress.step()
             if stopping and step + 1 < c.max_steps:  # after the last step only the evaluation is left
                 save("last.pt", step + 1)
                 hardware.wait_for_all()  # torchrun ends all processes as soon as one has ended
                 program = f"torchrun --nproc_per_node={hardware.world()}" if hardware.world() > 1 else "python"
                 sys.exit(f"stopped and saved after {step + 1} steps. To go on: {program} train.py {shlex.join(sys.argv[1:])}" if hardware.rank() == 0 else 1)
     hardware.wait_for_all()  # a child that starts now finds the files whole
+    return has_succeeded(c, state)
 
 
 def main(arguments):
@@ -370,7 +354,7 @@ def main(arguments):
         path, given = parse_command_line(arguments, Config, limits())
         config, names = make_config(path, given)
         hardware.start_processes(hardware.pick_device(config.device))
-        train(config, names)
+        succeeded = train(config, names)
         writes = hardware.rank() == 0
     except torch.OutOfMemoryError as error:
         sys.exit(f"error: out of memory: {str(error).splitlines()[0]} Try a smaller --micro_batch_size (the same batches, other noise), or, for a new run, --eval_batch_size")
@@ -385,7 +369,8 @@ def main(arguments):
         torch.cuda.empty_cache()  # the report needs the memory
     if writes:  # A process of its own: the loop needs no matplotlib, and a failing picture cannot harm a finished run.
         here = os.path.dirname(os.path.abspath(__file__))
-        sys.exit(subprocess.run([sys.executable, os.path.join(here, "analyze.py"), "report", config.out_dir]).returncode)
+        reported = subprocess.run([sys.executable, os.path.join(here, "analyze.py"), "report", config.out_dir])
+        sys.exit(reported.returncode or (0 if succeeded else MISSED))
 
 
 if __name__ == "__main__":

@@ -9,9 +9,9 @@ import pytest
 import torch
 from PIL import Image
 
-import analyze as analyze_module
 import figures
 import prepare_data
+import report as report_module
 from conftest import REPOSITORY
 from evaluate import evaluate
 from checkpoint import checkpoint_of, load_checkpoint, read_checkpoint, save_checkpoint
@@ -54,12 +54,12 @@ def test_report(folder, monkeypatch):
     assert f"{again['open']:.2f} of 132" in done.stdout and "out/dense" in done.stdout
 
 
-def test_a_run_of_which_the_start_alone_met_the_target_is_pointed_out(folder, monkeypatch):
+def test_a_run_at_its_start_is_pointed_out_and_not_drawn(folder, monkeypatch):
     monkeypatch.chdir(folder)
     train(*make_config("sparse.py", {"device": "cpu", "max_steps": 0, "out_dir": "out/untrained"}))
     done = analyze(folder, "report", "out/sparse", "out/untrained")
-    assert "out/untrained: since its start no evaluation has met the target" in done.stdout and "--lambda_max=12" in done.stdout
-    assert "out/sparse: since" not in done.stdout
+    assert "NOT TRAINED: out/untrained is at its start" in done.stdout and "NOT TRAINED: out/sparse" not in done.stdout
+    assert (folder / "out/untrained/training.png").exists() and not (folder / "out/untrained/attention_flow.png").exists()
 
 
 @pytest.fixture(scope="module")
@@ -130,9 +130,9 @@ def test_explain(folder):
 
 
 def test_the_sums_that_are_drawn_have_no_carry_one_from_the_units_and_one_into_the_highest_place():
-    assert [sum_[:2] for sum_ in analyze_module.example_sums(AdditionTask())] == [(53, 21), (36, 28), (43, 59)]
+    assert [sum_[:2] for sum_ in report_module.example_sums(AdditionTask())] == [(53, 21), (36, 28), (43, 59)]
     for digits in (1, 2, 3, 4):
-        plain, units, highest = analyze_module.example_sums(AdditionTask(digits, 5))
+        plain, units, highest = report_module.example_sums(AdditionTask(digits, 5))
         carries = []
         for a, b, _ in (plain, units, highest):
             ends = [10 ** (place + 1) for place in range(digits)]
