@@ -34,13 +34,13 @@ import figures
 import hardware
 import lora
 import prepare_data
-import report
 import seeds
 import text
 from configure import ConfigError, parse_command_line
 from explain import AnalysisError
 from induction import copying_scores, prefix_matching
 from checkpoint import CheckpointError, load_checkpoint, model_of, read_checkpoint, tokenizer_of
+from report import model_judged, print_reports, report
 from resume import checkpoint_named
 from tasks import TaskError
 
@@ -148,12 +148,12 @@ def benchmark_run(run, options):
     if name not in text.TOKENIZERS:
         raise AnalysisError(f"{run} was trained on {name}, which is no text: benchmark needs a run on text")
     if "lora" in checkpoint:  # one model is both
-        model = report.model_judged(checkpoint, path)
+        model = model_judged(checkpoint, path)
         models = {"dense": lambda: lora.Base(model), "sparse": lambda: model}
     elif checkpoint["model_args"]["gated"]:
-        models = {"dense": lambda: load_checkpoint(checkpoint["parent"], device, block_size=checkpoint["model_args"]["block_size"]), "sparse": lambda: report.model_judged(checkpoint, path)}
+        models = {"dense": lambda: load_checkpoint(checkpoint["parent"], device, block_size=checkpoint["model_args"]["block_size"]), "sparse": lambda: model_judged(checkpoint, path)}
     else:
-        models = {"dense": lambda: report.model_judged(checkpoint, path)}
+        models = {"dense": lambda: model_judged(checkpoint, path)}
     table = benchmark.benchmark(models, text.tokenizer(name), options.tasks, options.limit or None, options.include or None)
     if not table:
         raise AnalysisError(f"none of {options.tasks} is scored by accuracy, which is what benchmark reports")
@@ -175,7 +175,7 @@ def main(arguments):
     limits = {"n": ("at least 2", lambda v: v >= 2), "steps": ("at least 1", lambda v: v >= 1), "seed": ("0 or more", lambda v: v >= 0), "limit": ("0 or more", lambda v: v >= 0)}
     try:
         if command == "report":
-            report.print_reports([report.report(run) for run in runs])
+            print_reports([report(run) for run in runs])
         elif command == "seeds":
             sys.exit(seeds.run_seeds(arguments[1:]))
         elif command == "ask":

@@ -65,7 +65,7 @@ class FlowLog:
         """
         val = found["val"]
         frame = {"step": step, "open": val["open"], "total": val["total"], "correct": sum(f["correct"] for f in found.values()),
-                 "examples": sum(f["examples"] for f in found.values()), "lambda": lam, "passes": passes,
+                 "examples": sum(f["examples"] for f in found.values()), "lambda": lam, "passes": passes, "held_out_only": "train" not in found,
                  "kept": kept[0].removesuffix(".pt") if kept else None, "edges": edge_list(val["by_edge"])}
         self.log.write(**frame)
         save_picture(os.path.join(self.folder, "flow.png"), self.canvas.draw(frame))
@@ -185,7 +185,8 @@ def caption(frame, max_steps, is_kept):
     if is_kept:
         what = {"best": "kept", "closest": "target missed, closest"}.get(frame["kept"], "last")
         where = f"{what}: step {frame['step']:,}"
-    right = f"{frame['correct']:,} of {frame['examples']:,} sums right"
+    sums = "held-out sums" if frame["held_out_only"] else "sums"
+    right = f"{frame['correct']:,} of {frame['examples']:,} {sums} right"
     target = "meets its target" if frame["passes"] else "misses its target"
     return f"{where},  {edges}", f"{right}, {target};  lambda {frame['lambda']:.2f}"
 

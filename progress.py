@@ -146,7 +146,8 @@ def results(c, found, target, best, lam):
         words[0] += f" (ready at {c.ready_loss:g})"
     if val["accuracy"] is not None:
         correct, examples = (sum(split[key] for split in found.values()) for key in ("correct", "examples"))
-        words.append(f"{correct:,} of {examples:,} right")
+        held_out = "" if "train" in found else "held-out "  # the others are not counted where these say enough
+        words.append(f"{correct:,} of {examples:,} {held_out}right")
     if not c.gated:
         return [*words, f"best {best[1]:.4f}"] if best else words
     words.append(f"{val['open']:.1f} of {val['total']} edges open")

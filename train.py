@@ -17,13 +17,15 @@ loss stays there. Three losses take part, and all of them are in the log:
 
 Notable:
 - best.pt is the checkpoint with the FEWEST open edges among the evaluations that pass that judgement, not the last one, nor the untrained start.
-  A run in which none passes keeps the one that came closest, closest.pt, says so first in its report, and exits with status 2 (verdict.py).
+  A run in which none passes keeps the one that came closest, closest.pt, and says so first in its report (verdict.py).
 - With average_decay it is a moving average of the weights that is judged and kept; with patience a run that loses its target goes back to best.pt.
 - A step's examples and noise hang on (seed, step) alone (batches.py): a run that is killed and started again does on a CPU bit for bit what it would
   have done (GPUs sum in an order of their own), and one process that accumulates gradients does what many processes do (hardware.py).
 - The same command continues an unfinished run. A run's folder is never overwritten by a run with other settings.
 - Every setting, with default, unit and meaning, is in settings.py.
 - Where a run comes from, its parent and its target: origin.py.
+- What a person sees meanwhile: the progress line (progress.py); for addition flow.png, the open edges of the last evaluation (flow.py).
+- Exit status: 0, the run is what it was to become; 2, it is at its end and is not (a target missed, a parent not ready); 1, an error, or stopped.
 - How a dense model is handed to the gates without a shock: handover.py. What the dense model teaches its child: `distill_weight`.
 """
 

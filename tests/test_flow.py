@@ -20,7 +20,7 @@ from settings import make_config
 from test_train import echo, run  # echo is a fixture
 from train import train
 
-LINE = {"step": 300, "open": 12.4, "total": 264, "correct": 9998, "examples": 10000, "lambda": 3.5, "passes": True, "kept": None}
+LINE = {"step": 300, "open": 12.4, "total": 264, "correct": 9998, "examples": 10000, "lambda": 3.5, "passes": True, "held_out_only": False, "kept": None}
 
 
 class Shape:
@@ -102,6 +102,7 @@ def test_the_film_ends_with_what_is_kept():
     assert flow.caption(LINE | {"kept": "best"}, 4500, True) == ("kept: step 300,  12.4 of 264 attention edges open", "9,998 of 10,000 sums right, meets its target;  lambda 3.50")
     missed = flow.caption(LINE | {"kept": "closest", "passes": False}, 4500, True)
     assert missed[0].startswith("target missed, closest: step 300") and "misses its target" in missed[1]
+    assert "9,998 of 10,000 held-out sums right" in flow.caption(LINE | {"held_out_only": True}, 4500, False)[1]
     assert flow.caption(LINE, 4500, False)[0].startswith("step 300 of 4,500")
 
 

@@ -39,8 +39,8 @@ def test_a_pipe_gets_one_plain_line_an_evaluation(echo, capsys):
     assert not any("\r" in line for line in lines)
     assert [re.match(r"part (\d) of 2, (\S+): step (\d+) of 60, ", line).groups() for line in lines] == \
         [(part, folder, str(step)) for part, folder in (("1", "out/dense"), ("2", "out/sparse")) for step in (0, 20, 40, 60)]
-    assert re.search(r"step 20 of 60, 00:\d\d left, loss \d\.\d{4}, \d+ of 200 right, best \d\.\d{4}$", lines[1])
-    assert re.search(r"left, loss \d\.\d{4} \(target \d\.\d{4}\), \d+ of \d+ right, [\d.]+ of 40 edges open, (none met the target yet|best [\d.]+), lambda [\d.]+$", lines[5])
+    assert re.search(r"step 20 of 60, 00:\d\d left, loss \d\.\d{4}, \d+ of 200 held-out right, best \d\.\d{4}$", lines[1])
+    assert re.search(r"left, loss \d\.\d{4} \(target \d\.\d{4}\), \d+ of \d+ (held-out )?right, [\d.]+ of 40 edges open, (none met the target yet|best [\d.]+), lambda [\d.]+$", lines[5])
     assert "step 60 of 60, 00:00 left" in lines[7]
 
 
@@ -90,7 +90,7 @@ def test_a_parent_that_may_stop_early_makes_it_an_upper_bound(clock):
         progress.step()
         clock[0] += 1
         progress.evaluated(found(loss=0.2), best=[40, 0.15])
-    assert stream.getvalue() == "part 1 of 2, out/dense: step 1 of 100, at most 05:16 left, loss 0.2000 (ready at 0.1), 3 of 10 right, best 0.1500\n"
+    assert stream.getvalue() == "part 1 of 2, out/dense: step 1 of 100, at most 05:16 left, loss 0.2000 (ready at 0.1), 3 of 10 held-out right, best 0.1500\n"
     with Progress(job, child, 0, stream) as progress:
         progress.step()
         clock[0] += 1
@@ -114,7 +114,7 @@ def test_a_terminal_gets_a_bar_that_moves():
             progress.step()
         progress.evaluated(found(correct=10), target=0.4, best=[12.4, 0.4], lam=2.0)
     last = stream.getvalue().split("\r")[-1]
-    assert "part 2 of 2, out/sparse" in last and "50/200" in last and "10 of 10 right" in last and "best 12.4" in last and last.count("\n") == 1
+    assert "part 2 of 2, out/sparse" in last and "50/200" in last and "10 of 10 held-out right" in last and "best 12.4" in last and last.count("\n") == 1
 
 
 def test_other_processes_are_silent(monkeypatch):
