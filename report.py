@@ -101,7 +101,7 @@ def report(run):
 def draw(result, config, metrics, checkpoint, model, data):
     """The figures of a report, into its run's folder. result: the report; model: that of the checkpoint, which is drawn."""
     run, edges = result["run"], result["edges"]
-    figures.training(os.path.join(run, "training.png"), metrics, checkpoint["step"], (config["lambda_min"], config["lambda_max"]) if config["gated"] else ())
+    figures.training(os.path.join(run, "training.png"), metrics, checkpoint["step"], (config["lambda_min"], max(config["lambda_max"], config.get("repair_lambda_max", 0))) if config["gated"] else ())
     if not model.config.gated or not checkpoint["step"]:
         return  # all edges are open
     figures.open_by_head(os.path.join(run, "gates.png"), edges["per_head"])

@@ -71,6 +71,7 @@ class Config:
     lambda_init: float = 4.0  # at the cap: the loss jumps when the gates begin to sample
     lambda_min: float = 0.2  # the floor: a low lambda cuts edges faster than the constraint can tell which were needed
     lambda_max: float = 4.0  # the cap: a high lambda lets nothing be shut for a long time after an error is gone
+    repair_lambda_max: float = 0.0  # the cap after linear_penalty_steps, when edges are cut no faster than they can be missed; 0 is lambda_max, all along
     # optimisation
     batch_size: int = 128  # sequences per step, of all processes together
     micro_batch_size: int = 0  # sequences per forward pass; 0 is a process's whole share. Smaller needs less memory (gradient accumulation)
@@ -94,7 +95,7 @@ def limits():
     """{setting: (words, test)}: what a value must be beside its type."""
     at_least_1 = "n_layer n_head n_embd block_size constraint_interval batch_size max_steps eval_interval eval_batch_size"
     positive = "lora_alpha init_std return_factor gate_temperature density_weight constraint_scale lambda_rate lambda_init lambda_min lambda_max learning_rate"
-    not_negative = "patience ready_loss n_kv_head lora_rank loss_slack linear_penalty_steps noise_free_steps min_lr warmup_steps weight_decay grad_clip eval_batches constraint_margin distill_weight micro_batch_size"
+    not_negative = "repair_lambda_max patience ready_loss n_kv_head lora_rank loss_slack linear_penalty_steps noise_free_steps min_lr warmup_steps weight_decay grad_clip eval_batches constraint_margin distill_weight micro_batch_size"
     fractions = "dropout average_decay lambda_average beta1 beta2 open_above"
     return {
         **{key: ("at least 1", lambda v: v >= 1) for key in at_least_1.split()},
@@ -121,7 +122,7 @@ GATE = ("gated", "gate_bias", "gate_temperature")
 FIXED = (*SHAPE, *GATE, "average_decay", "lora_rank", "lora_alpha", "lora_targets", "base_dtype", "dataset", "target_from", "open_above", "loss_slack", "constraint_margin", "eval_batches", "eval_batch_size")
 FREE = ("out_dir", "device", "compile", "attention_impl", "dtype", "micro_batch_size", "parallel", "recompute_activations")  # what may differ when a run goes on
 SETTINGS = list(Config.__annotations__)
-GATED_ONLY = SETTINGS[SETTINGS.index("gate_bias"):SETTINGS.index("lambda_max") + 1]  # the block that a dense run ignores
+GATED_ONLY = SETTINGS[SETTINGS.index("gate_bias"):SETTINGS.index("repair_lambda_max") + 1]  # the block that a dense run ignores
 
 
 def forward_passes(c):

@@ -74,6 +74,11 @@ def get_lr(step, c):
     return c.min_lr + (c.learning_rate - c.min_lr) * (1 + math.cos(math.pi * min(1, done))) / 2
 
 
+def lambda_cap(step, c):
+    """Two phases: while the linear penalty cuts, a low cap lets it overshoot; afterwards a high one (repair_lambda_max) wins back what was needed."""
+    return c.repair_lambda_max if c.repair_lambda_max and step >= c.linear_penalty_steps else c.lambda_max
+
+
 def judged_model(model, c):
     """Who is judged and kept: the model itself, or with average_decay a copy of it, for `follow` to keep up with it."""
     return copy.deepcopy(model).eval() if c.average_decay else model
@@ -308,6 +313,7 @@ def train(config, given=frozenset(), job=None):
                 if c.constraint_paired:  # the dense model's luck with this batch, taken off; on average it is 0
                     measured -= batches.mean_loss(step, fast_dense, autocast) - state["dense_on_training"]
                 state["constraint_loss"] = measured
+                geco.lambda_max = lambda_cap(step, c)
                 geco.update(measured)
             sums = [0.0, 0.0, 0.0]
             for i, (x, y) in enumerate(batches.at(step)):

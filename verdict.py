@@ -187,8 +187,9 @@ def advice_for_missed(report, config, metrics, parent):
     at_cap = is_at_cap_throughout(config, metrics)
     found = learning(metrics)
     if at_cap:
+        cap = cap_of(config, report["step"])
         sentences.append("Lambda stood at its cap throughout, so edges went faster than training could repair: the same command with "
-                         f"--lambda_max={3 * config['lambda_max']:g} --out_dir={run}-slower")
+                         f"--{cap}={3 * config[cap]:g} --out_dir={run}-slower")
     if found and found.fall > found.noise:
         sentences.append("Its loss was still falling at the end, so more time may do: the same command with "
                          f"--max_steps={2 * config['max_steps']} --out_dir={run}-longer")
@@ -209,7 +210,13 @@ def was_lost_late(report, config, metrics):
     return last["val_loss"] - target > 2 * max(closest["val_loss"] - target, config["loss_slack"])
 
 
+def cap_of(config, step):
+    """The setting that caps lambda at a step: train.py's `lambda_cap`, by name."""
+    repairs = config.get("repair_lambda_max") and step >= config["linear_penalty_steps"]
+    return "repair_lambda_max" if repairs else "lambda_max"
+
+
 def is_at_cap_throughout(config, metrics):
     """Was lambda at its cap in nine of ten evaluations after the start?"""
-    at_cap = [m["lambda"] >= AT_CAP * config["lambda_max"] for m in metrics[1:]]
+    at_cap = [m["lambda"] >= AT_CAP * config[cap_of(config, m["step"])] for m in metrics[1:]]
     return sum(at_cap) >= 0.9 * len(at_cap) > 0

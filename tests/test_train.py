@@ -96,6 +96,14 @@ def test_the_parent_is_trained_first_once_and_hands_over_its_weights(echo, capsy
     assert os.stat("out/dense/last.pt").st_mtime_ns == before and "out/dense is finished" in capsys.readouterr().out
 
 
+def test_two_phases_with_a_cap_of_lambda_each(echo):
+    """The first cap holds as long as the linear penalty, the second from then on; a run that is stopped in between does the same."""
+    settings = {"linear_penalty_steps": 20, "lambda_init": 4.0, "lambda_max": 4.0, "repair_lambda_max": 8.0, "lambda_rate": 1.0, "loss_slack": 0.0, "eval_interval": 4, "max_steps": 40}
+    run("sparse.py", target_from=run("dense.py", out_dir="out/better", max_steps=200), **settings)  # a target it cannot meet: lambda wants to rise
+    lams = [line["lambda"] for line in metrics("out/sparse")]
+    assert max(lams[:6]) == 4.0 and lams[5] == 4.0 and lams[-1] == 8.0
+
+
 def test_seeds_reach_the_parent(echo):
     assert run("sparse.py", max_steps=20, seed=2) == "out/sparse-seed2"
     assert json.load(open("out/dense-seed2/config.json"))["seed"] == 2
