@@ -9,7 +9,7 @@
 Read it as a thermostat. While the loss is above target lambda rises and training repairs the model; while it is
 below, lambda falls and training shuts edges. Nobody tunes how sparse the model gets: that is what is found out.
 
-Notable, most of it against *windup* (an integrator that, after a long error, stays far away long after the error is gone):
+Notable, all four against *windup* (an integrator that, after a long error, stays far away long after the error is gone):
 - lambda is capped above. When the gates first sample, the loss jumps by nats and an uncapped lambda climbs to thousands;
   the density then has no say until lambda has come all the way down again.
 - lambda is bounded below too: one that has run down to nothing lets edges be cut by the dozen before the constraint has a
@@ -17,7 +17,6 @@ Notable, most of it against *windup* (an integrator that, after a long error, st
 - The violation is clipped to one unit before it is smoothed, so that lambda falls as fast as it rises: a loss can lie
   nats above a target, but never more than the target itself below it. (Where the target is nearly 0, as in addition, let `scale` be no larger
   than the slack in it; on text the loss can lie far enough below, and `scale` is what a measurement's noise makes worth reacting to.)
-- A mean loss can be met by a model that gets a few answers wrong. Where answers are what counts, a batch with a wrong one is `violated`.
 - lambda is the only integrator: the clip acts on the state itself, there is no hidden sum behind it to unwind.
 
 This file imports no other file of ours.
@@ -45,9 +44,9 @@ class GECO:
         self.lam = lambda_init  # `lambda` is a keyword of Python
         self.violation = 0.0  # C, the smoothed violation, between -1 and 1
 
-    def update(self, loss, violated=False):
-        """Dual ascent on a measured loss (a float, nats). violated: it counts as a full violation, whatever the loss. Returns the new lambda."""
-        now = 1.0 if violated else min(1.0, max(-1.0, (loss - self.target) / self.scale))
+    def update(self, loss):
+        """Dual ascent on a measured loss (a float, nats). Returns the new lambda."""
+        now = min(1.0, max(-1.0, (loss - self.target) / self.scale))
         self.violation = self.alpha * self.violation + (1 - self.alpha) * now
         self.lam = min(self.lambda_max, max(self.lambda_min, self.lam * math.exp(self.rate * self.violation)))
         return self.lam

@@ -62,7 +62,6 @@ class Config:
     patience: int = 0  # evaluations in a row that miss the target until the run goes back to best.pt, the last state that met it; 0 is never, the paper's
     return_factor: float = 2.0  # by which lambda is larger then, up to lambda_max
     constraint_gates: str = "deterministic"  # gates under which the constraint's loss is taken; 'sampled' is the paper's
-    constraint_answers: bool = False  # a batch with a wrong answer violates the constraint, whatever its loss: for rows, which are judged by their answers
     constraint_interval: int = 4  # steps between two measurements of the constraint
     constraint_paired: bool = False  # compare with the dense model on the very same batch: a batch's luck is ten times a slack of 0.01 nats
     constraint_margin: float = 0.0  # nats below the dense loss + loss_slack at which training aims; what is gained on training text is not all held-out gain

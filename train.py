@@ -172,7 +172,7 @@ def train(config, given=frozenset(), job=None):
         dense = state["dense"] = evaluate_splits(dense_model, data, c.eval_batch_size, c.eval_batches)
         state["target_loss"] = dense["val"]["loss"] + c.loss_slack
         # Like with like: the measure and the stream of batches that the constraint below sees; 50 of them make a good mean.
-        state["dense_on_training"] = sum(batches.measure(step, fast_dense, autocast)[0] for step in range(50)) / 50
+        state["dense_on_training"] = sum(batches.mean_loss(step, fast_dense, autocast) for step in range(50)) / 50
         geco.target = state["dense_on_training"] + c.loss_slack - c.constraint_margin
         hardware.say(f"dense model: held-out loss {dense['val']['loss']:.4f}, target {state['target_loss']:.4f}; "
                      f"on training batches {state['dense_on_training']:.4f}, the constraint's target {geco.target:.4f}")
@@ -309,12 +309,12 @@ def train(config, given=frozenset(), job=None):
             noisy = step < c.max_steps - c.noise_free_steps
             if c.gated and step % c.constraint_interval == 0:
                 sampled = noisy and c.constraint_gates == "sampled"
-                measured, wrong = batches.measure(step, fast if sampled else fast_judged, autocast, sampled)
+                measured = batches.mean_loss(step, fast if sampled else fast_judged, autocast, sampled)
                 if c.constraint_paired:  # the dense model's luck with this batch, taken off; on average it is 0
-                    measured -= batches.measure(step, fast_dense, autocast)[0] - state["dense_on_training"]
+                    measured -= batches.mean_loss(step, fast_dense, autocast) - state["dense_on_training"]
                 state["constraint_loss"] = measured
                 geco.lambda_max = lambda_cap(step, c)
-                geco.update(measured, violated=c.constraint_answers and wrong > 0)
+                geco.update(measured)
             sums = [0.0, 0.0, 0.0]
             for i, (x, y) in enumerate(batches.at(step)):
                 with nullcontext() if i == len(batches.ours) - 1 or network is fast else network.no_sync(), autocast():

@@ -13,13 +13,12 @@ gate_temperature = 3.0  # paper: 1. A shut edge hears from further away that it 
 
 linear_penalty_steps = 1500  # paper: 0
 constraint_gates = 'deterministic'  # paper: 'sampled'. What counts in the end are deterministic gates
-constraint_answers = True  # paper: nats alone. A few wrong sums of a hundred cost fewer nats than the slack
 average_decay = 0.99  # paper: 0. Training jumps about; the average of its weights is measured, judged and kept
 
 loss_slack = 0.001  # nats
 constraint_scale = 0.001  # nats; loss_slack, so that lambda can fall as fast as it rises
 lambda_rate = 0.03  # from cap to floor in 100 measurements, 400 steps
-lambda_min = 0.5  # the floor: a needed edge goes no faster than it is missed
+lambda_min = 0.2
 lambda_max = 4.0  # of the first phase: low, so that edges go
 repair_lambda_max = 30.0  # of the second: high, so that needed ones come back
 lambda_init = 4.0  # strict from the start: the loss jumps when the gates begin to sample

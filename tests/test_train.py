@@ -300,8 +300,8 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpo
 
 def test_a_constraint_that_is_not_finite_stops_the_run_too(echo, monkeypatch):
     """To Python max(-1, nan) is -1: lambda would take it for a loss far below its target."""
-    measured = Batches.measure
-    monkeypatch.setattr(Batches, "measure", lambda self, step, model, *rest, **options: (float("nan"), 0) if step == 25 and model.config.gated else measured(self, step, model, *rest, **options))
+    measured = Batches.mean_loss
+    monkeypatch.setattr(Batches, "mean_loss", lambda self, step, model, *rest, **options: float("nan") if step == 25 and model.config.gated else measured(self, step, model, *rest, **options))
     with pytest.raises(RunError, match="the constraint nan at step 25"):
         run("sparse.py", constraint_interval=1)
     assert read_checkpoint("out/sparse/last.pt")["step"] == 20
