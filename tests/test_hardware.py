@@ -17,6 +17,7 @@ from conftest import REPOSITORY
 from hardware import HardwareError
 from checkpoint import read_checkpoint
 from resume import RunError, alone_in
+from verdict import MISSED
 
 SETTINGS = ["--dataset=count", "--n_layer=2", "--n_head=2", "--n_embd=16", "--block_size=8", "--batch_size=16", "--learning_rate=3e-3", "--eval_interval=1",
             "--eval_batch_size=7", "--eval_batches=5", "--warmup_steps=2", "--max_steps=20", "--dropout=0.1", "--device=cpu"]
@@ -24,11 +25,12 @@ GATED = ["--init_from=out/dense", "--gated=True", "--distill_weight=0.5", "--con
 
 
 def launch(processes, *arguments):
-    """train.py in so many processes; its output. torchrun is `python -m torch.distributed.run`."""
+    """train.py in so many processes, to its end, whether it meets its target or not; its output. torchrun is `python -m torch.distributed.run`."""
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
     done = subprocess.run([sys.executable, *torchrun, os.path.join(REPOSITORY, "train.py"), *arguments], capture_output=True, text=True,
                           env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=300)
-    assert done.returncode == 0, done.stderr
+    missed = done.returncode == MISSED or f"exitcode  : {MISSED} " in done.stderr  # torchrun's own status is 1 then
+    assert done.returncode == 0 or missed, done.stderr
     return done.stdout
 
 
