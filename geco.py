@@ -3,13 +3,13 @@
     minimise  density    subject to    loss <= target
 
     L = density + lambda (loss - target)         lambda > 0, found by dual ascent:
-    C <- alpha C + (1 - alpha) clip((loss - target) / scale, -1, worst)    smoothed violation, in units of `scale`
-    lambda <- clip(lambda exp(rate clip(C, -1, 1)), lambda_min, lambda_max)
+    C <- alpha C + (1 - alpha) clip((loss - target) / scale, -1, 1)       smoothed violation, in units of `scale`
+    lambda <- clip(lambda exp(rate C), lambda_min, lambda_max)
 
 Read it as a thermostat. While the loss is above target lambda rises and training repairs the model; while it is
 below, lambda falls and training shuts edges. Nobody tunes how sparse the model gets: that is what is found out.
 
-Notable, mostly against *windup* (an integrator that, after a long error, stays far away long after the error is gone):
+Notable, all four against *windup* (an integrator that, after a long error, stays far away long after the error is gone):
 - lambda is capped above. When the gates first sample, the loss jumps by nats and an uncapped lambda climbs to thousands;
   the density then has no say until lambda has come all the way down again.
 - lambda is bounded below too: one that has run down to nothing lets edges be cut by the dozen before the constraint has a
@@ -17,8 +17,6 @@ Notable, mostly against *windup* (an integrator that, after a long error, stays 
 - The violation is clipped to one unit before it is smoothed, so that lambda falls as fast as it rises: a loss can lie
   nats above a target, but never more than the target itself below it. (Where the target is nearly 0, as in addition, let `scale` be no larger
   than the slack in it; on text the loss can lie far enough below, and `scale` is what a measurement's noise makes worth reacting to.)
-- But with the same clip on both sides what is held is nearly a median: as many batches above the target as below. Where a batch in ten with one wrong
-  sum is too many, `worst` weighs a violation by up to ten units.
 - lambda is the only integrator: the clip acts on the state itself, there is no hidden sum behind it to unwind.
 
 This file imports no other file of ours.
@@ -34,24 +32,23 @@ class GECO:
     scale        nats; a violation of this size or more moves lambda at full speed
     rate         largest relative change of lambda per update: 0.01 is 1 %
     alpha        memory of the moving average of the violation, in [0, 1): about 1 / (1 - alpha) updates long
-    worst        units of `scale` that a measurement counts at most; 1 is as much as it counts at best
     lambda_init, lambda_min, lambda_max    where lambda starts, and the clip that keeps it from winding up
     """
 
-    def __init__(self, target, scale, rate, alpha=0.9, lambda_init=1.0, lambda_min=1e-3, lambda_max=10.0, worst=1.0):
-        if not (scale > 0 and worst >= 1 and rate > 0 and 0 <= alpha < 1 and 0 < lambda_min <= lambda_init <= lambda_max):
-            raise ValueError("GECO needs scale > 0, worst >= 1, rate > 0, 0 <= alpha < 1 and 0 < lambda_min <= lambda_init <= lambda_max; "
-                             f"got scale={scale} worst={worst} rate={rate} alpha={alpha} lambda={lambda_min} <= {lambda_init} <= {lambda_max}")
-        self.target, self.scale, self.rate, self.alpha, self.worst = target, scale, rate, alpha, worst
+    def __init__(self, target, scale, rate, alpha=0.9, lambda_init=1.0, lambda_min=1e-3, lambda_max=10.0):
+        if not (scale > 0 and rate > 0 and 0 <= alpha < 1 and 0 < lambda_min <= lambda_init <= lambda_max):
+            raise ValueError("GECO needs scale > 0, rate > 0, 0 <= alpha < 1 and 0 < lambda_min <= lambda_init <= lambda_max; "
+                             f"got scale={scale} rate={rate} alpha={alpha} lambda={lambda_min} <= {lambda_init} <= {lambda_max}")
+        self.target, self.scale, self.rate, self.alpha = target, scale, rate, alpha
         self.lambda_min, self.lambda_max = lambda_min, lambda_max
         self.lam = lambda_init  # `lambda` is a keyword of Python
-        self.violation = 0.0  # C, the smoothed violation, between -1 and worst
+        self.violation = 0.0  # C, the smoothed violation, between -1 and 1
 
     def update(self, loss):
         """Dual ascent on a measured loss (a float, nats). Returns the new lambda."""
-        now = min(self.worst, max(-1.0, (loss - self.target) / self.scale))
+        now = min(1.0, max(-1.0, (loss - self.target) / self.scale))
         self.violation = self.alpha * self.violation + (1 - self.alpha) * now
-        self.lam = min(self.lambda_max, max(self.lambda_min, self.lam * math.exp(self.rate * min(1.0, self.violation))))
+        self.lam = min(self.lambda_max, max(self.lambda_min, self.lam * math.exp(self.rate * self.violation)))
         return self.lam
 
     def insist(self, factor):

@@ -66,7 +66,6 @@ class Config:
     constraint_paired: bool = False  # compare with the dense model on the very same batch: a batch's luck is ten times a slack of 0.01 nats
     constraint_margin: float = 0.0  # nats below the dense loss + loss_slack at which training aims; what is gained on training text is not all held-out gain
     constraint_scale: float = 0.001  # nats; a violation of this size moves lambda at full speed. No larger than loss_slack where the loss cannot fall far below its target (geco.py)
-    constraint_worst: float = 1.0  # units of constraint_scale that one measurement counts at most; above 1 a few bad batches outweigh many good ones (geco.py)
     lambda_rate: float = 0.03  # largest relative change of lambda per measurement
     lambda_average: float = 0.9  # memory of the moving average of the violation
     lambda_init: float = 4.0  # at the cap: the loss jumps when the gates begin to sample
@@ -99,7 +98,6 @@ def limits():
     not_negative = "repair_lambda_max patience ready_loss n_kv_head lora_rank loss_slack linear_penalty_steps noise_free_steps min_lr warmup_steps weight_decay grad_clip eval_batches constraint_margin distill_weight micro_batch_size"
     fractions = "dropout average_decay lambda_average beta1 beta2 open_above"
     return {
-        "constraint_worst": ("at least 1", lambda v: 1 <= v < math.inf),
         **{key: ("at least 1", lambda v: v >= 1) for key in at_least_1.split()},
         **{key: ("above 0", lambda v: 0 < v < math.inf) for key in positive.split()},
         **{key: ("0 or more", lambda v: 0 <= v < math.inf) for key in not_negative.split()},

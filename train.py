@@ -152,7 +152,7 @@ def train(config, given=frozenset(), job=None):
     state = {"step": 0, "seconds": 0.0, "best": None, "closest": None, "met_at": 0, "ready": None, "dense": None, "target_loss": None, "dense_on_training": None, "batch_loss": None, "density": None, "constraint_loss": None}
     shards = checkpoint.get("shards") if checkpoint else None
     geco = GECO(target=0.0, scale=c.constraint_scale, rate=c.lambda_rate, alpha=c.lambda_average,  # the target is measured below
-                lambda_init=c.lambda_init, lambda_min=c.lambda_min, lambda_max=c.lambda_max, worst=c.constraint_worst) if c.gated else None
+                lambda_init=c.lambda_init, lambda_min=c.lambda_min, lambda_max=c.lambda_max) if c.gated else None
     if checkpoint:
         if shards:
             sharding.load(os.path.join(c.out_dir, os.path.basename(shards)), state_to_save(model), model, optimizer)
