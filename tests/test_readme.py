@@ -39,7 +39,7 @@ def test_every_setting_in_the_tables_exists():
     names = re.findall(r"`(\w+)`", "".join(line.split("|")[1] for line in table.splitlines() if line.startswith("| `")))
     assert len(names) >= 10 and set(names) <= set(Config.__annotations__)
     flags = re.findall(r"--(\w+)=", README)
-    others = {"learning_rte", "nproc_per_node", "tokenizer", "file", "shards", "processes", "prompt", "tokens", "temperature", "open", "model", "splash", "B", "H", "repeats", "most_memory", "task", "shut", "n", "gpus", "context", "measured", "include", "limit", "tasks"}  # a typo, and other programs' flags
+    others = {"learning_rte", "seeds", "nproc_per_node", "tokenizer", "file", "shards", "processes", "prompt", "tokens", "temperature", "open", "model", "splash", "B", "H", "repeats", "most_memory", "task", "shut", "n", "gpus", "context", "measured", "include", "limit", "tasks"}  # a typo, and other programs' flags
     assert set(flags) - others <= set(Config.__annotations__) | {"index"}
 
 
