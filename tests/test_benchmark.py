@@ -8,6 +8,7 @@ import torch
 
 import analyze
 import lora
+import report
 import text
 from checkpoint import checkpoint_of, fingerprint, load_checkpoint, read_checkpoint, save_checkpoint
 from model import GPT, GPTConfig
@@ -107,8 +108,8 @@ def test_of_a_run_with_adapters_both_are_one_model(workplace, tasks, monkeypatch
             getattr(layer, name).data = tensor + 0.3 * torch.randn_like(tensor)
     save_checkpoint("out/sparse/best.pt", checkpoint_of(model, data={"tokenizer": "bytes"}, parent="dense.pt", lora=adapters, base="dense.pt",
                                                         base_fingerprint=fingerprint(read_checkpoint("dense.pt")), config={"base_dtype": "bfloat16"}))
-    loaded, real = [], analyze.model_of
-    monkeypatch.setattr(analyze, "model_of", lambda *inputs, **options: loaded.append(real(*inputs, **options)) or loaded[-1])
+    loaded, real = [], report.model_of
+    monkeypatch.setattr(report, "model_of", lambda *inputs, **options: loaded.append(real(*inputs, **options)) or loaded[-1])
     analyze.main(["benchmark", "out/sparse", "--tasks=mine", f"--include={tasks}"])
     assert {p.dtype for name, p in loaded[0].named_parameters() if "lora" not in name} == {torch.bfloat16} and len(loaded) == 1
     with open("out/sparse/benchmark.json") as f:

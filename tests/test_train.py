@@ -97,7 +97,7 @@ def test_the_parent_is_trained_first_once_and_hands_over_its_weights(echo, capsy
 
 
 def test_two_phases_with_a_cap_of_lambda_each(echo):
-    """The first cap holds as long as the linear penalty, the second from then on; a run that is stopped in between does the same."""
+    """The first cap holds as long as the linear penalty, the second from then on."""
     settings = {"linear_penalty_steps": 20, "lambda_init": 4.0, "lambda_max": 4.0, "repair_lambda_max": 8.0, "lambda_rate": 1.0, "loss_slack": 0.0, "eval_interval": 4, "max_steps": 40}
     run("sparse.py", target_from=run("dense.py", out_dir="out/better", max_steps=200), **settings)  # a target it cannot meet: lambda wants to rise
     lams = [line["lambda"] for line in metrics("out/sparse")]
