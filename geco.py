@@ -25,6 +25,14 @@ This file imports no other file of ours.
 import math
 
 
+def is_cutting(step, linear_penalty_steps, cycle_steps):
+    """Two phases take turns, ours and not the paper's: is this step of the first, which cuts edges away, or of the second, which repairs?
+
+    Cut: the first linear_penalty_steps of every cycle_steps steps, or of the whole run where cycle_steps is 0.
+    """
+    return (step % cycle_steps if cycle_steps else step) < linear_penalty_steps
+
+
 class GECO:
     """The controller of lambda. `update(loss)` after a measurement; `objective(loss, density)` is what to minimise.
 
@@ -50,11 +58,6 @@ class GECO:
         self.violation = self.alpha * self.violation + (1 - self.alpha) * now
         self.lam = min(self.lambda_max, max(self.lambda_min, self.lam * math.exp(self.rate * self.violation)))
         return self.lam
-
-    def insist(self, factor):
-        """Answer to a lost constraint (train.py goes back to the last state that met it): lambda times factor, and what was measured is forgotten."""
-        self.lam = min(self.lambda_max, self.lam * factor)
-        self.violation = 0.0
 
     def objective(self, loss, density, density_weight=1.0):
         """L = density_weight * density + lambda (loss - target). Tensors in, tensor out."""

@@ -56,11 +56,10 @@ class Config:
     open_above: float = 0.0  # attention weight above which edges start open, by a shift of the key biases, or of each head's gates (handover.py); 0 is off, the paper's
     distill_weight: float = 0.0  # of KL(dense || gated), nats, added to the loss that is trained on; the constraint and the judgement stay without
     linear_penalty_steps: int = 3000  # first steps, under the penalty that pulls at wide-open edges too (gate.py); 0 is the paper's
+    cycle_steps: int = 0  # every so many steps the linear penalty starts anew: cut, repair, cut, repair; 0 is once, at the start
     noise_free_steps: int = 0  # last steps, in which gates are not drawn but thresholds, as when they are judged; gradients stay straight-through. 0 is the paper's
     density_weight: float = 1.0  # in L = density_weight * density + lambda (loss - target)
     loss_slack: float = 0.001  # nats above the dense loss that count as equal
-    patience: int = 0  # evaluations in a row that miss the target until the run goes back to best.pt, the last state that met it; 0 is never, the paper's
-    return_factor: float = 2.0  # by which lambda is larger then, up to lambda_max
     constraint_gates: str = "deterministic"  # gates under which the constraint's loss is taken; 'sampled' is the paper's
     constraint_interval: int = 4  # steps between two measurements of the constraint
     constraint_paired: bool = False  # compare with the dense model on the very same batch: a batch's luck is ten times a slack of 0.01 nats
@@ -71,7 +70,7 @@ class Config:
     lambda_init: float = 4.0  # at the cap: the loss jumps when the gates begin to sample
     lambda_min: float = 0.2  # the floor: a low lambda cuts edges faster than the constraint can tell which were needed
     lambda_max: float = 4.0  # the cap: a high lambda lets nothing be shut for a long time after an error is gone
-    repair_lambda_max: float = 0.0  # the cap after linear_penalty_steps, when edges are cut no faster than they can be missed; 0 is lambda_max, all along
+    repair_lambda_max: float = 0.0  # the cap while the penalty is not linear: what was cut too far is won back; 0 is lambda_max, all along
     # optimisation
     batch_size: int = 128  # sequences per step, of all processes together
     micro_batch_size: int = 0  # sequences per forward pass; 0 is a process's whole share. Smaller needs less memory (gradient accumulation)
@@ -94,8 +93,8 @@ class Config:
 def limits():
     """{setting: (words, test)}: what a value must be beside its type."""
     at_least_1 = "n_layer n_head n_embd block_size constraint_interval batch_size max_steps eval_interval eval_batch_size"
-    positive = "lora_alpha init_std return_factor gate_temperature density_weight constraint_scale lambda_rate lambda_init lambda_min lambda_max learning_rate"
-    not_negative = "repair_lambda_max patience ready_loss n_kv_head lora_rank loss_slack linear_penalty_steps noise_free_steps min_lr warmup_steps weight_decay grad_clip eval_batches constraint_margin distill_weight micro_batch_size"
+    positive = "lora_alpha init_std gate_temperature density_weight constraint_scale lambda_rate lambda_init lambda_min lambda_max learning_rate"
+    not_negative = "repair_lambda_max cycle_steps ready_loss n_kv_head lora_rank loss_slack linear_penalty_steps noise_free_steps min_lr warmup_steps weight_decay grad_clip eval_batches constraint_margin distill_weight micro_batch_size"
     fractions = "dropout average_decay lambda_average beta1 beta2 open_above"
     return {
         **{key: ("at least 1", lambda v: v >= 1) for key in at_least_1.split()},
@@ -157,10 +156,12 @@ def check_together(config, processes=1):
         raise ConfigError("base_dtype is that of frozen weights: it needs lora_rank")
     if config.lora_rank and scratch:
         raise ConfigError("lora_rank adds adapters to a model that is there already: set init_from, or leave lora_rank away")
-    if (config.average_decay or config.patience) and (config.parallel == "fsdp" or config.lora_rank):
-        raise ConfigError("average_decay and patience hold a second copy of the whole model: they go with neither parallel='fsdp' nor lora_rank. Set both to 0")
+    if config.average_decay and (config.parallel == "fsdp" or config.lora_rank):
+        raise ConfigError("average_decay holds a second copy of the whole model: it goes with neither parallel='fsdp' nor lora_rank. Set it to 0")
     if not config.lambda_min <= config.lambda_init <= config.lambda_max:
         raise ConfigError(f"lambda_init={config.lambda_init} must lie between lambda_min={config.lambda_min} and lambda_max={config.lambda_max}")
+    if 0 < config.cycle_steps <= config.linear_penalty_steps:
+        raise ConfigError(f"cycle_steps={config.cycle_steps} leaves no step for repair: make it larger than linear_penalty_steps={config.linear_penalty_steps}, or 0")
     micro = config.micro_batch_size or config.batch_size // processes
     if not micro or config.batch_size % (micro * processes):
         raise ConfigError(f"batch_size={config.batch_size} does not divide into {processes} process(es) times micro-batches of micro_batch_size={micro}")

@@ -18,7 +18,7 @@ loss stays there. Three losses take part, and all of them are in the log:
 Notable:
 - best.pt is the checkpoint with the FEWEST open edges among the evaluations that pass that judgement, not the last one, nor the untrained start.
   A run in which none passes keeps the one that came closest, closest.pt, and says so first in its report (verdict.py).
-- With average_decay it is a moving average of the weights that is judged and kept; with patience a run that loses its target goes back to best.pt.
+- With average_decay it is a moving average of the weights that is judged and kept.
 - A step's examples and noise hang on (seed, step) alone (batches.py): a run that is killed and started again does on a CPU bit for bit what it would
   have done (GPUs sum in an order of their own), and one process that accumulates gradients does what many processes do (hardware.py).
 - The same command continues an unfinished run. A run's folder is never overwritten by a run with other settings.
@@ -56,14 +56,14 @@ from configure import ConfigError, parse_command_line
 from evaluate import evaluate_splits
 from flow import FlowLog
 from gate import choose_impl
-from geco import GECO
+from geco import GECO, is_cutting
 from handover import fold_shift
 from lora import LoRAError
 from origin import models_of
 from progress import Job, Progress
 from resume import MetricsLog, RunError, StopRequest, alone_in, claim_folder, settle
 from settings import FIXED, FREE, GATED_ONLY, SHAPE, Config, check_together, forward_passes, limits, make_config
-from verdict import MISSED, distance_from_target, has_succeeded, is_ready, meets_target
+from verdict import MISSED, cap_of, distance_from_target, has_succeeded, is_ready, meets_target
 
 
 def get_lr(step, c):
@@ -72,11 +72,6 @@ def get_lr(step, c):
         return c.learning_rate * (step + 1) / c.warmup_steps
     done = (step - c.warmup_steps) / max(1, c.max_steps - c.warmup_steps)
     return c.min_lr + (c.learning_rate - c.min_lr) * (1 + math.cos(math.pi * min(1, done))) / 2
-
-
-def lambda_cap(step, c):
-    """Two phases: while the linear penalty cuts, a low cap lets it overshoot; afterwards a high one (repair_lambda_max) wins back what was needed."""
-    return c.repair_lambda_max if c.repair_lambda_max and step >= c.linear_penalty_steps else c.lambda_max
 
 
 def judged_model(model, c):
@@ -149,7 +144,7 @@ def train(config, given=frozenset(), job=None):
     batches = Batches(data, context, c.batch_size, micro_batches, c.seed, facts["parent"] is not None, device)
 
     # --- where the run stands: what the dense model can do, lambda, the best checkpoint so far ------------------------
-    state = {"step": 0, "seconds": 0.0, "best": None, "closest": None, "met_at": 0, "ready": None, "dense": None, "target_loss": None, "dense_on_training": None, "batch_loss": None, "density": None, "constraint_loss": None}
+    state = {"step": 0, "seconds": 0.0, "best": None, "closest": None, "ready": None, "dense": None, "target_loss": None, "dense_on_training": None, "batch_loss": None, "density": None, "constraint_loss": None}
     shards = checkpoint.get("shards") if checkpoint else None
     geco = GECO(target=0.0, scale=c.constraint_scale, rate=c.lambda_rate, alpha=c.lambda_average,  # the target is measured below
                 lambda_init=c.lambda_init, lambda_min=c.lambda_min, lambda_max=c.lambda_max) if c.gated else None
@@ -250,17 +245,6 @@ def train(config, given=frozenset(), job=None):
             line |= {"constraint_target": geco.target, "constraint_loss": state["constraint_loss"], "violation": geco.violation, "lambda": geco.lam}
         return line
 
-    def go_back(step):
-        """The constraint is lost: return to best.pt, the last state that met the target, optimizer and all, and insist on the constraint more than now or then."""
-        hardware.wait_for_all()  # process 0 has written it
-        best = read_checkpoint(os.path.join(c.out_dir, "best.pt"))
-        for weights in {model, judged}:
-            load_weights(weights, best["model"])
-        sharding.load_optimizer(optimizer, best["optimizer"])
-        geco.lam = max(geco.lam, best["geco"]["lam"])
-        geco.insist(c.return_factor)
-        state["met_at"] = step
-
     advice = f"Start again with a smaller step, for instance --learning_rate={c.learning_rate / 3:.1g} --out_dir=out/NEW"
 
     # --- the loop -----------------------------------------------------------------------------------------------------
@@ -283,14 +267,11 @@ def train(config, given=frozenset(), job=None):
                     raise RunError(f"the held-out loss is {val['loss']} at step {step}{f'; {c.out_dir}/last.pt still holds an earlier step' if step else ''}. {advice}")
                 passes = not c.gated or meets_target(found, state["dense"], state["target_loss"])
                 state["ready"] = is_ready(found, c.ready_loss) if c.ready_loss and not c.gated else None
-                if passes:
-                    state["met_at"] = step
                 kept = names_to_keep(step, found, passes)
                 progress.evaluated(found, state["target_loss"], state["best"], geco and geco.lam)
                 at_end = step == c.max_steps or bool(state["ready"])
-                lost = not at_end and c.patience and state["best"] and step - state["met_at"] >= c.patience * c.eval_interval
                 if log:
-                    log.write(**describe(step, found, passes), goes_back=bool(lost))
+                    log.write(**describe(step, found, passes))
                 if flow:
                     flow.write(step, found, kept, passes, geco.lam)
                 # last.pt first: a run that is killed in between evaluates again and writes best.pt then. A run whose last.pt is at its end never will
@@ -300,25 +281,24 @@ def train(config, given=frozenset(), job=None):
                     if hardware.rank() == 0:
                         settle(c.out_dir, finished=True)
                     break
-                if lost:
-                    go_back(step)
                 speed.go_on()
 
             for group in optimizer.param_groups:
                 group["lr"] = get_lr(step, c)
             noisy = step < c.max_steps - c.noise_free_steps
+            cutting = is_cutting(step, c.linear_penalty_steps, c.cycle_steps)
             if c.gated and step % c.constraint_interval == 0:
                 sampled = noisy and c.constraint_gates == "sampled"
                 measured = batches.mean_loss(step, fast if sampled else fast_judged, autocast, sampled)
                 if c.constraint_paired:  # the dense model's luck with this batch, taken off; on average it is 0
                     measured -= batches.mean_loss(step, fast_dense, autocast) - state["dense_on_training"]
                 state["constraint_loss"] = measured
-                geco.lambda_max = lambda_cap(step, c)
+                geco.lambda_max = getattr(c, cap_of(vars(c), step))
                 geco.update(measured)
             sums = [0.0, 0.0, 0.0]
             for i, (x, y) in enumerate(batches.at(step)):
                 with nullcontext() if i == len(batches.ours) - 1 or network is fast else network.no_sync(), autocast():
-                    logits, loss, density = network(x, y, linear_penalty=step < c.linear_penalty_steps, noise=None if noisy else 0.0)
+                    logits, loss, density = network(x, y, linear_penalty=cutting, noise=None if noisy else 0.0)
                     fidelity = loss
                     if c.gated and c.distill_weight:
                         with torch.no_grad():

@@ -11,11 +11,13 @@ Notable:
 
       fall = loss three quarters through the run - loss at its end,    noise = 2 std(changes from one evaluation to the next)
 
-This file reads numbers, of `evaluate`, of metrics.jsonl and of report.json. It imports no other file of ours.
+This file reads numbers, of `evaluate`, of metrics.jsonl and of report.json.
 """
 
 import statistics
 from typing import NamedTuple
+
+from geco import is_cutting
 
 SETTLED = 0.001  # nats; a loss that falls by less in the last quarter of a run has settled: the slack that addition's child is given
 AT_CAP = 0.99  # of lambda_max, and more, is the cap
@@ -165,7 +167,7 @@ def advice(report, config, metrics, parent=None):
     if config["ready_loss"] and not report["ready"]:
         steps = config["max_steps"] if metrics[-1]["step"] < config["max_steps"] else longer
         return [f"No child can start from it. Train it on: {go_on} --max_steps={steps}"]
-    if still_learning(metrics):
+    if not config["ready_loss"] and still_learning(metrics):
         return [f"A child that keeps its loss keeps that of an unfinished model. Train it on: {go_on} --max_steps={longer}"]
     return []
 
@@ -211,9 +213,9 @@ def was_lost_late(report, config, metrics):
 
 
 def cap_of(config, step):
-    """The setting that caps lambda at a step: train.py's `lambda_cap`, by name."""
-    repairs = config.get("repair_lambda_max") and step >= config["linear_penalty_steps"]
-    return "repair_lambda_max" if repairs else "lambda_max"
+    """The name of the setting that caps lambda at a step: edges are cut at a low price of a nat, and repaired at a high one. config: a dict."""
+    cutting = is_cutting(step, config["linear_penalty_steps"], config.get("cycle_steps", 0))
+    return "lambda_max" if cutting or not config.get("repair_lambda_max") else "repair_lambda_max"
 
 
 def is_at_cap_throughout(config, metrics):

@@ -93,7 +93,7 @@ def test_headlines():
     config |= {"ready_loss": 0.01}
     assert headline(dense | {"ready": False}, config, lines(FLAT)).startswith("NOT READY: out/x is no parent yet")
     assert "--max_steps=800" in advice(dense | {"ready": False}, config, lines(FLAT))[0]
-    assert "is ready to be a parent" in headline(dense | {"ready": True}, config, lines(FLAT))
+    assert "is ready to be a parent" in headline(dense | {"ready": True}, config, lines(FLAT)) and advice(dense | {"ready": True}, config, lines(FALLING)) == []
 
 
 def command(*arguments, script="train.py"):
