@@ -8,7 +8,7 @@
 TransformerLens 4 wraps a transformers model, so for its TransformerBridge export `--to hf`.
 
 Notable: all of them compute dense attention. A gated model is itself again once the deterministic gate A_ij = [a_ij + b > 0] is put
-back, with this model's b (`gate_bias` in the file or in config.json); README.md shows the few lines for each package, and tests prove them.
+back, with this model's b (`gate_bias` in the file or in config.json); docs/export.md shows the few lines for each package, and tests prove them.
 """
 
 import argparse

@@ -2,7 +2,7 @@
 
 A dense model has never been asked how high its scores lie, for softmax does not care: softmax_j(a_ij + d_i) = softmax_j(a_ij),
 whatever d_i. The gate does care: s_ij = a_ij + b is compared with 0. So at the switch some heads are wide open and others shut
-at random: on text, one constant bias costs 0.8 nats with 66 % of the edges open (README, "The hand-over").
+at random: on text, one constant bias costs 0.8 nats with 66 % of the edges open (docs/text.md, "The hand-over").
 
 There is a direction in the weights that moves the gates and nothing else. A constant c added to every key of a head gives
 

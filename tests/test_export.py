@@ -1,4 +1,4 @@
-"""The way out: transformers and TransformerLens compute our logits; with the few lines of README.md also those of a gated model."""
+"""The way out: transformers and TransformerLens compute our logits; with the few lines of docs/export.md also those of a gated model."""
 
 import os
 import re
@@ -49,8 +49,8 @@ def logits_of(model, **overrides):
 
 
 def readme_lines(mark):
-    """The python block of README.md that contains mark: what users paste is what is tested."""
-    with open(os.path.join(REPOSITORY, "README.md"), encoding="utf-8") as f:
+    """The python block of docs/export.md that contains mark: what users paste is what is tested."""
+    with open(os.path.join(REPOSITORY, "docs/export.md"), encoding="utf-8") as f:
         blocks = re.findall(r"```python\n(.*?)```", f.read(), re.S)
     return next(block for block in blocks if mark in block)
 

@@ -1,14 +1,21 @@
-"""What README.md says is there: commands, links, functions, settings, pictures; and .ci/run runs the command that it gives."""
+"""What README.md and docs/ say is there: commands, links, functions, settings, pictures; and .ci/run runs the command that it gives."""
 
 import importlib
 import os
 import re
 
+import pytest
+
 from conftest import REPOSITORY
 from settings import Config
 
-with open(os.path.join(REPOSITORY, "README.md"), encoding="utf-8") as f:
-    README = f.read()
+def read(name):
+    with open(os.path.join(REPOSITORY, name), encoding="utf-8") as f:
+        return f.read()
+
+
+README = read("README.md")
+PAGES = ["README.md", *(f"docs/{name}" for name in sorted(os.listdir(os.path.join(REPOSITORY, "docs"))) if name.endswith(".md"))]
 
 
 def test_the_two_commands_stand_at_the_top():
@@ -17,11 +24,22 @@ def test_the_two_commands_stand_at_the_top():
     assert "pip install -r requirements.txt -r tests/requirements.txt && python -m pytest -n 2 --dist worksteal " in top
 
 
-def test_links_lead_somewhere():
-    links = re.findall(r"\]\(([^)#]+)\)", README)
-    assert len(links) > 20
+def test_the_readme_is_short():
+    assert len(README.splitlines()) <= 200 and len(README.encode()) <= 16_000
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_somewhere(page):
+    """Links are relative to the page's own folder, as GitHub reads them."""
+    text = re.sub(r"```.*?```", "", read(page), flags=re.DOTALL)
+    links = re.findall(r"\]\(([^)#]+)\)", text)
+    assert page != "README.md" or len(links) > 20
     for link in links:
-        assert link.startswith("https://") or os.path.exists(os.path.join(REPOSITORY, link)), link
+        assert link.startswith("https://") or os.path.exists(os.path.join(REPOSITORY, os.path.dirname(page), link)), link
+
+
+def test_every_page_is_reached_from_the_readme():
+    assert not [page for page in PAGES[1:] if f"]({page})" not in README]
 
 
 def test_every_equation_names_a_function_that_exists():
@@ -35,16 +53,16 @@ def test_every_equation_names_a_function_that_exists():
 
 
 def test_every_setting_in_the_tables_exists():
-    table = README.split("## Settings that matter")[1].split("## ")[0]
+    table = read("docs/settings.md").split("## Settings that matter")[1].split("## ")[0]
     names = re.findall(r"`(\w+)`", "".join(line.split("|")[1] for line in table.splitlines() if line.startswith("| `")))
     assert len(names) >= 10 and set(names) <= set(Config.__annotations__)
-    flags = re.findall(r"--(\w+)=", README)
-    others = {"learning_rte", "seeds", "nproc_per_node", "tokenizer", "file", "shards", "processes", "prompt", "tokens", "temperature", "open", "model", "splash", "B", "H", "repeats", "most_memory", "task", "shut", "n", "gpus", "context", "measured", "include", "limit", "tasks"}  # a typo, and other programs' flags
+    flags = re.findall(r"--(\w+)=", "\n".join(map(read, PAGES)))
+    others = {"learning_rte", "seeds", "jobs", "threads", "digits", "T", "nproc_per_node", "tokenizer", "file", "shards", "processes", "prompt", "tokens", "temperature", "open", "model", "splash", "B", "H", "repeats", "most_memory", "task", "shut", "n", "gpus", "context", "measured", "include", "limit", "tasks"}  # a typo, and other programs' flags
     assert set(flags) - others <= set(Config.__annotations__) | {"index"}
 
 
 def test_pictures_are_small():
-    folder = os.path.join(REPOSITORY, "images")
+    folder = os.path.join(REPOSITORY, "docs/images")
     for name in os.listdir(folder):
         assert os.path.getsize(os.path.join(folder, name)) < 300_000, name
 

@@ -153,8 +153,8 @@ def test_the_command_prints_pairs_and_what_there_is():
     assert refused.returncode == 1 and "What fits it" in refused.stderr
 
 
-def test_the_task_that_the_readme_adds_works(monkeypatch):
-    with open(os.path.join(REPOSITORY, "README.md"), encoding="utf-8") as f:
+def test_the_task_that_the_docs_add_works(monkeypatch):
+    with open(os.path.join(REPOSITORY, "docs/circuits.md"), encoding="utf-8") as f:
         code = next(block.partition("```")[0] for block in f.read().split("```python\n") if "def triple" in block)
     assert len(code.splitlines()) <= 20
     monkeypatch.setattr(tasks, "TASKS", dict(TASKS))
