@@ -106,7 +106,7 @@ def test_two_phases_with_a_cap_of_lambda_each(echo, cycle_steps):
 
 def test_the_edge_that_a_cut_took_comes_back(echo):
     """Cut at a price below the edge's worth: the old rules (temperature 1, one cap of lambda) lose the needed edge for good, today's win it back."""
-    (echo / "dense.py").write_text((echo / "dense.py").read().replace("max_steps = 60", "max_steps = 300"))
+    (echo / "dense.py").write_text((echo / "dense.py").read_text().replace("max_steps = 60", "max_steps = 300"))
     overshoot = {"seed": 2, "density_weight": 60.0, "linear_penalty_steps": 300, "max_steps": 1000, "loss_slack": 0.01, "constraint_scale": 0.01, "lambda_init": 4.0, "lambda_max": 4.0, "eval_interval": 50}
     old = run("sparse.py", out_dir="out/old", **overshoot)
     new = run("sparse.py", out_dir="out/new", gate_temperature=3.0, repair_lambda_max=30.0, average_decay=0.9, **overshoot)
