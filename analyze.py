@@ -72,7 +72,7 @@ def explain_run(run):
     drawn = []
     for edge in edges:
         name = explain.edge_name(edge, task, model.config.n_head)
-        lines = [name, explain.when(edge), explain.damage(edge, intact)]
+        lines = [name, explain.when(edge), explain.damage(edge, intact, task, model.config.n_head)]
         drawn.append({**edge, "text": "\n    ".join(lines)})
     path = os.path.join(run, "explain.png")
     figures.explanation(path, explain.token_names(task), model.config.n_layer, drawn, title)

@@ -16,8 +16,8 @@ The conditions are built from the places of the sum, as a hardware adder is. Wit
 
 This goes further than the paper, which shows the carry edge on three examples (its first figure): found by
 counting, not by eye. All 10,000 sums of two digits are counted; of more digits, those of the dataset.
-Notable: the best of some 2,000 conditions is a selection: read 96 % as "nearly", not as "is". And an edge
-without which "nothing breaks" may have a twin that takes over.
+Notable: the best of some 2,000 conditions is a selection: read 96 % as "nearly", not as "is". And a shut edge
+may have a twin that opens instead: gates are computed from queries and keys, which change with what was read.
 """
 
 from itertools import combinations
@@ -189,11 +189,11 @@ def describe(is_open, library):
 
 
 @torch.inference_mode()
-def run_sums(model, task, a, b, keep=None, record=True):
+def run_sums(model, task, a, b, keep=None):
     """The sums a + b, both (N,), through the model.
 
     keep: as in GPT.forward. Returns right (N, answers) bool, which answer digits are right; and is_open
-    (n_layer, H, T, T, N) bool, or None without `record`.
+    (n_layer, H, T, T, N) bool.
     """
     rows = torch.from_numpy(prepare_data.addition_rows(a, b, *task).astype(np.int64))
     device = next(model.parameters()).device
@@ -205,11 +205,9 @@ def run_sums(model, task, a, b, keep=None, record=True):
 
     for chunk in rows.split(CHUNK):
         questions, targets = chunk.unbind(dim=1)
-        logits, _, _ = model(questions.to(device), keep=keep, record=remember if record else None)
+        logits, _, _ = model(questions.to(device), keep=keep, record=remember)
         right.append(logits[:, task.first:].argmax(-1).cpu() == targets[:, task.first:])
     right = torch.cat(right).numpy()
-    if not record:
-        return right, None
     is_open = torch.stack([torch.cat(chunks) for chunks in layers])  # (n_layer, N, H, T, T)
     return right, is_open.permute(0, 2, 3, 4, 1).numpy()
 
@@ -224,7 +222,7 @@ def explain(model, task, a, b):
 
     Returns a list of edges, and the accuracy with none shut, as `accuracy` gives it. An edge: {layer,
     head, query, key, open_on (sums), share (the same, 0 to 1), condition, agreement, baseline,
-    accuracy_when_shut}. Raises AnalysisError if more than MOST_EDGES ever open.
+    accuracy_when_shut, twin (see `twin`)}. Raises AnalysisError if more than MOST_EDGES ever open.
     """
     right, is_open = run_sums(model, task, a, b)
     places = np.argwhere(is_open.any(axis=-1)).tolist()
@@ -240,12 +238,26 @@ def explain(model, task, a, b):
         keep = torch.ones(is_open.shape[:-1], dtype=torch.bool, device=next(model.parameters()).device)
         keep[layer, head, query, key] = False
         right_when_shut = right.copy()  # and so it stays where the edge is shut anyway
-        right_when_shut[opens], _ = run_sums(model, task, a[opens], b[opens], keep, record=False)
+        right_when_shut[opens], now_open = run_sums(model, task, a[opens], b[opens], keep)
         edges.append({"layer": layer, "head": head, "query": query, "key": key,
                       "open_on": int(opens.sum()), "share": float(opens.mean()),
                       "condition": condition, "agreement": agreement, "baseline": baseline,
-                      "accuracy_when_shut": accuracy(right_when_shut)})
+                      "accuracy_when_shut": accuracy(right_when_shut),
+                      "twin": twin(is_open[..., opens], now_open)})
     return edges, accuracy(right)
+
+
+def twin(before, now):
+    """The edge that opens instead of a shut one, {layer, head, query, key}, or None if there is none.
+
+    before, now: (n_layer, H, T, T, N) bool, what is open on the sums on which the shut edge was. A twin opens on
+    most of those sums, and was shut on them before.
+    """
+    share = (now & ~before).mean(axis=-1)  # (n_layer, H, T, T)
+    if share.max() <= 0.5:
+        return None
+    place = np.unravel_index(share.argmax(), share.shape)
+    return dict(zip(("layer", "head", "query", "key"), map(int, place)))
 
 
 def algorithm(edges, intact, task):
@@ -302,14 +314,17 @@ def when(edge):
     return f"no condition of the library fits (best {100 * edge['agreement']:.1f} %, {guess})"
 
 
-def damage(edge, intact):
+def damage(edge, intact, task, n_head=1):
     """What goes wrong when an edge is shut, in words: the places of the answer that lose at least one sum."""
     shut = edge["accuracy_when_shut"]["digits"]
     lost = []
     for place, now, before in zip(reversed(PLACES[:len(shut)]), shut, intact["digits"]):
         if now < before:
             lost.append(f"{place} {100 * now:.1f} %")
-    return "accuracy when shut: " + ", ".join(lost) if lost else "nothing breaks"
+    words = "accuracy when shut: " + ", ".join(lost) if lost else "nothing breaks"
+    if edge["twin"]:
+        words += f"; instead opens {edge_name(edge['twin'], task, n_head)}"
+    return words
 
 
 def circuit_in_words(edges, intact, task, n_head=None):
@@ -322,7 +337,7 @@ def circuit_in_words(edges, intact, task, n_head=None):
     lines = []
     for number, edge in enumerate(edges, 1):
         where = f"{number:3d}  {edge_name(edge, task, n_head)}, open on {edge['open_on']} sums"
-        lines.append(f"{where}: {when(edge)}; {damage(edge, intact)}")
+        lines.append(f"{where}: {when(edge)}; {damage(edge, intact, task, n_head)}")
     return lines
 
 

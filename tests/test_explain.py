@@ -139,8 +139,18 @@ def test_edges_are_counted_over_all_sums_and_shut_one_by_one(task):
     edge = max(edges, key=effect)
     keep = torch.ones(2, 1, T, T, dtype=torch.bool)
     keep[edge["layer"], 0, edge["query"], edge["key"]] = False
-    shut = run_sums(model, task, a, b, keep, record=False)[0].mean(0).tolist()
+    shut = run_sums(model, task, a, b, keep)[0].mean(0).tolist()
     assert edge["accuracy_when_shut"]["digits"] == shut != intact["digits"]
+
+
+def test_the_twin_of_an_edge_opens_on_most_sums_on_which_it_was_shut():
+    before = np.zeros((2, 1, 3, 3, 10), dtype=bool)
+    now = before.copy()
+    now[1, 0, 2, 0, :6] = True
+    now[0, 0, 1, 1] = before[0, 0, 1, 1] = True  # open before, too: no twin
+    assert explain.twin(before, now) == {"layer": 1, "head": 0, "query": 2, "key": 0}
+    now[1, 0, 2, 0, 5:] = False  # half of the sums are not most
+    assert explain.twin(before, now) is None
 
 
 def test_a_model_that_is_not_sparse_is_refused_before_anything_is_measured():
@@ -155,7 +165,7 @@ BROKEN = {"digits": [1.0, 1.0, 0.95, 0.55, 1.0], "sum": 0.5}
 def an_edge(condition=None, share=0.45, shut=BROKEN, **more):
     agreement = 0.987 if condition else 0.8
     return {"layer": 1, "head": 0, "query": 8, "key": 6, "open_on": int(10_000 * share), "share": share,
-            "condition": condition, "agreement": agreement, "baseline": 0.55, "accuracy_when_shut": shut, **more}
+            "condition": condition, "agreement": agreement, "baseline": 0.55, "accuracy_when_shut": shut, "twin": None, **more}
 
 
 ALWAYS = an_edge(share=1.0)
@@ -180,10 +190,12 @@ def test_a_circuit_is_classified(edges, words):
 def test_words():
     edge = an_edge("carry")
     assert when(edge) == "carry: 98.7 % of sums (constant guess 55.0 %)"
-    assert damage(edge, INTACT) == "accuracy when shut: hundreds 95.0 %, tens 55.0 %"
+    assert damage(edge, INTACT, TWO) == "accuracy when shut: hundreds 95.0 %, tens 55.0 %"
     edge = an_edge(shut=INTACT)
     assert when(edge).startswith("no condition of the library fits (best 80.0 %")
-    assert damage(edge, INTACT) == "nothing breaks"
+    assert damage(edge, INTACT, TWO) == "nothing breaks"
+    edge["twin"] = {"layer": 3, "head": 0, "query": 9, "key": 8}
+    assert damage(edge, INTACT, TWO) == "nothing breaks; instead opens layer 3  s1 reads s2"
     assert when(ALWAYS) == "always"
 
 
