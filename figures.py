@@ -98,6 +98,10 @@ def training(path, metrics, kept_step=None, bounds=()):
         curve(axes[2], "lambda", "lambda", color="tab:purple")
         for bound, label in zip(bounds, ("floor", "cap")):
             axes[2].axhline(bound, color=GREY, lw=1, ls="--", label=label)
+        back = [m["step"] for m in metrics if m.get("goes_back")]
+        for ax in axes[1:]:
+            for step in back:
+                ax.axvline(step, color="tab:orange", lw=1, zorder=0, label="not repaired: back to the best so far" if step == back[0] else None)
         axes[2].set(ylabel="lambda")
         axes[2].legend(fontsize=8)
     axes[0].set(ylabel="loss (nats)")

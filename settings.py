@@ -56,7 +56,7 @@ class Config:
     open_above: float = 0.0  # attention weight above which edges start open, by a shift of the key biases, or of each head's gates (handover.py); 0 is off, the paper's
     distill_weight: float = 0.0  # of KL(dense || gated), nats, added to the loss that is trained on; the constraint and the judgement stay without
     linear_penalty_steps: int = 3000  # first steps, under the penalty that pulls at wide-open edges too (gate.py); 0 is the paper's
-    cycle_steps: int = 0  # every so many steps the linear penalty starts anew: cut, repair, cut, repair; 0 is once, at the start
+    cycle_steps: int = 0  # every so many steps the linear penalty starts anew: cut, repair, cut, repair; after a repair that failed from best.pt. 0 is once, at the start
     noise_free_steps: int = 0  # last steps, in which gates are not drawn but thresholds, as when they are judged; gradients stay straight-through. 0 is the paper's
     density_weight: float = 1.0  # in L = density_weight * density + lambda (loss - target)
     loss_slack: float = 0.001  # nats above the dense loss that count as equal
@@ -160,6 +160,10 @@ def check_together(config, processes=1):
         raise ConfigError("average_decay holds a second copy of the whole model: it goes with neither parallel='fsdp' nor lora_rank. Set it to 0")
     if not config.lambda_min <= config.lambda_init <= config.lambda_max:
         raise ConfigError(f"lambda_init={config.lambda_init} must lie between lambda_min={config.lambda_min} and lambda_max={config.lambda_max}")
+    if config.cycle_steps % config.eval_interval:
+        raise ConfigError(f"cycle_steps={config.cycle_steps} must be a multiple of eval_interval={config.eval_interval}: an evaluation says whether a cycle has repaired what it cut")
+    if config.cycle_steps and (config.parallel == "fsdp" or config.lora_rank):
+        raise ConfigError("cycle_steps goes back to whole checkpoints: it goes with neither parallel='fsdp' nor lora_rank. Set it to 0")
     if 0 < config.cycle_steps <= config.linear_penalty_steps:
         raise ConfigError(f"cycle_steps={config.cycle_steps} leaves no step for repair: make it larger than linear_penalty_steps={config.linear_penalty_steps}, or 0")
     micro = config.micro_batch_size or config.batch_size // processes

@@ -18,7 +18,7 @@ loss stays there. Three losses take part, and all of them are in the log:
 Notable:
 - best.pt is the checkpoint with the FEWEST open edges among the evaluations that pass that judgement, not the last one, nor the untrained start.
   A run in which none passes keeps the one that came closest, closest.pt, and says so first in its report (verdict.py).
-- With average_decay it is a moving average of the weights that is judged and kept.
+- With average_decay it is a moving average of the weights that is judged and kept; with cycle_steps a run whose repair fails goes back to best.pt.
 - A step's examples and noise hang on (seed, step) alone (batches.py): a run that is killed and started again does on a CPU bit for bit what it would
   have done (GPUs sum in an order of their own), and one process that accumulates gradients does what many processes do (hardware.py).
 - The same command continues an unfinished run. A run's folder is never overwritten by a run with other settings.
@@ -245,6 +245,15 @@ def train(config, given=frozenset(), job=None):
             line |= {"constraint_target": geco.target, "constraint_loss": state["constraint_loss"], "violation": geco.violation, "lambda": geco.lam}
         return line
 
+    def go_back():
+        """A cycle ended without a repair: return to best.pt, the last state that met the target, optimizer and all. Lambda stays as high as it has become."""
+        hardware.wait_for_all()  # process 0 has written it
+        best = read_checkpoint(os.path.join(c.out_dir, "best.pt"))
+        for weights in {model, judged}:
+            load_weights(weights, best["model"])
+        sharding.load_optimizer(optimizer, best["optimizer"])
+        geco.violation = 0.0
+
     advice = f"Start again with a smaller step, for instance --learning_rate={c.learning_rate / 3:.1g} --out_dir=out/NEW"
 
     # --- the loop -----------------------------------------------------------------------------------------------------
@@ -270,8 +279,10 @@ def train(config, given=frozenset(), job=None):
                 kept = names_to_keep(step, found, passes)
                 progress.evaluated(found, state["target_loss"], state["best"], geco and geco.lam)
                 at_end = step == c.max_steps or bool(state["ready"])
+                ends_cycle = c.gated and c.cycle_steps and step % c.cycle_steps == 0
+                lost = bool(ends_cycle and state["best"] and not passes and not at_end)
                 if log:
-                    log.write(**describe(step, found, passes))
+                    log.write(**describe(step, found, passes), goes_back=lost)
                 if flow:
                     flow.write(step, found, kept, passes, geco.lam)
                 # last.pt first: a run that is killed in between evaluates again and writes best.pt then. A run whose last.pt is at its end never will
@@ -281,6 +292,8 @@ def train(config, given=frozenset(), job=None):
                     if hardware.rank() == 0:
                         settle(c.out_dir, finished=True)
                     break
+                if lost:
+                    go_back()
                 speed.go_on()
 
             for group in optimizer.param_groups:

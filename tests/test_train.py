@@ -15,7 +15,8 @@ import prepare_data
 import train as train_file
 from batches import Batches
 from conftest import REPOSITORY
-from checkpoint import CheckpointError, load_checkpoint, read_checkpoint, save_checkpoint
+from configure import ConfigError
+from checkpoint import CheckpointError, load_checkpoint, load_weights, read_checkpoint, save_checkpoint
 from model import GPT
 from resume import RunError, StopRequest
 from settings import Config, make_config
@@ -170,10 +171,13 @@ def test_a_run_that_is_stopped_and_killed_everywhere_ends_bit_for_bit_like_one_t
             assert {k: v for k, v in x.items() if k not in ("seconds", "tokens_per_second")} == {k: v for k, v in y.items() if k not in ("seconds", "tokens_per_second")}
 
 
-def test_a_run_whose_last_evaluation_is_its_best_and_that_is_killed_near_its_end_ends_like_one_that_is_not(echo, monkeypatch):
-    """Killed before every rename of the last two evaluations."""
-    monkeypatch.setattr(train_file, "meets_target", lambda found, dense, target: True)
-    settings = {"average_decay": 0.9, "max_steps": 40, "eval_interval": 5, "lambda_init": 1.0, "seed": 2, "init_from": run("dense.py", seed=2)}
+def test_a_run_that_goes_back_and_is_killed_near_its_end_ends_like_one_that_is_not(echo, monkeypatch):
+    """The last evaluation is the best, the one before it goes back to an earlier best.pt: killed before every rename of the last two."""
+    def judged(found, dense, target):  # as good as a coin, but the same for the same weights
+        return int(found["val"]["loss"] * 1e7) % 5 < 2
+
+    monkeypatch.setattr(train_file, "meets_target", judged)
+    settings = {"average_decay": 0.9, "cycle_steps": 5, "linear_penalty_steps": 2, "max_steps": 40, "eval_interval": 5, "lambda_init": 1.0, "seed": 2, "init_from": run("dense.py", seed=2)}
     real, renamed = os.replace, []
 
     def watched(source, target):
@@ -183,7 +187,8 @@ def test_a_run_whose_last_evaluation_is_its_best_and_that_is_killed_near_its_end
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", watched)
         run("sparse.py", out_dir="out/whole", **settings)
-    assert read_checkpoint("out/whole/best.pt")["step"] == 40
+    lines = metrics("out/whole")
+    assert lines[-2]["goes_back"] and lines[-1]["passes"] and read_checkpoint("out/whole/best.pt")["step"] == 40
     assert renamed[-3:] == ["best.pt.next", "last.pt", "best.pt"]
 
     for place in range(len(renamed) - 5, len(renamed)):
@@ -608,3 +613,15 @@ def test_the_average_of_the_weights_is_what_is_judged_and_kept(echo):
     data = prepare_data.load("echo")
     x, y = (torch.from_numpy(a) for a in data.batch("val", range(200), 4))
     assert metrics("out/dense")[-1]["val_loss"] == pytest.approx(model(x, y)[1].item(), rel=1e-5)
+
+
+def test_a_cycle_that_was_not_repaired_starts_again_from_the_last_state_that_met_the_target(echo, monkeypatch):
+    answers = iter([False, True, False, False, True])  # at steps 0, 20, 40, 60, 80
+    monkeypatch.setattr(train_file, "meets_target", lambda found, dense, target: next(answers) if len(found) == 2 else True)
+    starts = []
+    monkeypatch.setattr(train_file, "load_weights", lambda model, weights: starts.append(weights) or load_weights(model, weights))
+    folder = run("sparse.py", cycle_steps=40, linear_penalty_steps=10, max_steps=80, lambda_init=1.0, lambda_min=0.2)
+    assert [line["goes_back"] for line in metrics(folder)] == [False, False, True, False, False]
+    assert len(starts) == 1 and read_checkpoint(f"{folder}/best.pt")["step"] in (20, 80)
+    with pytest.raises(ConfigError, match="cycle_steps=50 must be a multiple of eval_interval=20"):
+        run("sparse.py", cycle_steps=50, out_dir="out/other")
