@@ -4,6 +4,7 @@
     python bench.py --open=1,0.1,0.01,0.004      the same at other shares of open edges
     python bench.py --lengths                    T from 128 to 8192: table and chart
     python bench.py --model=stdlib               a training step of a whole model, dense, gated, taught by a dense one: the text experiment's, or --model=gpt2
+    python bench.py --split                      where the seconds of config/addition.py go, part by part
     python bench.py --circuit                    all 32,491 edge scores of a GPT-2 124M (random weights), 64 pairs of 20 tokens; a curve of 30 circuits
     python bench.py --splash=PATH                also the package of the paper's authors (hrpan/splash_attention), from a folder or installed ('')
 
@@ -291,6 +292,7 @@ def main(arguments):
     parser.add_argument("--open", default="0.01", help="shares of open edges, e.g. 1,0.1,0.01,0.004")
     parser.add_argument("--lengths", nargs="?", const="128,256,512,1024,2048,4096,8192", help="lengths T for a table and a chart; alone: 128 to 8192")
     parser.add_argument("--model", choices=SHAPES, help="a whole model's training step")
+    parser.add_argument("--split", action="store_true", help="where the seconds of config/addition.py go (CPU)")
     parser.add_argument("--circuit", action="store_true", help="edge scores of a GPT-2 124M")
     parser.add_argument("--gate_bias", type=float, default=3.0, help="of --model: below 0 most gates are shut")
     parser.add_argument("--splash", nargs="?", const="", help="folder of the authors' package; alone: it is installed")
@@ -314,6 +316,9 @@ def main(arguments):
     print(title)
     if options.circuit:
         return circuits(device)
+    if options.split:
+        from split import show_split, split  # here: it needs a dataset
+        return show_split(split(options.repeats))
     if options.model:
         rows = whole_model(options, device, options.model)
     else:

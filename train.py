@@ -29,7 +29,6 @@ Notable:
 - How a dense model is handed to the gates without a shock: handover.py. What the dense model teaches its child: `distill_weight`.
 """
 
-import copy
 import gc
 import inspect
 import math
@@ -50,6 +49,7 @@ import hardware
 import lora
 import prepare_data
 import sharding
+from average import follow, judged_model
 from batches import Batches
 from checkpoint import CheckpointError, checkpoint_of, load_weights, read_checkpoint, save_checkpoint, state_to_save
 from configure import ConfigError, parse_command_line
@@ -72,18 +72,6 @@ def get_lr(step, c):
         return c.learning_rate * (step + 1) / c.warmup_steps
     done = (step - c.warmup_steps) / max(1, c.max_steps - c.warmup_steps)
     return c.min_lr + (c.learning_rate - c.min_lr) * (1 + math.cos(math.pi * min(1, done))) / 2
-
-
-def judged_model(model, c):
-    """Who is judged and kept: the model itself, or with average_decay a copy of it, for `follow` to keep up with it."""
-    return copy.deepcopy(model).eval() if c.average_decay else model
-
-
-def follow(average, model, decay):
-    """average <- decay average + (1 - decay) model, weight by weight: Polyak's average. Training jumps about a minimum; the average lies in it."""
-    with torch.no_grad():
-        for kept, now in zip(average.parameters(), model.parameters(), strict=True):
-            kept.lerp_(now, 1 - decay)
 
 
 def divergence(logits, teacher_logits, targets):
@@ -158,7 +146,7 @@ def train(config, given=frozenset(), job=None):
         state = {key: checkpoint.get(key, value) for key, value in state.items()}
         if geco:
             geco.load_state_dict(checkpoint["geco"])
-        judged = judged_model(model, c)
+        judged = judged_model(model, c.average_decay)
         if c.average_decay:
             load_weights(model, checkpoint["trained"])
         for large in {"model", "optimizer", "trained"} & set(checkpoint):
@@ -177,7 +165,7 @@ def train(config, given=frozenset(), job=None):
                 fold_shift(model, torch.from_numpy(x).to(device), c.open_above, fold=not c.lora_rank and not sharded)
             model.config.gate_bias = hardware.of_first(model.config.gate_bias)  # DDP does the same for the key biases
     if not checkpoint:
-        judged = judged_model(model, c)
+        judged = judged_model(model, c.average_decay)
     fast_judged = fast
     if judged is not model:
         fast_judged = torch.compile(judged) if compiled else judged
@@ -207,10 +195,11 @@ def train(config, given=frozenset(), job=None):
                 sharding.remove_old(c.out_dir, keep=parts.get("shards"))
 
     def worthwhile(val):
-        """Can an evaluation still pass, after what the held-out rows say? Else the others need not be counted."""
+        """Can this become the best evaluation, after what the held-out rows say? Else the others need not be counted."""
         if not c.gated:
             return val["correct"] == val["examples"]
-        return meets_target({"val": val}, state["dense"], state["target_loss"])
+        fewer = not state["best"] or val["open"] <= state["best"][0] * (1 + 1e-6)  # equal: a run that goes on judges its best again
+        return fewer and meets_target({"val": val}, state["dense"], state["target_loss"])
 
     def names_to_keep(step, found, passes):
         """Under which names, beside last.pt, this evaluation's model is kept: best.pt, closest.pt or none. Remembers the scores."""

@@ -10,10 +10,12 @@ import pytest
 import torch
 
 import bench
+import split
 import train
 from bench import divergence, make_inputs, peak_memory, training_steps
 from conftest import REPOSITORY
 from gate import gated_attention
+from settings import make_config
 
 
 @pytest.mark.parametrize("share", [1.0, 0.1, 0.01])
@@ -58,3 +60,11 @@ def test_the_steps_of_a_model_count_what_they_compute(monkeypatch):
     flop = {way: flop for way, (_, flop) in steps.items()}
     assert list(flop) == ["tiny, dense", "tiny, tiled", "tiny, plain", "tiny, tiled, taught"]
     assert flop["tiny, dense"] == flop["tiny, tiled"] == 3 / 4 * flop["tiny, tiled, taught"] > 0
+
+
+def test_where_the_seconds_go(workplace, monkeypatch, capsys):
+    monkeypatch.setattr(split, "make_config", lambda path, given: make_config(os.path.join(REPOSITORY, path), given))
+    split.show_split(split.split(repeats=1))
+    shown = capsys.readouterr().out
+    shares = [int(line.split("|")[-2].strip(" %")) for line in shown.splitlines() if line.endswith("% |")]
+    assert len(shares) == 7 and abs(sum(shares) - 100) <= 4 and "9,000" in shown

@@ -17,6 +17,7 @@ from batches import Batches
 from conftest import REPOSITORY
 from configure import ConfigError
 from checkpoint import CheckpointError, load_checkpoint, load_weights, read_checkpoint, save_checkpoint
+from evaluate import evaluate_splits
 from model import GPT
 from resume import RunError, StopRequest
 from settings import Config, make_config
@@ -615,12 +616,26 @@ def test_the_average_of_the_weights_is_what_is_judged_and_kept(echo):
     assert metrics("out/dense")[-1]["val_loss"] == pytest.approx(model(x, y)[1].item(), rel=1e-5)
 
 
+def test_only_an_evaluation_that_can_become_the_best_counts_all_rows(echo):
+    (echo / "dense.py").write_text((echo / "dense.py").read_text().replace("max_steps = 60", "max_steps = 300"))
+    fewest = None
+    for line in metrics(run("sparse.py", max_steps=300, linear_penalty_steps=100, lambda_init=1.0, lambda_min=0.2)):
+        held_out_passes = line["val_loss"] <= line["target_loss"] and line["val_correct"] == 200
+        assert (line["correct"] is not None) == (held_out_passes and (fewest is None or line["open"] <= fewest))
+        if line["correct"] is not None and line["passes"]:
+            fewest = line["open"]
+    assert fewest is not None
+
+
 def test_a_cycle_that_was_not_repaired_starts_again_from_the_last_state_that_met_the_target(echo, monkeypatch):
-    answers = iter([False, True, False, False, True])  # at steps 0, 20, 40, 60, 80
-    monkeypatch.setattr(train_file, "meets_target", lambda found, dense, target: next(answers) if len(found) == 2 else True)
+    parent, evaluated = run("dense.py"), []
+    monkeypatch.setattr(train_file, "evaluate_splits", lambda *given: evaluated.append(1) or evaluate_splits(*given))
+    # the dense model is judged first, then steps 0, 20, 40, 60 and 80
+    monkeypatch.setattr(train_file, "meets_target", lambda *given: len(evaluated) - 2 in (1, 4))
     starts = []
     monkeypatch.setattr(train_file, "load_weights", lambda model, weights: starts.append(weights) or load_weights(model, weights))
-    folder = run("sparse.py", cycle_steps=40, linear_penalty_steps=10, max_steps=80, lambda_init=1.0, lambda_min=0.2)
+    folder = run("sparse.py", init_from=parent, cycle_steps=40, linear_penalty_steps=10, max_steps=80, lambda_init=1.0, lambda_min=0.2)
+    assert [line["passes"] for line in metrics(folder)] == [False, True, False, False, True]
     assert [line["goes_back"] for line in metrics(folder)] == [False, False, True, False, False]
     assert len(starts) == 1 and read_checkpoint(f"{folder}/best.pt")["step"] in (20, 80)
     with pytest.raises(ConfigError, match="cycle_steps=50 must be a multiple of eval_interval=20"):
