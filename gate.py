@@ -17,8 +17,8 @@ Notable:
   One addition of ours, off by default, keeps it from going flat: see linear_penalty below.
 - A pair with j > i is never open, never counted, and sends no gradient.
 
-Everything here is written for reading: it stores T x T matrices. Two fast forms compute the same without: gate_tiled.py for CPUs,
-gate_triton.py for GPUs; `choose_impl` says when. Nothing else in the project knows which one is used.
+Everything here is written for reading: it stores T x T matrices. Two fast forms compute the same without: fast/tiled.py for CPUs,
+fast/kernels.py for GPUs; `choose_impl` says when. Nothing else in the project knows which one is used.
 """
 
 import importlib.util
@@ -29,7 +29,7 @@ from typing import NamedTuple
 import torch
 from torch.nn import functional as F
 
-from noise import new_seed
+from fast.noise import new_seed
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 
@@ -86,10 +86,10 @@ def gated_attention(q, k, v, bias=3.0, temperature=1.0, sample=False, *,
 
     knows_not = dense or return_gates or keep is not None or torch.is_tensor(noise) or noise not in (None, 0)  # what the fast forms cannot do
     if not knows_not and (impl := choose_impl(impl, q.device.type, T, D, q.dtype)) != "plain" and (head_bias := bias_of_heads(bias, H, q.device, exact)) is not None:
-        import gate_op  # here, so that the formula can be read, and run, without it
+        from fast import op  # here, so that the formula can be read, and run, without it
         seed = new_seed(q.device) if sample and noise is None else None
         impl = "tiled compiled" if impl == "tiled" and torch.compiler.is_compiling() else impl
-        y, penalty, _ = gate_op.forward(q, k, v, head_bias, seed, sample, temperature, linear_penalty, impl)
+        y, penalty, _ = op.forward(q, k, v, head_bias, seed, sample, temperature, linear_penalty, impl)
         return y, penalty.sum() / (B * H * T * (T + 1) / 2), None
 
     # The plain formula: everything below
@@ -127,9 +127,9 @@ def sampled_gates(s, temperature=1.0, noise=None):
 
 
 def choose_impl(name, device, T, D, dtype=torch.float32):
-    """Who computes gated attention: 'plain', this file's formula; 'tiled' (gate_tiled.py); 'triton' (gate_triton.py). 'auto' is the fastest that fits.
+    """Who computes gated attention: 'plain', this file's formula; 'tiled' (fast/tiled.py); 'triton' (fast/kernels.py). 'auto' is the fastest that fits.
 
-    That is, for contexts of 64 and more, triton on a GPU (half precision, heads up to 128 wide) and tiled on a CPU. In float32 the kernels failed on an H100 (gate_triton.py).
+    That is, for contexts of 64 and more, triton on a GPU (half precision, heads up to 128 wide) and tiled on a CPU. In float32 the kernels failed on an H100 (fast/kernels.py).
     device: 'cpu', 'cuda', ...; T tokens of context, D the width of a head. TRITON_INTERPRET=1 lets 'triton', asked for by name, run on a CPU, slowly.
     Raises ValueError if name is none of these, or 'tiled' or 'triton' where they cannot run.
     """

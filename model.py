@@ -13,18 +13,14 @@ Notable:
 - As with dropout, `model.train()` samples the gates and `model.eval()` makes them deterministic.
 - forward gives the density penalty beside the loss. It does not add them up: that is the business of geco.py.
 - `record` shows every layer's gates and attention pattern, `keep` shuts chosen edges: the analysis needs no more.
-- `GPT.from_pretrained("gpt2")` brings OpenAI's weights; checkpoint.py reads those, nanoGPT's and our own alike.
+- `GPT.from_pretrained("gpt2")` brings OpenAI's weights; models/checkpoint.py reads those, nanoGPT's and our own alike.
 - Two differences to nanoGPT: GELU is GPT-2's own tanh approximation, so that OpenAI's weights give OpenAI's logits
   (a nanoGPT checkpoint gets the exact one, which it was trained with), and there is no dropout on attention weights.
-
-    python model.py sample out/stdlib --prompt="def "                      text from a model; see sample.py
-    python model.py export out/stdlib --to hf out/stdlib/hf                for transformers or TransformerLens; see export.py
 """
 
 import math
 import os
-import runpy
-import sys
+import re
 from dataclasses import dataclass
 
 import torch
@@ -32,6 +28,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from gate import bias_by_layer, gated_attention
+from storage.download import download
+from storage.files import UserError
 
 
 @dataclass
@@ -54,15 +52,17 @@ class GPTConfig:
 
 
 class CausalSelfAttention(nn.Module):
-    def __init__(self, config, layer):
+    def __init__(self, config):
         super().__init__()
-        self.config, self.layer = config, layer
+        self.config = config
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)  # q, k and v of all heads
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.resid_dropout = nn.Dropout(config.dropout)
 
     def attend(self, q, k, v, **gate_options):
-        return gated_attention(q, k, v, temperature=self.config.gate_temperature, sample=self.training, dense=not self.config.gated, **gate_options)
+        """q, k, v (B, H, T, D) -> y, density and gates, see `gated_attention`."""
+        temperature, dense = self.config.gate_temperature, not self.config.gated
+        return gated_attention(q, k, v, temperature=temperature, sample=self.training, dense=dense, **gate_options)
 
     def forward(self, x, **gate_options):
         """x (B, T, C) -> y (B, T, C); density, a scalar; gates, a `gate.Gates` or None. Options: see `gated_attention`."""
@@ -72,19 +72,6 @@ class CausalSelfAttention(nn.Module):
         y, density, gates = self.attend(q, k, v, **gate_options)
         y = y.transpose(1, 2).reshape(B, T, C)  # heads side by side
         return self.resid_dropout(self.c_proj(y)), density, gates
-
-    def by_head(self, x, norm, hooks, **gate_options):
-        """As norm, then `forward`, every head on its own: what its q, k and v read, and what it writes, goes through `hooks` (see `GPT.forward`)."""
-        H, C = self.config.n_head, x.shape[-1]
-        reading = self.c_attn.weight.view(3, H, -1, C).transpose(2, 3)  # (3, H, C, D)
-        constant = self.c_attn.bias.view(3, H, 1, -1) if self.config.bias else (0.0, 0.0, 0.0)
-        qkv = []
-        for part, name in enumerate("qkv"):
-            read = norm(hooks.read(name, self.layer, x))  # (B, T, C), one for all heads, or (B, H, T, C)
-            qkv.append((read if read.dim() == 4 else read.unsqueeze(1)) @ reading[part] + constant[part])  # (B, H, T, D)
-        y, density, gates = self.attend(*qkv, **gate_options)
-        heads = hooks.write("heads", self.layer, y @ self.c_proj.weight.view(C, H, -1).permute(1, 2, 0))  # (B, H, T, C)
-        return heads.sum(dim=1) + (self.c_proj.bias if self.config.bias else 0.0), density, gates
 
 
 class MLP(nn.Module):
@@ -102,24 +89,18 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, config, layer):
+    def __init__(self, config):
         super().__init__()
-        self.layer = layer
         self.ln_1 = nn.LayerNorm(config.n_embd, bias=config.bias)
-        self.attn = CausalSelfAttention(config, layer)
+        self.attn = CausalSelfAttention(config)
         self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
         self.mlp = MLP(config)
 
-    def forward(self, x, hooks=None, **gate_options):
+    def forward(self, x, **gate_options):
         """As attention, y being the residual stream after both writes."""
-        if hooks is None:
-            y, density, gates = self.attn(self.ln_1(x), **gate_options)
-            x = x + y
-            x = x + self.mlp(self.ln_2(x))
-        else:
-            y, density, gates = self.attn.by_head(x, self.ln_1, hooks, **gate_options)
-            x = x + y
-            x = x + hooks.write("mlp", self.layer, self.mlp(self.ln_2(hooks.read("mlp", self.layer, x))))
+        y, density, gates = self.attn(self.ln_1(x), **gate_options)
+        x = x + y
+        x = x + self.mlp(self.ln_2(x))
         return x, density, gates
 
 
@@ -137,7 +118,7 @@ class GPT(nn.Module):
             wte=nn.Embedding(config.vocab_size, config.n_embd),
             wpe=nn.Embedding(config.block_size, config.n_embd),
             drop=nn.Dropout(config.dropout),
-            h=nn.ModuleList(Block(config, layer) for layer in range(config.n_layer)),
+            h=nn.ModuleList(Block(config) for _ in range(config.n_layer)),
             ln_f=nn.LayerNorm(config.n_embd, bias=config.bias),
         ))
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
@@ -165,16 +146,12 @@ class GPT(nn.Module):
     def attentions(self):
         return [block.attn for block in self.blocks]
 
-    def forward(self, idx, targets=None, keep=None, record=None, linear_penalty=False, noise=None, hooks=None):
+    def forward(self, idx, targets=None, keep=None, record=None, linear_penalty=False, noise=None):
         """idx (B, T) token ids; targets (B, T) the token to predict at each position, -1 where nothing is asked.
 
         keep    bool, (n_layer, H, T, T) or (n_layer, B, H, T, T): an edge that is False here is forced shut
         record  called as record(layer, gates) for every layer, gates a `gate.Gates`: what is open, what is attended to
         noise   of the gates in training mode; 0.0 leaves it out: gates are those of evaluation, with the gradient of training. See gate.py
-        hooks   sees, and may replace, what every component reads from the residual stream and what it writes to it (graph.py):
-                hooks.read(name, layer, x)   what 'q', 'k', 'v' (all heads; may return (B, H, T, C), one for each head), 'mlp' or 'final' read, (B, T, C)
-                hooks.write(name, layer, y)  what 'embed' or 'mlp' write, (B, T, C), or 'heads', each after its slice of c_proj, (B, H, T, C)
-                Gates are computed from what q and k read, so they follow a replacement. layer is None for 'embed' and 'final'
         linear_penalty  the density is made of the penalty that does not saturate, see gate.py; False is the paper's
 
         Returns logits (B, T, vocab_size); loss, the mean cross-entropy in nats over the targets, None without targets;
@@ -186,17 +163,13 @@ class GPT(nn.Module):
             raise ValueError(f"a context of {T} tokens does not fit into this model's block_size of {self.config.block_size}")
         x = self.transformer.wte(idx) + self.transformer.wpe(torch.arange(T, device=idx.device))  # (B, T, C)
         x = self.transformer.drop(x)
-        if hooks is not None:
-            x = hooks.write("embed", None, x)
         densities, biases = [], bias_by_layer(self.config, idx.device)
         for layer, block in enumerate(self.blocks):
             x, density, gates = block(x, bias=biases[layer], keep=None if keep is None else keep[layer], return_gates=record is not None,
-                                      linear_penalty=linear_penalty, noise=noise, impl=self.attention_impl, hooks=hooks)
+                                      linear_penalty=linear_penalty, noise=noise, impl=self.attention_impl)
             densities.append(density)
             if record is not None:
                 record(layer, gates)
-        if hooks is not None:
-            x = hooks.read("final", None, x)
         logits = self.lm_head(self.transformer.ln_f(x))  # (B, T, V)
         loss = None
         if targets is not None:
@@ -204,13 +177,18 @@ class GPT(nn.Module):
         return logits, loss, torch.stack(densities).mean()
 
     @classmethod
-    def from_pretrained(cls, source, device="cpu", **overrides):
-        """OpenAI's weights: 'gpt2' (124M parameters), 'gpt2-medium' (350M), 'gpt2-large' (774M), 'gpt2-xl' (1558M), downloaded on first use;
-        or a folder or file that transformers wrote, for machines without network. overrides change the GPTConfig, e.g. gated=True.
-        Raises CheckpointError."""
-        from checkpoint import load_checkpoint  # here: checkpoint.py knows this file, and OLMo's
+    def from_pretrained(cls, name, device="cpu", **overrides):
+        """OpenAI's 'gpt2' (124M parameters), 'gpt2-medium' (350M), 'gpt2-large' (774M) or 'gpt2-xl' (1558M), in evaluation mode.
 
-        return load_checkpoint(source, device, **overrides)
+        overrides change the GPTConfig, e.g. gated=True. Raises UserError if there is no such model, or the download fails.
+        """
+        if name not in PRETRAINED:
+            raise UserError(f"OpenAI's models are {', '.join(PRETRAINED)}, not {name}. "
+                            "A run's folder or a checkpoint is read by models.checkpoint.load_checkpoint")
+        checkpoint = openai_checkpoint(name)
+        model = cls(GPTConfig(**checkpoint["model_args"] | overrides))
+        model.load_state_dict(checkpoint["model"])
+        return model.to(device).eval()
 
     def reading_and_writing(self, layer):
         """Of a layer's heads, what v reads, (H, D, C), and what they write, (H, C, D), with the scale of LayerNorm folded in: for induction.py."""
@@ -230,8 +208,50 @@ class GPT(nn.Module):
         return 6 * (sum(p.numel() for p in self.parameters()) - embeddings) + 12 * self.config.n_layer * self.config.n_embd * context
 
 
-if __name__ == "__main__":
-    if len(sys.argv) < 2 or sys.argv[1] not in ("sample", "export"):
-        sys.exit("usage: python model.py sample RUN --prompt=TEXT     or     python model.py export RUN --to hf|transformer_lens|nanogpt PATH")
-    sys.argv.pop(0)
-    runpy.run_path(os.path.join(os.path.dirname(os.path.abspath(__file__)), f"{sys.argv[0]}.py"), run_name="__main__")
+# ---------------------------------------------------------------------------------------------------------------------
+# OpenAI's weights
+#
+#     our Linear:      y = x W^T + b    W (out, in)
+#     their Conv1D:    y = x W + b      W (in, out)         so four matrices of every block are stored transposed
+#
+# Names are the same otherwise (nanoGPT took them over), but for a prefix `transformer.` that their files lack, a tied lm_head that is not
+# stored twice, and the causal mask, which old files hold as `attn.bias`.
+
+# As the organisation openai-community hosts them. Size in bytes; sha256 of the one that several public sources confirm
+PRETRAINED = {
+    "gpt2": {"size": 548118077, "sha256": "7c5d3f4b8b76583b422fcb9189ad6c89d5d97a094541ce8932dce3ecabde1421"},
+    "gpt2-medium": {"size": 1520013706, "sha256": None},
+    "gpt2-large": {"size": 3247202234, "sha256": None},
+    "gpt2-xl": {"size": 6431878936, "sha256": None},
+}
+CONV1D = re.compile(r"(attn\.c_attn|attn\.c_proj|mlp\.c_fc|mlp\.c_proj)\.weight$")
+MASK = re.compile(r"\.attn\.(masked_)?bias$")
+
+
+def openai_checkpoint(name):
+    """{'model', 'model_args'} of one of OpenAI's models, downloaded once into torch's cache (TORCH_HOME) and checked. Raises UserError."""
+    known = PRETRAINED[name]
+    host = os.environ.get("HF_ENDPOINT", "https://huggingface.co")  # as huggingface_hub: for mirrors
+    url = f"{host}/openai-community/{name}/resolve/main/pytorch_model.bin"
+    path = os.path.join(torch.hub.get_dir(), "checkpoints", f"openai-community-{name}.bin")
+    download(url, path, known["sha256"], known["size"])
+    return from_openai(torch.load(path, map_location="cpu", weights_only=True), name)
+
+
+def from_openai(tensors, source, **args):
+    """OpenAI's tensors, {name: tensor}, under our names and the right way round: {'model', 'model_args'}.
+
+    source is named in errors. args: model_args that the tensors do not tell. Raises UserError if they are no GPT-2's.
+    """
+    state = {name.removeprefix("transformer."): tensor for name, tensor in tensors.items() if not MASK.search(name)}
+    if "wte.weight" not in state or "wpe.weight" not in state:
+        raise UserError(f"{source} holds no GPT-2: wte.weight or wpe.weight is missing. It has {', '.join(list(tensors)[:3])}, ...")
+    state = {name: tensor.t().contiguous() if CONV1D.search(name) else tensor for name, tensor in state.items()}
+    vocab_size, n_embd = state["wte.weight"].shape
+    lm_head = state.pop("lm_head.weight", state["wte.weight"])
+    layers = {int(name.split(".")[1]) for name in state if name.startswith("h.")}
+    found = {"n_layer": len(layers), "n_head": max(1, n_embd // 64), "n_embd": n_embd,  # every GPT-2 has heads of width 64
+             "block_size": state["wpe.weight"].shape[0], "vocab_size": vocab_size, "bias": True, "gelu": "tanh",
+             "tied": torch.equal(lm_head, state["wte.weight"])}
+    model = {f"transformer.{name}": tensor.float() for name, tensor in state.items()} | {"lm_head.weight": lm_head.float()}
+    return {"model": model, "model_args": found | args}

@@ -26,33 +26,20 @@ meta.json last, so that a folder with a meta.json is whole.
 """
 
 import argparse
-import contextlib
 import hashlib
 import json
 import os
 import shlex
 import sys
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
-
-import corpora
-import text
-from download import DownloadError, download, sha256
-
-IGNORE = 65535  # a target that is not asked for, as stored; -1 once it is read
-
-
-class DataError(Exception):
-    """A dataset that is missing or damaged. The message says which and what to type."""
-
+from storage import corpora, text
+from storage.addition import ADDITION_TOKENS, IGNORE, addition_rows, answers_for
+from storage.download import download
+from storage.files import UserError, locked, sha256, write_json
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Reading
@@ -71,7 +58,7 @@ class Dataset:
         """Inputs and targets, both (B, T) int64, -1 where nothing is asked.
 
         indices (B,): rows of the split, or the first positions of windows of block_size tokens in a stream.
-        Raises DataError if a token is not in the vocabulary.
+        Raises UserError if a token is not in the vocabulary.
         """
         data = self.train if split == "train" else self.val
         if self.meta["kind"] == "rows":
@@ -82,7 +69,7 @@ class Dataset:
             x, y = windows[:, :-1], windows[:, 1:]
         highest = max(x.max(), y.max())
         if highest >= self.meta["vocab_size"]:
-            raise DataError(f"data/{self.name}/{split}.bin holds token {highest}, but its vocabulary has only "
+            raise UserError(f"data/{self.name}/{split}.bin holds token {highest}, but its vocabulary has only "
                             f"{self.meta['vocab_size']}: it is damaged. Make it again: {how_to_make(self.name, self.meta)}")
         return x, y
 
@@ -92,7 +79,7 @@ class Dataset:
         if self.meta["kind"] == "rows":
             return len(data)
         if len(data) <= block_size:
-            raise DataError(f"data/{self.name}/{split}.bin has {len(data)} tokens, too few for block_size={block_size}. Make block_size smaller")
+            raise UserError(f"data/{self.name}/{split}.bin has {len(data)} tokens, too few for block_size={block_size}. Make block_size smaller")
         return len(data) - block_size
 
 
@@ -112,13 +99,13 @@ def how_to_make(name, meta=None):
 def load(name, root="data"):
     """Open dataset `name`; one that can be made offline is made on first use.
 
-    Raises DataError if it is unknown, incomplete, of the wrong size or, for files up to 64 MB, of the wrong sha256.
+    Raises UserError if it is unknown, incomplete, of the wrong size or, for files up to 64 MB, of the wrong sha256.
     """
     folder = os.path.join(root, name)
     if not os.path.exists(os.path.join(folder, "meta.json")):
         if name not in OFFLINE:
             known = name.partition("-")[0] in DATASETS
-            raise DataError(f"there is no dataset {folder}. " + (f"Make it: {how_to_make(name)}" if known else
+            raise UserError(f"there is no dataset {folder}. " + (f"Make it: {how_to_make(name)}" if known else
                             f"Datasets that can be made: {', '.join(DATASETS)}, for instance: {how_to_make('addition')}"))
         with locked(folder):
             if not os.path.exists(os.path.join(folder, "meta.json")):  # no other process has made it while we waited
@@ -131,16 +118,16 @@ def load(name, root="data"):
         dtype = text.dtype_for(meta["vocab_size"])
         sizes = {split: dtype.itemsize * int(np.prod(meta["shape"][split])) for split in ("train", "val")}
     except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{folder}/meta.json is damaged. Delete {folder} and make it again: {how_to_make(name)}") from error
+        raise UserError(f"{folder}/meta.json is damaged. Delete {folder} and make it again: {how_to_make(name)}") from error
     splits = {}
     for split in ("train", "val"):
         path = os.path.join(folder, f"{split}.bin")
         size = os.path.getsize(path) if os.path.exists(path) else 0
         if size != sizes[split]:
-            raise DataError(f"{path} has {size} bytes instead of {sizes[split]}: it is truncated. "
+            raise UserError(f"{path} has {size} bytes instead of {sizes[split]}: it is truncated. "
                             f"Delete {folder} and make it again: {how_to_make(name, meta)}")
         if size <= 1 << 26 and sha256(path) != meta["sha256"][split]:
-            raise DataError(f"{path} has changed since it was made (wrong sha256). Delete {folder} and make it again: {how_to_make(name, meta)}")
+            raise UserError(f"{path} has changed since it was made (wrong sha256). Delete {folder} and make it again: {how_to_make(name, meta)}")
         splits[split] = np.memmap(path, dtype=dtype, mode="r", shape=tuple(meta["shape"][split]))
     return Dataset(name, meta, **splits)
 
@@ -149,46 +136,9 @@ def load(name, root="data"):
 # Writing
 
 
-@contextlib.contextmanager
-def locked(folder, wait=True):
-    """`with locked(folder):` no other process is in such a block of this folder, which is made if there is none. Another one is waited for; with wait=False BlockingIOError.
-
-    The lock ends with the process, even by kill -9. Windows, and file systems without locks, let everybody in.
-    """
-    os.makedirs(folder, exist_ok=True)
-    with contextlib.ExitStack() as stack:
-        if fcntl:
-            place = os.open(folder, os.O_RDONLY)
-            stack.callback(os.close, place)
-            try:
-                fcntl.flock(place, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                if not wait:
-                    raise
-                print(f"waiting for another process that works on {folder} ...", flush=True)
-                fcntl.flock(place, fcntl.LOCK_EX)
-            except OSError as error:
-                print(f"note: {folder} cannot be locked ({error.strerror}): let no other process work there")
-        yield
-
-
-def write_whole(path, content):
-    """Write bytes to path, whole or not at all: to a temporary name first, then renamed."""
-    with open(path + ".tmp", "wb") as f:
-        f.write(content)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(path + ".tmp", path)
-
-
-def write_json(path, content):
-    """Write plain values to path as indented JSON, whole or not at all."""
-    write_whole(path, (json.dumps(content, indent=1) + "\n").encode())
-
-
 def write_dataset(folder, train, val, **meta):
     """Write a dataset folder. train, val: arrays of token ids, (N, 2, T) for kind='rows' or flat for kind='stream'; or, for a stream that
-    does not fit into memory, iterators of flat arrays. meta holds vocab_size at least. Raises DataError, what was there before untouched, if the disk is full."""
+    does not fit into memory, iterators of flat arrays. meta holds vocab_size at least. Raises UserError, what was there before untouched, if the disk is full."""
     os.makedirs(folder, exist_ok=True)
     meta |= {"shape": {}, "sha256": {}}
     paths = {split: os.path.join(folder, f"{split}.bin") for split in ("train", "val")}
@@ -207,7 +157,7 @@ def write_dataset(folder, train, val, **meta):
             for written in paths.values():
                 if os.path.exists(written + ".tmp"):
                     os.remove(written + ".tmp")
-            raise DataError(f"cannot write {path}: {error}. Free some space and type the same command again") from error
+            raise UserError(f"cannot write {path}: {error}. Free some space and type the same command again") from error
         meta["shape"][split] = list(data.shape) if isinstance(data, np.ndarray) else [tokens]
         meta["sha256"][split] = digest.hexdigest()
     if os.path.exists(os.path.join(folder, "meta.json")):
@@ -219,75 +169,6 @@ def write_dataset(folder, train, val, **meta):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # addition: `5 3 + 2 1 = ? ? ? ? ?` -> `0 0 0 7 4`
-
-ADDITION_TOKENS = "0123456789+=?"
-
-
-class AdditionTask(NamedTuple):
-    """The shape of an addition dataset: a row is `digits` digits, +, as many, =, and `answers` times ?."""
-
-    digits: int = 2  # of each of the two numbers
-    answers: int = 5  # positions of the answer, the highest place first, filled up with zeros
-
-    @property
-    def first(self):
-        """The position of the first `?`."""
-        return 2 * self.digits + 2
-
-    @property
-    def length(self):
-        """T, the tokens of a row."""
-        return self.first + self.answers
-
-
-def answers_for(digits):
-    """The answer positions of a dataset of so many digits: five, or more where the sum needs them."""
-    return max(5, digits + 1)
-
-
-def addition_task(meta):
-    """The AdditionTask (digits, answers) of the dataset that meta.json describes, or None if it does not add.
-
-    Datasets made before meta.json had a `task` are known by their symbols and their 11 tokens a row.
-    """
-    task = meta.get("task")
-    if task:
-        return AdditionTask(task["digits"], task["answers"]) if task["name"] == "addition" else None
-    adds = meta["kind"] == "rows" and meta.get("vocab") == list(ADDITION_TOKENS)
-    old = AdditionTask()
-    return old if adds and meta["shape"]["train"][2] == old.length else None
-
-
-def addition_rows(a, b, digits=2, answers=5):
-    """Rows for the sums a + b: (N, 2, T) uint16, the question and, at its `?`, the digits of the answer.
-
-    a, b: (N,) integers from 0 to 10^digits - 1. The model answers all digits at once, in one forward pass.
-    T = 2 digits + 2 + answers: 11 for two digits.
-    """
-    a, b = np.asarray(a), np.asarray(b)
-    task = AdditionTask(digits, answers)
-    plus, equals, ask = (ADDITION_TOKENS.index(c) for c in "+=?")
-    rows = np.full((len(a), 2, task.length), IGNORE, dtype=np.uint16)
-    rows[:, 0, :digits] = digits_of(a, digits)
-    rows[:, 0, digits] = plus
-    rows[:, 0, digits + 1:task.first - 1] = digits_of(b, digits)
-    rows[:, 0, task.first - 1] = equals
-    rows[:, 0, task.first:] = ask
-    rows[:, 1, task.first:] = digits_of(a + b, answers)
-    return rows
-
-
-def digits_of(numbers, count):
-    """The last `count` digits of numbers (N,), the highest place first: (N, count)."""
-    return numbers[:, None] // 10 ** np.arange(count)[::-1] % 10
-
-
-def addition_pairs(rows, digits):
-    """The numbers that rows (N, 2, T) add: a (N,) and b (N,). The way back from `addition_rows`."""
-    place_values = 10 ** np.arange(digits)[::-1]
-    questions = np.asarray(rows[:, 0]).astype(np.int64)
-    return questions[:, :digits] @ place_values, questions[:, digits + 1:2 * digits + 1] @ place_values
-
 
 def make_addition(folder, options):
     """Pairs shuffled by a fixed seed, four fifths to train on, one fifth held out, no pair in both.
@@ -329,7 +210,7 @@ def make_stdlib(folder, options):
 def make_text(folder, options):
     """The files given with --file."""
     if not options.file:
-        raise DataError("text needs your files: python prepare_data.py text --file=A.txt --file=B.txt")
+        raise UserError("text needs your files: python prepare_data.py text --file=A.txt --file=B.txt")
     write_text(folder, text.file_documents(options.file), options.tokenizer, made_by="python prepare_data.py " + shlex.join(sys.argv[1:]))
 
 
@@ -373,8 +254,8 @@ def make(name, folder, file=(), tokenizer="bytes", shards=10, processes=4, digit
         options = argparse.Namespace(file=file, tokenizer=tokenizer, shards=shards, processes=processes,
                                      digits=digits)
         DATASETS[name](folder, options)
-    except (text.TextError, corpora.CorpusError, DownloadError) as error:
-        raise DataError(str(error)) from error
+    except UserError as error:
+        raise UserError(str(error)) from error
 
 
 def main(arguments):
@@ -406,7 +287,7 @@ def main(arguments):
         with locked(folder):
             make(**(vars(options) | {"folder": folder}))
         data = load(os.path.basename(folder))
-    except (DataError, OSError) as error:
+    except (UserError, OSError) as error:
         sys.exit(f"error: {error}")
     print(f"{folder}: {data.meta['kind']}, train {data.train.shape}, val {data.val.shape}, vocabulary of {data.meta['vocab_size']}")
 

@@ -23,7 +23,7 @@ Notable:
   have done (GPUs sum in an order of their own), and one process that accumulates gradients does what many processes do (hardware.py).
 - The same command continues an unfinished run. A run's folder is never overwritten by a run with other settings.
 - Every setting, with default, unit and meaning, is in settings.py.
-- Where a run comes from, its parent and its target: origin.py.
+- Where a run comes from, its parent and its target: training/parents.py.
 - What a person sees meanwhile: the progress line (progress.py); for addition flow.png, the open edges of the last evaluation (flow.py).
 - Exit status: 0, the run is what it was to become; 2, it is at its end and is not (a target missed, a parent not ready); 1, an error, or stopped.
 - How a dense model is handed to the gates without a shock: handover.py. What the dense model teaches its child: `distill_weight`.
@@ -45,25 +45,35 @@ import torch
 import torch._inductor.config
 from torch.nn import functional as F
 
-import hardware
-import lora
 import prepare_data
-import sharding
-from average import follow, judged_model
-from batches import Batches
-from checkpoint import CheckpointError, checkpoint_of, load_weights, read_checkpoint, save_checkpoint, state_to_save
-from configure import ConfigError, parse_command_line
-from evaluate import evaluate_splits
-from flow import FlowLog
 from gate import choose_impl
 from geco import GECO, is_cutting
-from handover import fold_shift
-from lora import LoRAError
-from origin import models_of
-from progress import Job, Progress
-from resume import MetricsLog, RunError, StopRequest, alone_in, claim_folder, settle
-from settings import FIXED, FREE, GATED_ONLY, SHAPE, Config, check_together, forward_passes, limits, make_config
-from verdict import MISSED, cap_of, distance_from_target, has_succeeded, is_ready, meets_target
+from models import lora
+from models.checkpoint import checkpoint_of, load_weights, read_checkpoint, save_checkpoint, state_to_save
+from storage.addition import addition_task
+from storage.files import UserError, write_json
+from training import hardware, sharding
+from training.average import follow, judged_model
+from training.batches import Batches
+from training.configure import parse_command_line
+from training.evaluate import evaluate_splits
+from training.flow import FlowLog
+from training.folder import MetricsLog, StopRequest, alone_in, claim_folder, settle
+from training.handover import fold_shift
+from training.parents import models_of
+from training.progress import Job, Progress
+from training.settings import (
+    FIXED,
+    FREE,
+    GATED_ONLY,
+    SHAPE,
+    Config,
+    check_together,
+    forward_passes,
+    limits,
+    make_config,
+)
+from training.verdict import MISSED, cap_of, distance_from_target, has_succeeded, is_ready, meets_target
 
 
 def get_lr(step, c):
@@ -85,8 +95,8 @@ def train(config, given=frozenset(), job=None):
     a part, for the progress line; left out, the run's own.
 
     Leaves config.json, metrics.jsonl, best.pt or closest.pt, and last.pt in config.out_dir. Returns whether the run is what it was to become
-    (verdict.py). Raises RunError, ConfigError, CheckpointError, HardwareError,
-    LoRAError or DataError with a message for people; SystemExit after Ctrl-C, the run saved.
+    (verdict.py). Raises UserError, UserError, UserError, UserError,
+    UserError or UserError with a message for people; SystemExit after Ctrl-C, the run saved.
     """
     c = config
     takes_over = asdict(c) if c.init_from == "resume" else SHAPE
@@ -114,7 +124,7 @@ def train(config, given=frozenset(), job=None):
     try:
         impl = choose_impl(c.attention_impl, device.split(":")[0], model.config.block_size, model.config.n_embd // model.config.n_head, getattr(torch, dtype)) if c.gated else "dense"
     except ValueError as error:
-        raise RunError(str(error)) from error
+        raise UserError(str(error)) from error
     torch._dynamo.config.recompile_limit = 64  # one model, many ways to run it: dense, gated, sampled, judged, taught; at 8 torch would give up compiling
     torch._inductor.config.fallback_random = True  # compiled code draws from torch's own generator: the same noise as without compiling, however the graph is cut
     context = data.train.shape[2] if data.meta["kind"] == "rows" else c.block_size
@@ -251,18 +261,18 @@ def train(config, given=frozenset(), job=None):
         log = flow = None
         if hardware.rank() == 0:
             settle(c.out_dir, finished=False)
-            prepare_data.write_json(os.path.join(c.out_dir, "config.json"), asdict(c))
+            write_json(os.path.join(c.out_dir, "config.json"), asdict(c))
             evaluates_at_start = start % c.eval_interval == 0 or start == c.max_steps
             log = MetricsLog(os.path.join(c.out_dir, "metrics.jsonl"), keep_until=start - evaluates_at_start)
-            if c.gated and prepare_data.addition_task(data.meta):
-                flow = FlowLog(c.out_dir, prepare_data.addition_task(data.meta), model.config, c.max_steps, keep_until=start - evaluates_at_start)
+            if c.gated and addition_task(data.meta):
+                flow = FlowLog(c.out_dir, addition_task(data.meta), model.config, c.max_steps, keep_until=start - evaluates_at_start)
         for step in range(start, c.max_steps + 1):
             if step % c.eval_interval == 0 or step == c.max_steps:
                 speed.pause()
                 found = evaluate_splits(judged, data, c.eval_batch_size, c.eval_batches, worthwhile)
                 val = found["val"]
                 if not math.isfinite(val["loss"]):
-                    raise RunError(f"the held-out loss is {val['loss']} at step {step}{f'; {c.out_dir}/last.pt still holds an earlier step' if step else ''}. {advice}")
+                    raise UserError(f"the held-out loss is {val['loss']} at step {step}{f'; {c.out_dir}/last.pt still holds an earlier step' if step else ''}. {advice}")
                 passes = not c.gated or meets_target(found, state["dense"], state["target_loss"])
                 state["ready"] = is_ready(found, c.ready_loss) if c.ready_loss and not c.gated else None
                 kept = names_to_keep(step, found, passes)
@@ -314,8 +324,8 @@ def train(config, given=frozenset(), job=None):
             batch_loss, state["density"], objective = (number / micro_batches for number in sums)
             if not math.isfinite(objective + norm + (state["constraint_loss"] or 0.0)):
                 if hardware.rank() == 0:
-                    prepare_data.write_json(os.path.join(c.out_dir, "offending_batch.json"), {"step": step, "dataset": c.dataset, "indices": batches.indices(step).tolist()})
-                raise RunError(f"the loss is {batch_loss}, the gradient's norm {norm}{', the constraint ' + str(state['constraint_loss']) if c.gated else ''} at step {step}; {c.out_dir}/last.pt still holds an earlier step, "
+                    write_json(os.path.join(c.out_dir, "offending_batch.json"), {"step": step, "dataset": c.dataset, "indices": batches.indices(step).tolist()})
+                raise UserError(f"the loss is {batch_loss}, the gradient's norm {norm}{', the constraint ' + str(state['constraint_loss']) if c.gated else ''} at step {step}; {c.out_dir}/last.pt still holds an earlier step, "
                                f"offending_batch.json the indices of the batch. {advice}")
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -348,7 +358,7 @@ def main(arguments):
         writes = hardware.rank() == 0
     except torch.OutOfMemoryError as error:
         sys.exit(f"error: out of memory: {str(error).splitlines()[0]} Try a smaller --micro_batch_size (the same batches, other noise), or, for a new run, --eval_batch_size")
-    except (ConfigError, RunError, CheckpointError, LoRAError, hardware.HardwareError, prepare_data.DataError, OSError) as error:
+    except (UserError, OSError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit("stopped. The same command goes on from the last checkpoint")

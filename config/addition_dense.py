@@ -15,6 +15,7 @@ init_std = 0.07  # GPT-2's 0.02 is made for 768 channels; with 64 it leaves atte
 
 batch_size = 64
 ready_loss = 0.0003  # nats
+weight_decay = 0.5  # smaller weights, smaller circuits: docs/addition.md has the trials
 average_decay = 0.98  # the average over about 50 steps is ready long before the jumping weights are
 max_steps = 4000  # 1,400 to 2,800 are the rule
 learning_rate = 2e-3

@@ -6,11 +6,14 @@ import os
 import sys
 import threading
 
+import numpy as np
 import pytest
 import torch
 
+from storage.addition import IGNORE
+
 if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # Triton's kernels run on the CPU, tile by tile in numpy; read when gate_triton.py is imported
+    os.environ["TRITON_INTERPRET"] = "1"  # Triton's kernels run on the CPU, tile by tile in numpy; read when fast/kernels.py is imported
 
 REPOSITORY = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, REPOSITORY)
@@ -70,6 +73,23 @@ class Server:
 
     def sha256(self, content):
         return hashlib.sha256(content).hexdigest()
+
+
+@pytest.fixture
+def echo(workplace):
+    """A task with a known circuit: of four tokens the last asks for the first. One edge of 10 in one head is enough."""
+    import prepare_data
+    from helpers import SMALL
+
+    x = np.random.default_rng(0).integers(0, 8, (600, 4))
+    x[:, 3] = 8
+    rows = np.full((600, 2, 4), IGNORE, dtype=np.uint16)
+    rows[:, 0], rows[:, 1, 3] = x, x[:, 0]
+    prepare_data.write_dataset("data/echo", rows[:400], rows[400:], kind="rows", vocab_size=9)
+    (workplace / "dense.py").write_text("".join(f"{k} = {v!r}\n" for k, v in SMALL.items()))
+    (workplace / "sparse.py").write_text("init_from = 'dense.py'\ngated = True\n" + "".join(
+        f"{k} = {SMALL[k]!r}\n" for k in ("dataset", "batch_size", "max_steps", "warmup_steps", "learning_rate", "eval_interval", "eval_batch_size")))
+    return workplace
 
 
 @pytest.fixture

@@ -9,16 +9,18 @@ import pytest
 import torch
 from PIL import Image
 
-import figures
+import analyze as analyze_file
 import prepare_data
-import report as report_module
+from analysis import figures
+from analysis import report as report_module
 from conftest import REPOSITORY
-from evaluate import evaluate
-from checkpoint import checkpoint_of, load_checkpoint, read_checkpoint, save_checkpoint
 from model import GPT, GPTConfig
-from prepare_data import AdditionTask, load
-from settings import make_config
+from models.checkpoint import checkpoint_of, load_checkpoint, read_checkpoint, save_checkpoint
+from prepare_data import load
+from storage.addition import AdditionTask
 from train import train
+from training.evaluate import evaluate
+from training.settings import make_config
 
 
 @pytest.fixture(scope="module")
@@ -159,9 +161,17 @@ def test_a_damaged_config_is_named(folder):
 
 
 @pytest.mark.parametrize("arguments, message", [
-    ([], "usage"), (["draw", "out/sparse"], "usage"), (["report"], "usage"),
+    ([], "no command"), (["reprot", "out/sparse"], "Did you mean report?"), (["report"], "required: RUN"),
+    (["ask", "out/sparse", "1+1", "--shot=0.s0.+"], "it takes no --shot=0.s0.+. Did you mean --shut?"),
     (["report", "out/none"], "out/none is no run's folder"), (["explain", "out/dense"], "out/dense is a dense run on addition"),
 ])
 def test_mistakes(folder, arguments, message):
     done = analyze(folder, *arguments)
     assert done.returncode == 1 and message in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("command", analyze_file.COMMANDS)
+def test_every_command_explains_itself(command):
+    parser = analyze_file.parser_for(command).chosen
+    words = parser.format_help()
+    assert f"analyze.py {command}" in words and len(words) > 300

@@ -10,7 +10,10 @@ import pytest
 
 import prepare_data
 from conftest import REPOSITORY
-from prepare_data import ADDITION_TOKENS, DataError, addition_pairs, addition_rows, load, write_dataset
+from helpers import decoded
+from prepare_data import load, write_dataset
+from storage.addition import ADDITION_TOKENS, addition_pairs, addition_rows, addition_task
+from storage.files import UserError
 
 
 def text(tokens):
@@ -38,7 +41,7 @@ def test_all_pairs_none_twice(workplace):
 def test_other_numbers_of_digits(workplace, digits, rows, T):
     data = load(f"addition{digits}")  # made on first use
     assert data.train.shape == (rows * 4 // 5, 2, T) and data.val.shape == (rows // 5, 2, T)
-    assert prepare_data.addition_task(data.meta) == (digits, 5)
+    assert addition_task(data.meta) == (digits, 5)
     everything = np.concatenate([data.train, data.val])
     a, b = addition_pairs(everything, digits)
     assert len(set(zip(a, b))) == rows and max(a.max(), b.max()) == 10**digits - 1
@@ -58,14 +61,14 @@ def test_two_digits_are_what_they_always_were(workplace):
 def test_the_dataset_says_what_its_task_is(workplace):
     meta = load("addition").meta
     assert meta["task"] == {"name": "addition", "digits": 2, "answers": 5}
-    task = prepare_data.addition_task(meta)
+    task = addition_task(meta)
     assert task == (2, 5) and task.first == 6 and task.length == 11
     before = {key: value for key, value in meta.items() if key != "task"}
-    assert prepare_data.addition_task(before) == (2, 5)  # made before meta.json had a task
-    assert prepare_data.addition_task(before | {"vocab": list("0123456789-=?")}) is None
-    assert prepare_data.addition_task(before | {"shape": {"train": [80, 2, 9]}}) is None
-    assert prepare_data.addition_task(meta | {"task": {"name": "sorting"}}) is None
-    assert prepare_data.addition_task({"kind": "stream", "vocab_size": 256}) is None
+    assert addition_task(before) == (2, 5)  # made before meta.json had a task
+    assert addition_task(before | {"vocab": list("0123456789-=?")}) is None
+    assert addition_task(before | {"shape": {"train": [80, 2, 9]}}) is None
+    assert addition_task(meta | {"task": {"name": "sorting"}}) is None
+    assert addition_task({"kind": "stream", "vocab_size": 256}) is None
 
 
 def test_the_split_is_always_the_same(workplace):
@@ -83,7 +86,7 @@ def test_batches_of_rows_and_of_a_stream(workplace):
     x, y = data.batch("train", [0, 91], 8)
     assert x.tolist() == [list(range(8)), list(range(91, 99))] and (y == x + 1).all()
     assert data.starts("train", 8) == 92
-    with pytest.raises(DataError, match="too few for block_size=20"):
+    with pytest.raises(UserError, match="too few for block_size=20"):
         data.starts("val", 20)
 
 
@@ -92,24 +95,24 @@ def test_damage_is_named(workplace):
     path = workplace / "data/addition/val.bin"
     whole = path.read_bytes()
     path.write_bytes(whole[:-2])
-    with pytest.raises(DataError, match="val.bin has 87998 bytes instead of 88000: it is truncated"):
+    with pytest.raises(UserError, match="val.bin has 87998 bytes instead of 88000: it is truncated"):
         load("addition")
     path.write_bytes(b"\1" + whole[1:])
-    with pytest.raises(DataError, match="wrong sha256.*python prepare_data.py addition"):
+    with pytest.raises(UserError, match="wrong sha256.*python prepare_data.py addition"):
         load("addition")
     path.unlink()
-    with pytest.raises(DataError, match="0 bytes"):
+    with pytest.raises(UserError, match="0 bytes"):
         load("addition")
 
 
 def test_a_token_outside_the_vocabulary_is_named(workplace):
     write_dataset("data/odd", np.full(50, 7, np.uint16), np.full(50, 7, np.uint16), kind="stream", vocab_size=7)
-    with pytest.raises(DataError, match="holds token 7, but its vocabulary has only 7"):
+    with pytest.raises(UserError, match="holds token 7, but its vocabulary has only 7"):
         load("odd").batch("train", [0], 8)
 
 
 def test_an_unknown_dataset_is_named(workplace):
-    with pytest.raises(DataError, match="no dataset data/additon.*python prepare_data.py addition"):
+    with pytest.raises(UserError, match="no dataset data/additon.*python prepare_data.py addition"):
         load("additon")
 
 
@@ -131,10 +134,6 @@ def test_command_line(workplace):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # text
-
-
-def decoded(split, data):
-    return bytes(np.asarray(split).astype(np.uint8)).split(b"\0")[1:]
 
 
 def test_stdlib_is_whole_files_and_none_on_both_sides(workplace):
@@ -174,7 +173,7 @@ def test_bad_files_are_named(workplace):
                                (["fineweb", "--tokenizer=bytes"], "GPT-2's tokens already")):
         with pytest.raises(SystemExit, match=message):
             prepare_data.main(arguments)
-    with pytest.raises(DataError, match="Make it: python prepare_data.py openwebtext"):
+    with pytest.raises(UserError, match="Make it: python prepare_data.py openwebtext"):
         load("openwebtext")
     assert prepare_data.how_to_make("addition3") == "python prepare_data.py addition --digits=3"
     assert prepare_data.how_to_make("stdlib-gpt2") == "python prepare_data.py stdlib --tokenizer=gpt2"
@@ -212,7 +211,7 @@ def full(descriptor):
 
 def test_a_full_disk_leaves_no_half_dataset(workplace, monkeypatch):
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(DataError, match="cannot write data/stdlib/train.bin.*No space left"):
+    with pytest.raises(UserError, match="cannot write data/stdlib/train.bin.*No space left"):
         load("stdlib")
     assert os.listdir("data/stdlib") == []
 

@@ -1,5 +1,6 @@
 """What README.md and docs/ say is there: commands, links, functions, settings, pictures; and .ci/run runs the command that it gives."""
 
+import ast
 import importlib
 import os
 import re
@@ -7,7 +8,8 @@ import re
 import pytest
 
 from conftest import REPOSITORY
-from settings import Config
+from training.settings import Config
+
 
 def read(name):
     with open(os.path.join(REPOSITORY, name), encoding="utf-8") as f:
@@ -43,10 +45,10 @@ def test_every_page_is_reached_from_the_readme():
 
 
 def test_every_equation_names_a_function_that_exists():
-    named = re.findall(r"`([\w.]+)` in \[(\w+)\.py\]", README)
+    named = re.findall(r"`([\w.]+)` in \[[\w./]+\]\(([\w/]+)\.py\)", README)
     assert len(named) > 8
     for name, module in named:
-        found = importlib.import_module(module)
+        found = importlib.import_module(module.replace("/", "."))
         for part in name.split("."):
             found = getattr(found, part)
         assert callable(found)
@@ -72,19 +74,23 @@ def test_requirements_are_the_five_and_the_pin():
         assert f.read().split() == ["torch==2.13.0", "tiktoken", "numpy", "tqdm", "matplotlib"]
 
 
-def test_our_files_import_each_other_in_one_direction_only():
-    ours = {name[:-3] for name in os.listdir(REPOSITORY) if name.endswith(".py")}
-    imports = {}
-    for name in ours:
-        with open(os.path.join(REPOSITORY, name + ".py"), encoding="utf-8") as f:
-            imports[name] = set(re.findall(r"^(?:from|import) (\w+)", f.read(), re.M)) & ours
-    for basic in ("noise", "tasks", "induction", "geco", "handover", "lora", "hardware", "text", "download", "configure", "figures", "graph"):
-        assert imports[basic] == set()
-    assert imports["prepare_data"] == {"text", "corpora", "download"} and imports["corpora"] == {"text", "download"} and imports["huggingface"] == {"download"} and imports["evaluate"] == imports["batches"] == {"hardware"}
-    assert imports["gate"] == imports["gate_tiled"] == imports["gate_triton"] == {"noise"} and imports["gate_op"] == {"gate_tiled"}
-    assert imports["circuit"] == {"graph", "tasks"}
-    assert imports["settings"] == {"hardware", "configure"}
-    assert imports["model"] == {"gate"} and imports["olmo"] == {"gate", "huggingface"} and imports["sharding"] == {"hardware"}
-    assert imports["checkpoint"] == {"model", "olmo", "lora", "huggingface", "hardware"} and imports["resume"] == {"checkpoint", "prepare_data", "hardware"}
-    assert imports["origin"] == {"checkpoint", "hardware", "huggingface", "lora", "resume", "settings", "sharding"}
-    assert not any({"train", "analyze"} & found for found in imports.values())
+BELOW = {"geco": [], "fast": [], "storage": [], "gate": ["fast"], "model": ["gate", "storage"], "prepare_data": ["storage"],
+         "models": ["gate", "model", "storage"], "circuits": ["gate", "models", "storage"],
+         "training": ["geco", "gate", "model", "prepare_data", "storage", "models"],
+         "analysis": ["gate", "model", "prepare_data", "storage", "models", "training", "circuits"],
+         "train": ["geco", "gate", "model", "prepare_data", "storage", "models", "training"], "analyze": ["storage"]}
+
+
+@pytest.mark.parametrize("room", BELOW)
+def test_a_room_imports_only_what_is_below_it(room):
+    folder = os.path.join(REPOSITORY, room)
+    files = [f"{room}/{name}" for name in os.listdir(folder) if name.endswith(".py")] if os.path.isdir(folder) else [f"{room}.py"]
+    for name in files:
+        for node in ast.walk(ast.parse(read(name))):
+            modules = [node.module] if isinstance(node, ast.ImportFrom) else [alias.name for alias in getattr(node, "names", []) if isinstance(node, ast.Import)]
+            imported = {module.split(".")[0] for module in modules} & set(BELOW)
+            assert imported <= {room, *BELOW[room]}, f"{name} imports {imported}"
+
+
+def test_the_root_holds_the_six_doors():
+    assert {name for name in os.listdir(REPOSITORY) if name.endswith(".py")} == {f"{name}.py" for name in ("model", "gate", "geco", "train", "prepare_data", "analyze")}

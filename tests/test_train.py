@@ -13,43 +13,16 @@ import torch
 
 import prepare_data
 import train as train_file
-from batches import Batches
 from conftest import REPOSITORY
-from configure import ConfigError
-from checkpoint import CheckpointError, load_checkpoint, load_weights, read_checkpoint, save_checkpoint
-from evaluate import evaluate_splits
+from helpers import SMALL, metrics, run
 from model import GPT
-from resume import RunError, StopRequest
-from settings import Config, make_config
-from train import distance_from_target, get_lr, meets_target, train
-
-SMALL = {"dataset": "echo", "n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": 4, "batch_size": 32, "max_steps": 60, "warmup_steps": 5,
-         "learning_rate": 3e-3, "eval_interval": 20, "eval_batch_size": 500, "device": "cpu"}
-
-
-@pytest.fixture
-def echo(workplace):
-    """A task with a known circuit: of four tokens the last asks for the first. One edge of 10 in one head is enough."""
-    x = np.random.default_rng(0).integers(0, 8, (600, 4))
-    x[:, 3] = 8
-    rows = np.full((600, 2, 4), prepare_data.IGNORE, dtype=np.uint16)
-    rows[:, 0], rows[:, 1, 3] = x, x[:, 0]
-    prepare_data.write_dataset("data/echo", rows[:400], rows[400:], kind="rows", vocab_size=9)
-    (workplace / "dense.py").write_text("".join(f"{k} = {v!r}\n" for k, v in SMALL.items()))
-    (workplace / "sparse.py").write_text("init_from = 'dense.py'\ngated = True\n" + "".join(
-        f"{k} = {SMALL[k]!r}\n" for k in ("dataset", "batch_size", "max_steps", "warmup_steps", "learning_rate", "eval_interval", "eval_batch_size")))
-    return workplace
-
-
-def run(path, **given):
-    config, names = make_config(path, given)
-    train(config, names)
-    return config.out_dir
-
-
-def metrics(folder):
-    with open(f"{folder}/metrics.jsonl") as f:
-        return [json.loads(line) for line in f]
+from models.checkpoint import load_checkpoint, load_weights, read_checkpoint, save_checkpoint
+from storage.files import UserError
+from train import distance_from_target, get_lr, meets_target
+from training.batches import Batches
+from training.evaluate import evaluate_splits
+from training.folder import StopRequest
+from training.settings import Config
 
 
 def parameters(folder, name="last.pt"):
@@ -254,35 +227,35 @@ def test_a_finished_run_says_so_and_other_settings_are_refused(echo, capsys):
     run("dense.py")
     run("dense.py", lambda_max=8.0)  # no business of a dense run's
     assert capsys.readouterr().out.count("out/dense is finished (60 steps)") == 2
-    with pytest.raises(RunError, match="learning_rate 0.003 there, 0.001 here.*--out_dir=out/NEW.*--init_from=resume"):
+    with pytest.raises(UserError, match="learning_rate 0.003 there, 0.001 here.*--out_dir=out/NEW.*--init_from=resume"):
         run("dense.py", learning_rate=1e-3)
     run("dense.py", init_from="resume", max_steps=80)
     assert "changed settings: max_steps 60 there, 80 here" in capsys.readouterr().out
     assert read_checkpoint("out/dense/last.pt")["step"] == 80
-    with pytest.raises(RunError, match="holds a run with another model or target"):
+    with pytest.raises(UserError, match="holds a run with another model or target"):
         run("dense.py", init_from="resume", n_layer=3)
-    with pytest.raises(RunError, match="holds a run with another model or target .*average_decay 0.0 there, 0.9 here"):
+    with pytest.raises(UserError, match="holds a run with another model or target .*average_decay 0.0 there, 0.9 here"):
         run("dense.py", init_from="resume", max_steps=100, average_decay=0.9)
 
 
 def test_a_run_that_cannot_start_from_its_parent_says_why(echo):
     run("dense.py", max_steps=1)
-    with pytest.raises(RunError, match="n_layer=4, but out/dense/best.pt has n_layer=2"):
+    with pytest.raises(UserError, match="n_layer=4, but out/dense/best.pt has n_layer=2"):
         run("sparse.py", init_from="out/dense", n_layer=4)
-    with pytest.raises(RunError, match="no best.pt or last.pt in out/gone"):
+    with pytest.raises(UserError, match="no best.pt or last.pt in out/gone"):
         run("sparse.py", init_from="out/gone")
     run("sparse.py", init_from="out/dense", max_steps=1)
     for target in ({}, {"target_from": "out/dense"}):
-        with pytest.raises(RunError, match="init_from=out/sparse is a gated run"):
+        with pytest.raises(UserError, match="init_from=out/sparse is a gated run"):
             run("sparse.py", init_from="out/sparse", out_dir="out/twice", **target)
     run("dense.py", max_steps=1, n_embd=8, n_head=1, seed=2, out_dir="out/narrow")  # of another shape, but of the same rows: may set the target
     run("sparse.py", max_steps=1, init_from="out/dense", target_from="out/narrow", out_dir="out/of-narrow")
-    with pytest.raises(RunError, match="a row of data/echo has 4 tokens, the model's block_size is 3"):
+    with pytest.raises(UserError, match="a row of data/echo has 4 tokens, the model's block_size is 3"):
         run("dense.py", block_size=3, out_dir="out/short")
-    with pytest.raises(CheckpointError, match="was trained on tokens of 'echo', the data has those of 'addition'"):
+    with pytest.raises(UserError, match="was trained on tokens of 'echo', the data has those of 'addition'"):
         run("sparse.py", init_from="out/dense", dataset="addition", out_dir="out/other")
     torch.save({key: value for key, value in read_checkpoint("out/dense/last.pt").items() if key != "data"}, "unnamed.pt")  # as nanoGPT's, say
-    with pytest.raises(RunError, match="the model knows 9 tokens, data/addition has 13"):
+    with pytest.raises(UserError, match="the model knows 9 tokens, data/addition has 13"):
         run("sparse.py", init_from="unnamed.pt", dataset="addition", out_dir="out/other")
 
 
@@ -290,7 +263,7 @@ def test_a_truncated_checkpoint_is_named_and_nothing_is_overwritten(echo):
     run("dense.py", max_steps=20)
     content = (echo / "out/dense/last.pt").read_bytes()
     (echo / "out/dense/last.pt").write_bytes(content[:1000])
-    with pytest.raises(CheckpointError, match="out/dense/last.pt cannot be read"):
+    with pytest.raises(UserError, match="out/dense/last.pt cannot be read"):
         run("dense.py", max_steps=20)
     assert (echo / "out/dense/last.pt").read_bytes() == content[:1000]
 
@@ -305,7 +278,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpo
         return logits, loss * float("nan") if sum(calls) == 30 else loss, density
 
     monkeypatch.setattr(GPT, "forward", overflowing)
-    with pytest.raises(RunError, match="the loss is nan, .* at step 29.*last.pt still holds.*--learning_rate="):
+    with pytest.raises(UserError, match="the loss is nan, .* at step 29.*last.pt still holds.*--learning_rate="):
         run("dense.py")
     assert read_checkpoint("out/dense/last.pt")["step"] == 20
     offending = json.load(open("out/dense/offending_batch.json"))
@@ -317,7 +290,7 @@ def test_a_constraint_that_is_not_finite_stops_the_run_too(echo, monkeypatch):
     """To Python max(-1, nan) is -1: lambda would take it for a loss far below its target."""
     measured = Batches.mean_loss
     monkeypatch.setattr(Batches, "mean_loss", lambda self, step, model, *rest, **options: float("nan") if step == 25 and model.config.gated else measured(self, step, model, *rest, **options))
-    with pytest.raises(RunError, match="the constraint nan at step 25"):
+    with pytest.raises(UserError, match="the constraint nan at step 25"):
         run("sparse.py", constraint_interval=1)
     assert read_checkpoint("out/sparse/last.pt")["step"] == 20
 
@@ -397,22 +370,22 @@ def test_the_closest_evaluation_is_told_by_what_was_counted_for_all():
 
 
 def test_folders_are_not_mixed_up(echo):
-    with pytest.raises(RunError, match="own folder and its parent's"):
+    with pytest.raises(UserError, match="own folder and its parent's"):
         run("sparse.py", out_dir="out/dense")
     assert not os.path.exists("out")
     run("dense.py")
     os.remove("out/dense/last.pt")
-    with pytest.raises(RunError, match="best.pt but no last.pt"):
+    with pytest.raises(UserError, match="best.pt but no last.pt"):
         run("dense.py", learning_rate=1e-4)
     (echo / "dense.py").write_text((echo / "dense.py").read_text() + "beta1 = 0.8\n")
     os.remove("out/dense/best.pt")
     run("dense.py")
     (echo / "dense.py").write_text((echo / "dense.py").read_text().replace("0.8", "0.7"))
-    with pytest.raises(RunError, match="the parent, dense.py: out/dense holds a run with other settings"):
+    with pytest.raises(UserError, match="the parent, dense.py: out/dense holds a run with other settings"):
         run("sparse.py")
     with open("out/dense/config.json", "w") as f:
         f.write("[1]")
-    with pytest.raises(RunError, match="out/dense/config.json is missing or damaged"):
+    with pytest.raises(UserError, match="out/dense/config.json is missing or damaged"):
         run("dense.py")
 
 
@@ -462,10 +435,10 @@ def test_a_control_goes_on_from_the_parent_in_another_order_and_can_set_the_targ
     assert control["parent"] == sparse["parent"] == "out/dense/best.pt" and sparse["reference"] == "out/control/best.pt"
     assert sparse["target_loss"] == pytest.approx(min(m["val_loss"] for m in metrics("out/control")) + 0.02)
     assert metrics("out/control")[0]["val_loss"] == pytest.approx(min(m["val_loss"] for m in metrics("out/dense")), abs=1e-6)  # it starts where the parent ended
-    with pytest.raises(RunError, match="target_from=out/sparse is a gated run"):
+    with pytest.raises(UserError, match="target_from=out/sparse is a gated run"):
         run("sparse.py", target_from="out/sparse", out_dir="out/other")
     run("dense.py", block_size=4, max_steps=1, out_dir="out/short")
-    with pytest.raises(RunError, match="out/short/best.pt has another vocabulary or block_size"):  # it would be judged on other windows
+    with pytest.raises(UserError, match="out/short/best.pt has another vocabulary or block_size"):  # it would be judged on other windows
         run("sparse.py", target_from="out/short", out_dir="out/other")
 
 
@@ -481,17 +454,17 @@ def test_the_paired_constraint_is_free_of_the_batchs_luck(counting):
 def test_what_the_target_hangs_on_cannot_change_on_the_way(counting):
     run("sparse.py", max_steps=10)
     for changed in ({"open_above": 0.5}, {"constraint_margin": 0.3}, {"target_from": "out/nowhere"}):
-        with pytest.raises(RunError, match="another model or target"):
+        with pytest.raises(UserError, match="another model or target"):
             run("sparse.py", init_from="resume", max_steps=20, **changed)
     parent = read_checkpoint("out/dense/best.pt")
     next(iter(parent["model"].values()))[0, 0] += 1  # the parent becomes another behind its child's back, at the same step
     save_checkpoint("out/dense/best.pt", parent)
-    with pytest.raises(RunError, match="out/dense/best.pt holds other weights now than when out/sparse was begun"):
+    with pytest.raises(UserError, match="out/dense/best.pt holds other weights now than when out/sparse was begun"):
         run("sparse.py", init_from="resume", max_steps=20)
 
 
 def test_an_evaluation_that_is_not_finite_leaves_the_last_good_checkpoint(counting):
-    with pytest.raises(RunError, match="is nan at step|is inf at step|is nan, the gradient|is inf, the gradient"):
+    with pytest.raises(UserError, match="is nan at step|is inf at step|is nan, the gradient|is inf, the gradient"):
         run("dense.py", learning_rate=1e30, eval_interval=1, max_steps=20, warmup_steps=0, grad_clip=0.0)
     assert all(p.isfinite().all() for p in parameters("out/dense").values())
     assert all(np.isfinite(m["val_loss"]) for m in metrics("out/dense"))
@@ -538,10 +511,10 @@ def test_other_data_than_the_run_began_with_is_refused(counting):
     run("dense.py", max_steps=20)
     tokens = np.zeros(5000, np.uint16)
     prepare_data.write_dataset("data/count", tokens, tokens, kind="stream", vocab_size=10, tokenizer="digits")
-    with pytest.raises(RunError, match="data/count is not the data that out/dense was begun with"):
+    with pytest.raises(UserError, match="data/count is not the data that out/dense was begun with"):
         run("dense.py", init_from="resume", max_steps=40)
     prepare_data.write_dataset("data/count", tokens, tokens, kind="stream", vocab_size=10, tokenizer="letters")
-    with pytest.raises(CheckpointError, match="was trained on tokens of 'digits', the data has those of 'letters'"):
+    with pytest.raises(UserError, match="was trained on tokens of 'digits', the data has those of 'letters'"):
         run("sparse.py", init_from="out/dense")
 
 
@@ -588,7 +561,7 @@ def test_the_ways_of_computing_attention_train_alike_and_the_choice_is_printed(c
 def test_triton_without_a_gpu_is_refused_before_anything_is_built(counting, monkeypatch):
     run("dense.py", max_steps=5)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    with pytest.raises(RunError, match="attention_impl='triton' needs a GPU"):
+    with pytest.raises(UserError, match="attention_impl='triton' needs a GPU"):
         run("sparse.py", attention_impl="triton", device="cpu", init_from="out/dense")
     assert not os.path.exists("out/sparse")
 
@@ -597,7 +570,7 @@ def test_an_unready_parent_is_refused_and_a_ready_one_stops(echo):
     """ready_loss: trained until all answers are right and the loss is low; until then no child starts from it."""
     dense = (echo / "dense.py").read_text()
     (echo / "dense.py").write_text(dense + "ready_loss = 0.05\n")
-    with pytest.raises(RunError, match="out/dense/best.pt is no parent yet: .*ready_loss=0.05.*--init_from=resume --max_steps=120"):
+    with pytest.raises(UserError, match="out/dense/best.pt is no parent yet: .*ready_loss=0.05.*--init_from=resume --max_steps=120"):
         run("sparse.py")
     run("dense.py", init_from="resume", max_steps=2000, learning_rate=1e-2)
     last = read_checkpoint("out/dense/last.pt")
@@ -638,5 +611,5 @@ def test_a_cycle_that_was_not_repaired_starts_again_from_the_last_state_that_met
     assert [line["passes"] for line in metrics(folder)] == [False, True, False, False, True]
     assert [line["goes_back"] for line in metrics(folder)] == [False, False, True, False, False]
     assert len(starts) == 1 and read_checkpoint(f"{folder}/best.pt")["step"] in (20, 80)
-    with pytest.raises(ConfigError, match="cycle_steps=50 must be a multiple of eval_interval=20"):
+    with pytest.raises(UserError, match="cycle_steps=50 must be a multiple of eval_interval=20"):
         run("sparse.py", cycle_steps=50, out_dir="out/other")

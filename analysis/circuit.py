@@ -1,0 +1,123 @@
+"""How small is the circuit of a task, in a dense and in a sparse model? The table, its numbers and its pictures.
+
+    python analyze.py circuit out/stdlib_dense out/stdlib --task=quote
+
+circuits/compare.py measures. Here the models are read, and what was found goes into the sparse run's folder: circuit-<task>.json, the curves
+circuit-<task>.png, the circuit itself -graph.png, and what its strongest heads attend to -gallery.png.
+"""
+
+import os
+
+import torch
+
+from analysis import figures
+from circuits import compare
+from circuits.graph import Graph
+from models.checkpoint import checkpoint_named, model_of, read_checkpoint, tokenizer_of
+from storage import text
+from storage.addition import ADDITION_TOKENS
+from storage.files import UserError, write_json
+from training import hardware
+
+DRAWN_HEADS = 5
+
+
+def model_and_tokenizer(source):
+    """What a run's folder, a checkpoint, or a name such as 'gpt2' or 'allenai/OLMo-1B-hf' means: (model, name of its tokenizer)."""
+    path = checkpoint_named(source)
+    checkpoint = read_checkpoint(path)
+    return model_of(checkpoint, path, hardware.pick_device("auto")), tokenizer_of(checkpoint)
+
+
+def two_models(dense_run, sparse_run):
+    """(dense, sparse, name of their tokenizer). Raises UserError if the two cannot be compared."""
+    dense, tokenizer = model_and_tokenizer(dense_run)
+    sparse, other = model_and_tokenizer(sparse_run)
+    if not os.path.isdir(sparse_run):
+        raise UserError(f"{sparse_run} is no run's folder, and the table and figures go there")
+    same_shape = all(getattr(dense.config, key) == getattr(sparse.config, key) for key in ("vocab_size", "n_layer", "n_head"))
+    if dense.config.gated or not sparse.config.gated or tokenizer != other or not same_shape:
+        raise UserError("circuit compares a dense run with a sparse one of the same vocabulary and shape: "
+                        f"`analyze.py circuit DENSE SPARSE --task=...`, not {dense_run} with {sparse_run}")
+    return dense, sparse, tokenizer
+
+
+def kept_edges(graph, found):
+    """The circuit as a list of (from, to, as q, k or v, score), components by their number."""
+    readers = graph.reader_names()
+    kept = []
+    for writer, reader in found.circuit.nonzero().tolist():
+        role = readers[reader].rpartition(" ")[2] if "." in readers[reader] else ""
+        kept.append((writer, graph.owner(reader), role, found.scores[writer, reader].item()))
+    return kept
+
+
+def strongest_heads(graph, kept):
+    """The heads with the most score on their edges, the strongest first."""
+    weight = torch.zeros(graph.W)
+    for writer, owner, _, score in kept:
+        for end in (writer, owner):
+            if end < graph.W:
+                weight[end] += abs(score)
+    names = graph.writer_names()
+    heads = [w for w in weight.argsort(descending=True).tolist() if weight[w] > 0 and "." in names[w]]
+    return heads[:DRAWN_HEADS]
+
+
+def pieces_of(ids, tokenizer):
+    """Token ids as words, one string each."""
+    if tokenizer == "addition":
+        return [ADDITION_TOKENS[i] for i in ids]
+    if tokenizer in text.TOKENIZERS:
+        return text.pieces(ids, text.tokenizer(tokenizer))
+    return [str(i) for i in ids]
+
+
+@torch.no_grad()
+def patterns(model, ids, heads, graph):
+    """What each head, by its number among the writers, attends to on one prompt: a list of (T, T)."""
+    layers = []
+    prompt = torch.tensor([ids], device=next(model.parameters()).device)
+    model(prompt, record=lambda layer, gates: layers.append((gates.open * gates.pattern)[0].cpu().numpy()))
+    per_layer = graph.H + 1  # the heads and the MLP; the embedding is number 0
+    return [layers[(w - 1) // per_layer][(w - 1) % per_layer] for w in heads]
+
+
+def draw(found, dense, sparse, tokenizer, folder):
+    """The three figures of a Comparison."""
+    task = found.result["task"]
+    path = os.path.join(folder, f"circuit-{task}")
+    figures.circuit_curves(path + ".png", task, found.result)
+    graph = Graph(sparse.config.n_layer, sparse.config.n_head)
+    kept = kept_edges(graph, found)
+    title = f"{task}: the {len(kept)} edges that explain {100 * found.share:.0f} % in the sparse model"
+    figures.circuit_graph(path + "-graph.png", graph.writer_names() + ["output"], graph.H, kept, title)
+    heads = strongest_heads(graph, kept)
+    if not heads:
+        return
+    rows = [(label, patterns(model, found.prompt, heads, graph)) for label, model in (("dense", dense), ("sparse", sparse))]
+    names = [f"head {graph.writer_names()[w]}" for w in heads]
+    title = f"{task}: the circuit's strongest heads on one prompt"
+    figures.gallery(path + "-gallery.png", names, pieces_of(found.prompt, tokenizer), rows, title)
+
+
+def add_arguments(parser):
+    parser.add_argument("dense", metavar="DENSE", help="a dense run, or a name such as gpt2")
+    parser.add_argument("sparse", metavar="SPARSE", help="a gated run's folder")
+    parser.add_argument("--task", required=True, help="see: python analyze.py tasks")
+    parser.add_argument("--n", type=int, default=64, help="pairs of prompts to rank on, and as many others to test on")
+    parser.add_argument("--seed", type=int, default=1, help="of the prompts")
+    parser.add_argument("--steps", type=int, default=5, help="of integrated gradients; 1 is plain attribution")
+
+
+def run(options, settings):
+    """`analyze.py circuit`."""
+    if options.n < 2 or options.steps < 1 or options.seed < 0:
+        raise UserError("--n must be at least 2, --steps at least 1, --seed 0 or more")
+    folder = options.sparse.rstrip("/")
+    dense, sparse, tokenizer = two_models(options.dense.rstrip("/"), folder)
+    found = compare.compare(dense, sparse, tokenizer, options.task, options.n, options.seed, options.steps)
+    write_json(os.path.join(folder, f"circuit-{options.task}.json"), found.result)
+    draw(found, dense, sparse, tokenizer, folder)
+    print(compare.table(found.result))
+    print(f"figures: {folder}/circuit-{options.task}.png, -graph.png, -gallery.png")

@@ -1,0 +1,265 @@
+"""When does an edge open? Each edge of an addition model described in words, by counting over many sums.
+
+With digits a1 a0 + b1 b0, an edge that is open on some sums and shut on others computes a predicate of the
+digits. We look for it in a library of readable conditions: the one that agrees with the gate on most sums,
+
+    agreement = share of sums on which (condition holds) = (edge is open),
+
+next to the baseline, the agreement of the better constant guess ("always" or "never"). What an edge is for is
+measured by shutting it, it alone, on every sum, and counting which answer digits go wrong (an ablation).
+
+The library is in conditions.py. This goes further than the paper, which shows the carry edge on three examples (its first figure): found by
+counting, not by eye. All 10,000 sums of two digits are counted; of more digits, those of the dataset.
+Notable: a shut edge may have a twin that opens instead: gates are computed from queries and keys, which change with what was read.
+"""
+
+import os
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import prepare_data
+from analysis import figures
+from analysis.conditions import PLACES, carry_words, conditions, describe
+from models.checkpoint import checkpoint_named, model_of, read_checkpoint
+from storage.addition import addition_pairs, addition_rows, addition_task, token_names
+from storage.files import UserError, write_json
+
+MOST_EDGES = 60  # that ever open: more are no circuit to read, and each costs a pass over all sums
+CHUNK = 500  # sums that go through the model at once
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the sums
+
+
+def population(data, task):
+    """The sums to count on, a (N,) and b (N,): all 10,000 of two digits, else the dataset's."""
+    if task.digits == 2:
+        return np.divmod(np.arange(10_000), 100)
+    return addition_pairs(np.concatenate([data.train, data.val]), task.digits)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# counting
+
+
+@torch.inference_mode()
+def run_sums(model, task, a, b, keep=None):
+    """The sums a + b, both (N,), through the model.
+
+    keep: as in GPT.forward. Returns right (N, answers) bool, which answer digits are right; and is_open
+    (n_layer, H, T, T, N) bool.
+    """
+    rows = torch.from_numpy(addition_rows(a, b, *task).astype(np.int64))
+    device = next(model.parameters()).device
+    layers = [[] for _ in model.blocks]
+    right = []
+
+    def remember(layer, gates):
+        layers[layer].append(gates.open.bool().cpu())
+
+    for chunk in rows.split(CHUNK):
+        questions, targets = chunk.unbind(dim=1)
+        logits, _, _ = model(questions.to(device), keep=keep, record=remember)
+        right.append(logits[:, task.first:].argmax(-1).cpu() == targets[:, task.first:])
+    right = torch.cat(right).numpy()
+    is_open = torch.stack([torch.cat(chunks) for chunks in layers])  # (n_layer, N, H, T, T)
+    return right, is_open.permute(0, 2, 3, 4, 1).numpy()
+
+
+def accuracy(right):
+    """right (N, A) bool -> {"digits": A shares, the highest place first; "sum": share of rows all right}."""
+    return {"digits": right.mean(axis=0).tolist(), "sum": float(right.all(axis=1).mean())}
+
+
+def explain(model, task, a, b):
+    """Describe every edge that opens on at least one of the sums a + b, both (N,).
+
+    Returns a list of edges, and the accuracy with none shut, as `accuracy` gives it. An edge: {layer,
+    head, query, key, open_on (sums), share (the same, 0 to 1), condition, agreement, baseline,
+    accuracy_when_shut, twin (see `twin`)}. Raises UserError if more than MOST_EDGES ever open.
+    """
+    right, is_open = run_sums(model, task, a, b)
+    places = np.argwhere(is_open.any(axis=-1)).tolist()
+    if len(places) > MOST_EDGES:
+        raise UserError(f"{len(places)} edges open on one sum or another: that is not sparse, explain "
+                            f"takes {MOST_EDGES} at most. Train the run to its end, or with more --max_steps")
+    library = conditions(a, b, task)
+    edges = []
+    progress = tqdm(places, desc="shutting edge by edge", unit="edge", leave=False, disable=None)
+    for layer, head, query, key in progress:
+        opens = is_open[layer, head, query, key]  # (N,)
+        condition, agreement, baseline = describe(opens, library)
+        keep = torch.ones(is_open.shape[:-1], dtype=torch.bool, device=next(model.parameters()).device)
+        keep[layer, head, query, key] = False
+        right_when_shut = right.copy()  # and so it stays where the edge is shut anyway
+        right_when_shut[opens], now_open = run_sums(model, task, a[opens], b[opens], keep)
+        edges.append({"layer": layer, "head": head, "query": query, "key": key,
+                      "open_on": int(opens.sum()), "share": float(opens.mean()),
+                      "condition": condition, "agreement": agreement, "baseline": baseline,
+                      "accuracy_when_shut": accuracy(right_when_shut),
+                      "twin": twin(is_open[..., opens], now_open)})
+    return edges, accuracy(right)
+
+
+def twin(before, now):
+    """The edge that opens instead of a shut one, {layer, head, query, key}, or None if there is none.
+
+    before, now: (n_layer, H, T, T, N) bool, what is open on the sums on which the shut edge was. A twin opens on
+    most of those sums, and was shut on them before.
+    """
+    share = (now & ~before).mean(axis=-1)  # (n_layer, H, T, T)
+    if share.max() <= 0.5:
+        return None
+    place = np.unravel_index(share.argmax(), share.shape)
+    return dict(zip(("layer", "head", "query", "key"), map(int, place)))
+
+
+def algorithm(edges, intact, task):
+    """How a circuit carries, in a few words for a table.
+
+    `carry edge`: an edge opens on a true carry out of some place, or unless there is one (on FITS of the sums
+    or more), and sums go wrong when it is shut. Else what comes nearest. edges, intact: from `explain`.
+    """
+    carries = [carry_words(place, task.digits) for place in range(task.digits)]
+    needed = [edge for edge in edges if edge["accuracy_when_shut"]["sum"] < intact["sum"]]
+    needed_words = [edge["condition"].removeprefix("unless ") for edge in needed if edge["condition"]]
+    if any(words in carries for words in needed_words):
+        return "carry edge"
+    if any("carry" in words for words in needed_words):
+        return "carry merged with another condition"
+    conditional = [edge for edge in edges if edge["share"] < 1]
+    if not edges:
+        return "no edges"
+    if not conditional:
+        return "always-open edges only"
+    if not any(edge["share"] < 1 for edge in needed):
+        return "always-open edges, and others that nothing needs"
+    if any(needed_words):
+        return "other conditional edge"
+    return "conditional edges without a readable condition"
+
+
+def summary(edges, intact, task, sums):
+    """What explain.json holds. edges, intact: what `explain` returns; sums: on how many it counted."""
+    return {"task": {"name": "addition", **task._asdict()}, "sums": sums,
+            "algorithm": algorithm(edges, intact, task),
+            "open": sum(edge["open_on"] for edge in edges) / sums, "sum_right": intact["sum"],
+            "digits_right": intact["digits"], "edges": edges}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# in words
+
+
+def edge_name(edge, task, n_head=1):
+    """`layer 1  s2 reads s4`, with the head where there are several."""
+    names = token_names(task)
+    head = f" head {edge['head']}" if n_head > 1 else ""
+    return f"layer {edge['layer']}{head}  {names[edge['query']]} reads {names[edge['key']]}"
+
+
+def when(edge):
+    """When an edge opens, in words."""
+    guess = f"constant guess {100 * edge['baseline']:.1f} %"
+    if edge["condition"]:
+        return f"{edge['condition']}: {100 * edge['agreement']:.1f} % of sums ({guess})"
+    if edge["share"] == 1:
+        return "always"
+    return f"no condition of the library fits (best {100 * edge['agreement']:.1f} %, {guess})"
+
+
+def damage(edge, intact, task, n_head=1):
+    """What goes wrong when an edge is shut, in words: the places of the answer that lose at least one sum."""
+    shut = edge["accuracy_when_shut"]["digits"]
+    lost = []
+    for place, now, before in zip(reversed(PLACES[:len(shut)]), shut, intact["digits"]):
+        if now < before:
+            lost.append(f"{place} {100 * now:.1f} %")
+    words = "accuracy when shut: " + ", ".join(lost) if lost else "nothing breaks"
+    if edge["twin"]:
+        words += f"; instead opens {edge_name(edge['twin'], task, n_head)}"
+    return words
+
+
+def circuit_in_words(edges, intact, task, n_head=None):
+    """One numbered line for every edge: where it is, when it opens, what it is for.
+
+    edges, intact: what `explain` returns. n_head: of the model; left out, as many as the edges need.
+    """
+    if n_head is None:
+        n_head = 1 + max((edge["head"] for edge in edges), default=0)
+    lines = []
+    for number, edge in enumerate(edges, 1):
+        where = f"{number:3d}  {edge_name(edge, task, n_head)}, open on {edge['open_on']} sums"
+        lines.append(f"{where}: {when(edge)}; {damage(edge, intact, task, n_head)}")
+    return lines
+
+
+def legend(task):
+    """What the names in `circuit_in_words` mean, one line."""
+    places = [f"s1 the {PLACES[1]}", f"s2 the {PLACES[2]}"]
+    return f"{' '.join(token_names(task))}: s0 is the `?` that answers the {PLACES[0]}, {', '.join(places)}"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# a run
+
+
+def read_addition_run(run):
+    """What a run's folder, or a checkpoint, on addition means: (model, dataset, AdditionTask).
+
+    The dataset says whether a run adds, not its name. Raises UserError if this one does not.
+    """
+    path = checkpoint_named(run)
+    checkpoint = read_checkpoint(path)
+    gated = checkpoint["model_args"].get("gated", False)
+    name = checkpoint.get("data", {}).get("dataset")
+    data = prepare_data.load(name) if name else None
+    task = addition_task(data.meta) if data else None
+    if task is None:
+        kind = "a gated" if gated else "a dense"
+        raise UserError(f"{run} is {kind} run on {name or 'other data'}: explain counts over sums, ask "
+                            "asks for one, so they need a run on addition, such as out/addition")
+    return model_of(checkpoint, path), data, task
+
+
+def explain_run(run):
+    """Write a run's explain.json and explain.png, and print the table."""
+    model, data, task = read_addition_run(run)
+    if not os.path.isdir(run):
+        raise UserError(f"{run} is no run's folder, and the table and the figure go there")
+    if not model.config.gated:
+        raise UserError(f"{run} is a dense run on {data.name}: explain counts over sums and describes gates, "
+                        "so it needs a gated run on addition, such as out/addition")
+    a, b = population(data, task)
+    edges, intact = explain(model, task, a, b)
+    found = summary(edges, intact, task, len(a))
+    write_json(os.path.join(run, "explain.json"), found)
+
+    right = f"{100 * intact['sum']:.2f} % of the {len(a):,} sums right"
+    title = f"{run}: {found['open']:.2f} open edges on average, {right}"
+    print(f"{title}\n{legend(task)}")
+    for line in circuit_in_words(edges, intact, task, model.config.n_head):
+        print(line)
+    print(f"algorithm: {found['algorithm']}")
+
+    drawn = []
+    for edge in edges:
+        name = edge_name(edge, task, model.config.n_head)
+        lines = [name, when(edge), damage(edge, intact, task, model.config.n_head)]
+        drawn.append({**edge, "text": "\n    ".join(lines)})
+    path = os.path.join(run, "explain.png")
+    figures.explanation(path, token_names(task), model.config.n_layer, drawn, title)
+
+
+def add_arguments(parser):
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="a gated run on addition, such as out/addition")
+
+
+def run(options, settings):
+    """`analyze.py explain`."""
+    for folder in options.runs:
+        explain_run(folder.rstrip("/"))

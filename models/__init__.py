@@ -1,0 +1,10 @@
+"""Models as files, and models other than GPT-2.
+
+1. checkpoint.py   a model on disk, in and out, whoever wrote it
+2. huggingface.py  what transformers wrote, GPT-2 among it
+3. olmo.py         OLMo with the same gates
+4. lora.py         adapters, for models too large to train whole
+5. export.py       to transformers, TransformerLens and nanoGPT
+
+Imports gate, model and storage/.
+"""

@@ -1,0 +1,69 @@
+"""Files that are whole or not there at all, folders that one process has to itself, and the one error for people.
+
+    write: to path.tmp, flushed to the disk, then renamed to path        whatever happens, path holds the old content or the new
+
+Every mistake that a user can make ends as a `UserError`: its message says what is wrong, where, and what to type instead. The programs
+print it as `error: ...` and exit with status 1. A bug keeps its traceback.
+
+This file imports no other file of ours.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+
+class UserError(Exception):
+    """Something that the user can put right. The message says what is wrong, and what to type instead."""
+
+
+def sha256(path):
+    """The sha256 of a file, as 64 hexadecimal digits."""
+    with open(path, "rb") as f:
+        digest = hashlib.sha256()
+        while block := f.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def write_whole(path, content):
+    """Write bytes to path, whole or not at all: to a temporary name first, then renamed."""
+    with open(path + ".tmp", "wb") as f:
+        f.write(content)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(path + ".tmp", path)
+
+
+def write_json(path, content):
+    """Write plain values to path as indented JSON, whole or not at all."""
+    write_whole(path, (json.dumps(content, indent=1) + "\n").encode())
+
+
+@contextlib.contextmanager
+def locked(folder, wait=True):
+    """`with locked(folder):` no other process is in such a block of this folder, which is made if there is none. Another one is waited for; with wait=False BlockingIOError.
+
+    The lock ends with the process, even by kill -9. Windows, and file systems without locks, let everybody in.
+    """
+    os.makedirs(folder, exist_ok=True)
+    with contextlib.ExitStack() as stack:
+        if fcntl:
+            place = os.open(folder, os.O_RDONLY)
+            stack.callback(os.close, place)
+            try:
+                fcntl.flock(place, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if not wait:
+                    raise
+                print(f"waiting for another process that works on {folder} ...", flush=True)
+                fcntl.flock(place, fcntl.LOCK_EX)
+            except OSError as error:
+                print(f"note: {folder} cannot be locked ({error.strerror}): let no other process work there")
+        yield

@@ -1,0 +1,69 @@
+"""bench.py: the inputs are as open as asked for, and one small run prints, writes and draws every way."""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import train
+from analysis import bench, split
+from analysis.bench import divergence, make_inputs, peak_memory, training_steps
+from conftest import REPOSITORY
+from gate import gated_attention
+from training.settings import make_config
+
+
+@pytest.mark.parametrize("share", [1.0, 0.1, 0.01])
+def test_inputs_have_the_share_of_open_edges_and_they_lie_together(share):
+    T = 512
+    (q, k, v, _), bias = make_inputs(1, 1, T, 64, share, torch.float32, "cpu")
+    _, _, gates = gated_attention(q, k, v, bias, return_gates=True)
+    opened = gates.open.sum().item() / (T * (T + 1) / 2)
+    assert opened == 1 if share == 1 else 0.7 * share < opened < 1.4 * share
+    tiles = gates.open.view(T // 64, 64, T // 64, 64).amax((1, 3))
+    assert tiles.tril().mean().item() < 0.5 or share > 0.01
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux tells the peak")
+def test_peak_memory_sees_what_a_call_makes_and_frees():
+    found = peak_memory(lambda: torch.ones(50_000_000).sum(), "cpu")
+    assert 190e6 < found < 300e6
+
+
+def test_a_small_run(workplace):
+    done = subprocess.run([sys.executable, os.path.join(REPOSITORY, "analyze.py"), "bench", "--lengths=64", "--B=1", "--H=1", "--D=8", "--repeats=2", "--device=cpu"],
+                          capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    with open("out/bench/bench.json") as f:
+        rows = json.load(f)["rows"]
+    assert [row["way"] for row in rows] == ["dense (SDPA)", "plain, eager", "plain, compiled", "tiled, eager", "tiled, compiled"]
+    assert all(0 < row["forward_ms"] and 0 < row["ms"] for row in rows) and all(row["way"] in done.stdout for row in rows)
+    assert os.path.getsize("out/bench/bench.png") > 5000
+
+
+def test_a_taught_step_is_timed_with_the_divergence_that_training_uses():
+    logits, taught, targets = torch.randn(2, 5, 9), torch.randn(2, 5, 9), torch.randint(-1, 9, (2, 5))
+    assert torch.equal(divergence(logits, taught, targets), train.divergence(logits, taught, targets)) and divergence(logits, logits, targets) == 0
+
+
+def test_the_steps_of_a_model_count_what_they_compute(monkeypatch):
+    monkeypatch.setitem(bench.SHAPES, "tiny", dict(vocab_size=50, n_layer=2, n_head=2, n_embd=16, block_size=64))
+    with torch.compiler.set_stance("force_eager"):
+        steps = training_steps(argparse.Namespace(B=2, gate_bias=3.0, most_memory=8.0), "cpu", "tiny")
+        for step, _ in steps.values():
+            step()
+    flop = {way: flop for way, (_, flop) in steps.items()}
+    assert list(flop) == ["tiny, dense", "tiny, tiled", "tiny, plain", "tiny, tiled, taught"]
+    assert flop["tiny, dense"] == flop["tiny, tiled"] == 3 / 4 * flop["tiny, tiled, taught"] > 0
+
+
+def test_where_the_seconds_go(workplace, monkeypatch, capsys):
+    monkeypatch.setattr(split, "make_config", lambda path, given: make_config(os.path.join(REPOSITORY, path), given))
+    split.show_split(split.split(repeats=1))
+    shown = capsys.readouterr().out
+    shares = [int(line.split("|")[-2].strip(" %")) for line in shown.splitlines() if line.endswith("% |")]
+    assert len(shares) == 7 and abs(sum(shares) - 100) <= 4 and "9,000" in shown

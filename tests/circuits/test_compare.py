@@ -1,0 +1,82 @@
+"""analyze.py circuit and induction, from the command line, on a small dense and a small gated run."""
+
+import json
+import os
+
+import pytest
+import torch
+
+import analyze
+from circuits.attribution import effects
+from circuits.compare import ratio
+from circuits.graph import Graph
+from circuits.tasks import make_pairs, vocabulary
+from model import GPT, GPTConfig
+from models.checkpoint import checkpoint_of, load_checkpoint, read_checkpoint, save_checkpoint
+
+
+@pytest.fixture
+def runs(workplace):
+    """out/dense, out/sparse and out/short on bytes and out/sums on addition, random weights, in folders as train.py leaves them."""
+    for name, vocab_size, gated in (("dense", 256, False), ("sparse", 256, True), ("short", 256, True), ("sums", 13, False)):
+        model = GPT(GPTConfig(block_size=8 if name == "short" else 128, vocab_size=vocab_size, n_layer=2, n_head=2, n_embd=16, gated=gated, gate_bias=0.2))
+        for parameter in model.parameters():
+            parameter.data += 0.2 * torch.randn_like(parameter)
+        os.makedirs(f"out/{name}")
+        save_checkpoint(f"out/{name}/best.pt", checkpoint_of(model, data={"tokenizer": "addition" if name == "sums" else "bytes"}))
+    return workplace
+
+
+def lead_to_the_right_answer(path, task):
+    """A random model knows a task a little, or its opposite a little: then turn its logits round."""
+    model, graph = load_checkpoint(path), Graph(2, 2)
+    pairs, metric = make_pairs(task, 6, 3, vocabulary("bytes"))
+    clean, corrupted, _ = effects(model, pairs, metric, [graph.edges])
+    if clean.mean() < corrupted.mean():
+        model.transformer.ln_f.weight.data *= -1
+        model.transformer.ln_f.bias.data *= -1
+    save_checkpoint(path, read_checkpoint(path) | {"model": model.state_dict()})
+
+
+@pytest.mark.parametrize("task", ["quote", "copy"])
+def test_circuit_prints_a_table_and_leaves_numbers_and_pictures(runs, capsys, task):
+    for path in ("out/dense/best.pt", "out/sparse/best.pt"):
+        lead_to_the_right_answer(path, task)
+    analyze.main(["circuit", "out/dense", "out/sparse", f"--task={task}", "--n=6", "--steps=2"])
+    out = capsys.readouterr().out
+    assert "edges for 90 % of the effect" in out and f"{task}, logit difference; 6 pairs" in out
+    with open(f"out/sparse/circuit-{task}.json") as f:
+        result = json.load(f)
+    for model in ("dense", "sparse"):
+        for by in ("by_heads", "by_edges"):
+            curve = result[model][by]
+            assert len(curve["n"]) == len(curve["explained"]) == len(curve["low"]) == len(curve["high"]) and curve["n"] == sorted(curve["n"])
+            assert curve["explained"][-1] == pytest.approx(1, abs=1e-4)  # all of it explains everything
+    for name in ("", "-graph", "-gallery"):
+        assert os.path.getsize(f"out/sparse/circuit-{task}{name}.png") > 3000
+
+
+def test_the_ratio_is_how_many_times_fewer():
+    dense, sparse = {"by_edges": {"needed": {"0.9": 300.0}}}, {"by_edges": {"needed": {"0.9": 3.0}}}
+    assert ratio(dense, sparse, "by_edges", 0.9) == 100
+    assert ratio(dense, {"by_edges": {"needed": {"0.9": None}}}, "by_edges", 0.9) is None
+
+
+def test_induction_writes_every_head(runs, capsys):
+    analyze.main(["induction", "out/sparse"])
+    assert "prefix matching" in capsys.readouterr().out
+    with open("out/sparse/induction.json") as f:
+        assert len(json.load(f)) == 4
+
+
+@pytest.mark.parametrize("arguments, words", [(["out/dense", "out/sparse", "--task=ioi"], "What fits it: docstring, copy, quote, bracket"), (["out/dense", "out/sparse", "--task=qoute"], "no task 'qoute'"),
+                                              (["out/sparse", "out/dense", "--task=quote"], "compares a dense run with a sparse one"), (["out/sums", "out/sparse", "--task=quote"], "of the same vocabulary"),
+                                              (["out/dense", "out/none", "--task=quote"], "no checkpoint out/none"),
+                                              (["out/dense", "out/dense", "--task=quote"], "compares a dense run with a sparse one"), (["out/dense", "out/sparse/best.pt", "--task=quote"], "out/sparse/best.pt is no run's folder"),
+                                              (["out/dense", "out/short", "--task=quote"], "and a model has a context of 8"), (["out/dense", "out/none-open", "--task=quote"], "does not know the task.*There is no effect")])
+def test_mistakes_are_named(runs, arguments, words):
+    blind = read_checkpoint("out/sparse/best.pt")
+    os.makedirs("out/none-open")
+    save_checkpoint("out/none-open/best.pt", blind | {"model_args": blind["model_args"] | {"gate_bias": -100.0}})  # no head opens: clean and corrupted end alike
+    with pytest.raises(SystemExit, match=words):
+        analyze.main(["circuit", *arguments])

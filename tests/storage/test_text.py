@@ -1,0 +1,50 @@
+"""Splits that share nothing, and tokenizers that lose nothing."""
+
+import os
+import random
+
+import pytest
+
+from storage import text
+from storage.files import UserError
+
+
+def test_bytes_come_back_and_documents_are_marked():
+    tokens = text.tokenizer("bytes")
+    source = "naïve \N{SNOWMAN}\n".encode()
+    assert tokens.decode(tokens.encode(source)) == source.decode()
+    assert text.encode_document(source, tokens).tolist() == [0, *source]
+    assert tokens.decode(b"\xff") == "\N{REPLACEMENT CHARACTER}"
+    with pytest.raises(UserError, match="one of bytes, gpt2, olmo, olmo2"):
+        text.tokenizer("gpt3")
+
+
+@pytest.mark.skipif("TIKTOKEN_CACHE_DIR" not in os.environ, reason="needs OpenAI's vocabulary: set TIKTOKEN_CACHE_DIR")
+def test_gpt2s_tokens():
+    tokens = text.tokenizer("gpt2")
+    assert tokens.encode(b"Hello world<|endoftext|>")[:2] == [15496, 995]  # and the marker in a text is a text
+    assert 50256 not in tokens.encode(b"<|endoftext|>") and text.encode_document(b"Hello", tokens).tolist() == [50256, 15496]
+    assert tokens.decode([15496, 995]) == "Hello world"
+
+
+def test_a_split_hangs_on_the_texts_not_on_their_order():
+    documents = [bytes([65 + i % 26]) * (10 + i) for i in range(200)]
+    train, val = text.split(documents + documents)  # every one twice
+    assert sorted(train + val) == sorted(documents)
+    assert 0.08 < sum(map(len, val)) / sum(map(len, documents)) < 0.13
+    random.Random(1).shuffle(documents)
+    assert text.split(documents) == (train, val)
+
+
+def test_few_documents_and_one():
+    assert text.split([b"a" * 90, b"b" * 80]) == ([b"a" * 90], [b"b" * 80])  # the smaller
+    one = b"first paragraph\nof it\n\nsecond\n\n" * 10
+    (train,), (val,) = text.split([one])
+    assert train + val == one and train.endswith(b"\n\n") and 0.03 < len(val) / len(one) < 0.2
+    with pytest.raises(UserError, match="no text"):
+        text.split([b" ", b""])
+
+
+def test_held_out_documents_are_the_share_that_was_asked_for():
+    held_out = sum(text.is_held_out(str(i).encode(), 0.05) for i in range(20_000))
+    assert 900 < held_out < 1100

@@ -1,0 +1,139 @@
+"""Every mistake in a setting ends in a line that says what to type; a config file is read, never run."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from conftest import REPOSITORY
+from storage.files import UserError
+from train import train
+from training.configure import parse_command_line, read_config_file
+from training.settings import GATED_ONLY, Config, check_together, limits, make_config
+
+
+def parse(*arguments):
+    return parse_command_line(arguments, Config, limits())
+
+
+def test_values_and_words():
+    path, given = parse("config/x.py", "--learning_rate=2e-3", "--device=cpu", "--gated=True", "--seed=3", "--weight_decay=1")
+    assert path == "config/x.py"
+    assert given == {"learning_rate": 2e-3, "device": "cpu", "gated": True, "seed": 3, "weight_decay": 1.0}
+    assert type(given["weight_decay"]) is float
+
+
+@pytest.mark.parametrize("argument, message", [
+    ("--learning_rte=1e-3", "unknown setting learning_rte on the command line. Did you mean learning_rate?"),
+    ("--zzz=1", "unknown setting zzz"),
+    ("--seed", "--seed has no value: write --seed=VALUE"),
+    ("--max_steps=many", "max_steps on the command line is 'many': it takes int, such as 1000"),
+    ("--max_steps=10.5", "takes int"),
+    ("--gated=1", "takes bool, such as True or False"),
+    ("--learning_rate=fast", "takes float, such as 1e-3"),
+    ("--learning_rate=-1", "must be above 0"),
+    ("--max_steps=0", "must be at least 1"),
+    ("--dropout=1.0", "must be from 0 up to, not including, 1"),
+    ("--constraint_gates=both", "'deterministic' or 'sampled'"),
+    ("--device=gpu", "'auto', 'cpu', 'mps', 'cuda' or 'cuda:N'"),
+    ("--gate_bias=1e999", "finite"),
+    ("--seed=1700000000000000000", "from 0 to a million"),
+    ("--device=cudax", "'cuda:N'"),
+])
+def test_mistakes_on_the_command_line(argument, message):
+    with pytest.raises(UserError) as error:
+        parse(argument)
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize("content, message", [
+    ("max_stepps = 10", "unknown setting max_stepps in my.py, line 1. Did you mean max_steps?"),
+    ("# fine\nmax_steps = 'ten'", "max_steps in my.py, line 2 is 'ten'"),
+    ("import os", "line 1: a config file holds comments and lines `name = value`"),
+    ("max_steps = 5 * 10", "max_steps in my.py, line 1: write a plain value"),
+    ("max_steps = open('harm', 'w')", "write a plain value"),
+    ("max_steps = (", "my.py, line 1"),
+    ("\0", "my.py"),
+])
+def test_mistakes_in_a_config_file(workplace, content, message):
+    (workplace / "my.py").write_text(content)
+    with pytest.raises(UserError) as error:
+        read_config_file("my.py", Config, limits())
+    assert message in str(error.value)
+    assert not (workplace / "harm").exists()
+
+
+def test_a_missing_config_file_suggests_the_nearest(workplace):
+    (workplace / "addition.py").write_text("seed = 2")
+    with pytest.raises(UserError, match=r"no config file aditon.py. Did you mean ./addition.py\?"):
+        read_config_file("aditon.py", Config, limits())
+
+
+@pytest.mark.parametrize("given, message", [
+    ({"n_head": 5}, "n_embd=64 must be a multiple of n_head=5"),
+    ({"gated": True}, "a gated run needs a dense model"),
+    ({"lambda_init": 5.0}, "lambda_init=5.0 must lie between lambda_min=0.2 and lambda_max=4.0"),
+    ({"architecture": "olmo2", "n_head": 4, "n_kv_head": 3}, "n_head=4 must be a multiple of n_kv_head=3"),
+    ({"architecture": "olmo", "n_head": 4, "n_embd": 60}, "an even multiple of n_head"),
+    ({"architecture": "olmo", "dropout": 0.1}, "dropout is GPT-2's only"),
+    ({"base_dtype": "bfloat16"}, "it needs lora_rank"),
+    ({"lora_rank": 4}, "set init_from, or leave lora_rank away"),
+])
+def test_settings_that_contradict_each_other(workplace, given, message):
+    with pytest.raises(UserError, match=message):
+        train(*make_config(None, given))
+    assert not (workplace / "out").exists()
+
+
+def test_a_shape_is_the_settings_business_only_from_scratch():
+    """GPT-2 has 768 numbers and 12 heads, whatever the default width is: the model that is there is asked, not the settings."""
+    check_together(Config(init_from="gpt2", n_head=12))
+    with pytest.raises(UserError, match="n_embd=64 must be a multiple of n_head=12"):
+        check_together(Config(n_head=12))
+
+
+def test_out_dir_is_named_after_file_and_seed(workplace):
+    (workplace / "mine.py").write_text("n_layer = 2  # a comment\n")
+    assert make_config("mine.py", {})[0].out_dir == "out/mine"
+    assert make_config("mine.py", {"seed": 4})[0].out_dir == "out/mine-seed4"
+    assert make_config("mine.py", {"seed": 4, "out_dir": "here/"})[0].out_dir == "here"
+    assert parse("--out_dir=2024")[1] == {"out_dir": "2024"}
+
+
+@pytest.mark.parametrize("name", sorted(name[:-3] for name in os.listdir(os.path.join(REPOSITORY, "config"))))
+def test_the_projects_own_config_files_are_right(name, monkeypatch):
+    monkeypatch.chdir(REPOSITORY)
+    config, _ = make_config(f"config/{name}.py", {})
+    assert config.out_dir == f"out/{name}" and config.gated == (name.split("_")[-1] not in ("dense", "control"))
+    check_together(config)
+    if name == "gpt2":  # one file for one GPU and for eight
+        assert config.batch_size % (8 * config.micro_batch_size) == 0
+
+
+def test_a_child_and_its_control_differ_in_the_gates_alone(monkeypatch):
+    """Or the control would control nothing. config/stdlib_strict.py is config/stdlib.py but for its parent and the price that a nat has."""
+    monkeypatch.chdir(REPOSITORY)
+    child, control, strict = (vars(make_config(f"config/{name}.py", {})[0]) for name in ("stdlib", "stdlib_control", "stdlib_strict"))
+    about_gates = {"gated", "target_from", "out_dir", "open_above", "distill_weight", *GATED_ONLY}
+    assert {key for key in child if child[key] != control[key]} <= about_gates
+    assert {key for key in child if child[key] != strict[key]} == {"init_from", "out_dir", "lambda_max"}
+
+
+@pytest.mark.parametrize("arguments", [["config/addition.py", "--learning_rte=1e-3"], ["config/nothing.py"],
+                                       ["--init_from=resume", "--out_dir=none"], ["--init_from=nowhere", "--gated=True"],
+                                       ["--dataset=nothing"], ["--device=cuda:0"]])
+def test_the_whole_program_answers_in_two_lines(workplace, arguments):
+    import torch
+
+    if "--device=cuda:0" in arguments and torch.cuda.is_available():
+        pytest.skip("this machine has a GPU, so --device=cuda:0 is no mistake here")
+    done = subprocess.run([sys.executable, f"{REPOSITORY}/train.py", *arguments], capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.startswith("error: ")
+    assert "Traceback" not in done.stderr and len(done.stderr.strip().splitlines()) <= 2
+    assert not (workplace / "out").exists()
+
+
+def test_help_lists_every_setting():
+    done = subprocess.run([sys.executable, f"{REPOSITORY}/train.py", "--help"], capture_output=True, text=True)
+    assert done.returncode == 0 and all(f"    {key}: " in done.stdout for key in Config.__annotations__)

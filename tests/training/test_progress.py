@@ -1,0 +1,129 @@
+"""The progress line: it knows all parts of the job, a file gets plain lines, a terminal a bar."""
+
+import io
+import re
+
+import pytest
+
+from helpers import run
+from training.progress import Job, Progress
+from training.settings import Config, make_config
+
+
+def found(loss=0.5, correct=3, open_edges=12.4, accuracy=0.3):
+    return {"val": {"loss": loss, "correct": correct, "examples": 10, "accuracy": accuracy, "open": open_edges, "total": 40}}
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """Seconds that only pass when a test says so."""
+    now = [100.0]
+    monkeypatch.setattr("progress.time.perf_counter", lambda: now[0])
+    return now
+
+
+def two_parts(**of_parent):
+    parent = Config(out_dir="out/dense", max_steps=100, batch_size=10, **of_parent)
+    child = Config(out_dir="out/sparse", max_steps=200, batch_size=10, gated=True)
+    return Job([parent, child]), parent, child
+
+
+def test_a_pipe_gets_one_plain_line_an_evaluation(echo, capsys):
+    run("sparse.py")
+    lines = capsys.readouterr().err.splitlines(keepends=True)
+    assert not any("\r" in line for line in lines)
+    assert [re.match(r"part (\d) of 2, (\S+): step (\d+) of 60, ", line).groups() for line in lines] == \
+        [(part, folder, str(step)) for part, folder in (("1", "out/dense"), ("2", "out/sparse")) for step in (0, 20, 40, 60)]
+    assert re.search(r"step 20 of 60, 00:\d\d left, loss \d\.\d{4}, \d+ of 200 held-out right, best \d\.\d{4}$", lines[1])
+    assert re.search(r"left, loss \d\.\d{4} \(target \d\.\d{4}\), \d+ of \d+ (held-out )?right, [\d.]+ of 40 edges open, (none met the target yet|best [\d.]+), lambda [\d.]+$", lines[5])
+    assert "step 60 of 60, 00:00 left" in lines[7]
+
+
+def test_a_run_whose_parent_is_finished_says_so(echo, capsys):
+    run("sparse.py", max_steps=20)
+    said = capsys.readouterr().out
+    assert "part 1 of 2, out/dense (then out/sparse): dense" in said and "part 2 of 2, out/sparse: gated" in said
+    run("sparse.py", init_from="resume", max_steps=40)  # the parent is not even looked at
+    said = capsys.readouterr()
+    assert "part 2 of 2, out/sparse (out/dense is finished): gated" in said.out and "part 2 of 2, out/sparse: step 40 of 40" in said.err
+    run("sparse.py", max_steps=20, out_dir="out/second")
+    said = capsys.readouterr()
+    assert "part 1 of 2, out/dense is finished (60 steps)" in said.out and "part 2 of 2, out/second: step 20 of 20" in said.err
+    run("sparse.py", max_steps=20, out_dir="out/third", init_from="out/dense")
+    assert "\nout/third: step 20 of 20" in capsys.readouterr().err  # a job of one part does not count parts
+
+
+def test_the_parts_of_a_job_with_a_control(echo):
+    (echo / "control.py").write_text("init_from = 'dense.py'\ndataset = 'echo'\n")
+    job = Job.of(*make_config("sparse.py", {"target_from": "control.py", "seed": 3}), None)
+    assert [part.folder for part in job.parts] == ["out/dense-seed3", "out/control-seed3", "out/sparse-seed3"]
+    assert job.outlook("out/control-seed3") == "part 2 of 3, out/control-seed3 (then out/sparse-seed3)"
+
+
+def test_the_time_left_is_that_of_all_parts(clock):
+    job, parent, child = two_parts()
+    with Progress(job, parent, 0, io.StringIO()) as progress:
+        assert progress.left() == "time left unknown"
+        clock[0] += 50  # the first evaluation
+        progress.evaluated(found())
+        clock[0] += 10
+        for _ in range(50):
+            progress.step()
+        # 0.2 s a step: 50 steps of the parent, 200 of the child, which take (3 + 1 / 4) / 3 as long
+        assert progress.left() == "00:53 left"
+    with Progress(job, child, 100, io.StringIO()) as progress:  # goes on from step 100
+        clock[0] += 10
+        for _ in range(50):
+            progress.step()
+        assert progress.left() == "00:10 left"
+
+
+def test_a_parent_that_may_stop_early_makes_it_an_upper_bound(clock):
+    job, parent, child = two_parts(ready_loss=0.1)
+    stream = io.StringIO()
+    with Progress(job, parent, 0, stream) as progress:
+        progress.step()
+        clock[0] += 1
+        progress.evaluated(found(loss=0.2), best=[40, 0.15])
+    assert stream.getvalue() == "part 1 of 2, out/dense: step 1 of 100, at most 05:16 left, loss 0.2000 (ready at 0.1), 3 of 10 held-out right, best 0.1500\n"
+    with Progress(job, child, 0, stream) as progress:
+        progress.step()
+        clock[0] += 1
+        assert progress.left() == "03:19 left"
+
+
+def test_a_text_has_no_answers_to_be_right():
+    job, _, child = two_parts()
+    stream = io.StringIO()
+    with Progress(job, child, 200, stream) as progress:
+        progress.evaluated(found(accuracy=None), target=0.4, best=[9.0, 0.4], lam=2.0)
+    assert stream.getvalue() == "part 2 of 2, out/sparse: step 200 of 200, done, loss 0.5000 (target 0.4000), 12.4 of 40 edges open, best 9.0, lambda 2.000\n"
+
+
+def test_a_terminal_gets_a_bar_that_moves():
+    job, _, child = two_parts()
+    stream = Terminal()
+    with Progress(job, child, 0, stream) as progress:
+        progress.evaluated(found(), target=0.4, best=None, lam=2.0)
+        for _ in range(50):
+            progress.step()
+        progress.evaluated(found(correct=10), target=0.4, best=[12.4, 0.4], lam=2.0)
+    last = stream.getvalue().split("\r")[-1]
+    assert "part 2 of 2, out/sparse" in last and "50/200" in last and "10 of 10 held-out right" in last and "best 12.4" in last and last.count("\n") == 1
+
+
+def test_other_processes_are_silent(monkeypatch):
+    monkeypatch.setattr("progress.hardware.rank", lambda: 1)
+    job, parent, _ = two_parts()
+    for stream in (io.StringIO(), Terminal()):
+        with Progress(job, parent, 0, stream) as progress:
+            progress.evaluated(found())
+            progress.step()
+        assert stream.getvalue() == ""
+
+

@@ -1,0 +1,92 @@
+"""Settings: a dataclass, a config file over its defaults, the command line over both, and a message for every mistake.
+
+    python train.py config/addition.py --learning_rate=1e-3
+
+nanoGPT runs its config files with `exec` and accepts any name; a typo is silently ignored. Here a config file is read, not
+run: lines `name = value` with plain Python values. An unknown name, a value of the wrong type or out of range stops before
+anything is built, and the message names the nearest setting that exists.
+
+This file knows no setting by name; settings.py's dataclass is handed in. It imports no other file of ours.
+"""
+
+import ast
+import difflib
+import os
+
+from storage.files import UserError
+
+EXAMPLES = {int: "1000", float: "1e-3", bool: "True or False", str: "auto"}
+
+
+def parse_command_line(arguments, config_class, limits):
+    """`[FILE.py] [--key=value ...]` -> the file's path or None, and a dict of the settings that were given.
+
+    config_class: a dataclass; limits: {key: (words, test)}, see `check`. Raises UserError.
+    """
+    path, values = None, {}
+    for argument in arguments:
+        key, equals, text = argument.removeprefix("--").partition("=")
+        if argument.startswith("--"):
+            if not equals:
+                raise UserError(f"{argument} has no value: write {argument}=VALUE")
+            try:
+                value = text if config_class.__annotations__.get(key) is str else ast.literal_eval(text)
+            except (ValueError, SyntaxError):
+                value = text  # no Python literal: `check` will say what is expected
+            values[key] = check(key, value, "on the command line", config_class, limits)
+        elif path is None:
+            path = argument
+        else:
+            raise UserError(f"one config file at a time, not both {path} and {argument}. Settings are written --key=value")
+    return path, values
+
+
+def read_config_file(path, config_class, limits):
+    """The settings in a config file, as a dict. Nothing in it is executed. Raises UserError, with the line's number."""
+    if not os.path.isfile(path):
+        folder = os.path.dirname(path) or "."
+        files = [name for name in os.listdir(folder) if name.endswith(".py")] if os.path.isdir(folder) else []
+        near = difflib.get_close_matches(os.path.basename(path), files, n=1)
+        raise UserError(f"there is no config file {path}." + (f" Did you mean {os.path.join(folder, near[0])}?" if near else ""))
+    try:
+        with open(path, encoding="utf-8-sig") as f:  # some editors put a mark at the beginning
+            lines = ast.parse(f.read()).body
+    except SyntaxError as error:
+        raise UserError(f"{path}, line {error.lineno}: {error.msg}") from error
+    except ValueError as error:
+        raise UserError(f"{path} is no config file: it is not even text") from error
+    values = {}
+    for node in lines:
+        where = f"in {path}, line {node.lineno}"
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
+            continue  # a docstring
+        if not (isinstance(node, ast.Assign) and len(node.targets) == 1 and isinstance(node.targets[0], ast.Name)):
+            raise UserError(f"{where}: a config file holds comments and lines `name = value`, nothing else")
+        key = node.targets[0].id
+        try:
+            value = ast.literal_eval(node.value)
+        except ValueError as error:
+            raise UserError(f"{key} {where}: write a plain value, such as 3, 1e-3, True or 'text'") from error
+        values[key] = check(key, value, where, config_class, limits)
+    return values
+
+
+def check(key, value, where, config_class, limits):
+    """Return value, an int made a float where a float is wanted; raise UserError if key, type or range is wrong.
+
+    limits[key] = (words, test): test(value) says whether the value makes sense, words complete "it must be ...".
+    """
+    types = config_class.__annotations__
+    if key not in types:
+        near = difflib.get_close_matches(key, types, n=1, cutoff=0.5)
+        raise UserError(f"unknown setting {key} {where}." + (f" Did you mean {near[0]}?" if near else "")
+                          + (" `python train.py --help` lists all settings" if len(types) > 10 else f" There are {', '.join(types)}"))
+    wanted = types[key]
+    if wanted is float and type(value) is int:
+        value = float(value)
+    if type(value) is not wanted:
+        raise UserError(f"{key} {where} is {value!r}: it takes {wanted.__name__}, such as {EXAMPLES[wanted]}")
+    words, test = limits.get(key, ("", lambda _: True))
+    if not test(value):
+        raise UserError(f"{key} {where} is {value!r}: it must be {words}")
+    return value

@@ -1,0 +1,132 @@
+"""A run that cannot be lost: whose folder it is, where it goes on, how it is stopped.
+
+A run's folder out/<run>/ holds config.json, metrics.jsonl, best.pt or closest.pt, last.pt, report.json and figures. Its rules:
+
+- The same command goes on where the run stands. If the run is finished there is nothing to do.
+- Other settings are refused: two runs never mix in one folder. `--init_from=resume` says that the change is meant.
+- Files are written under a temporary name and renamed, config.json first, then last.pt, then best.pt; metrics.jsonl grows line
+  by line. After the last step best.pt.next is written first, and takes its place after last.pt: a run that is killed in between still needs the best.pt of before. So a `kill -9` at any moment leaves a folder from which the run goes on: whatever came after last.pt is done again.
+- Ctrl-C and SIGTERM finish the step, save, and say how to go on. Further SIGTERMs change nothing: torchrun and a scheduler may both send one.
+
+This file knows checkpoints (checkpoint.py) and no setting by name, but for init_from and out_dir.
+"""
+
+import contextlib
+import json
+import os
+import signal
+from dataclasses import asdict
+
+from models.checkpoint import read_checkpoint
+from storage.files import UserError, locked, write_whole
+from training import hardware
+
+
+def claim_folder(config, inherit, fixed, free):
+    """Find out what config.out_dir holds; return the checkpoint to go on from, or None to start at step 0.
+
+    config   a dataclass of settings. Changed in place: 'resume' gives way to the run's own init_from
+    inherit  names of settings that are taken over from the run in the folder
+    fixed    names of settings that no run may change on its way
+    free     function of the config: names of settings that may differ without being asked for
+
+    Raises UserError rather than mixing two runs in one folder.
+    """
+    last, saved = os.path.join(config.out_dir, "last.pt"), os.path.join(config.out_dir, "config.json")
+    resume = config.init_from == "resume"
+    if resume and not os.path.exists(last):
+        raise UserError(f"there is no last.pt in {config.out_dir} to resume. Leave --init_from=resume away to start a run")
+    if not os.path.exists(last):
+        if os.path.exists(os.path.join(config.out_dir, "best.pt")):
+            raise UserError(f"{config.out_dir} holds a best.pt but no last.pt to go on from. Move the folder away, or start a new run with --out_dir=out/NEW")
+        return None  # new, or killed before its first checkpoint: nothing to lose
+    try:
+        with open(saved, encoding="utf-8") as f:
+            before = asdict(type(config)()) | json.load(f)
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{saved} is missing or damaged, so nobody knows what run {last} belongs to. Start a new one with --out_dir=out/NEW") from error
+    for key in ["init_from"] * resume + list(inherit):
+        setattr(config, key, before[key])
+    now = asdict(config)
+    changed = [key for key in now if key not in free(config) and now[key] != before[key]]
+    words = ", ".join(f"{key} {before[key]!r} there, {now[key]!r} here" for key in changed)
+    if resume and set(changed) & set(fixed):
+        raise UserError(f"{config.out_dir} holds a run with another model or target ({words}): it cannot go on as this one. "
+                       "Start a new run with --out_dir=out/NEW")
+    if changed and not resume:
+        raise UserError(f"{config.out_dir} holds a run with other settings ({words}). Start a new one with --out_dir=out/NEW, "
+                       "or go on with that one, settings changed, with --init_from=resume")
+    if changed:
+        hardware.say(f"going on with changed settings: {words}")
+    return read_checkpoint(last)
+
+
+def settle(folder, finished):
+    """What the end of a run left as best.pt.next or closest.pt.next takes its place if last.pt is at the end, too; else it goes, for the end will come again."""
+    for name in ("best.pt", "closest.pt"):
+        waiting = os.path.join(folder, name + ".next")
+        if not os.path.exists(waiting):
+            continue
+        if finished:
+            os.replace(waiting, os.path.join(folder, name))
+        else:
+            os.remove(waiting)
+
+
+@contextlib.contextmanager
+def alone_in(folder):
+    """`with alone_in(folder):` no other run trains there; process 0 sees to it. The folder is made if there is none. Raises UserError."""
+    with contextlib.ExitStack() as stack:
+        try:
+            if hardware.rank() == 0:
+                stack.enter_context(locked(folder, wait=False))
+        except BlockingIOError as error:
+            raise UserError(f"another process is training in {folder}. Wait until it has ended, then the same command goes on from there; or choose another --out_dir") from error
+        yield
+
+
+def read_metrics(path):
+    """The evaluations in a metrics.jsonl, a list of dicts; a line that a kill cut off in the middle is left out. Raises OSError if there is no file."""
+    found = []
+    with open(path, encoding="utf-8", errors="replace") as f:
+        for line in f:
+            try:
+                found.append(json.loads(line))
+            except ValueError:
+                continue
+    return found
+
+
+class MetricsLog:
+    """metrics.jsonl, one line per evaluation. Lines of steps after keep_until, which a killed run wrote, are dropped."""
+
+    def __init__(self, path, keep_until):
+        kept = [json.dumps(m) + "\n" for m in (read_metrics(path) if os.path.exists(path) else []) if m["step"] <= keep_until]
+        write_whole(path, "".join(kept).encode())
+        self.path = path
+
+    def write(self, **values):
+        try:
+            with open(self.path, "a", encoding="utf-8") as f:
+                f.write(json.dumps(values) + "\n")
+                f.flush()
+                os.fsync(f.fileno())
+        except OSError as error:
+            raise UserError(f"cannot write {self.path}: {error}. The checkpoints are untouched: free some space, and the same command goes on") from error
+
+
+class StopRequest:
+    """`with StopRequest() as stop:` Ctrl-C and SIGTERM set stop.asked, for the loop to see; a second Ctrl-C stops at once."""
+
+    def __enter__(self):
+        self.asked = False
+        self.before = {number: signal.signal(number, self.ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def ask(self, number, frame):
+        self.asked = True
+        signal.signal(signal.SIGINT, self.before[signal.SIGINT])
+
+    def __exit__(self, *exception):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)

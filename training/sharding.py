@@ -1,0 +1,122 @@
+"""A model that no GPU can hold alone: every process keeps a share of each tensor (FSDP2), and a run's checkpoint is written in shares, too.
+
+    parallel = 'ddp'     every process holds the whole model, gradients and optimizer; gradients are averaged            hardware.py
+    parallel = 'fsdp'    parameters, gradients and optimizer are cut into as many parts as there are processes; a block is put together
+                         just before it computes, on all processes at once, and let go afterwards                        this file
+
+Both compute the same (tests/training/test_sharding.py). PyTorch's `fully_shard` does the work; parameters are then DTensors, tensors that know that they are parts.
+
+Notable:
+- last.pt of a sharded run is small: step, lambda, and the name of a folder shards-<step> that torch.distributed.checkpoint writes, every process its part.
+  A new folder is written first and last.pt names it afterwards, so last.pt always names one that is whole.
+- Such a folder knows names, not processes: what two wrote, one can read (`load`), sharded or not. Its index is a pickle, which can run code: load only what
+  your own runs wrote.
+- best.pt, and last.pt when the run ends, hold the model gathered and whole, for analyze.py and everybody else to read.
+- Gradients are summed over the processes after every micro-batch: more is sent than with DDP, but no process ever holds a whole model's gradients.
+- No mixed-precision policy: parameters travel in the precision in which they are kept, autocast does the rest, and the model is judged in it. Autocast's
+  bfloat16 copies of float32 weights are kept for the backward pass, whole; `recompute_activations` avoids that, and so does `base_dtype` under LoRA.
+Sources: Zhao et al. 2023 (FSDP), the documentation of torch.distributed.fsdp.fully_shard.
+"""
+
+import os
+import re
+import shutil
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+
+from models.checkpoint import copy_into
+from training import hardware
+
+
+def applies(parallel):
+    """Is a run with this setting `parallel` cut into parts? Not where one process is alone."""
+    return parallel == "fsdp" and hardware.world() > 1
+
+
+def shard(model, device):
+    """Cut model (a GPT or OLMo, in place) into parts, block by block. All processes call it."""
+    mesh = init_device_mesh(device.split(":")[0], (hardware.world(),))
+    for block in model.blocks:
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)  # what is left: embeddings, the last norm
+
+
+def whole(tensor):
+    """The whole tensor, which all processes must ask for together, if it is cut; else itself."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def whole_state(state):
+    """A state dict of whole tensors on the CPU: process 0 gets it, the others an empty one. One tensor at a time is put together."""
+    gathered = {}
+    for name, tensor in state.items():
+        tensor = whole(tensor)
+        if hardware.rank() == 0:
+            gathered[name] = tensor.cpu()
+    return gathered
+
+
+def folder_for(step, named):
+    """Name of a folder for the checkpoint of a step, never the one that last.pt names now: that stays whole until last.pt names another."""
+    return f"shards-{step}" + ("-again" if named == f"shards-{step}" else "")
+
+
+TRAINED = StateDictOptions(ignore_frozen_params=True)  # of a model with LoRA adapters the optimizer knows these alone
+
+
+def save(folder, weights, model, optimizer):
+    """Write weights, {name: tensor} of what a checkpoint of model holds, and optimizer, into folder, every process its part; whole once all have returned. Raises OSError."""
+    state = {"model": weights}
+    if optimizer.state:  # else it has not made a step, and asking would make PyTorch pretend one, which Adam counts
+        state["optimizer"] = get_optimizer_state_dict(model, optimizer, options=TRAINED)
+    try:
+        dcp.save(state, checkpoint_id=folder)
+    except dcp.CheckpointException as error:
+        raise OSError(f"cannot write {folder}: {next(iter(error.failures.values()))[0]}. last.pt still names an earlier one. Free some space, and the same command goes on") from error
+
+
+def load(folder, weights, model, optimizer):
+    """Read them back, by as many processes as there are now; weights, which are the model's own tensors, are filled in place. Raises OSError if the folder is not there or not whole."""
+    if not os.path.exists(os.path.join(folder, ".metadata")):
+        raise OSError(f"{folder} is missing or not whole: last.pt beside it cannot go on without it")
+    state = {"model": weights}
+    try:
+        stored = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
+    except Exception as error:  # pickle's, of many types
+        raise OSError(f"{folder}/.metadata is damaged ({type(error).__name__})") from error
+    has_moments = any(name.startswith("optimizer.") for name in stored)
+    if has_moments:
+        state["optimizer"] = get_optimizer_state_dict(model, optimizer, options=TRAINED)
+    try:
+        dcp.load(state, checkpoint_id=folder)
+    except dcp.CheckpointException as error:
+        raise OSError(f"{folder} is damaged: {next(iter(error.failures.values()))[0]}") from error
+    if has_moments:
+        set_optimizer_state_dict(model, optimizer, state["optimizer"])
+
+
+def load_optimizer(optimizer, saved):
+    """Put an optimizer's state dict of whole tensors into one whose parameters may be cut."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for index, moments in saved["state"].items():
+        for name, tensor in moments.items():
+            if isinstance(parameters[index], DTensor) and tensor.shape == parameters[index].shape:
+                moments[name] = torch.zeros_like(parameters[index])
+                copy_into(moments[name], tensor)
+    optimizer.load_state_dict(saved)
+
+
+def remove_old(out_dir, keep=None):
+    """Delete the folders shards-<step> that last.pt does not name any more."""
+    for name in os.listdir(out_dir):
+        if re.fullmatch(r"shards-\d+(-again)?", name) and name != keep:
+            shutil.rmtree(os.path.join(out_dir, name))
