@@ -130,7 +130,7 @@ class GPT(nn.Module):
             elif name.endswith("bias"):
                 nn.init.zeros_(p)
 
-    attention_impl = "auto"  # who computes gated attention: see `gate.choose_impl`. A choice of this run, not of the model: in no checkpoint
+    attention_impl = "auto"  # who computes gated attention: see fast/dispatch.py. A choice of this run, not of the model: in no checkpoint
 
     def tie(self):
         """If config.tied: let lm_head use the input embedding's own parameters. To be called again after one of them has been replaced."""

@@ -46,7 +46,7 @@ import torch._inductor.config
 from torch.nn import functional as F
 
 import prepare_data
-from gate import choose_impl
+from fast.dispatch import choose_impl
 from geco import GECO, is_cutting
 from models import lora
 from models.checkpoint import checkpoint_of, load_weights, read_checkpoint, save_checkpoint, state_to_save

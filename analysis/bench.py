@@ -30,7 +30,8 @@ import torch._inductor.config
 from torch._dynamo.utils import counters
 from torch.nn import functional as F
 
-from gate import choose_impl, gated_attention
+from fast.dispatch import choose_impl
+from gate import gated_attention
 from model import GPT, GPTConfig
 from training import hardware
 

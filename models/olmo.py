@@ -193,7 +193,7 @@ class OLMo(nn.Module):
             if p.dim() == 2:
                 nn.init.normal_(p, std=0.02)  # as OLMo 2, and transformers
 
-    attention_impl = "auto"  # who computes gated attention: see `gate.choose_impl`
+    attention_impl = "auto"  # who computes gated attention: see fast/dispatch.py
 
     def tie(self):
         """If config.tied: let lm_head use the input embedding's own parameters. To be called again after one of them has been replaced."""

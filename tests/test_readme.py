@@ -77,8 +77,8 @@ def test_requirements_are_the_five_and_the_pin():
 BELOW = {"geco": [], "fast": [], "storage": [], "gate": ["fast"], "model": ["gate", "storage"], "prepare_data": ["storage"],
          "models": ["gate", "model", "storage"], "circuits": ["gate", "models", "storage"],
          "training": ["geco", "gate", "model", "prepare_data", "storage", "models"],
-         "analysis": ["gate", "model", "prepare_data", "storage", "models", "training", "circuits"],
-         "train": ["geco", "gate", "model", "prepare_data", "storage", "models", "training"], "analyze": ["storage"]}
+         "analysis": ["fast", "gate", "model", "prepare_data", "storage", "models", "training", "circuits"],
+         "train": ["geco", "fast", "gate", "model", "prepare_data", "storage", "models", "training"], "analyze": ["storage"]}
 
 
 @pytest.mark.parametrize("room", BELOW)

@@ -17,7 +17,8 @@ from torch.utils.checkpoint import checkpoint
 from conftest import REPOSITORY
 from fast import op
 from fast.noise import edge_noise, new_seed
-from gate import choose_impl, gated_attention
+from fast.dispatch import choose_impl
+from gate import gated_attention
 from model import GPT, GPTConfig
 
 kernels = pytest.importorskip("fast.kernels", reason="the triton package is not installed")
@@ -214,9 +215,14 @@ def test_the_strips_cover_every_pair_once():
 
 def test_the_choice_and_its_errors(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    assert choose_impl("auto", "cuda", 1024, 64, torch.bfloat16) == "triton"
-    assert choose_impl("auto", "cuda", 1024, 64, torch.float64) == choose_impl("auto", "cuda", 1024, 64, torch.float32) == "plain" and choose_impl("auto", "cuda", 1024, 256) == "plain"
-    assert choose_impl("auto", "cuda", 11, 64) == "plain" and choose_impl("auto", "cpu", 128, 8) == "tiled" and choose_impl("auto", "cpu", 11, 16) == "plain" and choose_impl("auto", "mps", 128, 8) == "plain"
+    for dtype in (torch.bfloat16, torch.float32):
+        assert choose_impl("auto", "cuda", 1024, 64, dtype) == "triton"
+    assert choose_impl("auto", "cuda", 1024, 64, torch.float64) == "plain"
+    assert choose_impl("auto", "cuda", 1024, 256) == "plain"
+    assert choose_impl("auto", "cuda", 11, 64) == "plain"
+    assert choose_impl("auto", "cpu", 128, 8) == "tiled"
+    assert choose_impl("auto", "cpu", 11, 16) == "plain"
+    assert choose_impl("auto", "mps", 128, 8) == "plain"
     assert choose_impl("plain", "cuda", 1024, 64) == "plain"
     with pytest.raises(ValueError, match="needs a GPU"):
         choose_impl("triton", "cpu", 128, 64)

@@ -1,0 +1,101 @@
+"""Who computes gated attention: the plain formula, or a form that keeps no T x T matrix.
+
+    plain     gate.py, everywhere, whatever is asked
+    tiled     tiled.py, on CPUs
+    triton    kernels.py, on GPUs
+    dense     torch's own attention, where there are no gates
+
+`auto` takes the fastest that fits: from a context of 64 on, triton on a GPU and tiled on a CPU.
+
+Notable: the fast forms know no `keep`, no `return_gates`, no tensor of noise and no bias that varies inside a head.
+What asks for one of these gets the plain formula, and nobody else in the project has to know.
+"""
+
+import importlib.util
+import os
+
+import torch
+from torch.nn import functional as F
+
+SHORT = 64  # tokens; below, the plain formula is as fast as any
+WIDEST = 128  # head that the Triton kernels take
+
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+
+
+def attention(q, k, v, bias, temperature, sample, dense, linear_penalty, noise, keep, return_gates, impl):
+    """`gate.gated_attention` by the fastest form that knows all that is asked. Arguments as there, k and v with as many heads as q.
+
+    Returns (y, density), or None: then the plain formula has to do it.
+    """
+    if keep is not None or return_gates:
+        return None
+    if dense:
+        return dense_attention(q, k, v)
+    if torch.is_tensor(noise) or noise not in (None, 0):
+        return None
+    B, H, T, D = q.shape
+    impl = choose_impl(impl, q.device.type, T, D, q.dtype)
+    if impl == "plain":
+        return None
+    head_bias = bias_of_heads(bias, H, q.device, torch.promote_types(q.dtype, torch.float32))
+    if head_bias is None:
+        return None
+
+    from fast import op  # here, so that who only reads or runs the formula needs none of it
+    from fast.noise import new_seed
+
+    if impl == "tiled" and torch.compiler.is_compiling():
+        impl = "tiled compiled"
+    seed = new_seed(q.device) if sample and noise is None else None
+    y, penalty, _ = op.forward(q, k, v, head_bias, seed, sample, temperature, linear_penalty, impl)
+    return y, penalty.sum() / (B * H * T * (T + 1) / 2)
+
+
+def dense_attention(q, k, v):
+    """Ordinary causal attention, by torch; its density is 1. q, k, v (B, H, T, D). Returns (y, density)."""
+    dtype = v.dtype
+    if q.device.type == "cpu":  # where the backward pass in bfloat16 is eight times slower than in float32
+        exact = torch.promote_types(q.dtype, torch.float32)
+        q, k, v = q.to(exact), k.to(exact), v.to(exact)
+    with torch.autocast(q.device.type, enabled=False):
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    return y.to(dtype), q.new_ones(())
+
+
+def choose_impl(name, device, T, D, dtype=torch.float32):
+    """'plain', 'tiled' or 'triton', for a setting that names one or says 'auto'.
+
+    device: 'cpu', 'cuda', ...; T tokens of context; D the width of a head. TRITON_INTERPRET=1 lets 'triton', asked for
+    by name, run on a CPU, slowly. Raises ValueError if name is none of these, or cannot run here.
+    """
+    if name not in ("auto", "plain", "tiled", "triton"):
+        raise ValueError(f"attention_impl is 'auto', 'plain', 'tiled' or 'triton', not {name!r}")
+    on_gpu = device.startswith("cuda")
+    triton_fits = HAS_TRITON and D <= WIDEST and dtype != torch.float64
+    if name == "auto":
+        if T < SHORT:
+            return "plain"
+        if on_gpu and triton_fits:
+            return "triton"
+        return "tiled" if device == "cpu" else "plain"
+    if name == "tiled" and device != "cpu":
+        raise ValueError(f"attention_impl='tiled' is for CPUs; on {device} use 'auto'")
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if name == "triton" and not (triton_fits and (on_gpu or interpreted)):
+        raise ValueError("attention_impl='triton' needs a GPU, the triton package and heads up to "
+                         f"{WIDEST} wide; here: {device}, width {D}, {dtype}. Use 'auto'")
+    return name
+
+
+def bias_of_heads(bias, H, device, dtype):
+    """bias as a tensor (H,), or None if it varies inside a head or wants a gradient."""
+    if not torch.is_tensor(bias):
+        return torch.full((H,), bias, device=device, dtype=dtype)
+    if bias.requires_grad:
+        return None
+    if bias.numel() == 1:
+        return bias.reshape(1).to(device, dtype).expand(H)
+    if bias.numel() == H and bias.shape[-3:] == (H, 1, 1):
+        return bias.reshape(H).to(device, dtype)
+    return None
