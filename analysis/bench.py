@@ -34,6 +34,7 @@ from fast.dispatch import choose_impl
 from gate import gated_attention
 from model import GPT, GPTConfig
 from training import hardware
+from training.distillation import divergence
 
 SHAPES = {"stdlib": dict(vocab_size=256, n_layer=4, n_head=16, n_embd=128, block_size=128), "gpt2": dict(vocab_size=50304)}
 
@@ -169,12 +170,6 @@ def floor_of(B, H, T, D, dtype, device):
              f"q, k, v, y, dy, dq, dk, dv once through memory are {8 * tensor / 1e6:.0f} MB")
     peak = hardware.peak_flops(device) if dtype != "float32" else None
     return words + (f"; at the data sheet's {peak / 1e12:.0f} TFLOP/s the products take {7 * product / peak * 1000:.3f} ms" if peak else "")
-
-
-def divergence(logits, teacher_logits, targets):
-    """train.py's, operation by operation; nobody imports train (a test compares them)."""
-    student, teacher = (x[targets != -1].float().log_softmax(-1) for x in (logits, teacher_logits))
-    return F.kl_div(student, teacher, log_target=True, reduction="batchmean")
 
 
 def training_steps(options, device, name):

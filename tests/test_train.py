@@ -12,17 +12,19 @@ import pytest
 import torch
 
 import prepare_data
-import train as train_file
 from conftest import REPOSITORY
 from helpers import SMALL, metrics, run
 from model import GPT
 from models.checkpoint import load_checkpoint, load_weights, read_checkpoint, save_checkpoint
 from storage.files import UserError
-from train import distance_from_target, get_lr, meets_target
+from train import get_lr
+from training import judge
 from training.batches import Batches
+from training.distillation import divergence
 from training.evaluate import evaluate_splits
 from training.folder import StopRequest
 from training.settings import Config
+from training.verdict import distance_from_target, meets_target
 
 
 def parameters(folder, name="last.pt"):
@@ -150,7 +152,7 @@ def test_a_run_that_goes_back_and_is_killed_near_its_end_ends_like_one_that_is_n
     def judged(found, dense, target):  # as good as a coin, but the same for the same weights
         return int(found["val"]["loss"] * 1e7) % 5 < 2
 
-    monkeypatch.setattr(train_file, "meets_target", judged)
+    monkeypatch.setattr(judge, "meets_target", judged)
     settings = {"average_decay": 0.9, "cycle_steps": 5, "linear_penalty_steps": 2, "max_steps": 40, "eval_interval": 5, "lambda_init": 1.0, "seed": 2, "init_from": run("dense.py", seed=2)}
     real, renamed = os.replace, []
 
@@ -493,7 +495,7 @@ def test_a_teacher_changes_the_gradient_and_only_the_gradient(counting):
     teacher = load_checkpoint("out/dense/best.pt")
     x, _ = prepare_data.load("count").batch("val", range(0, 400, 8), 8)
     x = torch.from_numpy(x)
-    distance = [train_file.divergence(load_checkpoint(f"out/{name}/last.pt")(x)[0], teacher(x)[0], x).item() for name in ("taught", "untaught")]
+    distance = [divergence(load_checkpoint(f"out/{name}/last.pt")(x)[0], teacher(x)[0], x).item() for name in ("taught", "untaught")]
     assert distance[0] < distance[1]
 
 
@@ -503,8 +505,8 @@ def test_divergence_is_the_textbook_sum():
     p, q = teacher.softmax(-1), student.softmax(-1)
     targets = torch.tensor([[1, 2, -1], [0, -1, -1]])
     expected = (p * (p / q).log()).sum(-1)[targets != -1].mean().item()
-    assert train_file.divergence(student, teacher, targets).item() == pytest.approx(expected, rel=1e-5)
-    assert train_file.divergence(teacher, teacher, targets).item() == pytest.approx(0, abs=1e-6)
+    assert divergence(student, teacher, targets).item() == pytest.approx(expected, rel=1e-5)
+    assert divergence(teacher, teacher, targets).item() == pytest.approx(0, abs=1e-6)
 
 
 def test_other_data_than_the_run_began_with_is_refused(counting):
@@ -602,11 +604,11 @@ def test_only_an_evaluation_that_can_become_the_best_counts_all_rows(echo):
 
 def test_a_cycle_that_was_not_repaired_starts_again_from_the_last_state_that_met_the_target(echo, monkeypatch):
     parent, evaluated = run("dense.py"), []
-    monkeypatch.setattr(train_file, "evaluate_splits", lambda *given: evaluated.append(1) or evaluate_splits(*given))
+    monkeypatch.setattr(judge, "evaluate_splits", lambda *given: evaluated.append(1) or evaluate_splits(*given))
     # the dense model is judged first, then steps 0, 20, 40, 60 and 80
-    monkeypatch.setattr(train_file, "meets_target", lambda *given: len(evaluated) - 2 in (1, 4))
+    monkeypatch.setattr(judge, "meets_target", lambda *given: len(evaluated) - 2 in (1, 4))
     starts = []
-    monkeypatch.setattr(train_file, "load_weights", lambda model, weights: starts.append(weights) or load_weights(model, weights))
+    monkeypatch.setattr(judge, "load_weights", lambda model, weights: starts.append(weights) or load_weights(model, weights))
     folder = run("sparse.py", init_from=parent, cycle_steps=40, linear_penalty_steps=10, max_steps=80, lambda_init=1.0, lambda_min=0.2)
     assert [line["passes"] for line in metrics(folder)] == [False, True, False, False, True]
     assert [line["goes_back"] for line in metrics(folder)] == [False, False, True, False, False]

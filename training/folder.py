@@ -8,7 +8,7 @@ A run's folder out/<run>/ holds config.json, metrics.jsonl, best.pt or closest.p
   by line. After the last step best.pt.next is written first, and takes its place after last.pt: a run that is killed in between still needs the best.pt of before. So a `kill -9` at any moment leaves a folder from which the run goes on: whatever came after last.pt is done again.
 - Ctrl-C and SIGTERM finish the step, save, and say how to go on. Further SIGTERMs change nothing: torchrun and a scheduler may both send one.
 
-This file knows checkpoints (checkpoint.py) and no setting by name, but for init_from and out_dir.
+Which settings may differ when a run goes on is written in settings.py.
 """
 
 import contextlib
@@ -20,45 +20,60 @@ from dataclasses import asdict
 from models.checkpoint import read_checkpoint
 from storage.files import UserError, locked, write_whole
 from training import hardware
+from training.settings import FIXED, FREE, GATED_ONLY, SETTINGS, SHAPE, Config
 
 
-def claim_folder(config, inherit, fixed, free):
+def claim_folder(config, given):
     """Find out what config.out_dir holds; return the checkpoint to go on from, or None to start at step 0.
 
-    config   a dataclass of settings. Changed in place: 'resume' gives way to the run's own init_from
-    inherit  names of settings that are taken over from the run in the folder
-    fixed    names of settings that no run may change on its way
-    free     function of the config: names of settings that may differ without being asked for
-
+    config  changed in place: what was not given is taken over from the run in the folder, 'resume' gives way to the
+            run's own init_from
+    given   names of the settings that were set
     Raises UserError rather than mixing two runs in one folder.
     """
-    last, saved = os.path.join(config.out_dir, "last.pt"), os.path.join(config.out_dir, "config.json")
+    last = os.path.join(config.out_dir, "last.pt")
     resume = config.init_from == "resume"
-    if resume and not os.path.exists(last):
-        raise UserError(f"there is no last.pt in {config.out_dir} to resume. Leave --init_from=resume away to start a run")
     if not os.path.exists(last):
-        if os.path.exists(os.path.join(config.out_dir, "best.pt")):
-            raise UserError(f"{config.out_dir} holds a best.pt but no last.pt to go on from. Move the folder away, or start a new run with --out_dir=out/NEW")
+        require_new(config.out_dir, resume)
         return None  # new, or killed before its first checkpoint: nothing to lose
-    try:
-        with open(saved, encoding="utf-8") as f:
-            before = asdict(type(config)()) | json.load(f)
-    except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"{saved} is missing or damaged, so nobody knows what run {last} belongs to. Start a new one with --out_dir=out/NEW") from error
-    for key in ["init_from"] * resume + list(inherit):
-        setattr(config, key, before[key])
+    before = settings_of(config.out_dir)
+    taken_over = SETTINGS if resume else SHAPE
+    for key in taken_over:
+        if key not in given or key == "init_from":
+            setattr(config, key, before[key])
+    may_differ = FREE if config.gated else (*FREE, *GATED_ONLY)
     now = asdict(config)
-    changed = [key for key in now if key not in free(config) and now[key] != before[key]]
+    changed = [key for key in now if key not in may_differ and now[key] != before[key]]
     words = ", ".join(f"{key} {before[key]!r} there, {now[key]!r} here" for key in changed)
-    if resume and set(changed) & set(fixed):
+    if resume and set(changed) & set(FIXED):
         raise UserError(f"{config.out_dir} holds a run with another model or target ({words}): it cannot go on as this one. "
-                       "Start a new run with --out_dir=out/NEW")
+                        "Start a new run with --out_dir=out/NEW")
     if changed and not resume:
-        raise UserError(f"{config.out_dir} holds a run with other settings ({words}). Start a new one with --out_dir=out/NEW, "
-                       "or go on with that one, settings changed, with --init_from=resume")
+        raise UserError(f"{config.out_dir} holds a run with other settings ({words}). Start a new one with "
+                        "--out_dir=out/NEW, or go on with that one, settings changed, with --init_from=resume")
     if changed:
         hardware.say(f"going on with changed settings: {words}")
     return read_checkpoint(last)
+
+
+def require_new(folder, resume):
+    """Raise UserError if a folder without last.pt is no place for a new run."""
+    if resume:
+        raise UserError(f"there is no last.pt in {folder} to resume. Leave --init_from=resume away to start a run")
+    if os.path.exists(os.path.join(folder, "best.pt")):
+        raise UserError(f"{folder} holds a best.pt but no last.pt to go on from. Move the folder away, "
+                        "or start a new run with --out_dir=out/NEW")
+
+
+def settings_of(folder):
+    """The settings of the run in a folder, as a dict; those that it does not name have their defaults. Raises UserError."""
+    path = os.path.join(folder, "config.json")
+    try:
+        with open(path, encoding="utf-8") as f:
+            return asdict(Config()) | json.load(f)
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{path} is missing or damaged, so nobody knows what run is in {folder}. "
+                        "Start a new one with --out_dir=out/NEW") from error
 
 
 def settle(folder, finished):

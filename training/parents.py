@@ -3,8 +3,8 @@
     init_from    the parent: whose weights a new run takes     'scratch', a run's folder, a config file (trained first), a checkpoint, a name on Hugging Face
     target_from  the reference: whose loss is to be kept       the same; the parent, if left out
 
-Both are found before anything is trained, and what every checkpoint of the run will say about them is written down: names, fingerprints, data. So a run
-that goes on later knows whether they are still what they were, and refuses to go on if not.
+`lineage_of` says which runs have to be trained first. What every checkpoint of the run says about its parents is written
+down: names, fingerprints, data. So a run that goes on later knows whether they are still what they were, and refuses if not.
 
 Notable:
 - With adapters (lora.py) on the parent, the dense model is the run's own, adapters and gates switched off: no second copy.
@@ -13,6 +13,7 @@ Notable:
 
 import os
 from functools import partial
+from typing import NamedTuple
 
 import torch
 import torch.utils.checkpoint
@@ -31,52 +32,73 @@ from models.checkpoint import (
 )
 from storage.files import UserError
 from training import hardware, sharding
-from training.settings import GATE, make_config
+from training.settings import GATE, Config, make_config
 
 PASSED_ON = ("seed", "device", "compile", "dtype")  # settings that a run hands to a parent that is trained first, where they were set
 
 
+class Planned(NamedTuple):
+    """A run that a command trains."""
+
+    config: Config
+    given: set  # names of the settings that were set: a parent's shape is taken over where they say nothing
+    source: str  # the config file that names it as a parent, '' for the command's own
+
+
 def run_of(source, config, given):
-    """The run of a config file that `config` starts from or is compared with: (Config, names of the settings that were set). Seed and hardware are passed on."""
+    """The run of a config file that `config` starts from or is compared with: (Config, names of its settings). Seed and hardware are passed on."""
     passed_on = {key: getattr(config, key) for key in PASSED_ON if key in given}
     return make_config(source, passed_on)
 
 
-def runs_of(config, given):
-    """The Configs of all runs that training `config` takes, in their order: those of the config files that it names, then its own."""
-    runs = []
-    for source in (config.init_from, config.target_from if config.gated else ""):
-        if not source.endswith(".py"):
+def sources_of(config):
+    """[(setting, value)] of what a run needs: its parent and, of a gated run, its reference."""
+    sources = [("init_from", config.init_from)]
+    if config.gated and config.target_from:
+        sources.append(("target_from", config.target_from))
+    return sources
+
+
+def lineage_of(config, given, source=""):
+    """All runs that training `config` takes, in their order: those of the config files that it names, then its own. A list of Planned.
+
+    A run that has begun knows its parents' checkpoints: it stands alone. Raises UserError.
+    """
+    own = Planned(config, given, source)
+    if os.path.exists(os.path.join(config.out_dir, "last.pt")):
+        return [own]
+    lineage = []
+    for setting, parent in sources_of(config):
+        if not parent.endswith(".py"):
             continue
-        run, names = run_of(source, config, given)
-        if os.path.realpath(run.out_dir) == os.path.realpath(config.out_dir):
-            continue  # which `find_dense` refuses
-        trained = [earlier.out_dir for earlier in runs]
-        runs += [earlier for earlier in runs_of(run, names) if earlier.out_dir not in trained]
-    return [*runs, config]
-
-
-def find_dense(source, config, given, what, train):
-    """The checkpoint that `source` (a value of init_from or target_from) names. A config file's run is trained first, by `train`, if it is not finished."""
-    folder, is_config = source, source.endswith(".py")
-    if is_elsewhere(source) or os.path.isfile(source) and not is_config:
-        return source
-    if is_config:
-        run, names = run_of(source, config, given)
+        run, names = run_of(parent, config, given)
         if config.gated and run.gated:
-            raise UserError(f"{what}={source} is a gated run. Start from a dense one: its loss is the target")
-        folder = run.out_dir
+            raise UserError(f"{setting}={parent} is a gated run. Start from a dense one: its loss is the target")
+        refuse_own_folder(run.out_dir, config)
+        trained = [earlier.config.out_dir for earlier in lineage]
+        lineage += [new for new in lineage_of(run, names, parent) if new.config.out_dir not in trained]
+    return [*lineage, own]
+
+
+def refuse_own_folder(folder, config):
+    """Raise UserError if a run's folder were its parent's as well."""
     if os.path.realpath(folder) == os.path.realpath(config.out_dir):
         raise UserError(f"{folder} is the run's own folder and its parent's as well. Give it another with --out_dir=out/NEW")
-    if is_config:
-        try:
-            train(run, names)
-        except UserError as error:
-            raise UserError(f"the parent, {source}: {error} (flags for the parent go with its own command; another parent is named with --init_from=out/OTHER)") from error
-    if path := kept_checkpoint(folder):
-        return path
-    raise UserError(f"{what}={source}: there is no best.pt or last.pt in {folder}. init_from takes 'scratch', 'resume', the folder of a run, "
-                   f"a config file, a checkpoint of nanoGPT or transformers, or one of {', '.join(PRETRAINED)}")
+
+
+def find_dense(source, config, given, setting):
+    """The checkpoint that `source`, the value of init_from or target_from, names. A config file's run has been trained before. Raises UserError."""
+    is_config = source.endswith(".py")
+    if is_elsewhere(source) or os.path.isfile(source) and not is_config:
+        return source
+    folder = run_of(source, config, given)[0].out_dir if is_config else source
+    refuse_own_folder(folder, config)
+    path = kept_checkpoint(folder)
+    if path is None:
+        raise UserError(f"{setting}={source}: there is no best.pt or last.pt in {folder}. init_from takes 'scratch', 'resume', "
+                        "the folder of a run, a config file, a checkpoint of nanoGPT or transformers, "
+                        f"or one of {', '.join(PRETRAINED)}")
+    return path
 
 
 def require_ready(checkpoint, path):
@@ -87,78 +109,140 @@ def require_ready(checkpoint, path):
                        f"trained it and --init_from=resume --max_steps={2 * checkpoint['config']['max_steps']}; then the same command as now")
 
 
-def models_of(c, given, data, device, checkpoint, train):
-    """(model, dense_model, facts) of the run that the settings c describe.
+class Sources(NamedTuple):
+    """What a run's models are made of."""
 
-    given        names of the settings that were set: a parent's shape is taken over where they say nothing, and refused where they say otherwise
-    checkpoint   the run's own last.pt, or None of a new run
-    train        trains a parent that is a config file
-    model        in evaluation mode, on its device, perhaps cut into parts (a sharded run's weights come later, by sharding.load)
-    dense_model  the reference, frozen: it sets the target, is compared with on the same batch, and teaches. None of a dense run
-    facts        what every checkpoint of the run says of its origin
-    Changes the shape in c to that of the model. Raises UserError and what the loaders raise.
-    """
+    parent: str | None  # path or name of the checkpoint whose weights a run starts from; None: random ones
+    reference: str | None  # of the dense model whose loss is kept; None of a dense run
+    of_parent: dict  # the checkpoints themselves; {} where there is none, or of a parent where the run has begun
+    of_reference: dict
+
+
+def find_sources(c, given, checkpoint):
+    """The Sources of the run that the settings c describe. checkpoint: its own last.pt, or None."""
     if checkpoint:
         parent, reference = checkpoint["parent"], checkpoint["reference"]
     else:
-        parent = None if c.init_from == "scratch" else find_dense(c.init_from, c, given, "init_from", train)
-        reference = parent if c.gated and not c.target_from else find_dense(c.target_from, c, given, "target_from", train) if c.gated else None
+        found = {setting: None if source == "scratch" else find_dense(source, c, given, setting)
+                 for setting, source in sources_of(c)}
+        parent = found["init_from"]
+        reference = found.get("target_from", parent) if c.gated else None
     with hardware.first_alone():  # who downloads, if need be
         of_reference = read_checkpoint(reference) if c.gated else {}
-        of_parent = of_reference if parent == reference else read_checkpoint(parent) if parent and not checkpoint else {}
+        if parent == reference:
+            of_parent = of_reference
+        else:
+            of_parent = read_checkpoint(parent) if parent and not checkpoint else {}
+    return Sources(parent, reference, of_parent, of_reference)
 
-    facts = {"parent": parent, "reference": reference, "reference_fingerprint": fingerprint(of_reference) if c.gated else None,
-             "data": {"dataset": c.dataset, "tokenizer": data.meta.get("tokenizer", c.dataset), "sha256": data.meta["sha256"]}}
+
+def origin_of(c, data, sources, checkpoint):
+    """What every checkpoint of a run says of its origin: parents, fingerprints, data, adapters."""
+    origin = {"parent": sources.parent, "reference": sources.reference,
+              "reference_fingerprint": fingerprint(sources.of_reference) if c.gated else None,
+              "data": {"dataset": c.dataset, "tokenizer": data.meta.get("tokenizer", c.dataset),
+                       "sha256": data.meta["sha256"]}}
     if c.lora_rank:
-        facts |= {"lora": {"rank": c.lora_rank, "alpha": c.lora_alpha, "targets": c.lora_targets}, "base": parent,
-                  "base_fingerprint": checkpoint["base_fingerprint"] if checkpoint else fingerprint(of_parent)}
-    for source, found in ((parent, of_parent), (reference, of_reference)):
+        origin["lora"] = {"rank": c.lora_rank, "alpha": c.lora_alpha, "targets": c.lora_targets}
+        origin["base"] = sources.parent
+        origin["base_fingerprint"] = checkpoint["base_fingerprint"] if checkpoint else fingerprint(sources.of_parent)
+    return origin
+
+
+def check_sources(c, sources, origin, checkpoint):
+    """Raise UserError if parent or reference are not what this run can start from, or not what it was begun with."""
+    pairs = [(sources.parent, sources.of_parent), (sources.reference, sources.of_reference)]
+    for source, found in pairs:
         if found:
-            require_tokenizer(found, source, facts["data"]["tokenizer"])
-    for what, found in (("target_from" if c.target_from else "init_from", of_reference), ("init_from", of_parent)):
-        if c.gated and found.get("model_args", {}).get("gated"):
-            raise UserError(f"{what}={getattr(c, what)} is a gated run. Start from a dense one: its loss is the target, its gates are not open or shut yet")
+            require_tokenizer(found, source, origin["data"]["tokenizer"])
     if c.gated:
-        for source, found in ((parent, of_parent), (reference, of_reference)):
+        settings = [("target_from" if c.target_from else "init_from", sources.of_reference),
+                    ("init_from", sources.of_parent)]
+        for setting, found in settings:
+            if found.get("model_args", {}).get("gated"):
+                raise UserError(f"{setting}={getattr(c, setting)} is a gated run. Start from a dense one: "
+                                "its loss is the target, its gates are not open or shut yet")
+        for source, found in pairs:
             require_ready(found, source)
-    if checkpoint and checkpoint["reference_fingerprint"] != facts["reference_fingerprint"]:
-        raise UserError(f"{reference} holds other weights now than when {c.out_dir} was begun: the target is not that model's any more. "
-                       "Put the old file back, or start a new run with --out_dir=out/NEW")
-    if checkpoint and checkpoint["data"] != facts["data"]:
-        raise UserError(f"data/{c.dataset} is not the data that {c.out_dir} was begun with ({checkpoint['data']} there, {facts['data']} here): it cannot go on "
-                       "exactly. Put the old data back, or start a new run with --out_dir=out/NEW")
-    if not checkpoint and c.lora_rank and "lora" in of_parent:
-        raise UserError(f"{parent} holds adapters itself, and one model has one set of them. Merge them first (python model.py export {parent} --to hf FOLDER) and start from FOLDER")
+    if not checkpoint:
+        if c.lora_rank and "lora" in sources.of_parent:
+            raise UserError(f"{sources.parent} holds adapters itself, and one model has one set of them. Merge them first "
+                            f"(python analyze.py export {sources.parent} --to hf FOLDER) and start from FOLDER")
+        return
+    if checkpoint["reference_fingerprint"] != origin["reference_fingerprint"]:
+        raise UserError(f"{sources.reference} holds other weights now than when {c.out_dir} was begun: the target is not "
+                        "that model's any more. Put the old file back, or start a new run with --out_dir=out/NEW")
+    if checkpoint["data"] != origin["data"]:
+        raise UserError(f"data/{c.dataset} is not the data that {c.out_dir} was begun with ({checkpoint['data']} there, "
+                        f"{origin['data']} here): it cannot go on exactly. Put the old data back, or start a new run "
+                        "with --out_dir=out/NEW")
 
-    cut, prepared = partial(cut_if_sharded, c, device), partial(prepare, c, device)
-    gate_settings = {key: getattr(c, key) for key in GATE}
+
+def models_of(c, given, data, device, checkpoint):
+    """(model, dense_model, origin) of the run that the settings c describe.
+
+    given        names of the settings that were set: a parent's shape is taken over where they say nothing
+    checkpoint   the run's own last.pt, or None of a new run
+    model        in evaluation mode, on its device, perhaps cut into parts (whose weights come later, by sharding.load)
+    dense_model  the reference, frozen: it sets the target, is compared with on the same batch, and teaches; or None
+    origin       see `origin_of`
+    Changes the shape in c to that of the model. Raises UserError and what the loaders raise.
+    """
+    sources = find_sources(c, given, checkpoint)
+    origin = origin_of(c, data, sources, checkpoint)
+    check_sources(c, sources, origin, checkpoint)
     torch.manual_seed(c.seed)
-    if checkpoint:
-        model = model_of(checkpoint, f"{c.out_dir}/last.pt", device, prepared, merged=False, in_parts=True)
-    elif parent:
-        args = of_parent["model_args"]
-        shorter = {"block_size": c.block_size} if "block_size" in given and "architecture" in args and c.block_size < args["block_size"] else {}  # an OLMo's positions are no weights
-        model = model_of(of_parent, parent, device, prepared, **gate_settings, **shorter)
-        for key, value in shape_of(model.config).items():
-            if key in given and getattr(c, key) != value:
-                raise UserError(f"{key}={getattr(c, key)!r}, but {parent} has {key}={value!r}: a run that starts from another keeps its shape. Leave {key} away")
-            setattr(c, key, value)
-    else:
-        model = prepared(new_model(c, data.meta["vocab_size"], gate_settings).to(device))
-    if model.config.vocab_size < data.meta["vocab_size"]:
-        raise UserError(f"the model knows {model.config.vocab_size} tokens, data/{c.dataset} has {data.meta['vocab_size']}: they do not belong together")
-    if data.meta["kind"] == "rows" and model.config.block_size < data.train.shape[2]:
-        raise UserError(f"a row of data/{c.dataset} has {data.train.shape[2]} tokens, the model's block_size is {model.config.block_size}: make it larger")
-
+    model = model_to_train(c, given, data, device, checkpoint, sources)
+    check_data_fits(c, data, model)
     if not c.gated:
-        return model, None, facts
-    if c.lora_rank and reference == parent:
-        return model, lora.Base(model), facts
-    same_context = {"block_size": c.block_size} if "architecture" in of_reference["model_args"] else {}
-    dense_model = model_of(of_reference, reference, device, cut, **same_context)
-    if dense_model.config.vocab_size != model.config.vocab_size or data.meta["kind"] == "stream" and dense_model.config.block_size != model.config.block_size:
-        raise UserError(f"{reference} has another vocabulary or block_size than {parent}: their losses cannot be compared. Choose another target_from")
-    return model, dense_model, facts
+        return model, None, origin
+    if c.lora_rank and sources.reference == sources.parent:
+        return model, lora.Base(model), origin
+    return model, reference_model(c, data, device, model, sources), origin
+
+
+def model_to_train(c, given, data, device, checkpoint, sources):
+    """The run's own model: of its checkpoint, of its parent's, or random."""
+    prepared = partial(prepare, c, device)
+    gate_settings = {key: getattr(c, key) for key in GATE}
+    if checkpoint:
+        return model_of(checkpoint, f"{c.out_dir}/last.pt", device, prepared, merged=False, in_parts=True)
+    if not sources.parent:
+        return prepared(new_model(c, data.meta["vocab_size"], gate_settings).to(device))
+    args = sources.of_parent["model_args"]
+    shorter = {}
+    if "architecture" in args and "block_size" in given and c.block_size < args["block_size"]:
+        shorter = {"block_size": c.block_size}  # an OLMo's positions are no weights
+    model = model_of(sources.of_parent, sources.parent, device, prepared, **gate_settings, **shorter)
+    for key, value in shape_of(model.config).items():
+        if key in given and getattr(c, key) != value:
+            raise UserError(f"{key}={getattr(c, key)!r}, but {sources.parent} has {key}={value!r}: a run that starts from "
+                            f"another keeps its shape. Leave {key} away")
+        setattr(c, key, value)
+    return model
+
+
+def check_data_fits(c, data, model):
+    """Raise UserError if model cannot read the dataset."""
+    if model.config.vocab_size < data.meta["vocab_size"]:
+        raise UserError(f"the model knows {model.config.vocab_size} tokens, data/{c.dataset} has "
+                        f"{data.meta['vocab_size']}: they do not belong together")
+    if data.meta["kind"] == "rows" and model.config.block_size < data.train.shape[2]:
+        raise UserError(f"a row of data/{c.dataset} has {data.train.shape[2]} tokens, the model's block_size is "
+                        f"{model.config.block_size}: make it larger")
+
+
+def reference_model(c, data, device, model, sources):
+    """The dense model whose loss `model` is to keep. Raises UserError if the two cannot be compared."""
+    same_context = {"block_size": c.block_size} if "architecture" in sources.of_reference["model_args"] else {}
+    dense_model = model_of(sources.of_reference, sources.reference, device, partial(cut_if_sharded, c, device),
+                           **same_context)
+    ours, theirs = model.config, dense_model.config
+    other_context = data.meta["kind"] == "stream" and theirs.block_size != ours.block_size
+    if theirs.vocab_size != ours.vocab_size or other_context:
+        raise UserError(f"{sources.reference} has another vocabulary or block_size than {sources.parent}: "
+                        "their losses cannot be compared. Choose another target_from")
+    return dense_model
 
 
 def cut_if_sharded(c, device, model):

@@ -23,7 +23,6 @@ from typing import NamedTuple
 from tqdm import tqdm
 
 from training import hardware
-from training.parents import runs_of
 from training.settings import forward_passes
 
 
@@ -47,10 +46,8 @@ class Job:
         self.parts = done + [Part(c.out_dir, work_of(c), bool(c.ready_loss) and not c.gated) for c in configs]
 
     @classmethod
-    def of(cls, config, given, checkpoint):
-        """The job of the run that config describes; given: names of the settings that were set; checkpoint: the run's own, or None of a new run."""
-        if not checkpoint:
-            return cls(runs_of(config, given))
+    def of_begun(cls, config, checkpoint):
+        """The job of a run that goes on from its checkpoint: the parents that were trained for it are finished."""
         trained = []
         for source, path in ((config.init_from, checkpoint["parent"]), (config.target_from, checkpoint["reference"])):
             folder = os.path.dirname(path or "")

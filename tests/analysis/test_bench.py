@@ -9,9 +9,8 @@ import sys
 import pytest
 import torch
 
-import train
 from analysis import bench, split
-from analysis.bench import divergence, make_inputs, peak_memory, training_steps
+from analysis.bench import make_inputs, peak_memory, training_steps
 from conftest import REPOSITORY
 from gate import gated_attention
 from training.settings import make_config
@@ -43,11 +42,6 @@ def test_a_small_run(workplace):
     assert [row["way"] for row in rows] == ["dense (SDPA)", "plain, eager", "plain, compiled", "tiled, eager", "tiled, compiled"]
     assert all(0 < row["forward_ms"] and 0 < row["ms"] for row in rows) and all(row["way"] in done.stdout for row in rows)
     assert os.path.getsize("out/bench/bench.png") > 5000
-
-
-def test_a_taught_step_is_timed_with_the_divergence_that_training_uses():
-    logits, taught, targets = torch.randn(2, 5, 9), torch.randn(2, 5, 9), torch.randint(-1, 9, (2, 5))
-    assert torch.equal(divergence(logits, taught, targets), train.divergence(logits, taught, targets)) and divergence(logits, logits, targets) == 0
 
 
 def test_the_steps_of_a_model_count_what_they_compute(monkeypatch):

@@ -16,8 +16,8 @@ from torch.utils.checkpoint import checkpoint
 
 from conftest import REPOSITORY
 from fast import op
-from fast.noise import edge_noise, new_seed
 from fast.dispatch import choose_impl
+from fast.noise import edge_noise, new_seed
 from gate import gated_attention
 from model import GPT, GPTConfig
 

@@ -6,6 +6,7 @@ import re
 import pytest
 
 from helpers import run
+from training.parents import lineage_of
 from training.progress import Job, Progress
 from training.settings import Config, make_config
 
@@ -23,7 +24,7 @@ class Terminal(io.StringIO):
 def clock(monkeypatch):
     """Seconds that only pass when a test says so."""
     now = [100.0]
-    monkeypatch.setattr("progress.time.perf_counter", lambda: now[0])
+    monkeypatch.setattr("training.progress.time.perf_counter", lambda: now[0])
     return now
 
 
@@ -60,7 +61,8 @@ def test_a_run_whose_parent_is_finished_says_so(echo, capsys):
 
 def test_the_parts_of_a_job_with_a_control(echo):
     (echo / "control.py").write_text("init_from = 'dense.py'\ndataset = 'echo'\n")
-    job = Job.of(*make_config("sparse.py", {"target_from": "control.py", "seed": 3}), None)
+    lineage = lineage_of(*make_config("sparse.py", {"target_from": "control.py", "seed": 3}))
+    job = Job([planned.config for planned in lineage])
     assert [part.folder for part in job.parts] == ["out/dense-seed3", "out/control-seed3", "out/sparse-seed3"]
     assert job.outlook("out/control-seed3") == "part 2 of 3, out/control-seed3 (then out/sparse-seed3)"
 
@@ -118,7 +120,7 @@ def test_a_terminal_gets_a_bar_that_moves():
 
 
 def test_other_processes_are_silent(monkeypatch):
-    monkeypatch.setattr("progress.hardware.rank", lambda: 1)
+    monkeypatch.setattr("training.progress.hardware.rank", lambda: 1)
     job, parent, _ = two_parts()
     for stream in (io.StringIO(), Terminal()):
         with Progress(job, parent, 0, stream) as progress:

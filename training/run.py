@@ -1,0 +1,263 @@
+"""A run while it trains: its models, its data, its optimizer, and where it stands.
+
+    model         is trained
+    judged        is measured, judged and kept: the model itself, or the moving average of its weights (average.py)
+    dense_model   of a gated run: sets the target, is compared with on the same batch, and teaches
+
+Each has a form in which it is called: `network` (compiled, in DDP), `fast_judged`, `fast_dense` (compiled).
+
+Notable:
+- `State` is what a checkpoint remembers beside weights, optimizer and lambda.
+- Whether a run is compiled, sharded, adapted (LoRA) or shared among processes is decided here, and nowhere in the loop.
+"""
+
+import math
+import os
+from dataclasses import asdict, dataclass
+
+import torch
+import torch._inductor.config
+
+import prepare_data
+from fast.dispatch import choose_impl
+from geco import GECO
+from models import lora
+from models.checkpoint import load_weights, state_to_save
+from storage.files import UserError, write_json
+from training import hardware, sharding
+from training.average import follow, judged_model
+from training.batches import Batches
+from training.distillation import divergence
+from training.evaluate import evaluate_splits
+from training.handover import fold_shift
+from training.parents import models_of
+from training.settings import check_together
+from training.verdict import cap_of
+
+MEASURED = 50  # batches of the dense loss on training data: a good mean
+
+
+@dataclass
+class State:
+    """Where a run stands."""
+
+    step: int = 0
+    seconds: float = 0.0  # of training, so far
+    best: list | None = None  # [open edges, loss] of best.pt
+    closest: list | None = None  # how far closest.pt is from the target
+    ready: bool | None = None  # of a dense run with a ready_loss
+    dense: dict | None = None  # of a gated run: {split: what `evaluate` says of the dense model}
+    target_loss: float | None = None  # held out, nats
+    dense_on_training: float | None = None  # nats
+    batch_loss: float | None = None  # moving average, nats
+    density: float | None = None  # of the last step
+    constraint_loss: float | None = None  # of the last measurement, nats
+
+
+class Run:
+    """See above. checkpoint: the run's own last.pt, which is emptied of its tensors, or None of a new run."""
+
+    def __init__(self, config, given, checkpoint):
+        c = self.config = config
+        self.device = hardware.pick_device(c.device)
+        self.micro_batches = check_together(c, hardware.world())
+        with hardware.first_alone():
+            self.data = prepare_data.load(c.dataset)
+        self.model, self.dense_model, self.origin = models_of(c, given, self.data, self.device, checkpoint)
+        self.context = self.data.train.shape[2] if self.data.meta["kind"] == "rows" else c.block_size
+        is_child = self.origin["parent"] is not None
+        self.batches = Batches(self.data, self.context, c.batch_size, self.micro_batches, c.seed, is_child, self.device)
+        self.state, self.shards = State(), None
+        self.choose_how_to_compute()
+        self.make_optimizer()
+        self.geco = None
+        if c.gated:  # the target is measured below
+            self.geco = GECO(target=0.0, scale=c.constraint_scale, rate=c.lambda_rate, alpha=c.lambda_average,
+                             lambda_init=c.lambda_init, lambda_min=c.lambda_min, lambda_max=c.lambda_max)
+        if checkpoint:
+            self.go_on_from(checkpoint)
+        else:
+            self.start()
+        self.fast_judged = self.fast
+        if self.judged is not self.model:
+            self.fast_judged = torch.compile(self.judged) if self.compiled else self.judged
+        self.network = self.fast
+        if hardware.world() > 1 and not self.sharded:
+            self.network = torch.nn.parallel.DistributedDataParallel(self.fast)
+        self.model.train()  # samples the gates, drops out; loading and evaluating leave models in evaluation mode
+
+    # --- how it computes -----------------------------------------------------------------------------------------
+
+    def choose_how_to_compute(self):
+        """Precision, attention, compilation: `autocast`, `impl`, `compiled`, `fast`, `fast_dense`."""
+        c, config = self.config, self.model.config
+        self.sharded = sharding.applies(c.parallel)
+        keeps_copies = not (self.sharded or c.recompute_activations)
+        self.autocast, self.dtype = hardware.precision(c.dtype, self.device, cache=keeps_copies)
+        self.model.attention_impl = c.attention_impl
+        self.impl = "dense"
+        if c.gated:
+            width, dtype = config.n_embd // config.n_head, getattr(torch, self.dtype)
+            try:
+                self.impl = choose_impl(c.attention_impl, self.device.split(":")[0], config.block_size, width, dtype)
+            except ValueError as error:
+                raise UserError(str(error)) from error
+
+        # one model, many ways to run it: dense, gated, sampled, judged, taught; at 8 torch would give up compiling
+        torch._dynamo.config.recompile_limit = 64
+        # compiled code draws from torch's own generator: the same noise as without compiling
+        torch._inductor.config.fallback_random = True
+        long = self.context >= 64 and not self.sharded
+        pays_dense = long and c.architecture != "gpt2"  # on a CPU: OLMo's norms and rotations; a dense GPT is no faster
+        pays_gated = pays_dense or c.gated and long
+        self.compiled = hardware.compiles(c.compile, self.device, pays_on_cpu=pays_gated)
+        self.fast = self.model
+        if self.compiled and not self.sharded:
+            self.fast = torch.compile(self.model)
+        self.fast_dense = self.dense_model
+        if c.gated and not self.sharded and hardware.compiles(c.compile, self.device, pays_on_cpu=pays_dense):
+            if isinstance(self.dense_model, lora.Base):
+                self.fast_dense = lora.Base(self.model, torch.compile(self.model))
+            else:
+                self.fast_dense = torch.compile(self.dense_model)
+
+    def make_optimizer(self):
+        """AdamW over what is trained, weight decay on matrices."""
+        c = self.config
+        self.trained = [p for p in self.model.parameters() if p.requires_grad]
+        groups = [{"params": [p for p in self.trained if p.dim() >= 2], "weight_decay": c.weight_decay},
+                  {"params": [p for p in self.trained if p.dim() < 2], "weight_decay": 0.0}]
+        self.optimizer = torch.optim.AdamW(groups, lr=c.learning_rate, betas=(c.beta1, c.beta2), fused=self.device != "mps")
+
+    # --- where it stands -----------------------------------------------------------------------------------------
+
+    def start(self):
+        """A new run: what the dense model can do, and with it the target; then its weights are handed to the gates."""
+        if self.config.gated:
+            self.measure_dense()
+            if self.config.open_above:
+                self.hand_over()
+        self.judged = judged_model(self.model, self.config.average_decay)
+
+    def measure_dense(self):
+        """The target of the judgement, on held-out data, and that of the constraint, on training batches."""
+        c, state = self.config, self.state
+        state.dense = evaluate_splits(self.dense_model, self.data, c.eval_batch_size, c.eval_batches)
+        state.target_loss = state.dense["val"]["loss"] + c.loss_slack
+        # like with like: the measure and the stream of batches that the constraint sees
+        losses = [self.batches.mean_loss(step, self.fast_dense, self.autocast) for step in range(MEASURED)]
+        state.dense_on_training = sum(losses) / MEASURED
+        self.geco.target = state.dense_on_training + c.loss_slack - c.constraint_margin
+        hardware.say(f"dense model: held-out loss {state.dense['val']['loss']:.4f}, target {state.target_loss:.4f}; "
+                     f"on training batches {state.dense_on_training:.4f}, the constraint's target {self.geco.target:.4f}")
+
+    def hand_over(self):
+        """Shift the gates so that edges with some attention start open (handover.py)."""
+        c = self.config
+        rows = self.batches.indices(0)[:max(1, 8192 // self.context)]  # some thousand queries are plenty
+        x, _ = self.data.batch("train", rows, self.context)
+        with torch.compiler.set_stance("force_eager"):  # once, with a new function in every layer: not worth compiling
+            fold_shift(self.model, torch.from_numpy(x).to(self.device), c.open_above,
+                       fold=not c.lora_rank and not self.sharded)
+        self.model.config.gate_bias = hardware.of_first(self.model.config.gate_bias)  # DDP does the same for key biases
+
+    def go_on_from(self, checkpoint):
+        """A run that has begun: optimizer, lambda, state and weights as they were."""
+        c = self.config
+        self.shards = checkpoint.get("shards")
+        if self.shards:
+            folder = os.path.join(c.out_dir, os.path.basename(self.shards))
+            sharding.load(folder, state_to_save(self.model), self.model, self.optimizer)
+        else:
+            sharding.load_optimizer(self.optimizer, checkpoint["optimizer"])
+        for group, decay in zip(self.optimizer.param_groups, (c.weight_decay, 0.0)):  # --init_from=resume may change them
+            group.update(weight_decay=decay, betas=(c.beta1, c.beta2))
+        self.state = State(**{key: checkpoint.get(key, value) for key, value in asdict(State()).items()})
+        if self.geco:
+            self.geco.load_state_dict(checkpoint["geco"])
+        self.judged = judged_model(self.model, c.average_decay)
+        if c.average_decay:
+            load_weights(self.model, checkpoint["trained"])
+        for large in {"model", "optimizer", "trained"} & set(checkpoint):
+            del checkpoint[large]
+
+    # --- what the loop asks for ----------------------------------------------------------------------------------
+
+    def constraint(self, step, noisy):
+        """Lambda's measurement: the loss of a step's batch under the gates that count, nats. noisy: does training sample them?"""
+        c = self.config
+        if noisy and c.constraint_gates == "sampled":
+            measured = self.batches.mean_loss(step, self.fast, self.autocast, sampled=True)
+        else:
+            measured = self.batches.mean_loss(step, self.fast_judged, self.autocast)
+        if c.constraint_paired:  # the dense model's luck with this batch, taken off; on average it is 0
+            luck = self.batches.mean_loss(step, self.fast_dense, self.autocast) - self.state.dense_on_training
+            measured -= luck
+        self.geco.lambda_max = getattr(c, cap_of(vars(c), step))
+        self.state.constraint_loss = measured
+        return measured
+
+    def parts(self, step):
+        """This process's micro-batches of a step, (x, y) each, (B, T). DDP averages gradients after the last alone."""
+        last = len(self.batches.ours) - 1
+        for i, batch in enumerate(self.batches.at(step)):
+            if self.network is not self.fast:
+                self.network.require_backward_grad_sync = i == last
+            yield batch
+
+    def taught(self, x, y, logits):
+        """What the dense model adds to the loss of a gated run: distillation.py. 0 where it does not teach."""
+        weight = self.config.distill_weight
+        if not weight:
+            return 0.0
+        with torch.no_grad():
+            teacher_logits = self.fast_dense(x)[0]
+        return weight * divergence(logits, teacher_logits, y)
+
+    def clip_gradient(self):
+        """Shorten the gradient to grad_clip; its norm before."""
+        limit = self.config.grad_clip or math.inf
+        return sharding.whole(torch.nn.utils.clip_grad_norm_(self.trained, limit)).item()
+
+    def update_weights(self):
+        """The optimizer's step, and the moving average's."""
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.config.average_decay:
+            follow(self.judged, self.model, self.config.average_decay)
+
+    def remember(self, batch_loss, density):
+        """The last step, for the log."""
+        before = self.state.batch_loss
+        self.state.batch_loss = batch_loss if before is None else 0.95 * before + 0.05 * batch_loss
+        self.state.density = density
+
+    def require_finite(self, step, batch_loss, objective, norm):
+        """Raise UserError, and leave the batch's indices behind, if training has left the numbers."""
+        c, measured = self.config, self.state.constraint_loss
+        if math.isfinite(objective + norm + (measured or 0.0)):
+            return
+        if hardware.rank() == 0:
+            offending = {"step": step, "dataset": c.dataset, "indices": self.batches.indices(step).tolist()}
+            write_json(os.path.join(c.out_dir, "offending_batch.json"), offending)
+        constraint = f", the constraint {measured}" if c.gated else ""
+        raise UserError(f"the loss is {batch_loss}, the gradient's norm {norm}{constraint} at step {step}; "
+                        f"{c.out_dir}/last.pt still holds an earlier step, offending_batch.json the indices of the batch. "
+                        + smaller_step(c))
+
+    def outlook(self):
+        """A line about what is going to be trained, and how."""
+        c, parameters = self.config, sum(p.numel() for p in self.model.parameters())
+        words = ["gated" if c.gated else "dense", f"{parameters:,} parameters"]
+        if c.lora_rank:
+            words[-1] += f", {sum(p.numel() for p in self.trained):,} of them trained"
+        words += [f"{hardware.world()} x {self.device}", self.dtype, f"attention {self.impl}"]
+        words.append("compiled (the first step takes half a minute, or more)" if self.compiled else "not compiled")
+        words.append(f"{self.micro_batches} micro-batch(es) of {c.batch_size // self.micro_batches} x {self.context} tokens")
+        words.append(f"from step {self.state.step} to {c.max_steps}")
+        return ", ".join(words)
+
+
+def smaller_step(c):
+    """Advice for a run that has left the numbers."""
+    return f"Start again with a smaller step, for instance --learning_rate={c.learning_rate / 3:.1g} --out_dir=out/NEW"
