@@ -1,28 +1,8 @@
-"""config/stdlib.py with the control as the dense parent (config/stdlib_control.py: the parent of config/stdlib.py trained on for as long as its child)."""
+"""config/stdlib.py with the control as its dense parent: config/stdlib_control.py, the parent trained on for as long as its child."""
+
+base = 'config/stdlib.py'
 
 init_from = 'config/stdlib_control.py'
-dataset = 'stdlib'
-gated = True
-dtype = 'auto'
-
-gate_bias = 3.0
-open_above = 0.01  # paper: nothing of the kind. Edges with an attention weight above this start open: no shock (handover.py)
-distill_weight = 1.0  # the dense model that sets the target teaches, too
-
-loss_slack = 0.0  # nats: no worse than the parent at all
-constraint_gates = 'deterministic'  # paper: 'sampled'. What counts in the end are deterministic gates
-constraint_paired = True  # parent and child on the same batch: a batch's luck is larger than what is to be seen
-constraint_scale = 0.01  # nats
-lambda_init = 0.1
-lambda_min = 0.02
-lambda_max = 4.0  # 20 times that of config/stdlib.py: lambda is at its cap for most of the run, so the cap is what a nat is worth in edges. In the steps that the control had, 0.8 was too little
-
-linear_penalty_steps = 0  # the paper's penalty alone: text needs thousands of edges, and the linear one charges them for being certain
-noise_free_steps = 18000  # paper: 0. Trained as it is judged: in trials a third fewer edges at the same loss
-batch_size = 8
-max_steps = 24000
-learning_rate = 1e-3
-min_lr = 5e-5
-eval_interval = 2000
-eval_batch_size = 20
-eval_batches = 50  # 1,000 windows of held-out files, the same for parent, control and child; small batches of T x T matrices stay in the cache
+# 20 times that of config/stdlib.py. Lambda is at its cap for most of the run, so the cap is what a nat is worth in edges.
+# In the steps that the control had, 0.8 was too little
+lambda_max = 4.0

@@ -4,7 +4,8 @@
 
 nanoGPT runs its config files with `exec` and accepts any name; a typo is silently ignored. Here a config file is read, not
 run: lines `name = value` with plain Python values. An unknown name, a value of the wrong type or out of range stops before
-anything is built, and the message names the nearest setting that exists.
+anything is built, and the message names the nearest setting that exists. One name is no setting: `base`, another config
+file, of which this one says only what differs.
 
 This file knows no setting by name; settings.py's dataclass is handed in. It imports no other file of ours.
 """
@@ -41,34 +42,66 @@ def parse_command_line(arguments, config_class, limits):
     return path, values
 
 
-def read_config_file(path, config_class, limits):
-    """The settings in a config file, as a dict. Nothing in it is executed. Raises UserError, with the line's number."""
-    if not os.path.isfile(path):
-        folder = os.path.dirname(path) or "."
-        files = [name for name in os.listdir(folder) if name.endswith(".py")] if os.path.isdir(folder) else []
-        near = difflib.get_close_matches(os.path.basename(path), files, n=1)
-        raise UserError(f"there is no config file {path}." + (f" Did you mean {os.path.join(folder, near[0])}?" if near else ""))
+def read_config_file(path, config_class, limits, inside=()):
+    """The settings in a config file, as a dict. Nothing in it is executed. Raises UserError, with the line's number.
+
+    `base = 'config/other.py'` takes over the settings of another file; the file's own win. inside: files that led here.
+    """
+    if os.path.realpath(path) in inside:
+        raise UserError(f"{path} is its own base: a file that it names as its base leads back to it")
+    values, base = {}, {}
+    for key, node, where in lines_of(path):
+        value = plain_value(key, node, where)
+        if key == "base":
+            if not isinstance(value, str):
+                raise UserError(f"base {where} is {value!r}: it takes another config file, such as 'config/stdlib.py'")
+            base = read_config_file(value, config_class, limits, (*inside, os.path.realpath(path)))
+        else:
+            values[key] = check(key, value, where, config_class, limits)
+    return base | values
+
+
+def lines_of(path):
+    """[(name, syntax tree of its value, where it stands)] of the lines `name = value` in a config file. Raises UserError."""
     try:
         with open(path, encoding="utf-8-sig") as f:  # some editors put a mark at the beginning
-            lines = ast.parse(f.read()).body
+            statements = ast.parse(f.read()).body
+    except (FileNotFoundError, IsADirectoryError) as error:
+        raise UserError(f"there is no config file {path}.{file_like(path)}") from error
     except SyntaxError as error:
         raise UserError(f"{path}, line {error.lineno}: {error.msg}") from error
     except ValueError as error:
         raise UserError(f"{path} is no config file: it is not even text") from error
-    values = {}
-    for node in lines:
+    lines = []
+    for node in statements:
         where = f"in {path}, line {node.lineno}"
-        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
-            continue  # a docstring
+        if is_docstring(node):
+            continue
         if not (isinstance(node, ast.Assign) and len(node.targets) == 1 and isinstance(node.targets[0], ast.Name)):
             raise UserError(f"{where}: a config file holds comments and lines `name = value`, nothing else")
-        key = node.targets[0].id
-        try:
-            value = ast.literal_eval(node.value)
-        except ValueError as error:
-            raise UserError(f"{key} {where}: write a plain value, such as 3, 1e-3, True or 'text'") from error
-        values[key] = check(key, value, where, config_class, limits)
-    return values
+        lines.append((node.targets[0].id, node.value, where))
+    return lines
+
+
+def is_docstring(node):
+    """Is this statement a string, and nothing else?"""
+    return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
+
+
+def plain_value(key, node, where):
+    """The Python value that a syntax tree stands for, if it is plain. Raises UserError."""
+    try:
+        return ast.literal_eval(node)
+    except ValueError as error:
+        raise UserError(f"{key} {where}: write a plain value, such as 3, 1e-3, True or 'text'") from error
+
+
+def file_like(path):
+    """` Did you mean config/addition.py?`, or nothing if no file in the folder has a name like this one's."""
+    folder = os.path.dirname(path) or "."
+    files = [name for name in os.listdir(folder) if name.endswith(".py")] if os.path.isdir(folder) else []
+    near = difflib.get_close_matches(os.path.basename(path), files, n=1)
+    return f" Did you mean {os.path.join(folder, near[0])}?" if near else ""
 
 
 def check(key, value, where, config_class, limits):

@@ -137,3 +137,35 @@ def test_the_whole_program_answers_in_two_lines(workplace, arguments):
 def test_help_lists_every_setting():
     done = subprocess.run([sys.executable, f"{REPOSITORY}/train.py", "--help"], capture_output=True, text=True)
     assert done.returncode == 0 and all(f"    {key}: " in done.stdout for key in Config.__annotations__)
+
+
+def write(path, text):
+    with open(path, "w", encoding="utf-8") as f:
+        f.write(text)
+
+
+def test_a_config_file_says_what_differs_from_its_base(workplace):
+    write("small.py", "n_layer = 2\nlearning_rate = 0.1\n")
+    write("middle.py", "base = 'small.py'\nn_layer = 3\n")
+    write("large.py", "n_head = 4\nbase = 'middle.py'\n")
+    assert read_config_file("large.py", Config, limits()) == {"n_layer": 3, "learning_rate": 0.1, "n_head": 4}
+    config, given = make_config("large.py", {"n_layer": 5})
+    assert (config.n_layer, config.n_head, config.learning_rate) == (5, 4, 0.1) and config.out_dir == os.path.normpath("out/large")
+    assert given == {"n_layer", "learning_rate", "n_head"}
+
+
+@pytest.mark.parametrize("base, message", [
+    ("'smal.py'", "there is no config file smal.py. Did you mean ./small.py?"),
+    ("3", "base in own.py, line 1 is 3: it takes another config file"),
+    ("'own.py'", "own.py is its own base"),
+    ("'round.py'", "own.py is its own base"),
+    ("'wrong.py'", "unknown setting n_layers in wrong.py, line 2. Did you mean n_layer"),
+])
+def test_a_mistake_in_a_base_is_named_where_it_stands(workplace, base, message):
+    write("small.py", "n_layer = 2\n")
+    write("round.py", "base = 'own.py'\n")
+    write("wrong.py", "# a comment\nn_layers = 2\n")
+    write("own.py", f"base = {base}\n")
+    with pytest.raises(UserError) as error:
+        read_config_file("own.py", Config, limits())
+    assert message in str(error.value)
