@@ -1,11 +1,14 @@
 """Does the sparse model still know what the dense one knew? Standard benchmarks, dense beside sparse.
 
-    python analyze.py benchmark out/olmo_1b                                     TruthfulQA (mc1), PIQA, OpenBookQA, ARC-Easy: the paper's four
-    python analyze.py benchmark out/olmo_1b --tasks=hellaswag --limit=200       any other task of the harness, the first 200 questions of each
-    python analyze.py benchmark out/stdlib --tasks=mine --include=FOLDER        tasks of your own, in the harness' YAML
+    python analyze.py benchmark out/olmo_1b
+        the paper's four: TruthfulQA (mc1), PIQA, OpenBookQA, ARC-Easy
+    python analyze.py benchmark out/olmo_1b --tasks=hellaswag --limit=200
+        any other task of the harness, the first 200 questions of each
+    python analyze.py benchmark out/stdlib --tasks=mine --include=FOLDER
+        tasks of your own, in the harness' YAML
 
-Scored by EleutherAI's lm-evaluation-harness (`pip install lm_eval`; it fetches the questions); harness.py says how. Writes benchmark.json
-into the run's folder.
+EleutherAI's lm-evaluation-harness scores the answers (`pip install lm_eval`; it fetches the questions);
+harness.py says how. Writes benchmark.json into the run's folder.
 """
 
 import os
@@ -31,16 +34,21 @@ def the_harness():
 
 
 def models_to_compare(checkpoint, path):
-    """{'dense': function, 'sparse': function}, each of which brings a model; a dense run has the first alone."""
+    """{'dense': function, 'sparse': function}; each brings a model. A dense run has the first alone."""
     if "lora" in checkpoint:  # one model is both
         model = model_judged(checkpoint, path)
         return {"dense": lambda: lora.Base(model), "sparse": lambda: model}
-    judged = {"sparse": lambda: model_judged(checkpoint, path)}
+
+    def judged():
+        return model_judged(checkpoint, path)
+
+    def parent():
+        context = checkpoint["model_args"]["block_size"]
+        return load_checkpoint(checkpoint["parent"], hardware.pick_device("auto"), block_size=context)
+
     if not checkpoint["model_args"]["gated"]:
-        return {"dense": judged["sparse"]}
-    context = checkpoint["model_args"]["block_size"]
-    device = hardware.pick_device("auto")
-    return {"dense": lambda: load_checkpoint(checkpoint["parent"], device, block_size=context)} | judged
+        return {"dense": judged}
+    return {"dense": parent, "sparse": judged}
 
 
 def benchmark_run(folder, options):
@@ -52,7 +60,8 @@ def benchmark_run(folder, options):
     if name not in text.TOKENIZERS:
         raise UserError(f"{folder} was trained on {name}, which is no text: benchmark needs a run on text")
     models = models_to_compare(checkpoint, path)
-    table = harness.benchmark(models, text.tokenizer(name), options.tasks, options.limit or None, options.include)
+    tokens, limit = text.tokenizer(name), options.limit or None
+    table = harness.benchmark(models, tokens, options.tasks, limit, options.include)
     if not table:
         raise UserError(f"none of {options.tasks} is scored by accuracy, which is what benchmark reports")
     print(f"{folder}, score +- standard error over questions\n{harness.lines(table)}")
@@ -61,8 +70,10 @@ def benchmark_run(folder, options):
 
 
 def add_arguments(parser):
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="a run's folder, a checkpoint, or a name such as gpt2")
-    parser.add_argument("--tasks", default=PAPERS, help=f"names of the harness, comma-separated; default {PAPERS}")
+    parser.add_argument("runs", nargs="+", metavar="RUN",
+                        help="a run's folder, a checkpoint, or a name such as gpt2")
+    parser.add_argument("--tasks", default=PAPERS,
+                        help=f"names of the harness, comma-separated; default {PAPERS}")
     parser.add_argument("--limit", type=int, default=0, help="questions of each task; 0 is all")
     parser.add_argument("--include", metavar="FOLDER", help="folder of tasks of your own")
 

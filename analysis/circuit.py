@@ -1,9 +1,10 @@
-"""How small is the circuit of a task, in a dense and in a sparse model? The table, its numbers and its pictures.
+"""How small is the circuit of a task, in a dense and in a sparse model? The table, numbers and pictures.
 
     python analyze.py circuit out/stdlib_dense out/stdlib --task=quote
 
-circuits/compare.py measures. Here the models are read, and what was found goes into the sparse run's folder: circuit-<task>.json, the curves
-circuit-<task>.png, the circuit itself -graph.png, and what its strongest heads attend to -gallery.png.
+circuits/compare.py measures. Here the models are read, and what was found goes into the sparse run's folder:
+circuit-<task>.json, the curves circuit-<task>.png, the circuit itself -graph.png, and what its strongest
+heads attend to -gallery.png.
 """
 
 import os
@@ -23,7 +24,10 @@ DRAWN_HEADS = 5
 
 
 def model_and_tokenizer(source):
-    """What a run's folder, a checkpoint, or a name such as 'gpt2' or 'allenai/OLMo-1B-hf' means: (model, name of its tokenizer)."""
+    """(model, name of its tokenizer) of a source.
+
+    source: a run's folder, a checkpoint, or a name such as 'gpt2' or 'allenai/OLMo-1B-hf'
+    """
     path = checkpoint_named(source)
     checkpoint = read_checkpoint(path)
     return model_of(checkpoint, path, hardware.pick_device("auto")), tokenizer_of(checkpoint)
@@ -35,7 +39,8 @@ def two_models(dense_run, sparse_run):
     sparse, other = model_and_tokenizer(sparse_run)
     if not os.path.isdir(sparse_run):
         raise UserError(f"{sparse_run} is no run's folder, and the table and figures go there")
-    same_shape = all(getattr(dense.config, key) == getattr(sparse.config, key) for key in ("vocab_size", "n_layer", "n_head"))
+    shape = ("vocab_size", "n_layer", "n_head")
+    same_shape = all(getattr(dense.config, key) == getattr(sparse.config, key) for key in shape)
     if dense.config.gated or not sparse.config.gated or tokenizer != other or not same_shape:
         raise UserError("circuit compares a dense run with a sparse one of the same vocabulary and shape: "
                         f"`analyze.py circuit DENSE SPARSE --task=...`, not {dense_run} with {sparse_run}")
@@ -77,8 +82,12 @@ def pieces_of(ids, tokenizer):
 def patterns(model, ids, heads, graph):
     """What each head, by its number among the writers, attends to on one prompt: a list of (T, T)."""
     layers = []
+
+    def note(layer, gates):
+        layers.append((gates.open * gates.pattern)[0].cpu().numpy())
+
     prompt = torch.tensor([ids], device=next(model.parameters()).device)
-    model(prompt, record=lambda layer, gates: layers.append((gates.open * gates.pattern)[0].cpu().numpy()))
+    model(prompt, record=note)
     per_layer = graph.H + 1  # the heads and the MLP; the embedding is number 0
     return [layers[(w - 1) // per_layer][(w - 1) % per_layer] for w in heads]
 
@@ -95,7 +104,8 @@ def draw(found, dense, sparse, tokenizer, folder):
     heads = strongest_heads(graph, kept)
     if not heads:
         return
-    rows = [(label, patterns(model, found.prompt, heads, graph)) for label, model in (("dense", dense), ("sparse", sparse))]
+    rows = [("dense", patterns(dense, found.prompt, heads, graph)),
+            ("sparse", patterns(sparse, found.prompt, heads, graph))]
     names = [f"head {graph.writer_names()[w]}" for w in heads]
     title = f"{task}: the circuit's strongest heads on one prompt"
     figures.gallery(path + "-gallery.png", names, pieces_of(found.prompt, tokenizer), rows, title)
@@ -105,9 +115,11 @@ def add_arguments(parser):
     parser.add_argument("dense", metavar="DENSE", help="a dense run, or a name such as gpt2")
     parser.add_argument("sparse", metavar="SPARSE", help="a gated run's folder")
     parser.add_argument("--task", required=True, help="see: python analyze.py tasks")
-    parser.add_argument("--n", type=int, default=64, help="pairs of prompts to rank on, and as many others to test on")
+    parser.add_argument("--n", type=int, default=64,
+                        help="pairs of prompts to rank on, and as many others to test on")
     parser.add_argument("--seed", type=int, default=1, help="of the prompts")
-    parser.add_argument("--steps", type=int, default=5, help="of integrated gradients; 1 is plain attribution")
+    parser.add_argument("--steps", type=int, default=5,
+                        help="of integrated gradients; 1 is plain attribution")
 
 
 def run(options, settings):

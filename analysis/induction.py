@@ -19,22 +19,29 @@ SHOWN = 10
 def scores(model):
     """[{layer, head, prefix_matching, copying}], one for every head."""
     matching, copying = prefix_matching(model), copying_scores(model)
-    return [{"layer": layer, "head": head, "prefix_matching": matching[layer, head].item(), "copying": copying[layer, head].item()}
-            for layer, head in np.ndindex(*matching.shape)]
+    found = []
+    for layer, head in np.ndindex(*matching.shape):
+        found.append({"layer": layer, "head": head, "prefix_matching": matching[layer, head].item(),
+                      "copying": copying[layer, head].item()})
+    return found
 
 
 def add_arguments(parser):
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="a run's folder, a checkpoint, or a name such as gpt2")
+    parser.add_argument("runs", nargs="+", metavar="RUN",
+                        help="a run's folder, a checkpoint, or a name such as gpt2")
 
 
 def run(options, settings):
     """`analyze.py induction`."""
-    for source in (folder.rstrip("/") for folder in options.runs):
+    for folder in options.runs:
+        source = folder.rstrip("/")
         model, _ = model_and_tokenizer(source)
         heads = scores(model)
         if os.path.isdir(source):  # and no name such as 'gpt2'
             write_json(os.path.join(source, "induction.json"), heads)
         print(f"{source}: the ten heads that match prefixes best, of {len(heads)}")
         print(f"{'head':>6} {'prefix matching':>16} {'copying':>8}")
-        for head in sorted(heads, key=lambda head: -head["prefix_matching"])[:SHOWN]:
-            print(f"{head['layer']:>3}.{head['head']:<2} {head['prefix_matching']:16.3f} {head['copying']:8.2f}")
+        best_first = sorted(heads, key=lambda head: -head["prefix_matching"])
+        for head in best_first[:SHOWN]:
+            name = f"{head['layer']:>3}.{head['head']:<2}"
+            print(f"{name} {head['prefix_matching']:16.3f} {head['copying']:8.2f}")

@@ -1,9 +1,10 @@
-"""Kill a small run with SIGKILL at random moments, again and again, and compare it with one that was never killed.
+"""Kill a small run with SIGKILL at random moments, again and again; compare it with one never killed.
 
     python analyze.py kill-loop                        20 kills, about three minutes
     python analyze.py kill-loop --kills=100 --seed=7   100 kills, other random moments
 
-The tests do not run it; tests/test_train.py kills a run at every file that it writes, which is quicker and less honest.
+The tests do not run it: tests/test_train.py kills a run at every file that it writes, which is quicker and
+less honest.
 """
 
 import os
@@ -18,12 +19,14 @@ import torch
 
 TRAIN = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "train.py")
 STEPS = 3000
-SETTINGS = ["--dataset=addition", "--device=cpu", f"--max_steps={STEPS}", "--eval_interval=20", "--eval_batches=1", "--eval_batch_size=50", "--batch_size=16", "--n_embd=16", "--dropout=0.1"]
+SETTINGS = ["--dataset=addition", "--device=cpu", f"--max_steps={STEPS}", "--eval_interval=20",
+            "--eval_batches=1", "--eval_batch_size=50", "--batch_size=16", "--n_embd=16", "--dropout=0.1"]
 
 
 def train(*arguments, seconds=None):
     """Run train.py to its end, or kill it after some seconds. True if it came to its end."""
-    process = subprocess.Popen([sys.executable, TRAIN, *SETTINGS, *arguments], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    process = subprocess.Popen([sys.executable, TRAIN, *SETTINGS, *arguments], stdout=subprocess.DEVNULL,
+                               stderr=subprocess.PIPE, env=os.environ | {"OMP_NUM_THREADS": "1"})
     try:
         _, errors = process.communicate(timeout=seconds)
     except subprocess.TimeoutExpired:
@@ -36,7 +39,7 @@ def train(*arguments, seconds=None):
 
 
 def kill_again_and_again(kills, seed):
-    """Kill a run `kills` times at random moments; exit with a message if it ends otherwise than one that was never killed."""
+    """Kill a run `kills` times at random moments; exit with a message if it ends unlike one never killed."""
     draw = random.Random(seed)
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
@@ -47,9 +50,11 @@ def kill_again_and_again(kills, seed):
         whole = time.time() - began
         killed = 0
         while killed < kills:
-            ended = train(*gated, "--out_dir=out/killed", seconds=draw.uniform(0.5, 1.0) * max(4.0, whole / 4))
-            saved = "out/killed/last.pt"
-            step = torch.load(saved, weights_only=True)["step"] if os.path.exists(saved) else 0
+            patience = draw.uniform(0.5, 1.0) * max(4.0, whole / 4)  # seconds
+            ended = train(*gated, "--out_dir=out/killed", seconds=patience)
+            saved, step = "out/killed/last.pt", 0
+            if os.path.exists(saved):
+                step = torch.load(saved, weights_only=True)["step"]
             if not ended:
                 killed += 1
                 print(f"kill {killed}: at step {step or 'none saved yet'}", flush=True)

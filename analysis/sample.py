@@ -1,13 +1,17 @@
 """Let a model write, and show what it read: text generation, with the open edges of every token.
 
-    python analyze.py sample out/stdlib --prompt="def read("               text
-    python analyze.py sample out/stdlib --prompt="def read(" --edges       and, for every new token, the earlier tokens that it read
+    python analyze.py sample out/stdlib --prompt="def read("            text
+    python analyze.py sample out/stdlib --prompt="def read(" --edges    and, for every new token, the earlier
+                                                                        tokens that it read
 
-The next token is drawn from softmax(logits / temperature), restricted to the top_k likeliest. Gates are deterministic, as in every
-evaluation: what `--edges` marks is all that the position could see, in any head of any layer, before it chose.
+The next token is drawn from softmax(logits / temperature), restricted to the top_k likeliest. Gates are
+deterministic, as in every evaluation: what `--edges` marks is all that the position could see, in any head of
+any layer, before it chose.
 
-Notable: an edge passes what layers below have gathered at the earlier token, so its text can carry news from further back. The model
-sees the last block_size tokens; everything is computed anew for every token, since a cache of keys and values would hide the method.
+Notable:
+- An edge passes what layers below have gathered at the earlier token, so its text can carry news from further
+  back. The model sees the last block_size tokens.
+- Everything is computed anew for every token: a cache of keys and values would hide the method.
 """
 
 import contextlib
@@ -21,20 +25,30 @@ from storage import text
 from storage.files import UserError
 from training import hardware
 
-READ, NEW, PLAIN = "\033[30;43m", "\033[1;36m", "\033[0m"  # black on yellow: read; bold cyan: the token that reads
+READ = "\033[30;43m"  # black on yellow: a token that was read
+NEW = "\033[1;36m"  # bold cyan: the token that reads
+PLAIN = "\033[0m"
 
 
 @torch.no_grad()
 def generate(model, idx, tokens, temperature=0.8, top_k=50, vocab_size=None):
-    """Yield, `tokens` times, the next token id and the (n_layer, H, T) edges that its position read, True where open.
+    """Yield, `tokens` times, the next token id and the (n_layer, H, T) edges that its position read.
 
-    idx (1, T0) token ids, at least one. temperature 0 takes the likeliest. vocab_size: ids from there on are padding and never drawn.
+    idx          (1, T0) token ids, at least one
+    temperature  0 takes the likeliest
+    vocab_size   ids from there on are padding and never drawn
+
+    An edge is True where it is open.
     """
     model.eval()
     for _ in range(tokens):
         idx = idx[:, -model.config.block_size:]
         read = []
-        logits, _, _ = model(idx, record=lambda layer, gates: read.append(gates.open[0, :, -1] > 0))
+
+        def note(layer, gates):
+            read.append(gates.open[0, :, -1] > 0)
+
+        logits, _, _ = model(idx, record=note)
         logits = logits[0, -1, :vocab_size].float()
         if temperature:
             lowest = logits.topk(min(top_k, len(logits))).values[-1]
@@ -52,16 +66,22 @@ def paint(words, color):
 
 
 def edges_line(context, new, read, tokens, width):
-    """One line: the last tokens that fit into `width`, those that were read marked, and then the new token."""
+    """One line: the last tokens that fit into `width`, those that were read marked; then the new token."""
     *shown, chosen = text.pieces([*context, new], tokens)
     seen = read.any(dim=(0, 1)).tolist()  # by any head of any layer
     seen = [False] * (len(shown) - len(seen)) + seen  # what lies before the model's context was not read
     brackets = 0 if sys.stdout.isatty() else 2
-    first, room = len(shown), width - len(chosen) - brackets - len("  99999 edges, 9999 further left")
-    while first > 0 and room >= len(shown[first - 1]) + brackets * seen[first - 1]:
+    room = width - len(chosen) - brackets - len("  99999 edges, 9999 further left")
+    first = len(shown)  # of the tokens in the line
+    while first > 0:
+        needed = len(shown[first - 1]) + brackets * seen[first - 1]
+        if room < needed:
+            break
+        room -= needed
         first -= 1
-        room -= len(shown[first]) + brackets * seen[first]
-    line = "".join(paint(piece, READ) if was_read else piece for piece, was_read in zip(shown[first:], seen[first:]))
+    line = ""
+    for piece, was_read in zip(shown[first:], seen[first:]):
+        line += paint(piece, READ) if was_read else piece
     further = f", {sum(seen[:first])} further left" if any(seen[:first]) else ""
     return f"{line}{paint(chosen, NEW)}  {int(read.sum())} edges{further}"
 
@@ -74,7 +94,8 @@ def add_arguments(parser):
     parser.add_argument("--top_k", type=int, default=50, help="choose among so many")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--edges", action="store_true", help="mark, for every new token, the tokens that it read")
+    parser.add_argument("--edges", action="store_true",
+                        help="mark, for every new token, the tokens that it read")
 
 
 def run(options, settings):
@@ -85,26 +106,27 @@ def run(options, settings):
     checkpoint = read_checkpoint(path)
     name = tokenizer_of(checkpoint)
     if name not in text.TOKENIZERS:
-        raise UserError(f"{options.run} does not write text of a tokenizer that is known here (trained on: {name}). "
-                        "Choose a run on text, such as out/stdlib")
+        raise UserError(f"{options.run} does not write text of a tokenizer that is known here "
+                        f"(trained on: {name}). Choose a run on text, such as out/stdlib")
     tokens = text.tokenizer(name)
     device = hardware.pick_device(options.device)
     write(model_of(checkpoint, path, device), tokens, options, device)
 
 
 def write(model, tokens, options, device):
-    """Print the prompt and what the model writes behind it, or, with options.edges, a line for every token."""
+    """Print the prompt and what the model writes behind it; with options.edges, a line for every token."""
     if options.edges:
-        print(f"{paint('read', READ)} by some head of some layer before it chose {paint('the next token', NEW)}; "
-              "the number counts the edges of all heads")
+        print(f"{paint('read', READ)} by some head of some layer before it chose "
+              f"{paint('the next token', NEW)}; the number counts the edges of all heads")
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # not every pipe can take every sign
     torch.manual_seed(options.seed)
     ids = list(tokens.encode(options.prompt.encode())) or [tokens.separator]
     start = len(ids)
     idx = torch.tensor([[int(i) for i in ids]], device=device)
+    new = generate(model, idx, options.tokens, options.temperature, options.top_k, tokens.vocab_size)
     with contextlib.suppress(KeyboardInterrupt):  # Ctrl-C: enough
-        for token, read in generate(model, idx, options.tokens, options.temperature, options.top_k, tokens.vocab_size):
+        for token, read in new:
             if options.edges:
                 print(edges_line(ids, token, read, tokens, shutil.get_terminal_size().columns))
             ids.append(token)

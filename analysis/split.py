@@ -1,12 +1,13 @@
 """Where the seconds of a small run go: every part of a training step of config/addition.py, timed on its own.
 
-    python bench.py --split
+    python analyze.py bench --split
 
-A part's share of the run is  (milliseconds of one call) x (calls in a run) / (sum over all parts). Weights are random and
-gates mostly open: on a CPU the plain formula takes as long whatever is open. Parts that wait for each other on a GPU
-are not told apart, so this is for CPUs.
+A part's share of the run is  (milliseconds of one call) x (calls in a run) / (sum over all parts).
+Weights are random and gates mostly open: on a CPU the plain formula takes as long whatever is open. Parts
+that wait for each other on a GPU are not told apart, so this is for CPUs.
 
-Notable: with 11 tokens and 64 channels a third of the time is PyTorch on its way to its own kernels, some 700 of them a step.
+Notable: with 11 tokens and 64 channels a third of the time is PyTorch on its way to its own kernels, some 700
+of them a step.
 """
 
 import statistics
@@ -26,12 +27,16 @@ CONFIG = "config/addition.py"
 
 
 def run_to_time(path=CONFIG):
-    """(config, untrained gated model, its moving average, dataset, batches) of the gated run that a config file describes."""
+    """Of the gated run that a config file describes: (config, model, moving average, dataset, batches).
+
+    The model is gated and untrained.
+    """
     c, _ = make_config(path, {})
     of_parent, _ = make_config(c.init_from, {})
     data = prepare_data.load(c.dataset)
-    config = GPTConfig(vocab_size=data.meta["vocab_size"], block_size=of_parent.block_size, n_layer=of_parent.n_layer,
-                       n_head=of_parent.n_head, n_embd=of_parent.n_embd, gelu=of_parent.gelu,
+    config = GPTConfig(vocab_size=data.meta["vocab_size"], block_size=of_parent.block_size,
+                       n_layer=of_parent.n_layer, n_head=of_parent.n_head, n_embd=of_parent.n_embd,
+                       gelu=of_parent.gelu,
                        gated=True, gate_bias=c.gate_bias, gate_temperature=c.gate_temperature)
     model = GPT(config).train()
     batches = Batches(data, config.block_size, c.batch_size, 1, c.seed, True, "cpu")
@@ -59,6 +64,9 @@ def parts(c, model, average, data, batches):
         torch.nn.utils.clip_grad_norm_(model.parameters(), c.grad_clip)
         optimizer.step()
 
+    def average_follows():
+        follow(average, model, c.average_decay)
+
     def held_out():
         evaluate_splits(average, data, c.eval_batch_size, 0, lambda val: False)
 
@@ -70,19 +78,20 @@ def parts(c, model, average, data, batches):
             ("forward", steps, forward),
             ("backward", steps, backward),
             ("clip, AdamW", steps, update),
-            ("the average follows", steps, lambda: follow(average, model, c.average_decay)),
+            ("the average follows", steps, average_follows),
             ("evaluation, held-out sums only", evaluations // 2, held_out),
             ("evaluation, all sums", evaluations - evaluations // 2, all_sums)]
 
 
 def split(repeats=30):
-    """[(name, ms of a call, calls in a run)] of `parts`; medians of repeats calls (of a fifth as many evaluations)."""
+    """[(name, ms of a call, calls in a run)] of `parts`: medians of so many calls; of evaluations a fifth."""
     measured = parts(*run_to_time())
     forward = next(part for name, _, part in measured if name == "forward")
     found = []
     for name, calls, part in measured:
         times = []
-        for _ in range(repeats if "evaluation" not in name else max(2, repeats // 5)):
+        rounds = max(2, repeats // 5) if "evaluation" in name else repeats
+        for _ in range(rounds):
             if name == "backward":  # needs a graph of its own each time
                 forward()
             began = time.perf_counter()
@@ -98,5 +107,7 @@ def show_split(found):
     print(f"| part of {CONFIG} | ms a call | calls in a run | seconds in a run | share |")
     print("|---|---|---|---|---|")
     for name, ms, calls in found:
-        print(f"| {name} | {ms:.2f} | {calls:,} | {ms * calls / 1000:.0f} | {100 * ms * calls / whole:.0f} % |")
-    print(f"\n{whole / 1000:.0f} seconds, half of the evaluations taken for passing ones; the parent and the pictures come on top")
+        share = 100 * ms * calls / whole
+        print(f"| {name} | {ms:.2f} | {calls:,} | {ms * calls / 1000:.0f} | {share:.0f} % |")
+    print(f"\n{whole / 1000:.0f} seconds, half of the evaluations taken for passing ones; "
+          "the parent and the pictures come on top")

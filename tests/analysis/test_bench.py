@@ -22,7 +22,10 @@ def test_inputs_have_the_share_of_open_edges_and_they_lie_together(share):
     (q, k, v, _), bias = make_inputs(1, 1, T, 64, share, torch.float32, "cpu")
     _, _, gates = gated_attention(q, k, v, bias, return_gates=True)
     opened = gates.open.sum().item() / (T * (T + 1) / 2)
-    assert opened == 1 if share == 1 else 0.7 * share < opened < 1.4 * share
+    if share == 1:
+        assert opened == 1
+    else:
+        assert 0.7 * share < opened < 1.4 * share
     tiles = gates.open.view(T // 64, 64, T // 64, 64).amax((1, 3))
     assert tiles.tril().mean().item() < 0.5 or share > 0.01
 
@@ -34,18 +37,23 @@ def test_peak_memory_sees_what_a_call_makes_and_frees():
 
 
 def test_a_small_run(workplace):
-    done = subprocess.run([sys.executable, os.path.join(REPOSITORY, "analyze.py"), "bench", "--lengths=64", "--B=1", "--H=1", "--D=8", "--repeats=2", "--device=cpu"],
-                          capture_output=True, text=True)
+    analyze = os.path.join(REPOSITORY, "analyze.py")
+    flags = ["--lengths=64", "--B=1", "--H=1", "--D=8", "--repeats=2", "--device=cpu"]
+    done = subprocess.run([sys.executable, analyze, "bench", *flags], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     with open("out/bench/bench.json") as f:
         rows = json.load(f)["rows"]
-    assert [row["way"] for row in rows] == ["dense (SDPA)", "plain, eager", "plain, compiled", "tiled, eager", "tiled, compiled"]
-    assert all(0 < row["forward_ms"] and 0 < row["ms"] for row in rows) and all(row["way"] in done.stdout for row in rows)
+    ways = ["dense (SDPA)", "plain, eager", "plain, compiled", "tiled, eager", "tiled, compiled"]
+    assert [row["way"] for row in rows] == ways
+    for row in rows:
+        assert row["forward_ms"] > 0 and row["ms"] > 0
+        assert row["way"] in done.stdout
     assert os.path.getsize("out/bench/bench.png") > 5000
 
 
 def test_the_steps_of_a_model_count_what_they_compute(monkeypatch):
-    monkeypatch.setitem(bench.SHAPES, "tiny", dict(vocab_size=50, n_layer=2, n_head=2, n_embd=16, block_size=64))
+    shape = dict(vocab_size=50, n_layer=2, n_head=2, n_embd=16, block_size=64)
+    monkeypatch.setitem(bench.SHAPES, "tiny", shape)
     with torch.compiler.set_stance("force_eager"):
         steps = training_steps(argparse.Namespace(B=2, gate_bias=3.0, most_memory=8.0), "cpu", "tiny")
         for step, _ in steps.values():
@@ -56,8 +64,12 @@ def test_the_steps_of_a_model_count_what_they_compute(monkeypatch):
 
 
 def test_where_the_seconds_go(workplace, monkeypatch, capsys):
-    monkeypatch.setattr(split, "make_config", lambda path, given: make_config(os.path.join(REPOSITORY, path), given))
+    def make_ours(path, given):
+        return make_config(os.path.join(REPOSITORY, path), given)
+
+    monkeypatch.setattr(split, "make_config", make_ours)
     split.show_split(split.split(repeats=1))
     shown = capsys.readouterr().out
     shares = [int(line.split("|")[-2].strip(" %")) for line in shown.splitlines() if line.endswith("% |")]
-    assert len(shares) == 7 and abs(sum(shares) - 100) <= 4 and "9,000" in shown
+    assert len(shares) == 7 and abs(sum(shares) - 100) <= 4
+    assert "9,000" in shown

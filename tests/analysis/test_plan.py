@@ -17,27 +17,40 @@ def settings(**given):
 
 
 def test_parameters_are_those_of_the_published_models():
-    counts = {name: sum(p.numel() for p in plan.built(config, settings()).parameters()) for name, (_, config) in plan.MODELS.items()}
+    counts = {}
+    for name, (_, config) in plan.MODELS.items():
+        model = plan.built(config, settings())
+        counts[name] = sum(p.numel() for p in model.parameters())
     assert counts == {"1b": 1_176_764_416, "7b": 6_888_095_744, "13b": 13_716_198_400, "30b": 32_234_279_936}
+
+
+def one_block(generation):
+    """The shape of an OLMo of one block."""
+    return OLMoConfig(generation=generation, n_layer=1, n_head=4, n_kv_head=4, n_embd=256, n_hidden=512,
+                      vocab_size=100, block_size=256)
 
 
 @pytest.mark.parametrize("generation", [1, 2])
 def test_activations_are_what_autograd_keeps_on_a_real_device(generation):
-    """The same block on the CPU, with PyTorch's own fused attention, in what autocast would make of it on a GPU."""
-    config = OLMoConfig(generation=generation, n_layer=1, n_head=4, n_kv_head=4, n_embd=256, n_hidden=512, vocab_size=100, block_size=256)
+    """The same block on the CPU, with PyTorch's fused attention, as autocast would make it on a GPU."""
+    config = one_block(generation)
     with_meta, _ = plan.activations(plan.built(config, settings()), 2, 256, settings())
     model = OLMo(config).bfloat16()
     x, rotation = torch.randn(2, 256, 256, requires_grad=True), rotations(config, 256, "cpu")
+
+    def attend(q, k, v, **options):
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True), None, None
+
     for attention in model.attentions:  # gated_attention would compute in float32 on a CPU
-        attention.attend = lambda q, k, v, **options: (torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True), None, None)
+        attention.attend = attend
     real = plan.kept_bytes(lambda: model.blocks[0](x, rotation)[0], model)
     assert with_meta == pytest.approx(real, rel=0.05)
 
 
 def test_products_are_in_half_precision_and_norms_in_full():
-    """By hand, for what a block of OLMo 2 with frozen weights and adapters on q alone keeps: every tensor that a gradient asks for."""
+    """By hand, for an OLMo 2 block of frozen weights, adapters on q alone: all that a gradient asks for."""
     given = settings(lora_rank=4, lora_targets="q_proj", base_dtype="bfloat16")
-    config = OLMoConfig(generation=2, n_layer=1, n_head=4, n_kv_head=4, n_embd=256, n_hidden=512, vocab_size=100, block_size=256)
+    config = one_block(2)
     kept, _ = plan.activations(plan.built(config, given), 2, 256, given)
     rows, half, full = 2 * 256, 2, 4  # positions; bytes
     wanted = 256 * half  # x for the adapter's A
@@ -53,16 +66,25 @@ def test_what_depends_on_what():
     def memory(gpus=8, **given):
         return plan.plan("1b", settings(**given), gpus, 512)["memory"]
 
+    def flops(**given):
+        return plan.plan("1b", settings(**given), 8, 512)["flops"]
+
     adapters = memory(parallel="fsdp", lora_rank=16, base_dtype="bfloat16")
     full = memory(parallel="fsdp", distill_weight=1.0)
-    assert full["optimizer"] == 2 * full["gradients"] == 8 * 1_176_764_416 / 8 and full["teacher"] == full["parameters"] and adapters["teacher"] == 0
-    assert memory(parallel="fsdp")["teacher"] == 0 and memory()["gradients"] == 2 * memory(1)["gradients"] and adapters["copies"] == 0 < full["copies"]
-    assert adapters["parameters"] == pytest.approx(full["parameters"] / 2, rel=0.02) and adapters["optimizer"] < full["optimizer"] / 50
-    assert memory(16, parallel="fsdp")["gradients"] == full["gradients"] / 2 and memory(16)["gradients"] == memory(8)["gradients"]
-    assert memory(recompute_activations=True)["activations"] < full["activations"] / 4 and memory(recompute_activations=True)["copies"] == 0
+    assert full["optimizer"] == 2 * full["gradients"] == 8 * 1_176_764_416 / 8
+    assert full["teacher"] == full["parameters"]
+    assert adapters["teacher"] == memory(parallel="fsdp")["teacher"] == 0
+    assert memory()["gradients"] == 2 * memory(1)["gradients"]
+    assert adapters["copies"] == 0 < full["copies"]
+    assert adapters["parameters"] == pytest.approx(full["parameters"] / 2, rel=0.02)
+    assert adapters["optimizer"] < full["optimizer"] / 50
+    assert memory(16, parallel="fsdp")["gradients"] == full["gradients"] / 2
+    assert memory(16)["gradients"] == memory(8)["gradients"]
+    recomputed = memory(recompute_activations=True)
+    assert recomputed["activations"] < full["activations"] / 4
+    assert recomputed["copies"] == 0
     assert memory(micro_batch_size=8)["logits"] == 2 * memory()["logits"] == full["logits"]
-    flops = {key: plan.plan("1b", settings(**given), 8, 512)["flops"] for key, given in {"full": {}, "lora": {"lora_rank": 16}, "again": {"recompute_activations": True}}.items()}
-    assert flops["lora"] < 0.75 * flops["full"] < 0.75 * flops["again"]
+    assert flops(lora_rank=16) < 0.75 * flops() < 0.75 * flops(recompute_activations=True)
 
 
 def test_the_command(capsys, workplace):
@@ -76,7 +98,14 @@ def test_the_command(capsys, workplace):
     assert "30 % of the peak measured in out/run" in capsys.readouterr().out
     with open("out/run/metrics.jsonl", "w") as f:
         f.write(json.dumps({"mfu": None}) + "\n")
-    for flags, message in ((["--measured=out/run"], "no mfu"), (["--measured=out/gone"], "No such file"), (["--gpus=0"], "at least 1"),
-                           (["--model=1b", "--gpus=64"], "does not divide into 64"), (["--context=4096"], "context of 2,048"), (["--micro_batch=2"], "Did you mean micro_batch_size")):
+    wrong = [
+        (["--measured=out/run"], "no mfu"),
+        (["--measured=out/gone"], "No such file"),
+        (["--gpus=0"], "at least 1"),
+        (["--model=1b", "--gpus=64"], "does not divide into 64"),
+        (["--context=4096"], "context of 2,048"),
+        (["--micro_batch=2"], "Did you mean micro_batch_size"),
+    ]
+    for flags, message in wrong:
         with pytest.raises(SystemExit, match=message):
             analyze.main(["plan", *flags])

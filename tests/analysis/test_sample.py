@@ -17,9 +17,13 @@ from storage import text
 BYTES = {"dataset": "stdlib", "tokenizer": "bytes", "sha256": {}}
 
 
+SMALL = {"block_size": 8, "vocab_size": 256, "n_layer": 2, "n_head": 2, "n_embd": 16, "gated": True,
+         "gate_bias": 0.0}
+
+
 def random_model(**settings):
     torch.manual_seed(0)
-    return GPT(GPTConfig(**{"block_size": 8, "vocab_size": 256, "n_layer": 2, "n_head": 2, "n_embd": 16, "gated": True, "gate_bias": 0.0} | settings)).eval()
+    return GPT(GPTConfig(**SMALL | settings)).eval()
 
 
 def test_the_likeliest_token_at_temperature_zero_and_the_context_slides():
@@ -28,7 +32,8 @@ def test_the_likeliest_token_at_temperature_zero_and_the_context_slides():
     found = list(sample.generate(model, idx, 12, temperature=0))
     for token, read in found:
         window = idx[:, -8:]
-        assert token == model(window)[0][0, -1].argmax() and read.shape == (2, 2, window.shape[1])
+        assert token == model(window)[0][0, -1].argmax()
+        assert read.shape == (2, 2, window.shape[1])
         idx = torch.cat([idx, torch.tensor([[token]])], dim=1)
 
 
@@ -41,7 +46,10 @@ def test_top_k_temperature_and_padding_are_kept_to():
 
 
 def test_what_is_marked_is_what_can_change_the_next_token():
-    """Shut every edge that is not marked, with `keep`: the last position's logits stay. Shut a marked one: they change."""
+    """Shut every edge that is not marked, with `keep`: the last position's logits stay.
+
+    Shut a marked one: they change.
+    """
     model = random_model(n_layer=1, gate_bias=-0.02)
     for parameter in model.parameters():
         parameter.data += 0.3 * torch.randn_like(parameter)
@@ -61,12 +69,16 @@ def test_the_line_of_edges_fits_and_marks(monkeypatch):
     tokens = text.tokenizer("bytes")
     read = torch.zeros(2, 2, 6, dtype=torch.bool)
     read[0, 0, 5] = read[1, 1, 5] = read[1, 0, 0] = True
+    b = f"{sample.READ}b{sample.PLAIN}"
+    f = f"{sample.READ}f{sample.PLAIN}"
+    new = f"{sample.NEW}!{sample.PLAIN}"
     line = sample.edges_line(list(b"0123456789ab\ncdef"), ord("!"), read, tokens, width=200)
-    assert line == f"0123456789a{sample.READ}b{sample.PLAIN}↵cde{sample.READ}f{sample.PLAIN}{sample.NEW}!{sample.PLAIN}  3 edges"
+    assert line == f"0123456789a{b}↵cde{f}{new}  3 edges"
     narrow = sample.edges_line(list(b"0123456789abcdef"), ord("!"), read, tokens, width=37)
-    assert narrow == f"cde{sample.READ}f{sample.PLAIN}{sample.NEW}!{sample.PLAIN}  3 edges, 1 further left"
+    assert narrow == f"cde{f}{new}  3 edges, 1 further left"
     monkeypatch.setattr("sys.stdout.isatty", lambda: False, raising=False)
-    assert sample.edges_line(list(b"0123456789abcdef"), ord("!"), read, tokens, width=40) == "de[f][!]  3 edges, 1 further left"
+    piped = sample.edges_line(list(b"0123456789abcdef"), ord("!"), read, tokens, width=40)
+    assert piped == "de[f][!]  3 edges, 1 further left"
 
 
 @pytest.fixture
@@ -77,7 +89,8 @@ def run(workplace):
 
 
 def test_command_line(run, capsys):
-    command = [sys.executable, f"{REPOSITORY}/analyze.py", "sample", run, "--prompt=def f(", "--tokens=5", "--device=cpu"]
+    flags = ["--prompt=def f(", "--tokens=5", "--device=cpu"]
+    command = [sys.executable, f"{REPOSITORY}/analyze.py", "sample", run, *flags]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout.startswith("def f("), done.stderr
     assert subprocess.run(command, capture_output=True, text=True).stdout == done.stdout  # a seed
@@ -87,7 +100,13 @@ def test_command_line(run, capsys):
 
 def test_mistakes_are_named(run):
     save_checkpoint("sums.pt", checkpoint_of(random_model(), data=BYTES | {"tokenizer": "addition"}))
-    for arguments, message in ((["out/none"], "no checkpoint out/none"), (["out"], "no best.pt or last.pt in out"), (["sums.pt"], "does not write text .*trained on: addition"),
-                               ([run, "--tokens=0"], "--tokens and --top_k must be at least 1"), ([run, "--device=cuda:9"], "device=cuda:9")):
+    mistakes = [
+        (["out/none"], "no checkpoint out/none"),
+        (["out"], "no best.pt or last.pt in out"),
+        (["sums.pt"], "does not write text .*trained on: addition"),
+        ([run, "--tokens=0"], "--tokens and --top_k must be at least 1"),
+        ([run, "--device=cuda:9"], "device=cuda:9"),
+    ]
+    for arguments, message in mistakes:
         with pytest.raises(SystemExit, match=message):
             analyze.main(["sample", *arguments])
