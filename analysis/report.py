@@ -199,9 +199,8 @@ def attention_flow(run, model, dense_model, task, label):
 @torch.no_grad()
 def gallery(run, model, dense_model, data, per_head, label, heads=4, length=36):
     """gallery.png: what the busiest heads of the sparse model, called `label`, attend to on one held-out snippet, and what the same heads did before."""
-    name = data.meta.get("tokenizer")
     ids = np.asarray(data.val[len(data.val) // 2:][:1000]).astype(np.int64)  # the middle of the held-out text
-    pieces = text.pieces(ids.tolist(), text.tokenizer(name)) if name in text.TOKENIZERS else [str(i) for i in ids]
+    pieces = pieces_of(ids.tolist(), data.meta.get("tokenizer"))
     line_ends = [i for i, piece in enumerate(pieces[:900]) if piece.endswith("↵")]
     begin = line_ends[0] + 1 if line_ends else 0  # from the beginning of a line
     snippet = slice(begin, begin + min(length, model.config.block_size))
@@ -215,6 +214,17 @@ def gallery(run, model, dense_model, data, per_head, label, heads=4, length=36):
             rows.append((which, [layers[layer][head] for layer, head in busiest]))
     titles = [f"layer {layer}, head {head}: {100 * fractions[layer, head]:.2g} % open" for layer, head in busiest]
     figures.gallery(os.path.join(run, "gallery.png"), titles, pieces[snippet], rows)
+
+
+def pieces_of(tokens, name):
+    """What each token says, in the words of the tokenizer `name`; its number where that cannot be had, said aloud."""
+    if name not in text.TOKENIZERS:
+        return [str(token) for token in tokens]
+    try:
+        return text.pieces(tokens, text.tokenizer(name))
+    except UserError as error:  # no network: a report needs no vocabulary for anything else
+        print(f"gallery.png shows the numbers of tokens, not their words: {error}")
+        return [str(token) for token in tokens]
 
 
 def symbols(tokens):

@@ -175,3 +175,13 @@ def test_every_command_explains_itself(command):
     parser = analyze_file.parser_for(command).chosen
     words = parser.format_help()
     assert f"analyze.py {command}" in words and len(words) > 300
+
+
+def test_a_report_without_a_vocabulary_shows_numbers_and_says_why(monkeypatch, capsys):
+    def no_network(name):
+        raise OSError("no network")
+
+    monkeypatch.setattr("tiktoken.get_encoding", no_network)
+    assert report_module.pieces_of([5, 17], "gpt2") == ["5", "17"]
+    assert "the numbers of tokens, not their words: OpenAI's vocabulary" in capsys.readouterr().out
+    assert report_module.pieces_of([100, 10], "bytes") == ["d", "↵"]

@@ -55,10 +55,16 @@ def read_config_file(path, config_class, limits, inside=()):
         if key == "base":
             if not isinstance(value, str):
                 raise UserError(f"base {where} is {value!r}: it takes another config file, such as 'config/stdlib.py'")
-            base = read_config_file(value, config_class, limits, (*inside, os.path.realpath(path)))
+            base = read_config_file(beside(path, value), config_class, limits, (*inside, os.path.realpath(path)))
         else:
             values[key] = check(key, value, where, config_class, limits)
     return base | values
+
+
+def beside(path, base):
+    """Where a base lies: as it is written, from the current folder; else in the folder of the file that names it."""
+    neighbour = os.path.join(os.path.dirname(path), os.path.basename(base))
+    return base if os.path.exists(base) or not os.path.exists(neighbour) else neighbour
 
 
 def lines_of(path):

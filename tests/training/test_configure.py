@@ -154,6 +154,15 @@ def test_a_config_file_says_what_differs_from_its_base(workplace):
     assert given == {"n_layer", "learning_rate", "n_head"}
 
 
+def test_a_base_is_found_from_elsewhere(workplace, tmp_path_factory, monkeypatch):
+    """`python somewhere/train.py somewhere/config/x.py`: the base lies beside the file that names it."""
+    os.makedirs("config")
+    write("config/small.py", "n_layer = 2\n")
+    write("config/large.py", "base = 'config/small.py'\n")
+    monkeypatch.chdir(tmp_path_factory.mktemp("elsewhere"))
+    assert read_config_file(str(workplace / "config/large.py"), Config, limits()) == {"n_layer": 2}
+
+
 @pytest.mark.parametrize("base, message", [
     ("'smal.py'", "there is no config file smal.py. Did you mean ./small.py?"),
     ("3", "base in own.py, line 1 is 3: it takes another config file"),
