@@ -1,18 +1,22 @@
 """Every question to a model or a run, one command each.
 
-    python analyze.py report out/addition               numbers and figures; train.py calls this at the end of a run
+    python analyze.py report out/addition               numbers and figures; train.py calls this at the end of
+    a run
     python analyze.py explain out/addition              when does each edge open, and what is it for?
     python analyze.py circuit out/stdlib_dense out/stdlib --task=quote
     python analyze.py --help                            all commands
     python analyze.py circuit --help                    one of them
 
-This file is the door: it reads the command line and knows nothing of models. What a command does, and which files it writes into a run's
-folder, is said in its own file, which `COMMANDS` names. Such a file has two functions:
+This file is the door: it reads the command line and knows nothing of models. What a command does, and which
+files it writes into a run's folder, is said in its own file, which `COMMANDS` names. Such a file has two
+functions:
 
     add_arguments(parser)     its part of the command line
-    run(options, settings)    the answer; settings are the --key=value that are train.py's, for the commands that take them
+    run(options, settings)    the answer; settings are the --key=value that are train.py's, for the commands
+    that take them
 
-Everything is computed again from the checkpoint, by the code that judged the run while it trained (training/evaluate.py).
+Everything is computed again from the checkpoint, by the code that judged the run while it trained
+(training/evaluate.py).
 """
 
 import argparse
@@ -37,7 +41,10 @@ COMMANDS = {  # name: (its file, what it answers)
     "export": ("models.export", "take a model to transformers, TransformerLens or nanoGPT"),
     "bench": ("analysis.bench", "how fast is the gate on this machine?"),
     "plan": ("analysis.plan", "memory and time for OLMo, before you rent anything"),
-    "kill-loop": ("analysis.kill_loop", "kill a small run again and again: does it end as if it had never been killed?"),
+    "kill-loop": (
+        "analysis.kill_loop",
+        "kill a small run again and again: does it end as if it had never been killed?",
+    ),
 }
 TAKES_SETTINGS = ("seeds", "plan")  # and hand them to train.py
 
@@ -56,11 +63,15 @@ def nearest(word, words):
 
 
 def parser_for(command):
-    """The parser of the whole command line. Only the file of `command` is imported: the others would take seconds."""
+    """The parser of the whole command line. Only the file of `command` is imported: the others would take
+    seconds.
+    """
     parser = Parser(prog="analyze.py", description=__doc__.partition("\n")[0], allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
     for name, (module, question) in COMMANDS.items():
-        own = commands.add_parser(name, help=question, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+        own = commands.add_parser(
+            name, help=question, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
+        )
         if name == command:
             file = importlib.import_module(module)
             own.description = file.__doc__

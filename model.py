@@ -4,18 +4,22 @@
     x = x + attn(ln_1(x));  x = x + mlp(ln_2(x))   n_layer times, pre-LayerNorm
     logits = lm_head(ln_f(x))
 
-A dense and a gated model hold the same parameters: `gated` only says whether attention goes through the Bernoulli
-gates of gate.py (the paper's gated attention) or through ordinary softmax attention. So any pre-trained
-checkpoint can be post-trained, and a gated checkpoint can be run dense to see what the gates do.
+A dense and a gated model hold the same parameters: `gated` only says whether attention goes through the
+Bernoulli gates of gate.py (the paper's gated attention) or through ordinary softmax attention. So any
+pre-trained checkpoint can be post-trained, and a gated checkpoint can be run dense to see what the gates do.
 
 Notable:
-- Parameter names are nanoGPT's (`transformer.h.0.attn.c_attn.weight`), so its users' tools load our checkpoints.
+- Parameter names are nanoGPT's (`transformer.h.0.attn.c_attn.weight`), so its users' tools load our
+  checkpoints.
 - As with dropout, `model.train()` samples the gates and `model.eval()` makes them deterministic.
 - forward gives the density penalty beside the loss. It does not add them up: that is the business of geco.py.
-- `record` shows every layer's gates and attention pattern, `keep` shuts chosen edges: the analysis needs no more.
-- `GPT.from_pretrained("gpt2")` brings OpenAI's weights; models/checkpoint.py reads those, nanoGPT's and our own alike.
-- Two differences to nanoGPT: GELU is GPT-2's own tanh approximation, so that OpenAI's weights give OpenAI's logits
-  (a nanoGPT checkpoint gets the exact one, which it was trained with), and there is no dropout on attention weights.
+- `record` shows every layer's gates and attention pattern, `keep` shuts chosen edges: the analysis needs no
+  more.
+- `GPT.from_pretrained("gpt2")` brings OpenAI's weights; models/checkpoint.py reads those, nanoGPT's and our
+  own alike.
+- Two differences to nanoGPT: GELU is GPT-2's own tanh approximation, so that OpenAI's weights give OpenAI's
+  logits (a nanoGPT checkpoint gets the exact one, which it was trained with), and there is no dropout on
+  attention weights.
 """
 
 import math
@@ -34,7 +38,9 @@ from storage.files import UserError
 
 @dataclass
 class GPTConfig:
-    """The shape of a model; defaults are GPT-2 124M. Saved in every checkpoint as `model_args`, as nanoGPT does."""
+    """The shape of a model; defaults are GPT-2 124M. Saved in every checkpoint as `model_args`, as nanoGPT
+    does.
+    """
 
     block_size: int = 1024  # longest context, tokens
     vocab_size: int = 50257  # number of token ids
@@ -45,7 +51,9 @@ class GPTConfig:
     bias: bool = True  # biases in Linear and LayerNorm layers
     tied: bool = True  # lm_head and wte are one matrix
     gelu: str = "tanh"  # 'tanh', GPT-2's approximation, or 'none', the exact one, as in nanoGPT
-    init_std: float = 0.02  # of random weights; GPT-2's, made for C = 768. A narrow model learns faster from wider ones, about 0.6 / sqrt(C)
+    # of random weights; GPT-2's, made for C = 768. A narrow model learns faster from wider ones, about 0.6 /
+    # sqrt(C)
+    init_std: float = 0.02
     gated: bool = False  # attention through Bernoulli gates
     gate_bias: float | list = 3.0  # b in s = a + b; a list has one for each head, [layer][head] (handover.py)
     gate_temperature: float = 1.0  # of the straight-through gradient
@@ -62,13 +70,18 @@ class CausalSelfAttention(nn.Module):
     def attend(self, q, k, v, **gate_options):
         """q, k, v (B, H, T, D) -> y, density and gates, see `gated_attention`."""
         temperature, dense = self.config.gate_temperature, not self.config.gated
-        return gated_attention(q, k, v, temperature=temperature, sample=self.training, dense=dense, **gate_options)
+        return gated_attention(
+            q, k, v, temperature=temperature, sample=self.training, dense=dense, **gate_options
+        )
 
     def forward(self, x, **gate_options):
-        """x (B, T, C) -> y (B, T, C); density, a scalar; gates, a `gate.Gates` or None. Options: see `gated_attention`."""
+        """x (B, T, C) -> y (B, T, C); density, a scalar; gates, a `gate.Gates` or None. Options: see
+        `gated_attention`.
+        """
         B, T, C = x.shape
         H, D = self.config.n_head, C // self.config.n_head
-        q, k, v = (part.view(B, T, H, D).transpose(1, 2) for part in self.c_attn(x).split(C, dim=2))  # (B, H, T, D)
+        # (B, H, T, D)
+        q, k, v = (part.view(B, T, H, D).transpose(1, 2) for part in self.c_attn(x).split(C, dim=2))
         y, density, gates = self.attend(q, k, v, **gate_options)
         y = y.transpose(1, 2).reshape(B, T, C)  # heads side by side
         return self.resid_dropout(self.c_proj(y)), density, gates
@@ -105,12 +118,16 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """GPT-2. `GPT(GPTConfig(...))` starts from GPT-2's random initialisation; `load_checkpoint` from a file."""
+    """GPT-2. `GPT(GPTConfig(...))` starts from GPT-2's random initialisation; `load_checkpoint` from a file.
+    """
 
     def __init__(self, config):
         super().__init__()
         if config.n_embd % config.n_head:
-            raise ValueError(f"n_embd={config.n_embd} must be a multiple of n_head={config.n_head}: the heads share the width")
+            raise ValueError(
+                f"n_embd={config.n_embd} must be a multiple of n_head={config.n_head}: the heads share the "
+                "width"
+            )
         if config.gate_temperature <= 0:
             raise ValueError(f"gate_temperature must be above 0, not {config.gate_temperature}")
         self.config = config
@@ -123,19 +140,29 @@ class GPT(nn.Module):
         ))
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.tie()
-        # GPT-2's initialisation: N(0, init_std), and 1 / sqrt(2 n_layer) of it for the layers that write into the residual stream
+        # GPT-2's initialisation: N(0, init_std), and 1 / sqrt(2 n_layer) of it for the layers that write into
+        # the residual stream
         for name, p in self.named_parameters():
             if p.dim() == 2:
-                nn.init.normal_(p, std=config.init_std / (math.sqrt(2 * config.n_layer) if name.endswith("c_proj.weight") else 1))
+                nn.init.normal_(
+                    p,
+                    std=config.init_std
+                    / (math.sqrt(2 * config.n_layer) if name.endswith("c_proj.weight") else 1),
+                )
             elif name.endswith("bias"):
                 nn.init.zeros_(p)
 
-    attention_impl = "auto"  # who computes gated attention: see fast/dispatch.py. A choice of this run, not of the model: in no checkpoint
+    # who computes gated attention: see fast/dispatch.py. A choice of this run, not of the model: in no
+    # checkpoint
+    attention_impl = "auto"
 
     def tie(self):
-        """If config.tied: let lm_head use the input embedding's own parameters. To be called again after one of them has been replaced."""
+        """If config.tied: let lm_head use the input embedding's own parameters. To be called again after one
+        of them has been replaced.
+        """
         if self.config.tied:
-            for name, parameter in self.transformer.wte.named_parameters():  # the matrix, and its LoRA adapter
+            # the matrix, and its LoRA adapter
+            for name, parameter in self.transformer.wte.named_parameters():
                 setattr(self.lm_head, name, parameter)
 
     @property
@@ -147,26 +174,41 @@ class GPT(nn.Module):
         return [block.attn for block in self.blocks]
 
     def forward(self, idx, targets=None, keep=None, record=None, linear_penalty=False, noise=None):
-        """idx (B, T) token ids; targets (B, T) the token to predict at each position, -1 where nothing is asked.
+        """idx (B, T) token ids; targets (B, T) the token to predict at each position, -1 where nothing is
+        asked.
 
         keep    bool, (n_layer, H, T, T) or (n_layer, B, H, T, T): an edge that is False here is forced shut
-        record  called as record(layer, gates) for every layer, gates a `gate.Gates`: what is open, what is attended to
-        noise   of the gates in training mode; 0.0 leaves it out: gates are those of evaluation, with the gradient of training. See gate.py
-        linear_penalty  the density is made of the penalty that does not saturate, see gate.py; False is the paper's
+        record  called as record(layer, gates) for every layer, gates a `gate.Gates`: what is open, what is
+                attended to
+        noise   of the gates in training mode; 0.0 leaves it out: gates are those of evaluation, with the
+                gradient of training. See gate.py
+        linear_penalty  the density is made of the penalty that does not saturate, see gate.py; False is the
+                        paper's
 
-        Returns logits (B, T, vocab_size); loss, the mean cross-entropy in nats over the targets, None without targets;
+        Returns logits (B, T, vocab_size); loss, the mean cross-entropy in nats over the targets, None without
+        targets;
         density, the mean penalty of all layers' edges: the expected open fraction (a dense model's is 1).
         Raises ValueError if idx is longer than block_size.
         """
         B, T = idx.shape
         if T > self.config.block_size:
-            raise ValueError(f"a context of {T} tokens does not fit into this model's block_size of {self.config.block_size}")
+            raise ValueError(
+                f"a context of {T} tokens does not fit into this model's block_size of "
+                f"{self.config.block_size}"
+            )
         x = self.transformer.wte(idx) + self.transformer.wpe(torch.arange(T, device=idx.device))  # (B, T, C)
         x = self.transformer.drop(x)
         densities, biases = [], bias_by_layer(self.config, idx.device)
         for layer, block in enumerate(self.blocks):
-            x, density, gates = block(x, bias=biases[layer], keep=None if keep is None else keep[layer], return_gates=record is not None,
-                                      linear_penalty=linear_penalty, noise=noise, impl=self.attention_impl)
+            x, density, gates = block(
+                x,
+                bias=biases[layer],
+                keep=None if keep is None else keep[layer],
+                return_gates=record is not None,
+                linear_penalty=linear_penalty,
+                noise=noise,
+                impl=self.attention_impl,
+            )
             densities.append(density)
             if record is not None:
                 record(layer, gates)
@@ -178,9 +220,11 @@ class GPT(nn.Module):
 
     @classmethod
     def from_pretrained(cls, name, device="cpu", **overrides):
-        """OpenAI's 'gpt2' (124M parameters), 'gpt2-medium' (350M), 'gpt2-large' (774M) or 'gpt2-xl' (1558M), in evaluation mode.
+        """OpenAI's 'gpt2' (124M parameters), 'gpt2-medium' (350M), 'gpt2-large' (774M) or 'gpt2-xl' (1558M),
+        in evaluation mode.
 
-        overrides change the GPTConfig, e.g. gated=True. Raises UserError if there is no such model, or the download fails.
+        overrides change the GPTConfig, e.g. gated=True. Raises UserError if there is no such model, or the
+        download fails.
         """
         if name not in PRETRAINED:
             raise UserError(f"OpenAI's models are {', '.join(PRETRAINED)}, not {name}. "
@@ -191,33 +235,48 @@ class GPT(nn.Module):
         return model.to(device).eval()
 
     def reading_and_writing(self, layer):
-        """Of a layer's heads, what v reads, (H, D, C), and what they write, (H, C, D), with the scale of LayerNorm folded in: for induction.py."""
+        """Of a layer's heads, what v reads, (H, D, C), and what they write, (H, C, D), with the scale of
+        LayerNorm folded in: for induction.py.
+        """
         block, H, C = self.blocks[layer], self.config.n_head, self.config.n_embd
-        return (block.attn.c_attn.weight[2 * C:] * block.ln_1.weight).view(H, -1, C), block.attn.c_proj.weight.view(C, H, -1).transpose(0, 1)
+        return (block.attn.c_attn.weight[2 * C :] * block.ln_1.weight).view(
+            H, -1, C
+        ), block.attn.c_proj.weight.view(C, H, -1).transpose(0, 1)
 
     def embeddings(self):
-        """The input embedding (V, C), and the output embedding (V, C) with the scale of the last LayerNorm folded in."""
+        """The input embedding (V, C), and the output embedding (V, C) with the scale of the last LayerNorm
+        folded in.
+        """
         return self.transformer.wte.weight, self.lm_head.weight * self.transformer.ln_f.weight
 
     def flops_per_token(self, context):
-        """Floating point operations per token of a training step, forward and backward, in dense attention (PaLM's appendix B).
+        """Floating point operations per token of a training step, forward and backward, in dense attention
+        (PaLM's appendix B).
 
-        6 for every weight that multiplies (the input embeddings only look up), and 12 C T per layer for scores and values.
+        6 for every weight that multiplies (the input embeddings only look up), and 12 C T per layer for
+        scores and values.
         """
-        embeddings = self.transformer.wpe.weight.numel() + (0 if self.config.tied else self.transformer.wte.weight.numel())
-        return 6 * (sum(p.numel() for p in self.parameters()) - embeddings) + 12 * self.config.n_layer * self.config.n_embd * context
+        embeddings = self.transformer.wpe.weight.numel() + (
+            0 if self.config.tied else self.transformer.wte.weight.numel()
+        )
+        return (
+            6 * (sum(p.numel() for p in self.parameters()) - embeddings)
+            + 12 * self.config.n_layer * self.config.n_embd * context
+        )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # OpenAI's weights
 #
 #     our Linear:      y = x W^T + b    W (out, in)
-#     their Conv1D:    y = x W + b      W (in, out)         so four matrices of every block are stored transposed
+# their Conv1D:    y = x W + b      W (in, out)         so four matrices of every block are stored transposed
 #
-# Names are the same otherwise (nanoGPT took them over), but for a prefix `transformer.` that their files lack, a tied lm_head that is not
+# Names are the same otherwise (nanoGPT took them over), but for a prefix `transformer.` that their files
+# lack, a tied lm_head that is not
 # stored twice, and the causal mask, which old files hold as `attn.bias`.
 
-# As the organisation openai-community hosts them. Size in bytes; sha256 of the one that several public sources confirm
+# As the organisation openai-community hosts them. Size in bytes; sha256 of the one that several public
+# sources confirm
 PRETRAINED = {
     "gpt2": {"size": 548118077, "sha256": "7c5d3f4b8b76583b422fcb9189ad6c89d5d97a094541ce8932dce3ecabde1421"},
     "gpt2-medium": {"size": 1520013706, "sha256": None},
@@ -229,7 +288,9 @@ MASK = re.compile(r"\.attn\.(masked_)?bias$")
 
 
 def openai_checkpoint(name):
-    """{'model', 'model_args'} of one of OpenAI's models, downloaded once into torch's cache (TORCH_HOME) and checked. Raises UserError."""
+    """{'model', 'model_args'} of one of OpenAI's models, downloaded once into torch's cache (TORCH_HOME) and
+    checked. Raises UserError.
+    """
     known = PRETRAINED[name]
     host = os.environ.get("HF_ENDPOINT", "https://huggingface.co")  # as huggingface_hub: for mirrors
     url = f"{host}/openai-community/{name}/resolve/main/pytorch_model.bin"
@@ -241,17 +302,35 @@ def openai_checkpoint(name):
 def from_openai(tensors, source, **args):
     """OpenAI's tensors, {name: tensor}, under our names and the right way round: {'model', 'model_args'}.
 
-    source is named in errors. args: model_args that the tensors do not tell. Raises UserError if they are no GPT-2's.
+    source is named in errors. args: model_args that the tensors do not tell. Raises UserError if they are no
+    GPT-2's.
     """
-    state = {name.removeprefix("transformer."): tensor for name, tensor in tensors.items() if not MASK.search(name)}
+    state = {
+        name.removeprefix("transformer."): tensor for name, tensor in tensors.items() if not MASK.search(name)
+    }
     if "wte.weight" not in state or "wpe.weight" not in state:
-        raise UserError(f"{source} holds no GPT-2: wte.weight or wpe.weight is missing. It has {', '.join(list(tensors)[:3])}, ...")
-    state = {name: tensor.t().contiguous() if CONV1D.search(name) else tensor for name, tensor in state.items()}
+        raise UserError(
+            f"{source} holds no GPT-2: wte.weight or wpe.weight is missing. It has "
+            f"{', '.join(list(tensors)[:3])}, ..."
+        )
+    state = {
+        name: tensor.t().contiguous() if CONV1D.search(name) else tensor for name, tensor in state.items()
+    }
     vocab_size, n_embd = state["wte.weight"].shape
     lm_head = state.pop("lm_head.weight", state["wte.weight"])
     layers = {int(name.split(".")[1]) for name in state if name.startswith("h.")}
-    found = {"n_layer": len(layers), "n_head": max(1, n_embd // 64), "n_embd": n_embd,  # every GPT-2 has heads of width 64
-             "block_size": state["wpe.weight"].shape[0], "vocab_size": vocab_size, "bias": True, "gelu": "tanh",
-             "tied": torch.equal(lm_head, state["wte.weight"])}
-    model = {f"transformer.{name}": tensor.float() for name, tensor in state.items()} | {"lm_head.weight": lm_head.float()}
+    # every GPT-2 has heads of width 64
+    found = {
+        "n_layer": len(layers),
+        "n_head": max(1, n_embd // 64),
+        "n_embd": n_embd,
+        "block_size": state["wpe.weight"].shape[0],
+        "vocab_size": vocab_size,
+        "bias": True,
+        "gelu": "tanh",
+        "tied": torch.equal(lm_head, state["wte.weight"]),
+    }
+    model = {f"transformer.{name}": tensor.float() for name, tensor in state.items()} | {
+        "lm_head.weight": lm_head.float()
+    }
     return {"model": model, "model_args": found | args}

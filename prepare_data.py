@@ -1,28 +1,36 @@
 """Every dataset: how it is made, how it lies on disk, how it is read.
 
-    python prepare_data.py addition                     two-digit addition, all 10,000 sums, made offline in a second
+    python prepare_data.py addition                     two-digit addition, all 10,000 sums, made offline in a
+    second
     python prepare_data.py addition --digits=3          three digits, 20,000 sums: data/addition3
-    python prepare_data.py stdlib                       the Python standard library's source, 11 MB of code, offline
+    python prepare_data.py stdlib                       the Python standard library's source, 11 MB of code,
+    offline
     python prepare_data.py stdlib --tokenizer=gpt2      the same in GPT-2's tokens: data/stdlib-gpt2
     python prepare_data.py text --file=A --file=B       your own files
     python prepare_data.py shakespeare                  tiny Shakespeare, 1 MB, by URL
-    python prepare_data.py openwebtext --processes=8    what GPT-2 was trained on, rebuilt: 9 billion tokens; 90 GB of disk; needs `datasets`
-    python prepare_data.py fineweb --shards=10          ready GPT-2 tokens, 100 million (200 MB) a shard, by URL
-    python prepare_data.py dolma --shards=2             a sample of what OLMo's training data was drawn from: 103 files of 160 MB and 80 million tokens; needs `datasets`
+    python prepare_data.py openwebtext --processes=8    what GPT-2 was trained on, rebuilt: 9 billion tokens;
+    90 GB of disk; needs `datasets`
+    python prepare_data.py fineweb --shards=10          ready GPT-2 tokens, 100 million (200 MB) a shard, by
+    URL
+    python prepare_data.py dolma --shards=2             a sample of what OLMo's training data was drawn from:
+    103 files of 160 MB and 80 million tokens; needs `datasets`
 
 A dataset is a folder data/<name>/ with two files of token ids and a description:
 
-    train.bin, val.bin     uint16, nothing but tokens; uint32 if the vocabulary is larger than 65,536 (--tokenizer=olmo2)
+    train.bin, val.bin     uint16, nothing but tokens; uint32 if the vocabulary is larger than 65,536
+                           (--tokenizer=olmo2)
     meta.json              kind, vocabulary, sizes, sha256 of both files
 
 There are two kinds, and everything that reads data knows only these:
-- rows:   the file is (N, 2, T): per row T tokens that go into the model, then T targets, 65535 where nothing is asked.
+- rows:   the file is (N, 2, T): per row T tokens that go into the model, then T targets, 65535 where nothing
+  is asked.
           For tasks with a question and an answer.
-- stream: the file is one long run of tokens; a training example is any window of it, its targets the same window one later.
+- stream: the file is one long run of tokens; a training example is any window of it, its targets the same
+  window one later.
           For text (text.py), every document with the tokenizer's separator before it.
 
-Notable: a split is made once, always the same, and never overlaps; files are written under a temporary name and renamed,
-meta.json last, so that a folder with a meta.json is whole.
+Notable: a split is made once, always the same, and never overlaps; files are written under a temporary name
+and renamed, meta.json last, so that a folder with a meta.json is whole.
 """
 
 import argparse
@@ -41,13 +49,15 @@ from storage.addition import ADDITION_TOKENS, IGNORE, addition_rows, answers_for
 from storage.download import download
 from storage.files import UserError, locked, sha256, write_json
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Reading
 
 
 @dataclass
 class Dataset:
-    """A dataset opened for reading: `train` and `val` are memory maps, (N, 2, T) rows of uint16 or a flat stream of uint16 or uint32."""
+    """A dataset opened for reading: `train` and `val` are memory maps, (N, 2, T) rows of uint16 or a flat
+    stream of uint16 or uint32.
+    """
 
     name: str
     meta: dict
@@ -69,8 +79,11 @@ class Dataset:
             x, y = windows[:, :-1], windows[:, 1:]
         highest = max(x.max(), y.max())
         if highest >= self.meta["vocab_size"]:
-            raise UserError(f"data/{self.name}/{split}.bin holds token {highest}, but its vocabulary has only "
-                            f"{self.meta['vocab_size']}: it is damaged. Make it again: {how_to_make(self.name, self.meta)}")
+            raise UserError(
+                f"data/{self.name}/{split}.bin holds token {highest}, but its vocabulary has only "
+                f"{self.meta['vocab_size']}: it is damaged. Make it again: "
+                f"{how_to_make(self.name, self.meta)}"
+            )
         return x, y
 
     def starts(self, split, block_size):
@@ -79,7 +92,10 @@ class Dataset:
         if self.meta["kind"] == "rows":
             return len(data)
         if len(data) <= block_size:
-            raise UserError(f"data/{self.name}/{split}.bin has {len(data)} tokens, too few for block_size={block_size}. Make block_size smaller")
+            raise UserError(
+                f"data/{self.name}/{split}.bin has {len(data)} tokens, too few for block_size={block_size}. "
+                "Make block_size smaller"
+            )
         return len(data) - block_size
 
 
@@ -99,16 +115,25 @@ def how_to_make(name, meta=None):
 def load(name, root="data"):
     """Open dataset `name`; one that can be made offline is made on first use.
 
-    Raises UserError if it is unknown, incomplete, of the wrong size or, for files up to 64 MB, of the wrong sha256.
+    Raises UserError if it is unknown, incomplete, of the wrong size or, for files up to 64 MB, of the wrong
+    sha256.
     """
     folder = os.path.join(root, name)
     if not os.path.exists(os.path.join(folder, "meta.json")):
         if name not in OFFLINE:
             known = name.partition("-")[0] in DATASETS
-            raise UserError(f"there is no dataset {folder}. " + (f"Make it: {how_to_make(name)}" if known else
-                            f"Datasets that can be made: {', '.join(DATASETS)}, for instance: {how_to_make('addition')}"))
+            raise UserError(
+                f"there is no dataset {folder}. "
+                + (
+                    f"Make it: {how_to_make(name)}"
+                    if known
+                    else f"Datasets that can be made: {', '.join(DATASETS)}, for instance: "
+                         f"{how_to_make('addition')}"
+                )
+            )
         with locked(folder):
-            if not os.path.exists(os.path.join(folder, "meta.json")):  # no other process has made it while we waited
+            # no other process has made it while we waited
+            if not os.path.exists(os.path.join(folder, "meta.json")):
                 print(f"making {folder} ...")
                 base, options = OFFLINE[name]
                 make(base, folder, **options)
@@ -118,7 +143,9 @@ def load(name, root="data"):
         dtype = text.dtype_for(meta["vocab_size"])
         sizes = {split: dtype.itemsize * int(np.prod(meta["shape"][split])) for split in ("train", "val")}
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{folder}/meta.json is damaged. Delete {folder} and make it again: {how_to_make(name)}") from error
+        raise UserError(
+            f"{folder}/meta.json is damaged. Delete {folder} and make it again: {how_to_make(name)}"
+        ) from error
     splits = {}
     for split in ("train", "val"):
         path = os.path.join(folder, f"{split}.bin")
@@ -127,18 +154,23 @@ def load(name, root="data"):
             raise UserError(f"{path} has {size} bytes instead of {sizes[split]}: it is truncated. "
                             f"Delete {folder} and make it again: {how_to_make(name, meta)}")
         if size <= 1 << 26 and sha256(path) != meta["sha256"][split]:
-            raise UserError(f"{path} has changed since it was made (wrong sha256). Delete {folder} and make it again: {how_to_make(name, meta)}")
+            raise UserError(
+                f"{path} has changed since it was made (wrong sha256). Delete {folder} and make it again: "
+                f"{how_to_make(name, meta)}"
+            )
         splits[split] = np.memmap(path, dtype=dtype, mode="r", shape=tuple(meta["shape"][split]))
     return Dataset(name, meta, **splits)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Writing
 
 
 def write_dataset(folder, train, val, **meta):
-    """Write a dataset folder. train, val: arrays of token ids, (N, 2, T) for kind='rows' or flat for kind='stream'; or, for a stream that
-    does not fit into memory, iterators of flat arrays. meta holds vocab_size at least. Raises UserError, what was there before untouched, if the disk is full."""
+    """Write a dataset folder. train, val: arrays of token ids, (N, 2, T) for kind='rows' or flat for
+    kind='stream'; or, for a stream that
+    does not fit into memory, iterators of flat arrays. meta holds vocab_size at least. Raises UserError, what
+    was there before untouched, if the disk is full."""
     os.makedirs(folder, exist_ok=True)
     meta |= {"shape": {}, "sha256": {}}
     paths = {split: os.path.join(folder, f"{split}.bin") for split in ("train", "val")}
@@ -157,7 +189,9 @@ def write_dataset(folder, train, val, **meta):
             for written in paths.values():
                 if os.path.exists(written + ".tmp"):
                     os.remove(written + ".tmp")
-            raise UserError(f"cannot write {path}: {error}. Free some space and type the same command again") from error
+            raise UserError(
+                f"cannot write {path}: {error}. Free some space and type the same command again"
+            ) from error
         meta["shape"][split] = list(data.shape) if isinstance(data, np.ndarray) else [tokens]
         meta["sha256"][split] = digest.hexdigest()
     if os.path.exists(os.path.join(folder, "meta.json")):
@@ -167,7 +201,7 @@ def write_dataset(folder, train, val, **meta):
     write_json(os.path.join(folder, "meta.json"), meta)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # addition: `5 3 + 2 1 = ? ? ? ? ?` -> `0 0 0 7 4`
 
 def make_addition(folder, options):
@@ -188,7 +222,7 @@ def make_addition(folder, options):
                   task={"name": "addition", "digits": digits, "answers": answers_for(digits)})
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # text
 
 
@@ -196,14 +230,23 @@ def write_text(folder, documents, tokenizer, **meta):
     """Split documents (an iterable of bytes), encode them, write the dataset."""
     tokens = text.tokenizer(tokenizer)
     train, val = text.split(documents)
-    encoded = [np.concatenate([text.encode_document(document, tokens) for document in tqdm(side, desc=f"{split}, {tokens.name}", unit="document")])
-               for split, side in (("train", train), ("val", val))]
+    encoded = [
+        np.concatenate(
+            [
+                text.encode_document(document, tokens)
+                for document in tqdm(side, desc=f"{split}, {tokens.name}", unit="document")
+            ]
+        )
+        for split, side in (("train", train), ("val", val))
+    ]
     write_dataset(folder, *encoded, kind="stream", vocab_size=tokens.vocab_size, tokenizer=tokens.name,
                   documents={"train": len(train), "val": len(val)}, **meta)
 
 
 def make_stdlib(folder, options):
-    """The Python standard library of the interpreter that runs this; its version is in meta.json, for another one is another text."""
+    """The Python standard library of the interpreter that runs this; its version is in meta.json, for
+    another one is another text.
+    """
     write_text(folder, text.stdlib_documents(), options.tokenizer, python=sys.version.split()[0])
 
 
@@ -211,7 +254,12 @@ def make_text(folder, options):
     """The files given with --file."""
     if not options.file:
         raise UserError("text needs your files: python prepare_data.py text --file=A.txt --file=B.txt")
-    write_text(folder, text.file_documents(options.file), options.tokenizer, made_by="python prepare_data.py " + shlex.join(sys.argv[1:]))
+    write_text(
+        folder,
+        text.file_documents(options.file),
+        options.tokenizer,
+        made_by="python prepare_data.py " + shlex.join(sys.argv[1:]),
+    )
 
 
 SHAKESPEARE = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
@@ -230,22 +278,40 @@ def make_openwebtext(folder, options):
 
 
 def make_fineweb(folder, options):
-    write_dataset(folder, **corpora.fineweb(os.path.join(folder, "shards"), options.shards, options.tokenizer))
+    write_dataset(
+        folder, **corpora.fineweb(os.path.join(folder, "shards"), options.shards, options.tokenizer)
+    )
 
 
 def make_dolma(folder, options):
-    write_dataset(folder, **corpora.dolma(os.path.join(os.path.dirname(folder), "dolma", "shards"), options.shards, options.tokenizer, options.processes))
+    write_dataset(
+        folder,
+        **corpora.dolma(
+            os.path.join(os.path.dirname(folder), "dolma", "shards"),
+            options.shards,
+            options.tokenizer,
+            options.processes,
+        ),
+    )
 
 
-DATASETS = {"addition": make_addition, "stdlib": make_stdlib, "text": make_text, "shakespeare": make_shakespeare,
-            "openwebtext": make_openwebtext, "fineweb": make_fineweb, "dolma": make_dolma}
+DATASETS = {
+    "addition": make_addition,
+    "stdlib": make_stdlib,
+    "text": make_text,
+    "shakespeare": make_shakespeare,
+    "openwebtext": make_openwebtext,
+    "fineweb": make_fineweb,
+    "dolma": make_dolma,
+}
 MOST_DIGITS = 4
 # Those that need no network: train.py makes them on first use. {name: (dataset, options of `make`)}
 OFFLINE = {"addition": ("addition", {}),
            "stdlib": ("stdlib", {}),
            "stdlib-gpt2": ("stdlib", {"tokenizer": "gpt2"})}
 OFFLINE |= {f"addition{d}": ("addition", {"digits": d}) for d in range(1, MOST_DIGITS + 1) if d != 2}
-STANDARD = {"openwebtext": "gpt2", "fineweb": "gpt2", "dolma": "olmo"}  # made for this tokenizer, and named without it; others for bytes
+# made for this tokenizer, and named without it; others for bytes
+STANDARD = {"openwebtext": "gpt2", "fineweb": "gpt2", "dolma": "olmo"}
 
 
 def make(name, folder, file=(), tokenizer="bytes", shards=10, processes=4, digits=2):
@@ -259,13 +325,29 @@ def make(name, folder, file=(), tokenizer="bytes", shards=10, processes=4, digit
 
 
 def main(arguments):
-    parser = argparse.ArgumentParser(prog="prepare_data.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="prepare_data.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("name", choices=DATASETS)
     parser.add_argument("--digits", type=int, help=f"of addition: of each number, 1 to {MOST_DIGITS}; 2")
-    parser.add_argument("--tokenizer", choices=text.TOKENIZERS, help="of a text; bytes, but gpt2 for openwebtext and fineweb, olmo for dolma")
-    parser.add_argument("--file", action="append", default=[], help="of text: a file, one document; give it as often as you like")
+    parser.add_argument(
+        "--tokenizer",
+        choices=text.TOKENIZERS,
+        help="of a text; bytes, but gpt2 for openwebtext and fineweb, olmo for dolma",
+    )
+    parser.add_argument(
+        "--file",
+        action="append",
+        default=[],
+        help="of text: a file, one document; give it as often as you like",
+    )
     parser.add_argument("--shards", type=int, help="of fineweb and dolma: how many of their 103 files; 10")
-    parser.add_argument("--processes", type=int, default=os.cpu_count(), help="of openwebtext and dolma: how many encode at once")
+    parser.add_argument(
+        "--processes",
+        type=int,
+        default=os.cpu_count(),
+        help="of openwebtext and dolma: how many encode at once",
+    )
     options = parser.parse_args(arguments)
     takers = {"digits": ("addition",), "shards": ("fineweb", "dolma"), "file": ("text",),
               "tokenizer": set(DATASETS) - {"addition"}}
@@ -289,7 +371,10 @@ def main(arguments):
         data = load(os.path.basename(folder))
     except (UserError, OSError) as error:
         sys.exit(f"error: {error}")
-    print(f"{folder}: {data.meta['kind']}, train {data.train.shape}, val {data.val.shape}, vocabulary of {data.meta['vocab_size']}")
+    print(
+        f"{folder}: {data.meta['kind']}, train {data.train.shape}, val {data.val.shape}, vocabulary of "
+        f"{data.meta['vocab_size']}"
+    )
 
 
 if __name__ == "__main__":

@@ -8,25 +8,29 @@
     dense:   minimise  loss                                            an ordinary nanoGPT run
     gated:   minimise  density  subject to  loss <= target             geco.py; the paper's post-training
 
-The gated run starts from a dense one (`init_from`), measures the dense model's loss, and then shuts edges as long as the
-loss stays there. Three losses take part, and all of them are in the log:
-- the gradient is that of the mean loss of a training batch under sampled gates (in the last `noise_free_steps` under
-  thresholds), straight-through;
-- lambda is moved by the loss of the same batch under the deterministic gates that count in the end, or under the sampled
-  ones, as in the paper (`constraint_gates`). Its target is the dense model's loss on training batches + loss_slack;
+The gated run starts from a dense one (`init_from`), measures the dense model's loss, and then shuts edges as
+long as the loss stays there. Three losses take part, and all of them are in the log:
+- the gradient is that of the mean loss of a training batch under sampled gates (in the last
+  `noise_free_steps` under thresholds), straight-through;
+- lambda is moved by the loss of the same batch under the deterministic gates that count in the end, or under
+  the sampled ones, as in the paper (`constraint_gates`). Its target is the dense model's loss on training
+  batches + loss_slack;
 - the run is judged on the held-out set under deterministic gates (training/verdict.py).
 
 Notable:
-- best.pt is not the last evaluation but the one with the fewest open edges that meets the target (training/judge.py).
-- A step's examples and noise hang on (seed, step) alone (training/batches.py): a run that is killed and started again does
-  on a CPU bit for bit what it would have done (GPUs sum in an order of their own), and one process that accumulates
-  gradients does what many processes do.
-- The same command continues an unfinished run. A run's folder is never overwritten by a run with other settings.
-- Exit status: 0, the run is what it was to become; 2, it is at its end and is not (a target missed, a parent not ready);
-  1, an error, or stopped.
+- best.pt is not the last evaluation but the one with the fewest open edges that meets the target
+  (training/judge.py).
+- A step's examples and noise hang on (seed, step) alone (training/batches.py): a run that is killed and
+  started again does on a CPU bit for bit what it would have done (GPUs sum in an order of their own), and one
+  process that accumulates gradients does what many processes do.
+- The same command continues an unfinished run. A run's folder is never overwritten by a run with other
+  settings.
+- Exit status: 0, the run is what it was to become; 2, it is at its end and is not (a target missed, a parent
+  not ready); 1, an error, or stopped.
 
-What stands around the loop: settings and their meaning, training/settings.py; where a run comes from, parents.py; models,
-optimizer and devices, run.py; evaluation and checkpoints, judge.py; how dense becomes gated without a shock, handover.py.
+What stands around the loop: settings and their meaning, training/settings.py; where a run comes from,
+parents.py; models, optimizer and devices, run.py; evaluation and checkpoints, judge.py; how dense becomes
+gated without a shock, handover.py.
 """
 
 import gc
@@ -69,18 +73,21 @@ def loop(run, judge, progress, stop):
                 break
         for group in run.optimizer.param_groups:
             group["lr"] = get_lr(step, c)
-        noisy = step < c.max_steps - c.noise_free_steps  # are gates sampled, or thresholds as when they are judged?
+        # are gates sampled, or thresholds as when they are judged?
+        noisy = step < c.max_steps - c.noise_free_steps
         cutting = is_cutting(step, c.linear_penalty_steps, c.cycle_steps)
 
-        # --- 1. lambda: is the loss above its target? Then a nat shall cost more --------------------------------------
+        # --- 1. lambda: is the loss above its target? Then a nat shall cost more ----------------------------
         if c.gated and step % c.constraint_interval == 0:
             geco.update(run.constraint(step, noisy))
 
-        # --- 2. gradients: of  density_weight * density + lambda (loss - target) --------------------------------------
+        # --- 2. gradients: of  density_weight * density + lambda (loss - target) ----------------------------
         sums = [0.0, 0.0, 0.0]
         for x, y in run.parts(step):
             with run.autocast():
-                logits, loss, density = run.network(x, y, linear_penalty=cutting, noise=None if noisy else 0.0)
+                logits, loss, density = run.network(
+                    x, y, linear_penalty=cutting, noise=None if noisy else 0.0
+                )
                 objective = loss
                 if c.gated:
                     objective = geco.objective(loss + run.taught(x, y, logits), density, c.density_weight)
@@ -88,9 +95,10 @@ def loop(run, judge, progress, stop):
             for i, number in enumerate((loss, density, objective)):
                 sums[i] += number.item()
 
-        # --- 3. step ------------------------------------------------------------------------------------------------
+        # --- 3. step ----------------------------------------------------------------------------------------
         norm = run.clip_gradient()
-        *sums, stopping = hardware.total([*sums, stop.asked], run.device)  # all processes see the same, and decide alike
+        # all processes see the same, and decide alike
+        *sums, stopping = hardware.total([*sums, stop.asked], run.device)
         batch_loss, density, objective = (number / run.micro_batches for number in sums)
         run.require_finite(step, batch_loss, objective, norm)
         run.update_weights()
@@ -102,9 +110,11 @@ def loop(run, judge, progress, stop):
 
 
 def train_one(config, given, job=None):
-    """Train the run that config describes, whose parents have been trained, from where its folder stands to the end.
+    """Train the run that config describes, whose parents have been trained, from where its folder stands to
+    the end.
 
-    given: names of the settings that were set; job: of which this run is a part, for the progress line. As `train`.
+    given: names of the settings that were set; job: of which this run is a part, for the progress line. As
+    `train`.
     """
     c = config
     checkpoint = claim_folder(c, given)
@@ -128,7 +138,8 @@ def train_one(config, given, job=None):
 def train(config, given=frozenset()):
     """Train the run that config describes, and before it the runs of the config files that it starts from.
 
-    Leaves config.json, metrics.jsonl, best.pt or closest.pt, and last.pt in config.out_dir. Returns whether the run is
+    Leaves config.json, metrics.jsonl, best.pt or closest.pt, and last.pt in config.out_dir. Returns whether
+    the run is
     what it was to become. Raises UserError with a message for people; SystemExit after Ctrl-C, the run saved.
     """
     lineage = lineage_of(config, given)
@@ -159,8 +170,11 @@ def main(arguments):
         succeeded = train(config, names)
         writes = hardware.rank() == 0
     except torch.OutOfMemoryError as error:
-        sys.exit(f"error: out of memory: {str(error).splitlines()[0]} Try a smaller --micro_batch_size (the same batches, "
-                 "other noise), or, for a new run, --eval_batch_size")
+        sys.exit(
+            f"error: out of memory: {str(error).splitlines()[0]} Try a smaller --micro_batch_size (the same "
+            "batches, "
+            "other noise), or, for a new run, --eval_batch_size"
+        )
     except (UserError, OSError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
@@ -172,7 +186,8 @@ def main(arguments):
 
 
 def report(folder):
-    """Print what a run became, and draw it, in a process of its own: the loop needs no matplotlib, and a picture that
+    """Print what a run became, and draw it, in a process of its own: the loop needs no matplotlib, and a
+    picture that
     fails cannot harm a finished run. Returns the exit status."""
     if torch.cuda.is_initialized():
         gc.collect()  # what wraps a model refers to itself

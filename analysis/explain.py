@@ -8,9 +8,10 @@ digits. We look for it in a library of readable conditions: the one that agrees 
 next to the baseline, the agreement of the better constant guess ("always" or "never"). What an edge is for is
 measured by shutting it, it alone, on every sum, and counting which answer digits go wrong (an ablation).
 
-The library is in conditions.py. This goes further than the paper, which shows the carry edge on three examples (its first figure): found by
-counting, not by eye. All 10,000 sums of two digits are counted; of more digits, those of the dataset.
-Notable: a shut edge may have a twin that opens instead: gates are computed from queries and keys, which change with what was read.
+The library is in conditions.py. This goes further than the paper, which shows the carry edge on three
+examples (its first figure): found by counting, not by eye. All 10,000 sums of two digits are counted; of more
+digits, those of the dataset. Notable: a shut edge may have a twin that opens instead: gates are computed from
+queries and keys, which change with what was read.
 """
 
 import os
@@ -30,7 +31,7 @@ MOST_EDGES = 60  # that ever open: more are no circuit to read, and each costs a
 CHUNK = 500  # sums that go through the model at once
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # the sums
 
 
@@ -41,7 +42,7 @@ def population(data, task):
     return addition_pairs(np.concatenate([data.train, data.val]), task.digits)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # counting
 
 
@@ -107,7 +108,8 @@ def explain(model, task, a, b):
 def twin(before, now):
     """The edge that opens instead of a shut one, {layer, head, query, key}, or None if there is none.
 
-    before, now: (n_layer, H, T, T, N) bool, what is open on the sums on which the shut edge was. A twin opens on
+    before, now: (n_layer, H, T, T, N) bool, what is open on the sums on which the shut edge was. A twin opens
+    on
     most of those sums, and was shut on them before.
     """
     share = (now & ~before).mean(axis=-1)  # (n_layer, H, T, T)
@@ -150,7 +152,7 @@ def summary(edges, intact, task, sums):
             "digits_right": intact["digits"], "edges": edges}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # in words
 
 
@@ -204,7 +206,7 @@ def legend(task):
     return f"{' '.join(token_names(task))}: s0 is the `?` that answers the {PLACES[0]}, {', '.join(places)}"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # a run
 
 
@@ -232,7 +234,8 @@ def explain_run(run):
     if not os.path.isdir(run):
         raise UserError(f"{run} is no run's folder, and the table and the figure go there")
     if not model.config.gated:
-        raise UserError(f"{run} is a dense run on {data.name}: explain counts over sums and describes gates, "
+        raise UserError(f"{run} is a dense run on {data.name}: explain counts over sums and describes "
+                        "gates, "
                         "so it needs a gated run on addition, such as out/addition")
     a, b = population(data, task)
     edges, intact = explain(model, task, a, b)
@@ -256,7 +259,9 @@ def explain_run(run):
 
 
 def add_arguments(parser):
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="a gated run on addition, such as out/addition")
+    parser.add_argument(
+        "runs", nargs="+", metavar="RUN", help="a gated run on addition, such as out/addition"
+    )
 
 
 def run(options, settings):

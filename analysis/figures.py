@@ -1,10 +1,12 @@
 """The pictures: how edges, gates and a training run are drawn.
 
-In the flow pictures time runs to the right and depth upwards. A token's residual stream is a vertical line; an edge from key
-position j to query position i in layer l is a line from (j, l) to (i, l + 1), because that is where it moves information:
-out of stream j below layer l, into stream i above it (the paper's first figure).
+In the flow pictures time runs to the right and depth upwards. A token's residual stream is a vertical line;
+an edge from key position j to query position i in layer l is a line from (j, l) to (i, l + 1), because that
+is where it moves information: out of stream j below layer l, into stream i above it (the paper's first
+figure).
 
-Functions take arrays and plain lists and write a PNG; nothing here runs a model, and this file imports no other file of ours.
+Functions take arrays and plain lists and write a PNG; nothing here runs a model, and this file imports no
+other file of ours.
 """
 
 import io
@@ -22,21 +24,36 @@ GREY = "0.75"
 
 
 def save(figure, path):
-    """Write the PNG, whole or not at all, in 128 colours: a third of the size, and nobody sees the difference. (Pillow's default way of choosing them, median cut, can hang.)"""
+    """Write the PNG, whole or not at all, in 128 colours: a third of the size, and nobody sees the
+    difference. (Pillow's default way of choosing them, median cut, can hang.)
+    """
     raw = io.BytesIO()
     figure.savefig(raw, dpi=110, format="png", bbox_inches="tight")
     plt.close(figure)
-    Image.open(raw).convert("RGB").quantize(128, method=Image.Quantize.FASTOCTREE).save(path + ".tmp", format="png", optimize=True)
+    Image.open(raw).convert("RGB").quantize(128, method=Image.Quantize.FASTOCTREE).save(
+        path + ".tmp", format="png", optimize=True
+    )
     os.replace(path + ".tmp", path)
 
 
 def draw_streams(ax, tokens, answers, n_layer):
-    """The ground of a flow picture: one vertical line per token, its name below, what the model answers above."""
+    """The ground of a flow picture: one vertical line per token, its name below, what the model answers
+    above.
+    """
     T = len(tokens)
     ax.vlines(range(T), 0, n_layer, color=GREY, lw=0.6, zorder=0)
     for i, (token, answer) in enumerate(zip(tokens, answers)):
         ax.text(i, -0.18, token, ha="center", va="top", fontsize=11, family="monospace")
-        ax.text(i, n_layer + 0.15, answer, ha="center", va="bottom", fontsize=11, family="monospace", weight="bold")
+        ax.text(
+            i,
+            n_layer + 0.15,
+            answer,
+            ha="center",
+            va="bottom",
+            fontsize=11,
+            family="monospace",
+            weight="bold",
+        )
     ax.set(xlim=(-0.7, T - 0.3), ylim=(-0.75, n_layer + 0.75), xticks=[], yticks=np.arange(n_layer) + 0.5)
     ax.set_yticklabels([f"layer {layer}" for layer in range(n_layer)], fontsize=9)
     ax.tick_params(length=0)
@@ -54,10 +71,17 @@ def draw_edges(ax, weights):
 def attention_flow(path, columns, rows):
     """The paper's first figure: the same sums through two models.
 
-    columns  [(title, tokens)], one per prompt; rows [(label, [(weights (n_layer, H, T, T), answers)])], one per model
+    columns  [(title, tokens)], one per prompt; rows [(label, [(weights (n_layer, H, T, T), answers)])], one
+             per model
     """
     n_layer = rows[0][1][0][0].shape[0]
-    figure, axes = plt.subplots(len(rows), len(columns), figsize=(4.3 * len(columns), 3.5 * len(rows)), squeeze=False, layout="constrained")
+    figure, axes = plt.subplots(
+        len(rows),
+        len(columns),
+        figsize=(4.3 * len(columns), 3.5 * len(rows)),
+        squeeze=False,
+        layout="constrained",
+    )
     for r, (label, panels) in enumerate(rows):
         for c, (weights, answers) in enumerate(panels):
             ax, (title, tokens) = axes[r, c], columns[c]
@@ -66,33 +90,78 @@ def attention_flow(path, columns, rows):
             ax.set_title(title if r == 0 else "", fontsize=12)
             ax.set_xlabel(f"{np.count_nonzero(weights)} open edges", fontsize=9)
         axes[r, 0].set_ylabel(label, fontsize=12)
-    figure.suptitle("A line runs from the token that is read to the token that reads it; its opacity is the attention weight", fontsize=10)
+    figure.suptitle(
+        "A line runs from the token that is read to the token that reads it; its opacity is the attention "
+        "weight",
+        fontsize=10,
+    )
     save(figure, path)
 
 
 def training(path, metrics, kept_step=None, bounds=()):
-    """metrics: the lines of metrics.jsonl. Loss; for a gated run also open edges and lambda. kept_step: of best.pt, or closest.pt; bounds: lambda's floor and cap."""
+    """metrics: the lines of metrics.jsonl. Loss; for a gated run also open edges and lambda. kept_step: of
+    best.pt, or closest.pt; bounds: lambda's floor and cap.
+    """
     gated = "lambda" in metrics[0]
-    figure, axes = plt.subplots(3 if gated else 1, 1, figsize=(7, 8 if gated else 3.4), sharex=True, squeeze=False, layout="constrained")
+    figure, axes = plt.subplots(
+        3 if gated else 1,
+        1,
+        figsize=(7, 8 if gated else 3.4),
+        sharex=True,
+        squeeze=False,
+        layout="constrained",
+    )
     axes = axes[:, 0]
 
     def curve(ax, key, label, scale=1.0, **style):
         points = [(m["step"], m[key] * scale) for m in metrics if m.get(key) is not None]
         ax.plot(*zip(*points), label=label, **style) if points else None
 
-    curve(axes[0], "batch_loss", "training batches" + (", gates as in training (running mean)" if gated else " (running mean)"), color="tab:orange")
+    curve(
+        axes[0],
+        "batch_loss",
+        "training batches" + (", gates as in training (running mean)" if gated else " (running mean)"),
+        color="tab:orange",
+    )
     curve(axes[0], "val_loss", "held-out set" + (", deterministic gates" if gated else ""), color="tab:blue")
     if gated:
-        axes[0].axhline(metrics[0]["target_loss"], color="tab:green", ls="--", label="target: dense loss on the held-out set + slack")
-        curve(axes[0], "constraint_loss", "the constraint, on single training batches: what moves lambda", color="tab:purple", lw=0.6, marker=".", ms=4)
-        axes[0].axhline(metrics[0]["constraint_target"], color="tab:purple", ls=":", label="its target: dense loss on training batches + slack - margin")
+        axes[0].axhline(
+            metrics[0]["target_loss"],
+            color="tab:green",
+            ls="--",
+            label="target: dense loss on the held-out set + slack",
+        )
+        curve(
+            axes[0],
+            "constraint_loss",
+            "the constraint, on single training batches: what moves lambda",
+            color="tab:purple",
+            lw=0.6,
+            marker=".",
+            ms=4,
+        )
+        axes[0].axhline(
+            metrics[0]["constraint_target"],
+            color="tab:purple",
+            ls=":",
+            label="its target: dense loss on training batches + slack - margin",
+        )
         curve(axes[1], "fraction", "all evaluations", 100, color="tab:blue")
         passed = [(m["step"], 100 * m["fraction"]) for m in metrics if m["passes"]]
-        axes[1].plot(*zip(*passed) if passed else ([], []), "o", ms=4, color="tab:green", label="meets the target")
+        axes[1].plot(
+            *zip(*passed) if passed else ([], []), "o", ms=4, color="tab:green", label="meets the target"
+        )
         for m in metrics:
             if m["step"] == kept_step and kept_step > 0:
                 what, color = ("kept", "tab:red") if m["passes"] else ("target missed; closest", "tab:orange")
-                axes[1].plot(kept_step, 100 * m["fraction"], "*", ms=14, color=color, label=f"{what}: step {kept_step}, {m['open']:.2f} edges")
+                axes[1].plot(
+                    kept_step,
+                    100 * m["fraction"],
+                    "*",
+                    ms=14,
+                    color=color,
+                    label=f"{what}: step {kept_step}, {m['open']:.2f} edges",
+                )
         axes[1].set(ylabel="open edges (%)")
         axes[1].legend(fontsize=8)
         curve(axes[2], "lambda", "lambda", color="tab:purple")
@@ -101,16 +170,25 @@ def training(path, metrics, kept_step=None, bounds=()):
         back = [m["step"] for m in metrics if m.get("goes_back")]
         for ax in axes[1:]:
             for step in back:
-                ax.axvline(step, color="tab:orange", lw=1, zorder=0, label="not repaired: back to the best so far" if step == back[0] else None)
+                ax.axvline(
+                    step,
+                    color="tab:orange",
+                    lw=1,
+                    zorder=0,
+                    label="not repaired: back to the best so far" if step == back[0] else None,
+                )
         axes[2].set(ylabel="lambda")
         axes[2].legend(fontsize=8)
     axes[0].set(ylabel="loss (nats)")
-    axes[0].legend(fontsize=8, loc="lower left", bbox_to_anchor=(0, 1))  # above the axes: every corner inside may hold a curve
+    # above the axes: every corner inside may hold a curve
+    axes[0].legend(fontsize=8, loc="lower left", bbox_to_anchor=(0, 1))
     for ax in axes:
         low, high = ax.dataLim.intervaly
         if low > 0 and high > 10 * low:  # a logarithmic axis where there are decades to show
             ax.set_yscale("log")
-            ax.yaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 5) if high < 100 * low else (1,)))
+            ax.yaxis.set_major_locator(
+                matplotlib.ticker.LogLocator(subs=(1, 2, 5) if high < 100 * low else (1,))
+            )
             ax.yaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
         ax.yaxis.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda y, _: f"{y:g}"))
     axes[-1].set_xlabel("step")
@@ -120,7 +198,9 @@ def training(path, metrics, kept_step=None, bounds=()):
 
 
 def open_by_head(path, per_head):
-    """Open fraction by layer and head. per_head [n_layer][H], from 0 to 1; the colour is logarithmic, a head that is off is white."""
+    """Open fraction by layer and head. per_head [n_layer][H], from 0 to 1; the colour is logarithmic, a head
+    that is off is white.
+    """
     fractions = np.array(per_head)
     n_layer, H = fractions.shape
     figure, ax = plt.subplots(figsize=(2.8 + 0.75 * H, 1.4 + 0.5 * n_layer), layout="constrained")
@@ -129,8 +209,15 @@ def open_by_head(path, per_head):
     for layer in range(n_layer):
         for head in range(H):
             value = fractions[layer, head]
-            ax.text(head, layer, "off" if value == 0 else f"{100 * value:#.3g} %", ha="center", va="center", fontsize=8,
-                    color="white" if value > 0.05 else "black")
+            ax.text(
+                head,
+                layer,
+                "off" if value == 0 else f"{100 * value:#.3g} %",
+                ha="center",
+                va="center",
+                fontsize=8,
+                color="white" if value > 0.05 else "black",
+            )
     ax.set(xlabel="head", ylabel="layer", xticks=range(H), yticks=range(n_layer), title="open edges")
     bar = figure.colorbar(image, ax=ax, ticks=[1e-4, 1e-3, 1e-2, 1e-1, 1])
     bar.ax.set_yticklabels(["0.01 %", "0.1 %", "1 %", "10 %", "100 %"], fontsize=8)
@@ -138,7 +225,9 @@ def open_by_head(path, per_head):
 
 
 def open_by_distance(path, by_distance, open_edges):
-    """How far back the open edges reach. by_distance [T]: open fraction of the edges that reach so many positions back; open_edges: mean number a sequence."""
+    """How far back the open edges reach. by_distance [T]: open fraction of the edges that reach so many
+    positions back; open_edges: mean number a sequence.
+    """
     fractions = np.array(by_distance)
     T = len(fractions)
     figure, ax = plt.subplots(figsize=(6.4, 3.6), layout="constrained")
@@ -147,11 +236,23 @@ def open_by_distance(path, by_distance, open_edges):
     share = fractions * (T - np.arange(T))
     half = int(np.searchsorted(np.cumsum(share), share.sum() / 2)) if share.sum() else 0
     ax.axvline(half + 1, color=GREY, lw=1)
-    ax.text(half + 1, 45, f" half of a sequence's {open_edges:.0f} open edges\n reach {half} or fewer back", fontsize=8, va="top")
+    ax.text(
+        half + 1,
+        45,
+        f" half of a sequence's {open_edges:.0f} open edges\n reach {half} or fewer back",
+        fontsize=8,
+        va="top",
+    )
     ticks = [t for t in (0, 1, 3, 7, 15, 31, 63, 127, 255, 511, 1023) if t < T]
     lowest = 100 * fractions[fractions > 0].min(initial=1)
-    ax.set(xscale="log", yscale="log", ylim=(min(0.9 * lowest, 50), 150), xlabel="positions back (0: a token reads itself)",
-           ylabel="open edges (%)", title="How far back do the edges reach?")
+    ax.set(
+        xscale="log",
+        yscale="log",
+        ylim=(min(0.9 * lowest, 50), 150),
+        xlabel="positions back (0: a token reads itself)",
+        ylabel="open edges (%)",
+        title="How far back do the edges reach?",
+    )
     ax.set_xticks([t + 1 for t in ticks], [str(t) for t in ticks])
     ax.minorticks_off()
     ax.yaxis.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda y, _: f"{y:g}"))
@@ -161,14 +262,33 @@ def open_by_distance(path, by_distance, open_edges):
 
 
 def gallery(path, titles, tokens, rows, what="The busiest heads of the sparse model on one held-out snippet"):
-    """Attention maps of a few heads on one snippet; what: says which. titles: one per head; tokens: T strings; rows [(label, [weights (T, T), one per head])]."""
-    T, columns, tokens = len(tokens), max(1, len(titles)), [token.replace(" ", "·").replace("$", r"\$") for token in tokens]  # $ would begin a formula
-    figure, axes = plt.subplots(len(rows), columns, figsize=(4.2 * columns, 4.4 * len(rows)), squeeze=False, layout="constrained")
+    """Attention maps of a few heads on one snippet; what: says which. titles: one per head; tokens: T
+    strings; rows [(label, [weights (T, T), one per head])].
+    """
+    # $ would begin a formula
+    T, columns, tokens = (
+        len(tokens),
+        max(1, len(titles)),
+        [token.replace(" ", "·").replace("$", r"\$") for token in tokens],
+    )
+    figure, axes = plt.subplots(
+        len(rows), columns, figsize=(4.2 * columns, 4.4 * len(rows)), squeeze=False, layout="constrained"
+    )
     for r, (label, maps) in enumerate(rows):
         for c, weights in enumerate(maps):
             ax = axes[r, c]
-            ax.imshow(np.ma.masked_equal(weights, 0), cmap="Blues", norm=matplotlib.colors.PowerNorm(0.5, vmin=0, vmax=1))
-            ax.set_xticks(range(T), tokens, fontsize=7, family="monospace", rotation=90 if max(map(len, tokens)) > 1 else 0)
+            ax.imshow(
+                np.ma.masked_equal(weights, 0),
+                cmap="Blues",
+                norm=matplotlib.colors.PowerNorm(0.5, vmin=0, vmax=1),
+            )
+            ax.set_xticks(
+                range(T),
+                tokens,
+                fontsize=7,
+                family="monospace",
+                rotation=90 if max(map(len, tokens)) > 1 else 0,
+            )
             ax.set_yticks(range(T), tokens, fontsize=7, family="monospace")
             ax.tick_params(length=0, pad=1)
             ax.set_title(titles[c] if r == 0 else "", fontsize=9)
@@ -176,37 +296,67 @@ def gallery(path, titles, tokens, rows, what="The busiest heads of the sparse mo
     for ax in axes[-1]:
         ax.set_xlabel("the token that is read", fontsize=9)
     figure.get_layout_engine().set(rect=(0, 0, 1, 0.96))
-    figure.suptitle(f"{what}; white: nothing is read (sparse: the edge is shut). Darker: more attention, square-root scale", fontsize=11, y=0.99)
+    figure.suptitle(
+        f"{what}; white: nothing is read (sparse: the edge is shut). Darker: more attention, square-root "
+        "scale",
+        fontsize=11,
+        y=0.99,
+    )
     save(figure, path)
 
 
 def explanation(path, tokens, n_layer, edges, title):
     """Every edge that ever opens, numbered, beside what is known about it.
 
-    edges: a list of dicts with layer, head, query, key, share (of prompts on which it is open, 0 to 1) and text (its line).
+    edges: a list of dicts with layer, head, query, key, share (of prompts on which it is open, 0 to 1) and
+    text (its line).
     """
-    figure, (left, right) = plt.subplots(1, 2, figsize=(12, max(4.2, 0.5 * len(edges) + 1.4)), width_ratios=[6, 7], layout="constrained")
+    figure, (left, right) = plt.subplots(
+        1, 2, figsize=(12, max(4.2, 0.5 * len(edges) + 1.4)), width_ratios=[6, 7], layout="constrained"
+    )
     draw_streams(left, tokens, [""] * len(tokens), n_layer)
     for number, edge in enumerate(edges, 1):
         always = edge["share"] == 1
         x, y = [edge["key"], edge["query"]], [edge["layer"], edge["layer"] + 1]
-        left.plot(x, y, color=HEAD_COLORS[edge["head"] % 10], lw=0.8 + 1.4 * edge["share"], ls="-" if always else (0, (4, 1.5)), zorder=1)
+        left.plot(
+            x,
+            y,
+            color=HEAD_COLORS[edge["head"] % 10],
+            lw=0.8 + 1.4 * edge["share"],
+            ls="-" if always else (0, (4, 1.5)),
+            zorder=1,
+        )
         at = (0.3, 0.5, 0.7)[number % 3]  # numbers of neighbouring edges at different heights
-        left.text(x[0] + at * (x[1] - x[0]), y[0] + at, number, fontsize=9, ha="center", va="center", zorder=2,
-                  bbox=dict(boxstyle="circle,pad=0.15", fc="white", ec=GREY))
+        left.text(
+            x[0] + at * (x[1] - x[0]),
+            y[0] + at,
+            number,
+            fontsize=9,
+            ha="center",
+            va="center",
+            zorder=2,
+            bbox=dict(boxstyle="circle,pad=0.15", fc="white", ec=GREY),
+        )
     left.set_title("solid: open on every sum; dashed: on some", fontsize=10)
     right.axis("off")
     right.set(xlim=(0, 1), ylim=(len(edges) + 0.5, -0.5))
     for number, edge in enumerate(edges, 1):
-        right.text(0, number - 0.5, f"{number:2d}  {edge['text']}", fontsize=8.5, family="monospace", va="center")
+        right.text(
+            0, number - 0.5, f"{number:2d}  {edge['text']}", fontsize=8.5, family="monospace", va="center"
+        )
     figure.suptitle(title, fontsize=12)
     save(figure, path)
 
 
 def circuit_curves(path, task, result):
-    """Explained effect against heads kept, and against edges kept on a log axis; dense and sparse in one axis, and how many times fewer at 90 %. result: compare.py's dict."""
+    """Explained effect against heads kept, and against edges kept on a log axis; dense and sparse in one
+    axis, and how many times fewer at 90 %. result: compare.py's dict.
+    """
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
-    for ax, by, what in ((axes[0], "by_heads", "heads kept"), (axes[1], "by_edges", "edges between components kept")):
+    for ax, by, what in (
+        (axes[0], "by_heads", "heads kept"),
+        (axes[1], "by_edges", "edges between components kept"),
+    ):
         at = {}
         for model, color in (("dense", "tab:gray"), ("sparse", "tab:red")):
             curve = result[model][by]
@@ -215,27 +365,43 @@ def circuit_curves(path, task, result):
             at[model] = curve["needed"]["0.9"]
         ax.axhline(0.9, color=GREY, lw=0.8, ls=":", zorder=0)
         if at["dense"] and at["sparse"]:
-            ax.annotate("", (at["sparse"], 0.9), (at["dense"], 0.9), arrowprops={"arrowstyle": "->", "color": "black"})
+            ax.annotate(
+                "", (at["sparse"], 0.9), (at["dense"], 0.9), arrowprops={"arrowstyle": "->", "color": "black"}
+            )
             times = at["dense"] / at["sparse"]
-            middle = (at["dense"] * at["sparse"]) ** 0.5 if by == "by_edges" else (at["dense"] + at["sparse"]) / 2
-            ax.text(middle, 1.12, f"{times:.1f}x fewer" if times >= 1 else f"{1 / times:.1f}x more", ha="center", va="bottom", fontsize=9)
+            middle = (
+                (at["dense"] * at["sparse"]) ** 0.5 if by == "by_edges" else (at["dense"] + at["sparse"]) / 2
+            )
+            ax.text(
+                middle,
+                1.12,
+                f"{times:.1f}x fewer" if times >= 1 else f"{1 / times:.1f}x more",
+                ha="center",
+                va="bottom",
+                fontsize=9,
+            )
             ax.plot([middle, middle], [0.9, 1.11], color="black", lw=0.5)
         ax.set(xlabel=what, ylabel="explained effect", ylim=(-0.15, 1.2))
         ax.grid(alpha=0.25)
     axes[0].xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
     axes[1].set_xscale("log")
     axes[1].xaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 5)))
-    axes[1].xaxis.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda n, _: f"{n:.0f}" if n < 1000 else f"{n / 1000:.0f}k"))
+    axes[1].xaxis.set_major_formatter(
+        matplotlib.ticker.FuncFormatter(lambda n, _: f"{n:.0f}" if n < 1000 else f"{n / 1000:.0f}k")
+    )
     axes[1].xaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
     axes[0].legend(frameon=False, loc="lower right")
-    figure.suptitle(f"{task}: how much of the model does the task need? (bands: 95 %, over prompts)", fontsize=11)
+    figure.suptitle(
+        f"{task}: how much of the model does the task need? (bands: 95 %, over prompts)", fontsize=11
+    )
     save(figure, path)
 
 
 def circuit_graph(path, names, n_head, edges, title, most=60):
     """A circuit as a layered graph, the embedding below, the output above.
 
-    names of components in the order of writers, the output last; edges [(from, to, part, score)], part being q, k, v or ''. Only the strongest
+    names of components in the order of writers, the output last; edges [(from, to, part, score)], part being
+    q, k, v or ''. Only the strongest
     `most` are drawn, and the title says so.
     """
     shown = sorted(edges, key=lambda edge: -abs(edge[3]))[:most]
@@ -243,25 +409,57 @@ def circuit_graph(path, names, n_head, edges, title, most=60):
     rows = {}
     for node in used:  # embedding; per layer heads, then the MLP; output
         layer, place = divmod(node - 1, n_head + 1)
-        rows.setdefault(-1.0 if node == 0 else 1e9 if node == len(names) - 1 else layer + 0.5 * (place == n_head), []).append(node)
+        rows.setdefault(
+            -1.0 if node == 0 else 1e9 if node == len(names) - 1 else layer + 0.5 * (place == n_head), []
+        ).append(node)
     position, widest = {}, max(2.0, max(map(len, rows.values())) / 2)
     for height, row in enumerate(rows[key] for key in sorted(rows)):
         for i, node in enumerate(row):
-            aside = node > 0 and (node - 1) % (n_head + 1) == n_head and node < len(names) - 1  # MLPs stand on the right, so that edges past them stay visible
+            # MLPs stand on the right, so that edges past them stay visible
+            aside = node > 0 and (node - 1) % (n_head + 1) == n_head and node < len(names) - 1
             position[node] = (widest if aside else ((i + 0.5) / len(row) - 0.5) * 2 * widest), height
     figure, ax = plt.subplots(figsize=(3 + 2.1 * widest, max(3.5, 0.9 * len(rows))), layout="constrained")
-    colors, largest = {"q": "tab:blue", "k": "tab:green", "v": "tab:red", "": "0.4"}, max(abs(edge[3]) for edge in shown)
+    colors, largest = (
+        {"q": "tab:blue", "k": "tab:green", "v": "tab:red", "": "0.4"},
+        max(abs(edge[3]) for edge in shown),
+    )
     for start, end, part, score in shown:
         (x0, y0), (x1, y1) = position[start], position[end]
-        ax.annotate("", (x1, y1 - 0.14), (x0, y0 + 0.14), arrowprops={"arrowstyle": "-|>", "color": colors[part], "lw": 0.8 + 3 * abs(score) / largest, "alpha": 0.75,
-                                                                       "shrinkA": 0, "shrinkB": 0, "connectionstyle": f"arc3,rad={0.0 if abs(x1 - x0) > 0.1 or y1 - y0 < 1.5 else 0.2}"})
+        ax.annotate(
+            "",
+            (x1, y1 - 0.14),
+            (x0, y0 + 0.14),
+            arrowprops={
+                "arrowstyle": "-|>",
+                "color": colors[part],
+                "lw": 0.8 + 3 * abs(score) / largest,
+                "alpha": 0.75,
+                "shrinkA": 0,
+                "shrinkB": 0,
+                "connectionstyle": f"arc3,rad={0.0 if abs(x1 - x0) > 0.1 or y1 - y0 < 1.5 else 0.2}",
+            },
+        )
     for node, (x, y) in position.items():
-        ax.text(x, y, names[node], ha="center", va="center", fontsize=9, bbox={"boxstyle": "round,pad=0.25", "fc": "white", "ec": "0.5"}, zorder=3)
+        ax.text(
+            x,
+            y,
+            names[node],
+            ha="center",
+            va="center",
+            fontsize=9,
+            bbox={"boxstyle": "round,pad=0.25", "fc": "white", "ec": "0.5"},
+            zorder=3,
+        )
     for part, color in colors.items():
-        ax.plot([], [], color=color, lw=2, label=f"read as {part}" if part else "read by an MLP or the output")
+        ax.plot(
+            [], [], color=color, lw=2, label=f"read as {part}" if part else "read by an MLP or the output"
+        )
     ax.plot([], [], " ", label="thicker: larger |score|")
     ax.set(xlim=(-widest - 0.1, widest + 0.6), ylim=(-0.5, len(rows) - 0.5))
     ax.axis("off")
     ax.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
-    ax.set_title(title + (f"; the strongest {most} of {len(edges)} are drawn" if len(edges) > most else ""), fontsize=10)
+    ax.set_title(
+        title + (f"; the strongest {most} of {len(edges)} are drawn" if len(edges) > most else ""),
+        fontsize=10,
+    )
     save(figure, path)

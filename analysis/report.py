@@ -1,6 +1,8 @@
-"""A run's report: its numbers, computed again from its checkpoint by the code that judged it, its pictures, and what to make of them.
+"""A run's report: its numbers, computed again from its checkpoint by the code that judged it, its pictures,
+and what to make of them.
 
-Everything is computed by evaluate.py, from the checkpoint that the run is known by: best.pt, or, where no evaluation met the target, closest.pt.
+Everything is computed by evaluate.py, from the checkpoint that the run is known by: best.pt, or, where no
+evaluation met the target, closest.pt.
 """
 
 import json
@@ -38,9 +40,14 @@ def read_json(path):
 
 
 def model_judged(checkpoint, path):
-    """The model as its run judged it: adapters beside the frozen weights, and those in the run's precision."""
+    """The model as its run judged it: adapters beside the frozen weights, and those in the run's precision.
+    """
     def prepare(model):
-        return lora.freeze_in(model, getattr(torch, checkpoint["config"]["base_dtype"])) if "lora" in checkpoint else model
+        return (
+            lora.freeze_in(model, getattr(torch, checkpoint["config"]["base_dtype"]))
+            if "lora" in checkpoint
+            else model
+        )
 
     return model_of(checkpoint, path, hardware.pick_device("auto"), prepare, merged=False)
 
@@ -49,16 +56,23 @@ def report(run):
     """Write a run's report.json and figures; return the report, a dict:
 
     run, seed, step (of the checkpoint), meets_target
-    headline, advice  what became of the run, and what to do about it (verdict.py): a sentence, and a list of them
-    dense, sparse   the model whose loss is to be kept (target_from, else the parent), and the run's: {val_loss (nats, held out), accuracy (share of held-out rows right, null for text), correct, examples (both splits)}
+    headline, advice  what became of the run, and what to do about it (verdict.py): a sentence, and a list of
+                      them
+    dense, sparse   the model whose loss is to be kept (target_from, else the parent), and the run's:
+                    {val_loss (nats, held out), accuracy (share of held-out rows right, null for text),
+                    correct, examples (both splits)}
     target_loss     nats; what the sparse val_loss had to stay at or below
     parent          of a gated run: the checkpoint that it started from
-    closest         of a gated run that missed its target: {answers_lost, nats_too_many} of the checkpoint, else null
-    ready, still_learning   of a dense run: may a child start from it (null without ready_loss); had its loss not settled when it ended
-    edges           {open (mean per held-out sequence), total (causal pairs of all heads and layers), fraction, per_head [layer][head],
+    closest         of a gated run that missed its target: {answers_lost, nats_too_many} of the checkpoint,
+                    else null
+    ready, still_learning   of a dense run: may a child start from it (null without ready_loss); had its loss
+                            not settled when it ended
+    edges           {open (mean per held-out sequence), total (causal pairs of all heads and layers),
+                    fraction, per_head [layer][head],
                     by_distance [positions back]}
     heads_off       number of heads without any open edge
-    seconds         {dense, sparse} of training, the parent's and the run's; in the figures the dense model is the parent, too
+    seconds         {dense, sparse} of training, the parent's and the run's; in the figures the dense model is
+                    the parent, too
     A dense run has sparse, target_loss and seconds.sparse null.
     """
     config = read_json(os.path.join(run, "config.json"))
@@ -68,7 +82,10 @@ def report(run):
     metrics = read_metrics(os.path.join(run, "metrics.jsonl"))
     data = prepare_data.load(config["dataset"])
     if checkpoint["data"]["sha256"] != data.meta["sha256"]:
-        raise UserError(f"data/{config['dataset']} is not the data that {run} was trained and judged on: the losses could not be compared. Put the old data back")
+        raise UserError(
+            f"data/{config['dataset']} is not the data that {run} was trained and judged on: the losses "
+            "could not be compared. Put the old data back"
+        )
     judged = evaluate_splits(model, data, config["eval_batch_size"], config["eval_batches"])
 
     gated, seconds, parent = model.config.gated, metrics[-1]["seconds"], None
@@ -77,17 +94,30 @@ def report(run):
         if os.path.exists(os.path.join(folder, "metrics.jsonl")):
             parent = read_metrics(os.path.join(folder, "metrics.jsonl")), folder
     result = {
-        "run": run, "seed": config["seed"], "step": checkpoint["step"],
-        "meets_target": not gated or os.path.basename(path) == "best.pt" and checkpoint["step"] > 0,  # nobody's result is the untrained start
-        "dense": summary(checkpoint["dense"] if gated else judged), "sparse": summary(judged) if gated else None,
-        "target_loss": checkpoint["target_loss"], "parent": checkpoint["parent"] if gated else None, "closest": None,
+        "run": run,
+        "seed": config["seed"],
+        "step": checkpoint["step"],
+        # nobody's result is the untrained start
+        "meets_target": not gated or os.path.basename(path) == "best.pt" and checkpoint["step"] > 0,
+        "dense": summary(checkpoint["dense"] if gated else judged),
+        "sparse": summary(judged) if gated else None,
+        "target_loss": checkpoint["target_loss"],
+        "parent": checkpoint["parent"] if gated else None,
+        "closest": None,
         "ready": bool(checkpoint.get("ready")) if config["ready_loss"] and not gated else None,
         "still_learning": None if gated else verdict.still_learning(metrics),
-        "edges": {key: judged["val"][key] for key in ("open", "total", "fraction", "per_head", "by_distance")},
+        "edges": {
+            key: judged["val"][key] for key in ("open", "total", "fraction", "per_head", "by_distance")
+        },
         "heads_off": sum(fraction == 0 for layer in judged["val"]["per_head"] for fraction in layer),
-        "seconds": {"dense": parent[0][-1]["seconds"] if parent else None, "sparse": seconds} if gated else {"dense": seconds, "sparse": None}}
+        "seconds": {"dense": parent[0][-1]["seconds"] if parent else None, "sparse": seconds}
+        if gated
+        else {"dense": seconds, "sparse": None},
+    }
     if not result["meets_target"]:
-        held_out, nats, training = verdict.distance_from_target(judged, checkpoint["dense"], checkpoint["target_loss"])
+        held_out, nats, training = verdict.distance_from_target(
+            judged, checkpoint["dense"], checkpoint["target_loss"]
+        )
         result["closest"] = {"answers_lost": held_out + training, "nats_too_many": nats}
     result["headline"] = verdict.headline(result, config, metrics)
     result["advice"] = verdict.advice(result, config, metrics, parent)
@@ -97,14 +127,27 @@ def report(run):
 
 
 def draw(result, config, metrics, checkpoint, model, data):
-    """The figures of a report, into its run's folder. result: the report; model: that of the checkpoint, which is drawn."""
+    """The figures of a report, into its run's folder. result: the report; model: that of the checkpoint,
+    which is drawn.
+    """
     run, edges = result["run"], result["edges"]
-    figures.training(os.path.join(run, "training.png"), metrics, checkpoint["step"], (config["lambda_min"], max(config["lambda_max"], config.get("repair_lambda_max", 0))) if config["gated"] else ())
+    figures.training(
+        os.path.join(run, "training.png"),
+        metrics,
+        checkpoint["step"],
+        (config["lambda_min"], max(config["lambda_max"], config.get("repair_lambda_max", 0)))
+        if config["gated"]
+        else (),
+    )
     if not model.config.gated or not checkpoint["step"]:
         return  # all edges are open
     figures.open_by_head(os.path.join(run, "gates.png"), edges["per_head"])
     figures.open_by_distance(os.path.join(run, "distance.png"), edges["by_distance"], edges["open"])
-    dense_model = lora.Base(model) if checkpoint.get("base") == checkpoint["parent"] else parent_of(checkpoint["parent"], run)
+    dense_model = (
+        lora.Base(model)
+        if checkpoint.get("base") == checkpoint["parent"]
+        else parent_of(checkpoint["parent"], run)
+    )
     label = "sparse" if result["meets_target"] else f"target missed,\nclosest: step {checkpoint['step']}"
     task = addition_task(data.meta)
     if task:
@@ -115,11 +158,17 @@ def draw(result, config, metrics, checkpoint, model, data):
 
 
 def summary(judged):
-    """One model's side of a report. `correct` counts the rows of both splits, `accuracy` is that of the held-out ones alone."""
+    """One model's side of a report. `correct` counts the rows of both splits, `accuracy` is that of the
+    held-out ones alone.
+    """
     splits = judged.values()
     rows = judged["val"]["accuracy"] is not None
-    return {"val_loss": judged["val"]["loss"], "accuracy": judged["val"]["accuracy"],
-            "correct": sum(s["correct"] for s in splits) if rows else None, "examples": sum(s["examples"] for s in splits)}
+    return {
+        "val_loss": judged["val"]["loss"],
+        "accuracy": judged["val"]["accuracy"],
+        "correct": sum(s["correct"] for s in splits) if rows else None,
+        "examples": sum(s["examples"] for s in splits),
+    }
 
 
 def table(reports):
@@ -127,20 +176,53 @@ def table(reports):
     def sparse_or_dense(r):
         return r["sparse"] or r["dense"]
 
-    rows = [("", [r["run"] for r in reports]),
-            ("held-out loss, dense", [f"{r['dense']['val_loss']:.4f}" for r in reports]),
-            ("held-out loss, sparse", [f"{r['sparse']['val_loss']:.4f}" if r["sparse"] else "-" for r in reports]),
-            ("target", [f"{r['target_loss']:.4f}" + ("" if r["meets_target"] else " MISSED") if r["sparse"] else "-" for r in reports]),
-            ("rows right", [f"{sparse_or_dense(r)['correct']} of {sparse_or_dense(r)['examples']}"
-                            if sparse_or_dense(r)["correct"] is not None else "-" for r in reports]),
-            ("open edges", [f"{r['edges']['open']:.2f} of {r['edges']['total']} ({100 * r['edges']['fraction']:.2f} %)" for r in reports]),
-            ("open edges per token", [f"{r['edges']['open'] / len(r['edges']['by_distance']):.2f}" for r in reports]),
-            ("heads off", [f"{r['heads_off']} of {sum(map(len, r['edges']['per_head']))}" for r in reports]),
-            ("checkpoint of step", [str(r["step"]) for r in reports]),
-            ("seconds, dense + sparse", [" + ".join("-" if s is None else f"{s:.0f}" for s in r["seconds"].values()) for r in reports])]
+    rows = [
+        ("", [r["run"] for r in reports]),
+        ("held-out loss, dense", [f"{r['dense']['val_loss']:.4f}" for r in reports]),
+        (
+            "held-out loss, sparse",
+            [f"{r['sparse']['val_loss']:.4f}" if r["sparse"] else "-" for r in reports],
+        ),
+        (
+            "target",
+            [
+                f"{r['target_loss']:.4f}" + ("" if r["meets_target"] else " MISSED") if r["sparse"] else "-"
+                for r in reports
+            ],
+        ),
+        (
+            "rows right",
+            [
+                f"{sparse_or_dense(r)['correct']} of {sparse_or_dense(r)['examples']}"
+                if sparse_or_dense(r)["correct"] is not None
+                else "-"
+                for r in reports
+            ],
+        ),
+        (
+            "open edges",
+            [
+                f"{r['edges']['open']:.2f} of {r['edges']['total']} ({100 * r['edges']['fraction']:.2f} %)"
+                for r in reports
+            ],
+        ),
+        (
+            "open edges per token",
+            [f"{r['edges']['open'] / len(r['edges']['by_distance']):.2f}" for r in reports],
+        ),
+        ("heads off", [f"{r['heads_off']} of {sum(map(len, r['edges']['per_head']))}" for r in reports]),
+        ("checkpoint of step", [str(r["step"]) for r in reports]),
+        (
+            "seconds, dense + sparse",
+            [" + ".join("-" if s is None else f"{s:.0f}" for s in r["seconds"].values()) for r in reports],
+        ),
+    ]
     rows = [row for row in rows if set(row[1]) != {"-"}]  # nothing to say in any of the runs
     widths = [max(len(cells[i]) for _, cells in rows) for i in range(len(reports))]
-    return "\n".join("  ".join([f"{name:24}", *(cell.rjust(width) for cell, width in zip(cells, widths))]) for name, cells in rows)
+    return "\n".join(
+        "  ".join([f"{name:24}", *(cell.rjust(width) for cell, width in zip(cells, widths))])
+        for name, cells in rows
+    )
 
 
 def print_reports(reports):
@@ -172,7 +254,9 @@ def example_sums(task):
 
 @torch.no_grad()
 def attention_flow(run, model, dense_model, task, label):
-    """attention_flow.png: three sums through the dense parent (if it is still there) and the sparse model, whose row is called `label`."""
+    """attention_flow.png: three sums through the dense parent (if it is still there) and the sparse model,
+    whose row is called `label`.
+    """
     sums = example_sums(task)
     a, b = np.array([(a, b) for a, b, _ in sums]).T
     questions = addition_rows(a, b, *task)[:, 0].astype(np.int64)
@@ -198,26 +282,37 @@ def attention_flow(run, model, dense_model, task, label):
 
 @torch.no_grad()
 def gallery(run, model, dense_model, data, per_head, label, heads=4, length=36):
-    """gallery.png: what the busiest heads of the sparse model, called `label`, attend to on one held-out snippet, and what the same heads did before."""
+    """gallery.png: what the busiest heads of the sparse model, called `label`, attend to on one held-out
+    snippet, and what the same heads did before.
+    """
     ids = np.asarray(data.val[len(data.val) // 2:][:1000]).astype(np.int64)  # the middle of the held-out text
     pieces = pieces_of(ids.tolist(), data.meta.get("tokenizer"))
     line_ends = [i for i, piece in enumerate(pieces[:900]) if piece.endswith("↵")]
     begin = line_ends[0] + 1 if line_ends else 0  # from the beginning of a line
     snippet = slice(begin, begin + min(length, model.config.block_size))
     fractions = np.array(per_head)
-    busiest = sorted(np.ndindex(fractions.shape), key=lambda at: -fractions[at])[:min(heads, (fractions > 0).sum())]
+    busiest = sorted(np.ndindex(fractions.shape), key=lambda at: -fractions[at])[
+        : min(heads, (fractions > 0).sum())
+    ]
     rows = []
     for which, net in (("dense", dense_model), (label, model)):
         if net:
             layers = []
-            net(torch.from_numpy(ids[snippet])[None], record=lambda layer, gates: layers.append((gates.open * gates.pattern)[0].numpy()))
+            net(
+                torch.from_numpy(ids[snippet])[None],
+                record=lambda layer, gates: layers.append((gates.open * gates.pattern)[0].numpy()),
+            )
             rows.append((which, [layers[layer][head] for layer, head in busiest]))
-    titles = [f"layer {layer}, head {head}: {100 * fractions[layer, head]:.2g} % open" for layer, head in busiest]
+    titles = [
+        f"layer {layer}, head {head}: {100 * fractions[layer, head]:.2g} % open" for layer, head in busiest
+    ]
     figures.gallery(os.path.join(run, "gallery.png"), titles, pieces[snippet], rows)
 
 
 def pieces_of(tokens, name):
-    """What each token says, in the words of the tokenizer `name`; its number where that cannot be had, said aloud."""
+    """What each token says, in the words of the tokenizer `name`; its number where that cannot be had, said
+    aloud.
+    """
     if name not in text.TOKENIZERS:
         return [str(token) for token in tokens]
     try:

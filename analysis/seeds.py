@@ -4,15 +4,17 @@
     python analyze.py seeds config/addition.py --seeds=1,5,9 --jobs=2    two at a time
     python analyze.py seeds config/addition.py --seeds=1-3 --loss_slack=0.01 --n_head=2 --explain
 
-Every seed is `python train.py CONFIG --seed=N` in a process of its own, so it is the very run that a person would start. Finished runs are
-skipped, unfinished ones go on. --threads (1) for each process: other numbers of threads sum in another order, and training is chaotic.
---explain says of every run what algorithm its circuit is (explain.py). Any other --key=value goes to train.py:
+Every seed is `python train.py CONFIG --seed=N` in a process of its own, so it is the very run that a person
+would start. Finished runs are skipped, unfinished ones go on. --threads (1) for each process: other numbers
+of threads sum in another order, and training is chaotic. --explain says of every run what algorithm its
+circuit is (explain.py). Any other --key=value goes to train.py:
 
 - It stands in the name of the run's folder, out/addition-loss_slack=0.01-seed3: plain runs are left alone.
-- The model's shape and the dataset are the parent's business. With such a setting the parent is a run of its own, out/addition_dense-n_head=2-seed3, trained first.
+- The model's shape and the dataset are the parent's business. With such a setting the parent is a run of its
+  own, out/addition_dense-n_head=2-seed3, trained first.
 
-A seed that misses its target, or fails, stays in the table: leaving it out would be a lie. Output of a run: out/<run>.log.
-The table, as numbers: out/<name>-seeds.json.
+A seed that misses its target, or fails, stays in the table: leaving it out would be a lie. Output of a run:
+out/<run>.log. The table, as numbers: out/<name>-seeds.json.
 """
 
 import json
@@ -41,15 +43,22 @@ def parse_seeds(words):
     for part in words.split(","):
         first, dash, last = part.partition("-")
         if not first.isdecimal() or dash and not last.isdecimal():
-            raise UserError(f"--seeds={words}: write numbers and ranges, such as --seeds=21-40 or --seeds=1,5,9")
+            raise UserError(
+                f"--seeds={words}: write numbers and ranges, such as --seeds=21-40 or --seeds=1,5,9"
+            )
         found += range(int(first), int(last or first) + 1)
     if not found or len(set(found)) < len(found):
-        raise UserError(f"--seeds={words} names {'a seed twice' if found else 'no seed'}: write a range upwards, such as --seeds=21-40")
+        raise UserError(
+            f"--seeds={words} names {'a seed twice' if found else 'no seed'}: write a range upwards, such "
+            "as --seeds=21-40"
+        )
     return found
 
 
 def read_settings(path, flags):
-    """['--key=value', ...] -> {setting: value} for train.py, checked. path: the config file. Raises UserError."""
+    """['--key=value', ...] -> {setting: value} for train.py, checked. path: the config file. Raises
+    UserError.
+    """
     other, settings = parse_command_line(flags, Config, limits())
     if other:
         raise UserError(f"seeds takes one config file, not both {path} and {other}")
@@ -59,12 +68,14 @@ def read_settings(path, flags):
     return settings
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # What has to be run
 
 
 def folder_for(path, settings, seed=None):
-    """`out/addition-n_head=2-seed3`: where the runs of a config file and some settings go; without a seed the beginning of it."""
+    """`out/addition-n_head=2-seed3`: where the runs of a config file and some settings go; without a seed
+    the beginning of it.
+    """
     name = os.path.splitext(os.path.basename(path))[0]
     words = [f"-{key}={str(value).replace(os.sep, '_')}" for key, value in sorted(settings.items())]
     ending = f"-seed{seed}" if seed not in (None, 1) else ""  # as in settings.make_config
@@ -72,7 +83,9 @@ def folder_for(path, settings, seed=None):
 
 
 def runs_for(path, settings, seed):
-    """The runs that one seed takes, the child last: [(config file, {setting: value})]. One, unless a parent must be told of its shape."""
+    """The runs that one seed takes, the child last: [(config file, {setting: value})]. One, unless a parent
+    must be told of its shape.
+    """
     config, _ = make_config(path, settings)
     ours = dict(settings)
     runs = []
@@ -88,11 +101,18 @@ def runs_for(path, settings, seed):
 
 def command_for(path, settings):
     """The command that trains a run."""
-    return [sys.executable, os.path.join(ROOT, "train.py"), path, *(f"--{key}={value}" for key, value in settings.items())]
+    return [
+        sys.executable,
+        os.path.join(ROOT, "train.py"),
+        path,
+        *(f"--{key}={value}" for key, value in settings.items()),
+    ]
 
 
 def is_finished(path, settings):
-    """Is this run, with these very settings, at its end, and reported? When in doubt it is not: train.py looks again."""
+    """Is this run, with these very settings, at its end, and reported? When in doubt it is not: train.py
+    looks again.
+    """
     config, names = make_config(path, settings)
     try:
         with open(os.path.join(config.out_dir, "config.json"), encoding="utf-8") as f:
@@ -120,9 +140,17 @@ def train_seed(path, settings, seed, options):
         ran = True
         os.makedirs("out", exist_ok=True)
         with open(folder + ".log", "a", encoding="utf-8") as log:
-            status = subprocess.run(command_for(file, given), stdout=log, stderr=log, env=environment).returncode
+            status = subprocess.run(
+                command_for(file, given), stdout=log, stderr=log, env=environment
+            ).returncode
         if status not in (0, MISSED):
-            return {"seed": seed, "run": folder, "met": False, "failed": last_line(folder + ".log"), "wall_seconds": time.time() - began}
+            return {
+                "seed": seed,
+                "run": folder,
+                "met": False,
+                "failed": last_line(folder + ".log"),
+                "wall_seconds": time.time() - began,
+            }
     row = row_of(folder, seed) | {"wall_seconds": time.time() - began if ran else None}
     if options.explain:
         row["algorithm"] = algorithm_of(folder, environment)
@@ -139,19 +167,29 @@ def last_line(path):
 def row_of(run, seed):
     """What a finished run's report says, a dict:
 
-    seed, run, met; open, total (edges); correct, examples (answers of both splits, null for text); seconds {dense, sparse} of training;
-    parent_loss (nats), parent_steps (null if the parent's folder is gone); closest: what a missed run lacks, in words, else null
+    seed, run, met; open, total (edges); correct, examples (answers of both splits, null for text); seconds
+    {dense, sparse} of training;
+    parent_loss (nats), parent_steps (null if the parent's folder is gone); closest: what a missed run lacks,
+    in words, else null
     """
     with open(os.path.join(run, "report.json"), encoding="utf-8") as f:
         report = json.load(f)
     judged = report["sparse"] or report["dense"]
     parents = os.path.join(os.path.dirname(report["parent"] or ""), "metrics.jsonl")
-    return {"seed": seed, "run": run, "met": report["meets_target"] and report["ready"] is not False, "failed": None,
-            "parent_loss": report["dense"]["val_loss"] if report["sparse"] else None,
-            "parent_steps": read_metrics(parents)[-1]["step"] if os.path.exists(parents) else None,
-            "open": report["edges"]["open"], "total": report["edges"]["total"],
-            "correct": judged["correct"], "examples": judged["examples"], "seconds": report["seconds"],
-            "closest": f"step {report['step']}: {distance_in_words(report)}" if report["closest"] else None}
+    return {
+        "seed": seed,
+        "run": run,
+        "met": report["meets_target"] and report["ready"] is not False,
+        "failed": None,
+        "parent_loss": report["dense"]["val_loss"] if report["sparse"] else None,
+        "parent_steps": read_metrics(parents)[-1]["step"] if os.path.exists(parents) else None,
+        "open": report["edges"]["open"],
+        "total": report["edges"]["total"],
+        "correct": judged["correct"],
+        "examples": judged["examples"],
+        "seconds": report["seconds"],
+        "closest": f"step {report['step']}: {distance_in_words(report)}" if report["closest"] else None,
+    }
 
 
 def algorithm_of(run, environment):
@@ -164,7 +202,7 @@ def algorithm_of(run, environment):
         return json.load(f)["algorithm"]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The table
 
 
@@ -178,7 +216,16 @@ def cells(row):
     correct = "-" if row["correct"] is None else f"{row['correct']:,} of {row['examples']:,}"
     seconds = ["-" if value is None else f"{value:.0f}" for value in row["seconds"].values()]
     remark = "; ".join(words for words in (row["closest"], row.get("algorithm")) if words)
-    return [str(row["seed"]), "met" if row["met"] else "MISSED", parent, f"{row['open']:.2f} of {row['total']}", correct, *seconds, wall(row), remark]
+    return [
+        str(row["seed"]),
+        "met" if row["met"] else "MISSED",
+        parent,
+        f"{row['open']:.2f} of {row['total']}",
+        correct,
+        *seconds,
+        wall(row),
+        remark,
+    ]
 
 
 def wall(row):
@@ -188,9 +235,24 @@ def wall(row):
 
 def table(rows):
     """The rows as text, one line a seed."""
-    lines = [["seed", "target", "parent's loss", "open edges", "right", "s dense", "s sparse", "s command", "closest; algorithm"], *map(cells, rows)]
+    lines = [
+        [
+            "seed",
+            "target",
+            "parent's loss",
+            "open edges",
+            "right",
+            "s dense",
+            "s sparse",
+            "s command",
+            "closest; algorithm",
+        ],
+        *map(cells, rows),
+    ]
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in lines)
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in lines
+    )
 
 
 def spread(values):
@@ -199,16 +261,25 @@ def spread(values):
 
 
 def summary(rows):
-    """What all seeds say together: {met, of, open (of those that met), seconds (training, of those that came to an end)}."""
+    """What all seeds say together: {met, of, open (of those that met), seconds (training, of those that came
+    to an end)}.
+    """
     ended = [row for row in rows if not row["failed"]]
-    return {"met": sum(row["met"] for row in rows), "of": len(rows), "open": spread([row["open"] for row in ended if row["met"]]),
-            "seconds": spread([sum(value or 0 for value in row["seconds"].values()) for row in ended])}
+    return {
+        "met": sum(row["met"] for row in rows),
+        "of": len(rows),
+        "open": spread([row["open"] for row in ended if row["met"]]),
+        "seconds": spread([sum(value or 0 for value in row["seconds"].values()) for row in ended]),
+    }
 
 
 def in_words(found):
     """The line below the table. found: `summary`'s."""
     words = [f"met {found['met']} of {found['of']}"]
-    for key, what, form in (("open", "open edges of those", ".2f"), ("seconds", "seconds of training", ".0f")):
+    for key, what, form in (
+        ("open", "open edges of those", ".2f"),
+        ("seconds", "seconds of training", ".0f"),
+    ):
         if found[key]:
             numbers = ", ".join(f"{name} {value:{form}}" for name, value in found[key].items())
             words.append(f"{what}: {numbers}")
@@ -216,7 +287,9 @@ def in_words(found):
 
 
 def add_arguments(parser):
-    parser.add_argument("config", metavar="CONFIG", help="a config file; behind it any setting of train.py, --key=value")
+    parser.add_argument(
+        "config", metavar="CONFIG", help="a config file; behind it any setting of train.py, --key=value"
+    )
     parser.add_argument("--seeds", default="1-3", help="numbers and ranges: 21-40 or 1,5,9")
     parser.add_argument("--threads", type=int, default=1, help="of each process")
     parser.add_argument("--jobs", type=int, default=1, help="processes at a time")
@@ -224,7 +297,9 @@ def add_arguments(parser):
 
 
 def run(options, settings):
-    """`analyze.py seeds`: train, print and write the table. Returns the exit status: 0 if every seed met its target, else 1."""
+    """`analyze.py seeds`: train, print and write the table. Returns the exit status: 0 if every seed met its
+    target, else 1.
+    """
     if options.threads < 1 or options.jobs < 1:
         raise UserError("--threads and --jobs must be at least 1")
     path, settings = options.config, read_settings(options.config, settings)
@@ -237,7 +312,16 @@ def run(options, settings):
         if row["wall_seconds"] is None:
             row["wall_seconds"] = before.get(row["seed"], {}).get("wall_seconds")
         rows = sorted([*rows, row], key=lambda row: seeds.index(row["seed"]))
-        write_json(place, {"config": path, "settings": settings, "threads": options.threads, "summary": summary(rows), "rows": rows})
+        write_json(
+            place,
+            {
+                "config": path,
+                "settings": settings,
+                "threads": options.threads,
+                "summary": summary(rows),
+                "rows": rows,
+            },
+        )
         print(f"seed {'  '.join(cells(row))}  ({len(rows)} of {len(seeds)})", file=sys.stderr, flush=True)
     print(table(rows))
     print(in_words(summary(rows)))
@@ -254,7 +338,9 @@ def read_rows(place):
 
 
 def train_all(path, settings, seeds, options):
-    """Yield the row of every seed as soon as there is one, options.jobs at a time. Ctrl-C reaches the runs as well, and they save themselves."""
+    """Yield the row of every seed as soon as there is one, options.jobs at a time. Ctrl-C reaches the runs
+    as well, and they save themselves.
+    """
     with ThreadPoolExecutor(options.jobs) as pool:
         waiting = [pool.submit(train_seed, path, settings, seed, options) for seed in seeds]
         try:

@@ -1,14 +1,17 @@
-"""Dense against sparse: how small is the circuit of a task in each, as a table, two curves, a gallery and a drawing.
+"""Dense against sparse: how small is the circuit of a task in each, as a table, two curves, a gallery and a
+drawing.
 
     python analyze.py circuit out/stdlib_dense out/stdlib --task=quote
 
-The question of the paper's section on circuits: does sparse attention make the circuits of tasks small? For both models alike, heads or edges
-are ranked by their score on one set of prompts (circuits/attribution.py: exact in a graph of at most EXACT edges, EAP-IG in a larger one); the best n are kept, all
-others see the corrupted prompt's activations; and the explained effect is measured on other prompts, for n from 1 to all. The fewer are needed for
-90 %, the smaller the circuit that this ranking finds; a smaller one may exist.
+The question of the paper's section on circuits: does sparse attention make the circuits of tasks small? For
+both models alike, heads or edges are ranked by their score on one set of prompts (circuits/attribution.py:
+exact in a graph of at most EXACT edges, EAP-IG in a larger one); the best n are kept, all others see the
+corrupted prompt's activations; and the explained effect is measured on other prompts, for n from 1 to all.
+The fewer are needed for 90 %, the smaller the circuit that this ranking finds; a smaller one may exist.
 
-Notable: in the curve over heads embedding and MLPs are always kept, as in the paper; in the curve over edges everything has to be earned. An edge counts
-only if it lies on a path from the embedding to the output. Heads that never open on the task's prompts are out before anything is ranked.
+Notable: in the curve over heads embedding and MLPs are always kept, as in the paper; in the curve over edges
+everything has to be earned. An edge counts only if it lies on a path from the embedding to the output. Heads
+that never open on the task's prompts are out before anything is ranked.
 """
 
 from typing import NamedTuple
@@ -38,33 +41,54 @@ EXACT = 200  # edges: in a graph of so many or fewer every one is cut by itself
 
 
 def vocabulary_of(name, size):
-    """The tasks.Vocabulary of a model's tokenizer, by its name: one of text.TOKENIZERS, 'addition', or any other, which only `copy` fits."""
+    """The tasks.Vocabulary of a model's tokenizer, by its name: one of text.TOKENIZERS, 'addition', or any
+    other, which only `copy` fits.
+    """
     if name in ("olmo", "olmo2"):
         tokens = text.tokenizer(name)
         return Vocabulary(name, size, lambda words: [int(i) for i in tokens.encode(words.encode())])
-    return vocabulary(name) if name in ("gpt2", "bytes", "addition") else Vocabulary(name or "of its own", size, None)
+    return (
+        vocabulary(name)
+        if name in ("gpt2", "bytes", "addition")
+        else Vocabulary(name or "of its own", size, None)
+    )
 
 
 def measure(model, pairs_to_score, pairs_to_test, metric, steps):
-    """One model's curves: a dict of plain numbers, and what the figures want of it: scores (W, R), the edges of the 90 % circuit and what it explains."""
+    """One model's curves: a dict of plain numbers, and what the figures want of it: scores (W, R), the edges
+    of the 90 % circuit and what it explains.
+    """
     graph = Graph(model.config.n_layer, model.config.n_head)
     dead = dead_heads(model, pairs_to_score + pairs_to_test)
     edges = without_dead_heads(graph, dead)
     if graph.edges.sum() <= EXACT:
-        scores, components = cut_edges(model, pairs_to_score, metric, edges), patch_components(model, pairs_to_score, metric)
+        scores, components = (
+            cut_edges(model, pairs_to_score, metric, edges),
+            patch_components(model, pairs_to_score, metric),
+        )
     else:
         scores = attribute_edges(model, pairs_to_score, metric, steps)
-        components = scores.sum(dim=1)  # what a component writes reaches everything through its edges, and the derivative of a sum is the sum
+        # what a component writes reaches everything through its edges, and the derivative of a sum is the sum
+        components = scores.sum(dim=1)
     found = {"heads": int((~dead).sum()), "heads_off": int(dead.sum()), "edges": int(edges.sum())}
 
     def curve(counts, circuits):
         """Explained effect with its band; and the two metrics between which it lies."""
         clean, corrupted, values = effects(model, pairs_to_test, metric, circuits)
         if clean.mean() <= corrupted.mean():
-            raise UserError(f"a model does not know the task: {metric} {clean.mean():.2f} on clean prompts, {corrupted.mean():.2f} on corrupted ones. There is no effect to explain")
+            raise UserError(
+                f"a model does not know the task: {metric} {clean.mean():.2f} on clean prompts, "
+                f"{corrupted.mean():.2f} on corrupted ones. There is no effect to explain"
+            )
         share, low, high = (part.tolist() for part in explained(clean, corrupted, values))
         found["metric"] = {"clean": clean.mean().item(), "corrupted": corrupted.mean().item()}
-        return {"n": counts, "explained": share, "low": low, "high": high, "needed": {str(level): needed([max(n, 1) for n in counts], share, level) for level in LEVELS}}
+        return {
+            "n": counts,
+            "explained": share,
+            "low": low,
+            "high": high,
+            "needed": {str(level): needed([max(n, 1) for n in counts], share, level) for level in LEVELS},
+        }
 
     is_head, always = torch.zeros(2, graph.W, dtype=torch.bool)
     for layer in range(graph.L):
@@ -107,7 +131,9 @@ class Comparison(NamedTuple):
 
 
 def prompts(task, n, seed, tokens, room):
-    """(pairs to rank on, other pairs to test on, metric). room: the models' context, tokens. Raises UserError."""
+    """(pairs to rank on, other pairs to test on, metric). room: the models' context, tokens. Raises
+    UserError.
+    """
     to_score, metric = make_pairs(task, n, 2 * seed, tokens)
     to_test, _ = make_pairs(task, n, 2 * seed + 1, tokens)
     seen = {tuple(pair.clean) for pair in to_score}
@@ -122,15 +148,26 @@ def prompts(task, n, seed, tokens, room):
 
 
 def compare(dense, sparse, tokenizer, task, n, seed, steps):
-    """Measure both models, of one vocabulary, on a task: a Comparison. tokenizer: its name; n: pairs; steps: of integrated gradients."""
+    """Measure both models, of one vocabulary, on a task: a Comparison. tokenizer: its name; n: pairs; steps:
+    of integrated gradients.
+    """
     tokens = vocabulary_of(tokenizer, sparse.config.vocab_size)
     room = min(dense.config.block_size, sparse.config.block_size)
     to_score, to_test, metric = prompts(task, n, seed, tokens, room)
-    result = {"task": task, "metric": metric, "pairs": n, "pairs_to_test": len(to_test), "seed": seed, "steps": steps}
+    result = {
+        "task": task,
+        "metric": metric,
+        "pairs": n,
+        "pairs_to_test": len(to_test),
+        "seed": seed,
+        "steps": steps,
+    }
     result["dense"], *_ = measure(dense, to_score, to_test, metric, steps)
     result["sparse"], scores, circuit, share = measure(sparse, to_score, to_test, metric, steps)
-    result["fewer"] = {by: {str(level): ratio(result["dense"], result["sparse"], by, level) for level in LEVELS}
-                       for by in ("by_heads", "by_edges")}
+    result["fewer"] = {
+        by: {str(level): ratio(result["dense"], result["sparse"], by, level) for level in LEVELS}
+        for by in ("by_heads", "by_edges")
+    }
     return Comparison(result, scores, circuit, share, to_test[0].clean)
 
 
@@ -139,13 +176,27 @@ def table(result):
     def number(x):
         return "-" if x is None else f"{x:.1f}" if x < 100 else f"{x:.0f}"
 
-    lines = [f"{result['task']}, {result['metric']}; {result['pairs']} pairs to rank, {result['pairs_to_test']} others to test", f"{'':34} {'dense':>9} {'sparse':>9} {'fewer':>8}"]
+    lines = [
+        f"{result['task']}, {result['metric']}; {result['pairs']} pairs to rank, {result['pairs_to_test']} "
+        "others to test",
+        f"{'':34} {'dense':>9} {'sparse':>9} {'fewer':>8}",
+    ]
     for key in ("clean", "corrupted"):
-        lines.append(f"{'the metric, ' + key:34} {result['dense']['metric'][key]:9.2f} {result['sparse']['metric'][key]:9.2f}")
+        lines.append(
+            f"{'the metric, ' + key:34} {result['dense']['metric'][key]:9.2f} "
+            f"{result['sparse']['metric'][key]:9.2f}"
+        )
     for key, label in (("heads", "heads that open on these prompts"), ("edges", "edges among what is left")):
         lines.append(f"{label:34} {result['dense'][key]:9d} {result['sparse'][key]:9d}")
     for by, label in (("by_heads", "heads"), ("by_edges", "edges")):
         for level in LEVELS:
-            a, b, fewer = result["dense"][by]["needed"][str(level)], result["sparse"][by]["needed"][str(level)], result["fewer"][by][str(level)]
-            lines.append(f"{label + f' for {100 * level:.0f} % of the effect':34} {number(a):>9} {number(b):>9} {'-' if fewer is None else f'{fewer:.1f}x':>8}")
+            a, b, fewer = (
+                result["dense"][by]["needed"][str(level)],
+                result["sparse"][by]["needed"][str(level)],
+                result["fewer"][by][str(level)],
+            )
+            lines.append(
+                f"{label + f' for {100 * level:.0f} % of the effect':34} {number(a):>9} {number(b):>9} "
+                f"{'-' if fewer is None else f'{fewer:.1f}x':>8}"
+            )
     return "\n".join(lines)

@@ -1,16 +1,21 @@
-"""A forward pass that can be watched and changed: what every component reads from the residual stream, and what it writes to it.
+"""A forward pass that can be watched and changed: what every component reads from the residual stream, and
+what it writes to it.
 
     logits = patched(model, idx, hooks)
 
-    hooks.read(name, layer, x)     is called with what 'q', 'k', 'v', 'mlp' or 'final' are about to read, (B, T, C). The pass goes on with
-                                   what it returns: (B, T, C), or, for q, k and v, (B, H, T, C), one for each head
-    hooks.write(name, layer, y)    is called with what 'embed' or 'mlp' write, (B, T, C), or 'heads', each by itself, (B, H, T, C)
+    hooks.read(name, layer, x)     is called with what 'q', 'k', 'v', 'mlp' or 'final' are about to read, (B,
+    T, C). The pass goes on with
+                                   what it returns: (B, T, C), or, for q, k and v, (B, H, T, C), one for each
+                                   head
+    hooks.write(name, layer, y)    is called with what 'embed' or 'mlp' write, (B, T, C), or 'heads', each by
+    itself, (B, H, T, C)
 
-It computes what `GPT.forward` and `OLMo.forward` do, head by head instead of all heads in one product, so that each can read something of
-its own; tests compare the two. Gates are computed from what q and k read, so they follow a change. layer is None for 'embed' and 'final'.
+It computes what `GPT.forward` and `OLMo.forward` do, head by head instead of all heads in one product, so
+that each can read something of its own; tests compare the two. Gates are computed from what q and k read, so
+they follow a change. layer is None for 'embed' and 'final'.
 
-Notable: a norm after the sum of heads (OLMo 2) is linear once its denominator is known, so what a head writes is well defined.
-Which hooks there are: graph.py.
+Notable: a norm after the sum of heads (OLMo 2) is linear once its denominator is known, so what a head writes
+is well defined. Which hooks there are: graph.py.
 """
 
 import torch
@@ -20,12 +25,20 @@ from models.olmo import OLMo, rms_norm_of_heads, rotate, rotations
 
 
 def patched(model, idx, hooks, keep=None, record=None, noise=None):
-    """Logits (B, T, V) of a GPT or OLMo whose reads and writes go through hooks. idx (B, T); keep, record and noise as in `GPT.forward`."""
+    """Logits (B, T, V) of a GPT or OLMo whose reads and writes go through hooks. idx (B, T); keep, record
+    and noise as in `GPT.forward`.
+    """
     run = run_olmo if isinstance(model, OLMo) else run_gpt
 
     def options(layer, bias):
         edges = None if keep is None else keep[layer]
-        return {"bias": bias, "keep": edges, "noise": noise, "return_gates": record is not None, "impl": model.attention_impl}
+        return {
+            "bias": bias,
+            "keep": edges,
+            "noise": noise,
+            "return_gates": record is not None,
+            "impl": model.attention_impl,
+        }
 
     by_layer = [options(layer, bias) for layer, bias in enumerate(bias_by_layer(model.config, idx.device))]
     return run(model, idx, hooks, by_layer, record or (lambda layer, gates: None))
@@ -36,7 +49,7 @@ def per_head(read):
     return read if read.dim() == 4 else read.unsqueeze(1)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # GPT-2
 
 
@@ -70,7 +83,7 @@ def gpt_heads(block, layer, x, hooks, options):
     return heads.sum(dim=1) + constant, gates
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # OLMo
 
 
@@ -82,7 +95,9 @@ def run_olmo(model, idx, hooks, options, record):
     x = hooks.write("embed", None, model.model.embed_tokens(idx))  # (B, T, C)
     for layer, block in enumerate(model.blocks):
         is_stretched = config.yarn and layer in config.yarn["layers"]
-        heads, gates = olmo_heads(block, layer, x, stretched if is_stretched else plain, hooks, options[layer])
+        heads, gates = olmo_heads(
+            block, layer, x, stretched if is_stretched else plain, hooks, options[layer]
+        )
         record(layer, gates)
         x = x + heads
         read = hooks.read("mlp", layer, x)
@@ -92,7 +107,8 @@ def run_olmo(model, idx, hooks, options, record):
 
 
 def olmo_heads(block, layer, x, rotation, hooks, options):
-    """As `gpt_heads`. The norm of q is that of all heads together, whatever each of them reads. What a head writes is its share of the
+    """As `gpt_heads`. The norm of q is that of all heads together, whatever each of them reads. What a head
+    writes is its share of the
 
     normed sum: norm(sum_h y_h) = sum_h w y_h / rms(sum_h y_h).
     """
@@ -102,7 +118,8 @@ def olmo_heads(block, layer, x, rotation, hooks, options):
     for name, projection in (("q", attention.q_proj), ("k", attention.k_proj), ("v", attention.v_proj)):
         read = block.before(hooks.read(name, layer, x))
         weight = projection.weight.view(-1, D, C).transpose(1, 2)  # (heads, C, D)
-        weight = weight.repeat_interleave(H // weight.shape[0], dim=0)  # grouped heads of k and v once for each reader
+        # grouped heads of k and v once for each reader
+        weight = weight.repeat_interleave(H // weight.shape[0], dim=0)
         part = attention.clip(per_head(read) @ weight)  # (B, H, T, D)
         if config.generation == 2 and name != "v":
             part = rms_norm_of_heads(part, attention.q_norm if name == "q" else attention.k_norm)

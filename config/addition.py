@@ -1,9 +1,10 @@
 """The main job: shut every attention edge that two-digit addition can do without.
 
-Two phases take turns, nine times. In the first a penalty that does not saturate clears edges away at a low price of a nat, and overshoots;
-in the second, under the paper's penalty, a high price wins back what was needed. What comes back is often a smaller circuit than what went.
-Where we depart from the paper a comment says so; put the paper's value there, or on the command line, to go back. How these values were
-found, and how often they work: docs/addition.md.
+Two phases take turns, nine times. In the first a penalty that does not saturate clears edges away at a low
+price of a nat, and overshoots; in the second, under the paper's penalty, a high price wins back what was
+needed. What comes back is often a smaller circuit than what went. Where we depart from the paper a comment
+says so; put the paper's value there, or on the command line, to go back. How these values were found, and how
+often they work: docs/addition.md.
 """
 
 init_from = 'config/addition_dense.py'  # trained first, if it is not there yet
@@ -15,7 +16,8 @@ gate_temperature = 3.0  # paper: 1. A shut edge hears from further away that it 
 linear_penalty_steps = 330  # paper: 0. The first phase of every cycle
 cycle_steps = 1000
 constraint_gates = 'deterministic'  # paper: 'sampled'. What counts in the end are deterministic gates
-average_decay = 0.99  # paper: 0. Training jumps about; the average of its weights is measured, judged and kept
+# paper: 0. Training jumps about; the average of its weights is measured, judged and kept
+average_decay = 0.99
 
 loss_slack = 0.001  # nats
 constraint_scale = 0.001  # nats; loss_slack, so that lambda can fall as fast as it rises

@@ -1,7 +1,7 @@
 """The dense parent of config/addition.py: a GPT of 4 layers with 1 head each that adds two two-digit numbers.
 
-It sees 8,000 of the 10,000 sums and is trained until it is ready: all 10,000 sums right, and a loss far below the slack that its
-child is given. Its loss is its child's target, and a poor parent makes a lax target.
+It sees 8,000 of the 10,000 sums and is trained until it is ready: all 10,000 sums right, and a loss far below
+the slack that its child is given. Its loss is its child's target, and a poor parent makes a lax target.
 """
 
 dataset = 'addition'
@@ -11,7 +11,8 @@ n_head = 1
 n_embd = 64
 block_size = 11  # `5 3 + 2 1 = ? ? ? ? ?`
 gelu = 'none'  # the exact one: on a CPU three times faster than GPT-2's approximation
-init_std = 0.07  # GPT-2's 0.02 is made for 768 channels; with 64 it leaves attention uniform for the first thousand steps
+# GPT-2's 0.02 is made for 768 channels; with 64 it leaves attention uniform for the first thousand steps
+init_std = 0.07
 
 batch_size = 64
 ready_loss = 0.0003  # nats

@@ -1,9 +1,11 @@
-"""config/gpt2.py in minutes on one GPU: the same path with less of everything, to see that weights, data, memory and compiler are in order.
+"""config/gpt2.py in minutes on one GPU: the same path with less of everything, to see that weights, data,
+memory and compiler are in order.
 
     python train.py config/gpt2_smoke.py
 
-The text is the Python standard library in GPT-2's tokens, made on first use. Without a network, bring a folder that transformers wrote and say
---init_from=FOLDER. Expect it to shut most edges and not yet to meet its target: 300 steps are a rehearsal.
+The text is the Python standard library in GPT-2's tokens, made on first use. Without a network, bring a
+folder that transformers wrote and say --init_from=FOLDER. Expect it to shut most edges and not yet to meet
+its target: 300 steps are a rehearsal.
 """
 
 base = 'config/gpt2.py'

@@ -1,11 +1,13 @@
 """config/stdlib.py at the next size, in minutes on one large GPU: 12 layers, GPT-2's tokens, 512 of context.
 
-    python train.py config/gpu_text_dense.py                 the parent; its docstring says how the data is made
+    python train.py config/gpu_text_dense.py                 the parent; its docstring says how the data is
+    made
     python train.py config/gpu_text.py                       its sparse child
     python train.py config/gpu_text_control.py               the control: the parent trained on, without gates
     python analyze.py circuit out/gpu_text_dense out/gpu_text --task=docstring
 
-So few steps are a rehearsal of a long run, not its result: --max_steps, with --noise_free_steps at three quarters of it.
+So few steps are a rehearsal of a long run, not its result: --max_steps, with --noise_free_steps at three
+quarters of it.
 """
 
 init_from = 'config/gpu_text_dense.py'
@@ -14,7 +16,8 @@ gated = True
 dtype = 'auto'
 
 gate_bias = 3.0
-open_above = 0.002  # at 512 tokens an even attention weight is 0.002 to 0.004: as in config/stdlib.py, what is below starts shut
+# at 512 tokens an even attention weight is 0.002 to 0.004: as in config/stdlib.py, what is below starts shut
+open_above = 0.002
 distill_weight = 1.0
 
 loss_slack = 0.0  # nats: no worse than the parent at all

@@ -1,9 +1,12 @@
-"""The dense parent of config/gpu_text.py: a GPT of 12 layers that reads Python in GPT-2's tokens, trained for a minute on one large GPU.
+"""The dense parent of config/gpu_text.py: a GPT of 12 layers that reads Python in GPT-2's tokens, trained for
+a minute on one large GPU.
 
-    python prepare_data.py text --tokenizer=gpt2 $(find PACKAGES -name '*.py' -size +1k -not -path '*test*' | sed 's/^/--file=/')       once: data/text-gpt2
+    python prepare_data.py text --tokenizer=gpt2 $(find PACKAGES -name '*.py' -size +1k -not -path '*test*' |
+    sed 's/^/--file=/')       once: data/text-gpt2
 
-PACKAGES are folders of Python code: here the standard library, numpy, sympy, networkx, matplotlib and fontTools, 45 million bytes, 20 million tokens; whole files
-are held out. 39 million tokens are seen, two passes. For less, take --dataset=stdlib-gpt2 here and in the two that follow: made on first use.
+PACKAGES are folders of Python code: here the standard library, numpy, sympy, networkx, matplotlib and
+fontTools, 45 million bytes, 20 million tokens; whole files are held out. 39 million tokens are seen, two
+passes. For less, take --dataset=stdlib-gpt2 here and in the two that follow: made on first use.
 """
 
 dataset = 'text-gpt2'

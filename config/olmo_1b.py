@@ -2,29 +2,35 @@
 
     pip install -r requirements-olmo.txt && pip install datasets
     python prepare_data.py dolma --shards=12                          once: 2 GB to download, 1 billion tokens
-    torchrun --nproc_per_node=8 train.py config/olmo_1b.py            eight GPUs; or `python train.py config/olmo_1b.py` on one
+    torchrun --nproc_per_node=8 train.py config/olmo_1b.py            eight GPUs; or `python train.py
+    config/olmo_1b.py` on one
     python analyze.py plan --model=1b --gpus=8 --context=512           what it takes
 
---init_from=allenai/OLMo-2-0425-1B with --dataset=dolma-olmo2 (prepare_data.py dolma --tokenizer=olmo2) is OLMo 2. Nobody here has run it: no number in this
-file is measured.
+--init_from=allenai/OLMo-2-0425-1B with --dataset=dolma-olmo2 (prepare_data.py dolma --tokenizer=olmo2) is
+OLMo 2. Nobody here has run it: no number in this file is measured.
 """
 
 init_from = 'allenai/OLMo-1B-hf'  # downloaded; or its folder on a machine without network
 dataset = 'dolma'
-block_size = 512  # of the model's 2,048: no weight depends on it, and attention's share of the work stays small
+# of the model's 2,048: no weight depends on it, and attention's share of the work stays small
+block_size = 512
 gated = True
 dtype = 'auto'  # bfloat16
 
 lora_rank = 64
 lora_alpha = 128.0
-lora_targets = 'all'  # q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj: what is not read any more has to be made up for elsewhere. Of OLMo 2 the norms, too
+# q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj: what is not read any more has to be made up
+# for elsewhere. Of OLMo 2 the norms, too
+lora_targets = 'all'
 
-# The gates. OLMo has no key biases to fold a shift into, so every head gets a number of its own (handover.py). At 512 tokens an even attention
+# The gates. OLMo has no key biases to fold a shift into, so every head gets a number of its own
+# (handover.py). At 512 tokens an even attention
 # weight is 0.002 to 0.004: what is far below that may start shut.
 gate_bias = 3.0
 open_above = 0.0003
 linear_penalty_steps = 0
-distill_weight = 1.0  # the teacher is the same model with its adapters switched off: a forward pass, no memory
+# the teacher is the same model with its adapters switched off: a forward pass, no memory
+distill_weight = 1.0
 loss_slack = 0.01
 constraint_paired = True
 constraint_interval = 16

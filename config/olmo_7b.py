@@ -5,8 +5,9 @@
     python analyze.py plan --model=7b                                 full of what
 
 Other models of 7 billion: --init_from=allenai/OLMo-7B-0424-hf (clipped q, k and v), allenai/OLMo-2-1124-7B or
-allenai/Olmo-3-1025-7B (the last two with --dataset=dolma-olmo2). Larger ones, or smaller GPUs: --recompute_activations=True
---micro_batch_size=4 keeps less and computes a third more. Nobody here has run it.
+allenai/Olmo-3-1025-7B (the last two with --dataset=dolma-olmo2). Larger ones, or smaller GPUs:
+--recompute_activations=True --micro_batch_size=4 keeps less and computes a third more. Nobody here has run
+it.
 """
 
 base = 'config/olmo_1b.py'

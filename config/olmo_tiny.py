@@ -1,4 +1,6 @@
-"""A small OLMo 2 of Python code, sparse at the loss of its dense parent, all weights trained: config/stdlib.py with another architecture, in less time."""
+"""A small OLMo 2 of Python code, sparse at the loss of its dense parent, all weights trained:
+config/stdlib.py with another architecture, in less time.
+"""
 
 base = 'config/stdlib.py'
 

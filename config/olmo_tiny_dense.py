@@ -1,7 +1,8 @@
-"""The dense parent of config/olmo_tiny.py: an OLMo 2 on the bytes of config/stdlib_dense.py, half as wide, with half the context, for minutes.
+"""The dense parent of config/olmo_tiny.py: an OLMo 2 on the bytes of config/stdlib_dense.py, half as wide,
+with half the context, for minutes.
 
-RoPE, RMSNorm behind every write and on q and k, SwiGLU, no biases: what is different in OLMo 2, small enough for a laptop.
---architecture=gpt2 makes the GPT-2 of the same shape, which README.md compares it with.
+RoPE, RMSNorm behind every write and on q and k, SwiGLU, no biases: what is different in OLMo 2, small enough
+for a laptop. --architecture=gpt2 makes the GPT-2 of the same shape, which README.md compares it with.
 """
 
 dataset = 'stdlib'

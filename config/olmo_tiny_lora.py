@@ -1,13 +1,15 @@
 """config/olmo_tiny.py with adapters instead of weights, as OLMo 1B and 7B are trained (config/olmo_1b.py).
 
-Adapters learn more slowly than weights: they get a third more steps, a higher learning rate, a higher lambda_max, and the embedding has one, too.
+Adapters learn more slowly than weights: they get a third more steps, a higher learning rate, a higher
+lambda_max, and the embedding has one, too.
 """
 
 base = 'config/olmo_tiny.py'
 
 lora_rank = 32  # of 64
 lora_alpha = 64.0
-lora_targets = 'all,embed_tokens'  # the norms, too: those of q and k decide how large scores are (lora.py). And the embedding
+# the norms, too: those of q and k decide how large scores are (lora.py). And the embedding
+lora_targets = 'all,embed_tokens'
 
 lambda_max = 0.4  # config/olmo_tiny.py: 0.3. A nat has to be worth more where less is learned
 noise_free_steps = 12000

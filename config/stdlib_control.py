@@ -1,4 +1,5 @@
-"""The control of config/stdlib.py: the same parent trained on for the same steps on the same batches, without gates.
+"""The control of config/stdlib.py: the same parent trained on for the same steps on the same batches, without
+gates.
 
 A parent that could have become better makes its child's target cheap. This run says by how much.
 """

@@ -1,7 +1,7 @@
 """The dense parent of config/stdlib.py: a small GPT that reads and writes Python, byte by byte.
 
-Trained on the standard library of the Python that runs it, 11 million bytes; whole files are held out. 31 million bytes are seen, three passes.
-config/stdlib_control.py shows what still more steps would have brought.
+Trained on the standard library of the Python that runs it, 11 million bytes; whole files are held out. 31
+million bytes are seen, three passes. config/stdlib_control.py shows what still more steps would have brought.
 """
 
 dataset = 'stdlib'

@@ -7,8 +7,8 @@
 
 `auto` takes the fastest that fits: from a context of 64 on, triton on a GPU and tiled on a CPU.
 
-Notable: the fast forms know no `keep`, no `return_gates`, no tensor of noise and no bias that varies inside a head.
-What asks for one of these gets the plain formula, and nobody else in the project has to know.
+Notable: the fast forms know no `keep`, no `return_gates`, no tensor of noise and no bias that varies inside a
+head. What asks for one of these gets the plain formula, and nobody else in the project has to know.
 """
 
 import importlib.util
@@ -24,7 +24,8 @@ HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 def attention(q, k, v, bias, temperature, sample, dense, linear_penalty, noise, keep, return_gates, impl):
-    """`gate.gated_attention` by the fastest form that knows all that is asked. Arguments as there, k and v with as many heads as q.
+    """`gate.gated_attention` by the fastest form that knows all that is asked. Arguments as there, k and v
+    with as many heads as q.
 
     Returns (y, density), or None: then the plain formula has to do it.
     """
@@ -66,7 +67,8 @@ def dense_attention(q, k, v):
 def choose_impl(name, device, T, D, dtype=torch.float32):
     """'plain', 'tiled' or 'triton', for a setting that names one or says 'auto'.
 
-    device: 'cpu', 'cuda', ...; T tokens of context; D the width of a head. TRITON_INTERPRET=1 lets 'triton', asked for
+    device: 'cpu', 'cuda', ...; T tokens of context; D the width of a head. TRITON_INTERPRET=1 lets 'triton',
+    asked for
     by name, run on a CPU, slowly. Raises ValueError if name is none of these, or cannot run here.
     """
     if name not in ("auto", "plain", "tiled", "triton"):

@@ -1,16 +1,23 @@
 """Gated attention on a GPU as three Triton kernels: tiles of scores that never leave the chip.
 
-    keys j   0 . . . . . . . . T       A program owns ROWS queries of one head and walks over the key tiles up to the
-    queries +-----+-----+-----+        diagonal. A tile of scores lives in registers and is gone with the next one.
-       i    |  1  |     |     |        For the softmax it carries, per query, the largest score so far (m) and the sum
+    keys j   0 . . . . . . . . T       A program owns ROWS queries of one head and walks over the key tiles up
+             to the
+    queries +-----+-----+-----+        diagonal. A tile of scores lives in registers and is gone with the next
+    one.
+       i    |  1  |     |     |        For the softmax it carries, per query, the largest score so far (m) and
+            the sum
             +-----+-----+-----+        l of exp(a - m); when m grows, what has been summed is multiplied by
             |  1  |  2  |     |        exp(m_old - m_new). At the end y = (sum of open terms) / l and
-            +-----+-----+-----+        lse = m + log l, the only thing of the forward pass that the backward pass needs.
+            +-----+-----+-----+        lse = m + log l, the only thing of the forward pass that the backward
+            pass needs.
        T    |  1  |  2  |  3  |
-            +-----+-----+-----+        `forward_kernel` and `dq_kernel` walk rows of this picture, `dkdv_kernel` columns:
-                                       every program writes sums of its own, nothing races, results are reproducible.
+            +-----+-----+-----+        `forward_kernel` and `dq_kernel` walk rows of this picture,
+            `dkdv_kernel` columns:
+                                       every program writes sums of its own, nothing races, results are
+                                       reproducible.
 
-    a = q k^T / sqrt(D)     s = a + b     A = [u > sigmoid(-s)]     u from noise.py's generator, made again in every kernel
+    a = q k^T / sqrt(D)     s = a + b     A = [u > sigmoid(-s)]     u from noise.py's generator, made again in
+    every kernel
     y_i  = sum_j A p v_j                  p = exp(a - lse_i)
     w    = dy_i . v_j                     delta_i = y_i . dy_i
     e    = p (A w - delta_i)              through the softmax
@@ -18,20 +25,21 @@
          + g sigmoid'(s)                  through the penalty, g its gradient
     dv_j = sum_i A p dy_i     dq_i = sum_j e k_j / sqrt(D)     dk_j = sum_i e q_i / sqrt(D)
 
-(tiled.py derives this line by line.) Products: two forward; dq three, dk and dv four, because both make a and w. One kernel
-for all three would need five, and atomic additions.
+(tiled.py derives this line by line.) Products: two forward; dq three, dk and dv four, because both make a and
+w. One kernel for all three would need five, and atomic additions.
 
 Notable:
-- Half-precision inputs are multiplied as they are and summed in float32, so a is exact at the gate's threshold. e and A p
-  are rounded to the inputs' type for their products, as in flash attention. float16 needs a loss scaler, or the
-  penalty's gradient underflows; bfloat16 needs none.
-- Every tile is computed whole, open edges or none. Branches that left out the products of dead tiles gained 3 % on an
-  H100 and were compiled wrongly there: in float32 dv was noise (torch 2.11, Triton 3.6; docs/gpu.md).
-- Widths that are no power of two are padded inside the kernel. Queries beyond the end of the text are zeros: what is
-  computed for them is finite, meets zeros, and is not stored.
+- Half-precision inputs are multiplied as they are and summed in float32, so a is exact at the gate's
+  threshold. e and A p are rounded to the inputs' type for their products, as in flash attention. float16
+  needs a loss scaler, or the penalty's gradient underflows; bfloat16 needs none.
+- Every tile is computed whole, open edges or none. Branches that left out the products of dead tiles gained 3
+  % on an H100 and were compiled wrongly there: in float32 dv was noise (torch 2.11, Triton 3.6; docs/gpu.md).
+- Widths that are no power of two are padded inside the kernel. Queries beyond the end of the text are zeros:
+  what is computed for them is finite, meets zeros, and is not stored.
 - TRITON_INTERPRET=1 runs all of it on a CPU (tests/fast/test_op.py).
 
-Online softmax: Milakov & Gimelshein 2018. Tiles, and the backward pass with lse and delta: Dao et al., FlashAttention 1, 2.
+Online softmax: Milakov & Gimelshein 2018. Tiles, and the backward pass with lse and delta: Dao et al.,
+FlashAttention 1, 2.
 """
 
 import math
@@ -42,7 +50,8 @@ import triton.language as tl
 
 from fast.noise import MULTIPLY_1, MULTIPLY_2
 
-M1, M2 = tl.constexpr(MULTIPLY_1), tl.constexpr(MULTIPLY_2 + 2**32)  # unsigned here: shifts to the right bring zeros
+# unsigned here: shifts to the right bring zeros
+M1, M2 = tl.constexpr(MULTIPLY_1), tl.constexpr(MULTIPLY_2 + 2**32)
 
 
 @triton.jit
@@ -50,7 +59,7 @@ def exp(x):
     return tl.exp2(x * 1.4426950408889634)  # the hardware's exponential has base 2
 
 
-# --- noise.py, in Triton -----------------------------------------------------------------------------------------------
+# --- noise.py, in Triton ------------------------------------------------------------------------------------
 @triton.jit
 def scramble(x):
     x = (x ^ (x >> 16)) * M1
@@ -65,14 +74,18 @@ def mix(x):
 
 @triton.jit
 def codes(seed, head, position):
-    """noise.edge_codes for one head and some positions. seed: where the rows' seed lies, or the columns', one further."""
+    """noise.edge_codes for one head and some positions. seed: where the rows' seed lies, or the columns',
+    one further.
+    """
     return mix(mix(mix(tl.load(seed).to(tl.uint32)) + head.to(tl.uint32)) + position.to(tl.uint32))
 
 
-# --- what all three kernels do with a tile -------------------------------------------------------------------------------
+# --- what all three kernels do with a tile ------------------------------------------------------------------
 @triton.jit
 def gate_tile(left, right, i, j, scale, bias, row_codes, column_codes, NOISE: tl.constexpr):
-    """a, s, share = sigmoid(s), odds of being shut given the noise, and open gates, of a tile. i and j broadcast to it; it may lie on its side: (keys, queries)."""
+    """a, s, share = sigmoid(s), odds of being shut given the noise, and open gates, of a tile. i and j
+    broadcast to it; it may lie on its side: (keys, queries).
+    """
     a = tl.dot(left, right, input_precision="ieee") * scale
     a = tl.where(j <= i, a, -float("inf"))  # sigmoid and exp of it are 0
     s = a + bias
@@ -88,8 +101,23 @@ def gate_tile(left, right, i, j, scale, bias, row_codes, column_codes, NOISE: tl
 
 
 @triton.jit
-def gradient_tile(s, share, odds, gate, p, dy, v, delta, dpenalty, SAMPLE: tl.constexpr, TEMPERATURE: tl.constexpr, LINEAR: tl.constexpr):
-    """e, the gradient of the scores of a tile, and p where gates are open. dy and v: the two factors of w, in the tile's orientation."""
+def gradient_tile(
+    s,
+    share,
+    odds,
+    gate,
+    p,
+    dy,
+    v,
+    delta,
+    dpenalty,
+    SAMPLE: tl.constexpr,
+    TEMPERATURE: tl.constexpr,
+    LINEAR: tl.constexpr,
+):
+    """e, the gradient of the scores of a tile, and p where gates are open. dy and v: the two factors of w,
+    in the tile's orientation.
+    """
     open_p = tl.where(gate, p, 0.0)
     weight = open_p  # of w
     if SAMPLE:
@@ -104,11 +132,38 @@ def gradient_tile(s, share, odds, gate, p, dy, v, delta, dpenalty, SAMPLE: tl.co
     return e + dpenalty * slope, open_p
 
 
-# --- the three kernels -----------------------------------------------------------------------------------------------------
+# --- the three kernels --------------------------------------------------------------------------------------
 @triton.jit
-def forward_kernel(q, k, v, y, lse, penalty, bias, seed, q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, H, T, scale,
-                   D: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, NOISE: tl.constexpr, LINEAR: tl.constexpr):
-    head, tile = tl.program_id(0), tl.num_programs(1) - 1 - tl.program_id(1)  # the longest rows first, so that none is left alone at the end
+def forward_kernel(
+    q,
+    k,
+    v,
+    y,
+    lse,
+    penalty,
+    bias,
+    seed,
+    q_b,
+    q_h,
+    q_t,
+    k_b,
+    k_h,
+    k_t,
+    v_b,
+    v_h,
+    v_t,
+    H,
+    T,
+    scale,
+    D: tl.constexpr,
+    WIDTH: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    NOISE: tl.constexpr,
+    LINEAR: tl.constexpr,
+):
+    # the longest rows first, so that none is left alone at the end
+    head, tile = tl.program_id(0), tl.num_programs(1) - 1 - tl.program_id(1)
     b, h = (head // H).to(tl.int64), head % H
     i, d = tile * ROWS + tl.arange(0, ROWS), tl.arange(0, WIDTH)
     inside = (i < T)[:, None] & (d < D)[None, :]
@@ -120,10 +175,26 @@ def forward_kernel(q, k, v, y, lse, penalty, bias, seed, q_b, q_h, q_t, k_b, k_h
 
     for start in range(0, tl.minimum((tile + 1) * ROWS, T), COLUMNS):
         j = start + tl.arange(0, COLUMNS)
-        k_tile = tl.load(k + b * k_b + h * k_h + j[None, :] * k_t + d[:, None], (j < T)[None, :] & (d < D)[:, None], 0.0)  # (WIDTH, COLUMNS)
+        # (WIDTH, COLUMNS)
+        k_tile = tl.load(
+            k + b * k_b + h * k_h + j[None, :] * k_t + d[:, None], (j < T)[None, :] & (d < D)[:, None], 0.0
+        )
         column_codes = codes(seed + 1, head, j) if NOISE else j
-        v_tile = tl.load(v + b * v_b + h * v_h + j[:, None] * v_t + d[None, :], (j < T)[:, None] & (d < D)[None, :], 0.0)  # (COLUMNS, WIDTH); on its way early
-        a, s, share, _, gate = gate_tile(q_tile, k_tile, i[:, None], j[None, :], scale, head_bias, row_codes[:, None], column_codes[None, :], NOISE)
+        # (COLUMNS, WIDTH); on its way early
+        v_tile = tl.load(
+            v + b * v_b + h * v_h + j[:, None] * v_t + d[None, :], (j < T)[:, None] & (d < D)[None, :], 0.0
+        )
+        a, s, share, _, gate = gate_tile(
+            q_tile,
+            k_tile,
+            i[:, None],
+            j[None, :],
+            scale,
+            head_bias,
+            row_codes[:, None],
+            column_codes[None, :],
+            NOISE,
+        )
         if LINEAR:
             share = tl.where(s > 0, 0.5 + s / 4, share)
         charged += tl.sum(share, 1)
@@ -144,9 +215,39 @@ def forward_kernel(q, k, v, y, lse, penalty, bias, seed, q_b, q_h, q_t, k_b, k_h
 
 
 @triton.jit
-def dq_kernel(q, k, v, y, dy, dq, lse, delta, dpenalty, bias, seed, q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, H, T, scale,
-              D: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-              SAMPLE: tl.constexpr, TEMPERATURE: tl.constexpr, NOISE: tl.constexpr, LINEAR: tl.constexpr):
+def dq_kernel(
+    q,
+    k,
+    v,
+    y,
+    dy,
+    dq,
+    lse,
+    delta,
+    dpenalty,
+    bias,
+    seed,
+    q_b,
+    q_h,
+    q_t,
+    k_b,
+    k_h,
+    k_t,
+    v_b,
+    v_h,
+    v_t,
+    H,
+    T,
+    scale,
+    D: tl.constexpr,
+    WIDTH: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    SAMPLE: tl.constexpr,
+    TEMPERATURE: tl.constexpr,
+    NOISE: tl.constexpr,
+    LINEAR: tl.constexpr,
+):
     head, tile = tl.program_id(0), tl.num_programs(1) - 1 - tl.program_id(1)
     b, h = (head // H).to(tl.int64), head % H
     i, d = tile * ROWS + tl.arange(0, ROWS), tl.arange(0, WIDTH)
@@ -165,21 +266,64 @@ def dq_kernel(q, k, v, y, dy, dq, lse, delta, dpenalty, bias, seed, q_b, q_h, q_
     for start in range(0, tl.minimum((tile + 1) * ROWS, T), COLUMNS):
         j = start + tl.arange(0, COLUMNS)
         there = (j < T)[None, :] & (d < D)[:, None]
-        k_tile = tl.load(k + b * k_b + h * k_h + j[None, :] * k_t + d[:, None], there, 0.0)  # (WIDTH, COLUMNS)
+        # (WIDTH, COLUMNS)
+        k_tile = tl.load(k + b * k_b + h * k_h + j[None, :] * k_t + d[:, None], there, 0.0)
         v_tile = tl.load(v + b * v_b + h * v_h + j[None, :] * v_t + d[:, None], there, 0.0)
         column_codes = codes(seed + 1, head, j) if NOISE else j
-        a, s, share, odds, gate = gate_tile(q_tile, k_tile, i[:, None], j[None, :], scale, head_bias, row_codes[:, None], column_codes[None, :], NOISE)
+        a, s, share, odds, gate = gate_tile(
+            q_tile,
+            k_tile,
+            i[:, None],
+            j[None, :],
+            scale,
+            head_bias,
+            row_codes[:, None],
+            column_codes[None, :],
+            NOISE,
+        )
         p = exp(a - lse_i[:, None])
-        e, _ = gradient_tile(s, share, odds, gate, p, dy_tile, v_tile, delta_i[:, None], g, SAMPLE, TEMPERATURE, LINEAR)
+        e, _ = gradient_tile(
+            s, share, odds, gate, p, dy_tile, v_tile, delta_i[:, None], g, SAMPLE, TEMPERATURE, LINEAR
+        )
         gathered += tl.dot(e.to(k_tile.dtype), tl.trans(k_tile), input_precision="ieee")
 
     tl.store(dq + row[:, None] * D + d[None, :], (gathered * scale).to(dq.dtype.element_ty), inside)
 
 
 @triton.jit
-def dkdv_kernel(q, k, v, dy, dk, dv, lse, delta, dpenalty, bias, seed, q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, H, T, scale,
-                D: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-                SAMPLE: tl.constexpr, TEMPERATURE: tl.constexpr, NOISE: tl.constexpr, LINEAR: tl.constexpr):
+def dkdv_kernel(
+    q,
+    k,
+    v,
+    dy,
+    dk,
+    dv,
+    lse,
+    delta,
+    dpenalty,
+    bias,
+    seed,
+    q_b,
+    q_h,
+    q_t,
+    k_b,
+    k_h,
+    k_t,
+    v_b,
+    v_h,
+    v_t,
+    H,
+    T,
+    scale,
+    D: tl.constexpr,
+    WIDTH: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    SAMPLE: tl.constexpr,
+    TEMPERATURE: tl.constexpr,
+    NOISE: tl.constexpr,
+    LINEAR: tl.constexpr,
+):
     head, tile = tl.program_id(0), tl.program_id(1)  # the first keys are read by the most queries
     b, h = (head // H).to(tl.int64), head % H
     j, d = tile * COLUMNS + tl.arange(0, COLUMNS), tl.arange(0, WIDTH)
@@ -190,7 +334,8 @@ def dkdv_kernel(q, k, v, dy, dk, dv, lse, delta, dpenalty, bias, seed, q_b, q_h,
     column_codes = codes(seed + 1, head, j) if NOISE else j
     dk_tile, dv_tile = tl.zeros((COLUMNS, WIDTH), tl.float32), tl.zeros((COLUMNS, WIDTH), tl.float32)
 
-    for start in range(tile * COLUMNS // ROWS * ROWS, T, ROWS):  # tiles lie on their side here, (COLUMNS, ROWS): no transposing before the products
+    # tiles lie on their side here, (COLUMNS, ROWS): no transposing before the products
+    for start in range(tile * COLUMNS // ROWS * ROWS, T, ROWS):
         i = start + tl.arange(0, ROWS)
         row = head.to(tl.int64) * T + i
         there = (i < T)[None, :] & (d < D)[:, None]
@@ -198,9 +343,21 @@ def dkdv_kernel(q, k, v, dy, dk, dv, lse, delta, dpenalty, bias, seed, q_b, q_h,
         dy_tile = tl.load(dy + row[None, :] * D + d[:, None], there, 0.0)
         lse_i, delta_i = tl.load(lse + row, i < T, 0.0), tl.load(delta + row, i < T, 0.0)
         row_codes = codes(seed, head, i) if NOISE else i
-        a, s, share, odds, gate = gate_tile(k_tile, q_tile, i[None, :], j[:, None], scale, head_bias, row_codes[None, :], column_codes[:, None], NOISE)
+        a, s, share, odds, gate = gate_tile(
+            k_tile,
+            q_tile,
+            i[None, :],
+            j[:, None],
+            scale,
+            head_bias,
+            row_codes[None, :],
+            column_codes[:, None],
+            NOISE,
+        )
         p = exp(a - lse_i[None, :])
-        e, open_p = gradient_tile(s, share, odds, gate, p, v_tile, dy_tile, delta_i[None, :], g, SAMPLE, TEMPERATURE, LINEAR)
+        e, open_p = gradient_tile(
+            s, share, odds, gate, p, v_tile, dy_tile, delta_i[None, :], g, SAMPLE, TEMPERATURE, LINEAR
+        )
         dv_tile += tl.dot(open_p.to(dy_tile.dtype), tl.trans(dy_tile), input_precision="ieee")
         dk_tile += tl.dot(e.to(q_tile.dtype), tl.trans(q_tile), input_precision="ieee")
 
@@ -209,18 +366,23 @@ def dkdv_kernel(q, k, v, dy, dk, dv, lse, delta, dpenalty, bias, seed, q_b, q_h,
     tl.store(dv + at, dv_tile.to(dv.dtype.element_ty), inside)
 
 
-# --- what calls them -----------------------------------------------------------------------------------------------------------
+# --- what calls them ----------------------------------------------------------------------------------------
 def ready(q, k, v, bias, seed):
-    """Arguments that all kernels share: tensors whose last axis is dense, with their strides; shapes; sizes known when the kernel is compiled."""
+    """Arguments that all kernels share: tensors whose last axis is dense, with their strides; shapes; sizes
+    known when the kernel is compiled.
+    """
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     B, H, T, D = q.shape
-    tensors = q, k, v, bias.to(torch.float32).contiguous(), bias if seed is None else seed  # a kernel takes no None; without noise the seed is not read
+    # a kernel takes no None; without noise the seed is not read
+    tensors = q, k, v, bias.to(torch.float32).contiguous(), bias if seed is None else seed
     numbers = *(x.stride(axis) for x in (q, k, v) for axis in range(3)), H, T, 1 / math.sqrt(D)
     return tensors, numbers, {"D": D, "WIDTH": max(16, triton.next_power_of_2(D)), "NOISE": seed is not None}
 
 
 def launch(kernel, D, dtype):
-    """ROWS and COLUMNS of a kernel's tile, and options of its launch: what was fastest on an H100 (docs/gpu.md), of those that fit into the registers and shared memory of small GPUs, too."""
+    """ROWS and COLUMNS of a kernel's tile, and options of its launch: what was fastest on an H100
+    (docs/gpu.md), of those that fit into the registers and shared memory of small GPUs, too.
+    """
     if dtype == torch.float32:
         rows = columns = 16 if kernel is not forward_kernel and D > 64 else 32
         stages = 2
@@ -239,16 +401,22 @@ def launch_for(kernel, q, tile):
 
 
 def forward(q, k, v, bias, seed, sample, temperature, linear_penalty, tile=None):
-    """q, k, v (B, H, T, D); bias (H,); seed (2,) of the noise, or None. Returns y (B, H, T, D), the penalty's sum per head (B H), lse (B, H, T).
+    """q, k, v (B, H, T, D); bias (H,); seed (2,) of the noise, or None. Returns y (B, H, T, D), the penalty's
+    sum per head (B H), lse (B, H, T).
     tile: (ROWS, COLUMNS), powers of two from 16; None chooses."""
     (q, k, v, bias, seed), numbers, options = ready(q, k, v, bias, seed)
     B, H, T, D = q.shape
     options |= launch_for(forward_kernel, q, tile)
     tiles = triton.cdiv(T, options["ROWS"])
-    y, lse = torch.empty_like(v, memory_format=torch.contiguous_format), q.new_empty(B, H, T, dtype=torch.float32)
+    y, lse = (
+        torch.empty_like(v, memory_format=torch.contiguous_format),
+        q.new_empty(B, H, T, dtype=torch.float32),
+    )
     penalty = q.new_empty(B * H, tiles, dtype=torch.float32)
     with torch.cuda.device_of(q):  # the kernel runs where q is, which need not be the current GPU
-        forward_kernel[(B * H, tiles)](q, k, v, y, lse, penalty, bias, seed, *numbers, **options, LINEAR=linear_penalty)
+        forward_kernel[(B * H, tiles)](
+            q, k, v, y, lse, penalty, bias, seed, *numbers, **options, LINEAR=linear_penalty
+        )
     return y, penalty.sum(1), lse
 
 

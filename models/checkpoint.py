@@ -1,14 +1,19 @@
 """Checkpoints: a model on disk, in and out, whatever its architecture and whoever wrote it.
 
-    {'model': state dict, 'model_args': the config as a dict, ...}            nanoGPT's layout, which is ours, with more beside it
+    {'model': state dict, 'model_args': the config as a dict, ...}            nanoGPT's layout, which is ours,
+    with more beside it
 
-Reads our checkpoints, nanoGPT's and those of the paper's authors; OpenAI's GPT-2 by name and what transformers wrote (huggingface.py); OLMo by name
-or folder (olmo.py); LoRA adapters, with the base that they name (lora.py).
+Reads our checkpoints, nanoGPT's and those of the paper's authors; OpenAI's GPT-2 by name and what
+transformers wrote (huggingface.py); OLMo by name or folder (olmo.py); LoRA adapters, with the base that they
+name (lora.py).
 
 Notable:
-- A file is written under a temporary name, flushed, then renamed: whatever happens, the path holds the old one or the new one, whole.
-- `torch.load(weights_only=True)`: a file is data, not a program. (A folder shards-* is not: PyTorch reads its index with pickle. Go on with your own only.)
-- A model is built on torch's meta device, without memory, and filled tensor by tensor: the peak is the model and one tensor.
+- A file is written under a temporary name, flushed, then renamed: whatever happens, the path holds the old
+  one or the new one, whole.
+- `torch.load(weights_only=True)`: a file is data, not a program. (A folder shards-* is not: PyTorch reads its
+  index with pickle. Go on with your own only.)
+- A model is built on torch's meta device, without memory, and filled tensor by tensor: the peak is the model
+  and one tensor.
 - nanoGPT can load our 'model', but its own GPTConfig does not know our further model_args.
 """
 
@@ -27,8 +32,10 @@ from storage.files import UserError
 def save_checkpoint(path, checkpoint):
     """Write a dict of tensors and plain values to path, whole or not at all.
 
-    Written to a temporary name first, flushed to the disk, then renamed: whatever happens, the path holds either the old
-    file or the new one. Raises UserError, the old file untouched, if the disk is full or the folder not writable.
+    Written to a temporary name first, flushed to the disk, then renamed: whatever happens, the path holds
+    either the old
+    file or the new one. Raises UserError, the old file untouched, if the disk is full or the folder not
+    writable.
     """
     temporary = path + ".tmp"
     try:
@@ -50,7 +57,8 @@ def is_elsewhere(source):
 
 
 def read_checkpoint(path):
-    """The dict {'model', 'model_args', ...} of a checkpoint: ours, nanoGPT's, or Hugging Face's in that layout (see huggingface.py, olmo.py).
+    """The dict {'model', 'model_args', ...} of a checkpoint: ours, nanoGPT's, or Hugging Face's in that
+    layout (see huggingface.py, olmo.py).
 
     Raises UserError if it is missing, truncated or no checkpoint.
     """
@@ -59,26 +67,40 @@ def read_checkpoint(path):
     if huggingface.is_huggingface(path):
         return huggingface.read(path)
     if not os.path.exists(path):
-        raise UserError(f"there is no checkpoint {path}. Train one first, for instance: python train.py config/addition.py")
+        raise UserError(
+            f"there is no checkpoint {path}. Train one first, for instance: python train.py "
+            "config/addition.py"
+        )
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # zip and pickle errors of many types: most mean that the file is not what it should be
-        wrong = f"({type(error).__name__}): it is truncated or not a checkpoint at all. If it is a run's, move its folder away and start the run again"
+    # zip and pickle errors of many types: most mean that the file is not what it should be
+    except Exception as error:
+        wrong = (
+            f"({type(error).__name__}): it is truncated or not a checkpoint at all. "
+            "If it is a run's, move its folder away and start the run again"
+        )
         raise UserError(f"{path} cannot be read {huggingface.cause_of(error) or wrong}") from error
     missing = {"model", "model_args"} - set(checkpoint if isinstance(checkpoint, dict) else ())
     if missing:
-        raise UserError(f"{path} is no checkpoint of this project or of nanoGPT: it has no {' and no '.join(sorted(missing))}")
+        raise UserError(
+            f"{path} is no checkpoint of this project or of nanoGPT: it has no "
+            f"{' and no '.join(sorted(missing))}"
+        )
     return checkpoint
 
 
 def kept_checkpoint(folder):
-    """The checkpoint file that a run is known by: best.pt; where no evaluation met the target closest.pt, or else last.pt; None if there is none."""
+    """The checkpoint file that a run is known by: best.pt; where no evaluation met the target closest.pt, or
+    else last.pt; None if there is none.
+    """
     paths = [os.path.join(folder, name) for name in ("best.pt", "closest.pt", "last.pt")]
     return next((path for path in paths if os.path.exists(path)), None)
 
 
 def checkpoint_named(run):
-    """The checkpoint that `run` means: the one a run's folder is known by; any other path is returned as it is. Raises UserError."""
+    """The checkpoint that `run` means: the one a run's folder is known by; any other path is returned as it
+    is. Raises UserError.
+    """
     path = kept_checkpoint(run)
     if os.path.isdir(run) and not path and not is_elsewhere(run):
         raise UserError(f"there is no best.pt or last.pt in {run}. Give a run's folder, such as out/stdlib")
@@ -86,20 +108,29 @@ def checkpoint_named(run):
 
 
 def fingerprint(checkpoint):
-    """Tells checkpoints of one name apart: sha256 of the beginnings of all tensors, in alphabetical order; None of a sharded run that has not ended."""
+    """Tells checkpoints of one name apart: sha256 of the beginnings of all tensors, in alphabetical order;
+    None of a sharded run that has not ended.
+    """
     tensors = checkpoint["model"]
     if tensors is None:
         return None
     digest = hashlib.sha256()
-    for name in sorted(tensors):  # all of them: merged adapters leave most as they were. Beginnings, because a tensor on the disk is read no further
+    # all of them: merged adapters leave most as they were. Beginnings, because a tensor on the disk is read
+    # no further
+    for name in sorted(tensors):
         digest.update(tensors[name].flatten()[:1024].contiguous().view(torch.uint8).numpy())
     return digest.hexdigest()
 
 
 def copy_into(target, tensor):
-    """Copy tensor (whole, on any device, of any dtype) into target, of which this process may hold a part only (FSDP's DTensor)."""
+    """Copy tensor (whole, on any device, of any dtype) into target, of which this process may hold a part
+    only (FSDP's DTensor).
+    """
     if isinstance(target, DTensor):
-        tensor = distribute_tensor(tensor.to(target.device), target.device_mesh, target.placements, src_data_rank=None)  # everybody has read it: nothing to send
+        # everybody has read it: nothing to send
+        tensor = distribute_tensor(
+            tensor.to(target.device), target.device_mesh, target.placements, src_data_rank=None
+        )
     target.copy_(tensor)
 
 
@@ -107,13 +138,17 @@ def copy_into(target, tensor):
 def load_weights(model, state, path="the checkpoint", names=None):
     """Put a state dict, or any mapping from names to tensors, into model, one tensor at a time.
 
-    names: what it must hold, no less and no more; everything but LoRA adapters if left out. Raises UserError naming every missing, extra or wrongly shaped tensor.
+    names: what it must hold, no less and no more; everything but LoRA adapters if left out. Raises UserError
+    naming every missing, extra or wrongly shaped tensor.
     """
-    stored = {name.removeprefix("_orig_mod.").removeprefix("module."): name for name in state  # what torch.compile and DDP put in front
+    # what torch.compile and DDP put in front
+    stored = {name.removeprefix("_orig_mod.").removeprefix("module."): name for name in state
               if not name.endswith(".attn.bias")}  # the causal mask of old nanoGPT checkpoints
     own, adapters = model.state_dict(), lora.state_of(model)
     names = [name for name in own if name not in adapters] if names is None else names
-    wrong = [f"{n} is missing" for n in names if n not in stored] + [f"{n} is extra" for n in stored if n not in names]
+    wrong = [f"{n} is missing" for n in names if n not in stored] + [
+        f"{n} is extra" for n in stored if n not in names
+    ]
     for name in (name for name in names if name in stored):
         tensor = state[stored[name]]  # read from the disk here, if the mapping does
         if tensor.shape == own[name].shape:
@@ -130,23 +165,42 @@ def classes_of(args):
     return (olmo.OLMo, olmo.OLMoConfig) if args.get("architecture") == "olmo" else (GPT, GPTConfig)
 
 
-def model_of(checkpoint, path, device="cpu", prepare=lambda model: model, merged=True, in_parts=False, **overrides):
-    """The model in a checkpoint's dict, in evaluation mode. overrides change its config, e.g. gated=False to run it dense.
+def model_of(
+    checkpoint, path, device="cpu", prepare=lambda model: model, merged=True, in_parts=False, **overrides
+):
+    """The model in a checkpoint's dict, in evaluation mode. overrides change its config, e.g. gated=False to
+    run it dense.
 
     path     is named in errors
-    prepare  called with the empty model (on the meta device) before it takes up memory: may change its dtype, add adapters, cut it into parts
-    merged   of a checkpoint that holds LoRA adapters and the name of their base: merged into the weights, else beside them (lora.py)
-    in_parts the checkpoint may be one of a sharded run that names a folder instead of holding weights: sharding.load will bring them
+    prepare  called with the empty model (on the meta device) before it takes up memory: may change its dtype,
+             add adapters, cut it into parts
+    merged   of a checkpoint that holds LoRA adapters and the name of their base: merged into the weights,
+             else beside them (lora.py)
+    in_parts the checkpoint may be one of a sharded run that names a folder instead of holding weights:
+    sharding.load will bring them
     Raises UserError if the architecture is unknown or the weights do not fit it.
     """
     if checkpoint["model"] is None and not in_parts:
-        raise UserError(f"{path} is of a sharded run that has not ended: its weights are in parts, in the folder {checkpoint['shards']} beside it. Let the run go on to its end, or use its best.pt")
+        raise UserError(
+            f"{path} is of a sharded run that has not ended: its weights are in parts, in the folder "
+            f"{checkpoint['shards']} beside it. Let the run go on to its end, or use its best.pt"
+        )
     if "lora" in checkpoint:
         base = read_checkpoint(checkpoint["base"])
         if fingerprint(base) != checkpoint["base_fingerprint"]:
-            raise UserError(f"{path} holds adapters for {checkpoint['base']}, which holds other weights now than when they were trained. Put the old file back")
-        early, late = (lambda model: model, prepare) if merged else (prepare, lambda model: model)  # merge before anything is cut
-        model = model_of(base, checkpoint["base"], device, lambda model: early(lora.add(model, **checkpoint["lora"])), **{**checkpoint["model_args"], **overrides})
+            raise UserError(
+                f"{path} holds adapters for {checkpoint['base']}, which holds other weights now than when "
+                "they were trained. Put the old file back"
+            )
+        # merge before anything is cut
+        early, late = (lambda model: model, prepare) if merged else (prepare, lambda model: model)
+        model = model_of(
+            base,
+            checkpoint["base"],
+            device,
+            lambda model: early(lora.add(model, **checkpoint["lora"])),
+            **{**checkpoint["model_args"], **overrides},
+        )
         if checkpoint["model"] is not None:
             load_weights(model, checkpoint["model"], path, names=lora.state_of(model))
         return late(lora.merge(model) if merged else model)
@@ -154,7 +208,10 @@ def model_of(checkpoint, path, device="cpu", prepare=lambda model: model, merged
     model_class, config_class = classes_of(args)
     unknown = sorted(set(args) - {f.name for f in fields(config_class)})
     if unknown:
-        raise UserError(f"{path} holds another architecture: its model_args have {', '.join(unknown)}, which {config_class.__name__} does not know")
+        raise UserError(
+            f"{path} holds another architecture: its model_args have {', '.join(unknown)}, which "
+            f"{config_class.__name__} does not know"
+        )
     if "gated" not in checkpoint["model_args"] and model_class is GPT:
         args.setdefault("gelu", "none")  # a checkpoint of nanoGPT
     with torch.device("meta"):  # no memory yet: what comes below is the only copy
@@ -175,13 +232,16 @@ def load_checkpoint(path, device="cpu", **overrides):
 
 
 def tokenizer_of(checkpoint):
-    """Name of the tokenizer that a checkpoint's model was trained with ('bytes', 'gpt2', 'olmo', ...), or None if nobody wrote it down."""
+    """Name of the tokenizer that a checkpoint's model was trained with ('bytes', 'gpt2', 'olmo', ...), or
+    None if nobody wrote it down.
+    """
     if "data" in checkpoint:
         return checkpoint["data"]["tokenizer"]
     vocab_size = checkpoint["model_args"].get("vocab_size", 0)
     if "architecture" in checkpoint["model_args"]:  # an OLMo of Hugging Face's
         return olmo.tokenizer_for(vocab_size)
-    return "gpt2" if vocab_size in (50257, 50304) else None  # 50304: padded to a multiple of 64, as nanoGPT does
+    # 50304: padded to a multiple of 64, as nanoGPT does
+    return "gpt2" if vocab_size in (50257, 50304) else None
 
 
 def state_to_save(model):
@@ -190,27 +250,70 @@ def state_to_save(model):
 
 
 def checkpoint_of(model, **more):
-    """The dict to save for a model; `more` is stored beside it (step, optimizer, ...); for a model with LoRA adapters it must say `lora`, `base` and `base_fingerprint`."""
+    """The dict to save for a model; `more` is stored beside it (step, optimizer, ...); for a model with LoRA
+    adapters it must say `lora`, `base` and `base_fingerprint`.
+    """
     return {"model": state_to_save(model), "model_args": asdict(model.config), **more}
 
 
 def require_tokenizer(checkpoint, path, tokenizer):
-    """Raise UserError if the model in a checkpoint is known to have been trained with another tokenizer than the one of that name."""
+    """Raise UserError if the model in a checkpoint is known to have been trained with another tokenizer than
+    the one of that name.
+    """
     trained_with = tokenizer_of(checkpoint)
     if trained_with not in (None, tokenizer):
-        raise UserError(f"{path} was trained on tokens of {trained_with!r}, the data has those of {tokenizer!r}: the same numbers mean other words. "
-                              "Choose a dataset that belongs to it (prepare_data.py takes --tokenizer), or start from another model")
+        raise UserError(
+            f"{path} was trained on tokens of {trained_with!r}, the data has those of {tokenizer!r}: the "
+            "same numbers mean other words. "
+            "Choose a dataset that belongs to it (prepare_data.py takes --tokenizer), or start from another "
+            "model"
+        )
 
 
 def new_model(c, vocab_size, gate_settings):
-    """A model of the shape that the settings c describe, with random weights. gate_settings: {'gated', 'gate_bias', 'gate_temperature'}."""
-    same = {key: getattr(c, key) for key in ("n_layer", "n_head", "n_embd", "block_size", "tied")} | gate_settings
+    """A model of the shape that the settings c describe, with random weights. gate_settings: {'gated',
+    'gate_bias', 'gate_temperature'}.
+    """
+    same = {
+        key: getattr(c, key) for key in ("n_layer", "n_head", "n_embd", "block_size", "tied")
+    } | gate_settings
     if c.architecture == "gpt2":
-        return GPT(GPTConfig(vocab_size=vocab_size, dropout=c.dropout, bias=c.bias, gelu=c.gelu, init_std=c.init_std, **same))
-    return olmo.OLMo(olmo.OLMoConfig(vocab_size=vocab_size, generation=2 if c.architecture == "olmo2" else 1, n_kv_head=c.n_kv_head or c.n_head, n_hidden=4 * c.n_embd, **same))
+        return GPT(
+            GPTConfig(
+                vocab_size=vocab_size,
+                dropout=c.dropout,
+                bias=c.bias,
+                gelu=c.gelu,
+                init_std=c.init_std,
+                **same,
+            )
+        )
+    return olmo.OLMo(
+        olmo.OLMoConfig(
+            vocab_size=vocab_size,
+            generation=2 if c.architecture == "olmo2" else 1,
+            n_kv_head=c.n_kv_head or c.n_head,
+            n_hidden=4 * c.n_embd,
+            **same,
+        )
+    )
 
 
 def shape_of(config):
     """The shape of a model that is there already, in the words of settings.SHAPE."""
     architecture = "gpt2" if isinstance(config, GPTConfig) else "olmo2" if config.generation == 2 else "olmo"
-    return {key: getattr(config, key) for key in ("n_layer", "n_head", "n_kv_head", "n_embd", "block_size", "dropout", "bias", "tied", "gelu") if hasattr(config, key)} | {"architecture": architecture}
+    return {
+        key: getattr(config, key)
+        for key in (
+            "n_layer",
+            "n_head",
+            "n_kv_head",
+            "n_embd",
+            "block_size",
+            "dropout",
+            "bias",
+            "tied",
+            "gelu",
+        )
+        if hasattr(config, key)
+    } | {"architecture": architecture}

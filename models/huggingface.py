@@ -2,8 +2,8 @@
 
 Which of their names and matrices are which of ours is said in model.py, at OpenAI's weights.
 
-Notable: `pytorch_model.bin` is read with torch.load(weights_only=True). `model.safetensors`, which transformers writes today, needs the
-package safetensors, imported only here.
+Notable: `pytorch_model.bin` is read with torch.load(weights_only=True). `model.safetensors`, which
+transformers writes today, needs the package safetensors, imported only here.
 """
 
 import json
@@ -15,24 +15,42 @@ import torch
 from model import CONV1D, PRETRAINED, from_openai, openai_checkpoint
 from storage.files import UserError
 
-END_OF_TEXT = {50257: 50256, 50304: 50256, 50280: 50279, 100278: 100257}  # the id of <|endoftext|> by the size of the vocabulary: GPT-2's, also padded, OLMo's, OLMo 2's
-GELU = {"gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu": "none"}  # their names -> torch's `approximate`
+# the id of <|endoftext|> by the size of the vocabulary: GPT-2's, also padded, OLMo's, OLMo 2's
+END_OF_TEXT = {50257: 50256, 50304: 50256, 50280: 50279, 100278: 100257}
+# their names -> torch's `approximate`
+GELU = {"gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu": "none"}
 ACTIVATION = {"tanh": "gelu_new", "none": "gelu"}  # and back
 # settings of theirs that change what the model computes, and the one value that our model computes
-FIXED = {"model_type": "gpt2", "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "layer_norm_epsilon": 1e-5, "add_cross_attention": False}
+FIXED = {
+    "model_type": "gpt2",
+    "scale_attn_weights": True,
+    "scale_attn_by_inverse_layer_idx": False,
+    "layer_norm_epsilon": 1e-5,
+    "add_cross_attention": False,
+}
 
 
 def is_huggingface(path):
     """Does `path` name one of OpenAI's models, or a folder or file that transformers wrote?"""
-    return path in PRETRAINED or path.endswith((".safetensors", ".bin")) or os.path.exists(os.path.join(path, "config.json")) and any(
-        os.path.exists(os.path.join(path, name)) for name in WEIGHTS)
+    return (
+        path in PRETRAINED
+        or path.endswith((".safetensors", ".bin"))
+        or os.path.exists(os.path.join(path, "config.json"))
+        and any(os.path.exists(os.path.join(path, name)) for name in WEIGHTS)
+    )
 
 
-WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+WEIGHTS = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
 
 
 def read(source):
-    """A checkpoint as nanoGPT lays it out, {'model', 'model_args'}, from OpenAI's name, a folder of transformers, or a file of one.
+    """A checkpoint as nanoGPT lays it out, {'model', 'model_args'}, from OpenAI's name, a folder of
+    transformers, or a file of one.
 
     An OpenAI name is downloaded once into torch's cache (TORCH_HOME) and checked. Raises UserError.
     """
@@ -55,22 +73,32 @@ def read(source):
 
 
 def fetch(name, patterns):
-    """The local folder of a model on Hugging Face ('allenai/OLMo-1B-hf') with the files whose names fit patterns, downloaded once into huggingface_hub's cache (HF_HOME)."""
+    """The local folder of a model on Hugging Face ('allenai/OLMo-1B-hf') with the files whose names fit
+    patterns, downloaded once into huggingface_hub's cache (HF_HOME).
+    """
     try:
         from huggingface_hub import snapshot_download
     except ImportError as error:
-        raise UserError(f"{name} is downloaded through a package that is not installed: pip install -r requirements-olmo.txt") from error
+        raise UserError(
+            f"{name} is downloaded through a package that is not installed: pip install -r "
+            "requirements-olmo.txt"
+        ) from error
     try:
         return snapshot_download(name, allow_patterns=patterns)
     except Exception as error:  # of many types, by three packages
-        raise UserError(f"{name} cannot be downloaded ({type(error).__name__}: {str(error).partition(chr(10))[0]}). The same command goes on where this one stopped. "
-                               "Without network here, bring the folder by hand and give its path instead of the name") from error
+        raise UserError(
+            f"{name} cannot be downloaded ({type(error).__name__}: {str(error).partition(chr(10))[0]}). The "
+            "same command goes on where this one stopped. "
+            "Without network here, bring the folder by hand and give its path instead of the name"
+        ) from error
 
 
 class LazyTensors(Mapping):
-    """The tensors of a folder with one safetensors file, or several and an index; each is read when it is asked for, and not kept.
+    """The tensors of a folder with one safetensors file, or several and an index; each is read when it is
+    asked for, and not kept.
 
-    So a model of many GB is loaded with one tensor of it in memory beside itself. Raises UserError, naming the file, if one is missing or damaged.
+    So a model of many GB is loaded with one tensor of it in memory beside itself. Raises UserError, naming
+    the file, if one is missing or damaged.
     """
 
     def __init__(self, folder):
@@ -82,7 +110,10 @@ class LazyTensors(Mapping):
             with self.opened(path) as f:
                 self.place |= {name: (path, name) for name in f.keys()}
         if lost := [f"{name} in {file}" for name, file in promised.items() if name not in self.place]:
-            raise UserError(f"{folder}: {lost[0]} is missing, and {len(lost) - 1} more that the index promises. Bring the folder again")
+            raise UserError(
+                f"{folder}: {lost[0]} is missing, and {len(lost) - 1} more that the index promises. Bring "
+                "the folder again"
+            )
 
     def opened(self, path):
         if not os.path.exists(path):
@@ -91,7 +122,10 @@ class LazyTensors(Mapping):
         try:
             return load(path, framework="pt")
         except Exception as error:
-            raise UserError(f"{path} cannot be read ({type(error).__name__}): it is truncated or damaged. Delete it and bring it again") from error
+            raise UserError(
+                f"{path} cannot be read ({type(error).__name__}): it is truncated or damaged. Delete it and "
+                "bring it again"
+            ) from error
 
     def alias(self, name, other):
         """A second name for a tensor, unless it is stored under both."""
@@ -100,7 +134,8 @@ class LazyTensors(Mapping):
 
     def __getitem__(self, name):
         path, stored_as = self.place[name]
-        with self.opened(path) as f:  # opened anew: closing it gives the memory back that the system took for the file
+        # opened anew: closing it gives the memory back that the system took for the file
+        with self.opened(path) as f:
             return f.get_tensor(stored_as)
 
     def __iter__(self):
@@ -122,17 +157,28 @@ def read_tensors(path):
     """{name: tensor} of a .bin or .safetensors file."""
     if not os.path.exists(path):
         raise UserError(f"there is no {path}")
-    load = safetensors().torch.load_file if path.endswith(".safetensors") else lambda path: torch.load(path, map_location="cpu", weights_only=True)
     try:
-        return load(path)
+        if path.endswith(".safetensors"):
+            return safetensors().torch.load_file(path)
+        return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # of many types: most mean that the file is not what it should be
-        raise UserError(f"{path} cannot be read {cause_of(error) or f'({type(error).__name__}): it is truncated or damaged. Delete it and bring it again'}") from error
+        damaged = f"({type(error).__name__}): it is truncated or damaged. Delete it and bring it again"
+        raise UserError(f"{path} cannot be read {cause_of(error) or damaged}") from error
 
 
 def cause_of(error):
     """Why a file could not be read, in brackets, if the file itself may be sound; else None."""
-    no_memory = isinstance(error, MemoryError) or "allocate memory" in str(error) or "not enough memory" in str(error)  # torch raises RuntimeErrors
-    return "(there is not enough memory for it)" if no_memory else f"({error})" if isinstance(error, OSError) else None
+    # torch raises RuntimeErrors
+    no_memory = (
+        isinstance(error, MemoryError) or "allocate memory" in str(error) or "not enough memory" in str(error)
+    )
+    return (
+        "(there is not enough memory for it)"
+        if no_memory
+        else f"({error})"
+        if isinstance(error, OSError)
+        else None
+    )
 
 
 def gate_of(theirs):
@@ -144,27 +190,51 @@ def convert(tensors, theirs, source):
     """Their tensors and config (a dict, may be empty) -> {'model', 'model_args'}."""
     different = [f"{key}={theirs[key]!r}" for key, value in FIXED.items() if theirs.get(key, value) != value]
     activation = theirs.get("activation_function", "gelu_new")
-    if different or activation not in GELU or theirs.get("n_inner") not in (None, 4 * theirs.get("n_embd", 0)):
-        raise UserError(f"{source} is no GPT-2 that model.py can compute: {', '.join(different) or 'n_inner or activation_function ' + str(activation)}")
+    if (
+        different
+        or activation not in GELU
+        or theirs.get("n_inner") not in (None, 4 * theirs.get("n_embd", 0))
+    ):
+        raise UserError(
+            f"{source} is no GPT-2 that model.py can compute: "
+            f"{', '.join(different) or 'n_inner or activation_function ' + str(activation)}"
+        )
     args = {key: theirs[key] for key in ("n_layer", "n_head") if key in theirs}
     return from_openai(tensors, source, **args, gelu=GELU[activation], **gate_of(theirs))
 
 
 def write(folder, state, args):
-    """Write a folder that `transformers.GPT2LMHeadModel.from_pretrained` loads. state, args: as in `convert`'s result."""
+    """Write a folder that `transformers.GPT2LMHeadModel.from_pretrained` loads. state, args: as in
+    `convert`'s result.
+    """
     if not args["bias"]:  # transformers' GPT-2 has biases always: ours that are not there are 0
         state = dict(state)
-        for name in [name for name in state if name.endswith(".weight") and (CONV1D.search(name) or ".ln_" in name)]:
+        for name in [
+            name for name in state if name.endswith(".weight") and (CONV1D.search(name) or ".ln_" in name)
+        ]:
             state[name.replace(".weight", ".bias")] = torch.zeros(state[name].shape[0])
-    tensors = {name: tensor.t().contiguous() if CONV1D.search(name) else tensor.contiguous() for name, tensor in state.items()
-               if not (args["tied"] and name == "lm_head.weight")}
-    config = FIXED | {"architectures": ["GPT2LMHeadModel"], "vocab_size": args["vocab_size"], "n_positions": args["block_size"], "n_embd": args["n_embd"],
-                      "n_layer": args["n_layer"], "n_head": args["n_head"], "tie_word_embeddings": args["tied"],
-                      **dict.fromkeys(("bos_token_id", "eos_token_id"), END_OF_TEXT.get(args["vocab_size"])),
-                      "activation_function": ACTIVATION[args["gelu"]],
-                      "resid_pdrop": args["dropout"], "embd_pdrop": args["dropout"], "attn_pdrop": 0.0}
+    tensors = {
+        name: tensor.t().contiguous() if CONV1D.search(name) else tensor.contiguous()
+        for name, tensor in state.items()
+        if not (args["tied"] and name == "lm_head.weight")
+    }
+    config = FIXED | {
+        "architectures": ["GPT2LMHeadModel"],
+        "vocab_size": args["vocab_size"],
+        "n_positions": args["block_size"],
+        "n_embd": args["n_embd"],
+        "n_layer": args["n_layer"],
+        "n_head": args["n_head"],
+        "tie_word_embeddings": args["tied"],
+        **dict.fromkeys(("bos_token_id", "eos_token_id"), END_OF_TEXT.get(args["vocab_size"])),
+        "activation_function": ACTIVATION[args["gelu"]],
+        "resid_pdrop": args["dropout"],
+        "embd_pdrop": args["dropout"],
+        "attn_pdrop": 0.0,
+    }
     if args["gated"]:
-        config["gate_bias"] = args["gate_bias"]  # transformers keeps what it does not know: model.config.gate_bias
+        # transformers keeps what it does not know: model.config.gate_bias
+        config["gate_bias"] = args["gate_bias"]
     write_folder(folder, tensors, config)
 
 
@@ -181,7 +251,9 @@ def write_folder(folder, tensors, config):
         for path in (weights + ".tmp", settings + ".tmp"):
             if os.path.exists(path):
                 os.remove(path)  # nothing is in the way of another try
-        raise UserError(f"cannot write {weights}: {error}. Free some space, or choose another place") from error
+        raise UserError(
+            f"cannot write {weights}: {error}. Free some space, or choose another place"
+        ) from error
     os.replace(weights + ".tmp", weights)
     os.replace(settings + ".tmp", settings)
 
@@ -191,5 +263,7 @@ def safetensors():
     try:
         import safetensors.torch
     except ImportError as error:
-        raise UserError("files of the kind .safetensors need a package that is not installed: pip install safetensors") from error
+        raise UserError(
+            "files of the kind .safetensors need a package that is not installed: pip install safetensors"
+        ) from error
     return safetensors

@@ -1,22 +1,30 @@
-"""OLMo with gated attention: the same gate on a modern transformer of 1B to 32B parameters, and Hugging Face's weights in.
+"""OLMo with gated attention: the same gate on a modern transformer of 1B to 32B parameters, and Hugging
+Face's weights in.
 
-    generation 1     x = x + attn(norm(x));  x = x + mlp(norm(x))      LayerNorm without parameters before each read     OLMo 1
-    generation 2     x = x + norm(attn(x));  x = x + norm(mlp(x))      RMSNorm after each write, and of q and k          OLMo 2, OLMo 3
-    mlp(x)           down(silu(gate(x)) * up(x))                       SwiGLU; its `gate` has nothing to do with ours
+    generation 1     x = x + attn(norm(x));  x = x + mlp(norm(x))      LayerNorm without parameters before
+                     each read     OLMo 1
+    generation 2     x = x + norm(attn(x));  x = x + norm(mlp(x))      RMSNorm after each write, and of q and
+                     k          OLMo 2, OLMo 3
+    mlp(x)           down(silu(gate(x)) * up(x))                       SwiGLU; its `gate` has nothing to do
+    with ours
 
-What differs from GPT-2 (model.py): positions are rotations of q and k (RoPE, below), there are no biases, k and v may have fewer heads
-than q (grouped queries), and generation 1 may clip q, k and v. What does not: the gate sees q and k as the softmax does, after norm and rotation.
+What differs from GPT-2 (model.py): positions are rotations of q and k (RoPE, below), there are no biases, k
+and v may have fewer heads than q (grouped queries), and generation 1 may clip q, k and v. What does not: the
+gate sees q and k as the softmax does, after norm and rotation.
 
-    RoPE: the pair (x_d, x_{d + D/2}) of position t is turned by the angle t theta^(-2d/D), so that q_i . k_j depends on i - j alone
+    RoPE: the pair (x_d, x_{d + D/2}) of position t is turned by the angle t theta^(-2d/D), so that q_i . k_j
+    depends on i - j alone
 
 Notable:
-- `OLMo.forward` takes and gives what `GPT.forward` does, with record, keep, linear penalty and noise: train.py, evaluate.py, circuits/attribution.py and
-  the figures do not know which of the two they hold.
-- Parameter names are those of transformers (`model.layers.0.self_attn.q_proj.weight`): its checkpoints are ours.
-- Weights are read one tensor at a time into an empty model: the peak is the model and one tensor (`read`, `huggingface.LazyTensors`).
-- OLMo 3 is generation 2 with stretched rotations (YaRN) in every fourth layer; the other layers look back 4,096 tokens at most, so that is how
-  long a context may be here.
-Sources: OLMo (Groeneveld et al. 2024), OLMo 2 (2025), RoPE (Su et al. 2021), YaRN (Peng et al. 2023); arXiv 2512.05865, its section on OLMo.
+- `OLMo.forward` takes and gives what `GPT.forward` does, with record, keep, linear penalty and noise:
+  train.py, evaluate.py, circuits/attribution.py and the figures do not know which of the two they hold.
+- Parameter names are those of transformers (`model.layers.0.self_attn.q_proj.weight`): its checkpoints are
+  ours.
+- Weights are read one tensor at a time into an empty model: the peak is the model and one tensor (`read`,
+  `huggingface.LazyTensors`).
+- OLMo 3 is generation 2 with stretched rotations (YaRN) in every fourth layer; the other layers look back
+  4,096 tokens at most, so that is how long a context may be here. Sources: OLMo (Groeneveld et al. 2024),
+  OLMo 2 (2025), RoPE (Su et al. 2021), YaRN (Peng et al. 2023); arXiv 2512.05865, its section on OLMo.
 
     python analyze.py plan --model=7b --gpus=8        memory and time, before you rent anything
 """
@@ -51,24 +59,29 @@ class OLMoConfig:
     clip_qkv: float | None = None  # generation 1: largest absolute value in q, k and v
     norm_eps: float = 1e-5  # in the denominator of a norm
     rope_theta: float = 10000.0
-    yarn: dict | None = None  # {'layers': [...], 'factor', 'original', 'attention_factor', 'beta_fast', 'beta_slow'}: layers with stretched rotations
+    # {'layers': [...], 'factor', 'original', 'attention_factor', 'beta_fast', 'beta_slow'}: layers with
+    # stretched rotations
+    yarn: dict | None = None
     gated: bool = False  # attention through Bernoulli gates
     gate_bias: float | list = 3.0  # b in s = a + b; a list has one for each head, [layer][head] (handover.py)
     gate_temperature: float = 1.0  # of the straight-through gradient
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # RoPE
 
 
 def rotations(config, T, device, stretched=False):
-    """cos and sin of all angles, (T, D/2) each, float32: position by dimension. stretched: YaRN's, of the layers in config.yarn['layers'].
+    """cos and sin of all angles, (T, D/2) each, float32: position by dimension. stretched: YaRN's, of the
+    layers in config.yarn['layers'].
 
-    YaRN: dimensions that turn often within the original context keep their angle, those that turn less than once are slowed down by `factor`, those in
+    YaRN: dimensions that turn often within the original context keep their angle, those that turn less than
+    once are slowed down by `factor`, those in
     between are interpolated; cos and sin are scaled, which makes the softmax sharper.
     """
     D = config.n_embd // config.n_head
-    speed = config.rope_theta ** (-torch.arange(0, D, 2, device=device, dtype=torch.float32) / D)  # radians per position (D/2,)
+    # radians per position (D/2,)
+    speed = config.rope_theta ** (-torch.arange(0, D, 2, device=device, dtype=torch.float32) / D)
     scale = 1.0
     if stretched:
         y = config.yarn
@@ -76,7 +89,10 @@ def rotations(config, T, device, stretched=False):
         def dimension_that_turns(times):  # within the original context
             return D * math.log(y["original"] / (times * 2 * math.pi)) / (2 * math.log(config.rope_theta))
 
-        low, high = max(math.floor(dimension_that_turns(y["beta_fast"])), 0), min(math.ceil(dimension_that_turns(y["beta_slow"])), D - 1)
+        low, high = (
+            max(math.floor(dimension_that_turns(y["beta_fast"])), 0),
+            min(math.ceil(dimension_that_turns(y["beta_slow"])), D - 1),
+        )
         slowed = ((torch.arange(D // 2, device=device) - low) / max(high - low, 0.001)).clamp(0, 1)
         speed, scale = speed * (1 - slowed) + speed / y["factor"] * slowed, y["attention_factor"]
     cos, sin = cos_and_sin(torch.arange(T, device=device)[:, None] * speed)  # (T, D/2) each
@@ -85,7 +101,9 @@ def rotations(config, T, device, stretched=False):
 
 @torch.library.custom_op("sparse_attention::cos_and_sin", mutates_args=())
 def cos_and_sin(angle: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """An operator of its own, or torch.compile would compute a cosine anew for every element of every q and k: on a CPU a quarter of a training step."""
+    """An operator of its own, or torch.compile would compute a cosine anew for every element of every q and
+    k: on a CPU a quarter of a training step.
+    """
     return angle.cos(), angle.sin()
 
 
@@ -101,12 +119,14 @@ def rotate(x, rotation):
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The model
 
 
 def rms_norm_of_heads(x, norm):
-    """RMSNorm over the width of all heads together, heads apart: x (B, H, T, D). A norm of fewer heads (grouped keys) serves its copies."""
+    """RMSNorm over the width of all heads together, heads apart: x (B, H, T, D). A norm of fewer heads
+    (grouped keys) serves its copies.
+    """
     weight = norm.weight.view(-1, 1, x.shape[-1])  # (heads of the norm, 1, D)
     weight = weight.repeat_interleave(x.shape[1] // weight.shape[0], dim=0)
     return x * (x.pow(2).mean(dim=(1, 3), keepdim=True) + norm.eps).rsqrt() * weight
@@ -131,15 +151,19 @@ class Attention(nn.Module):
     def attend(self, q, k, v, **gate_options):
         """q (B, H, T, D), k and v (B, n_kv_head or H, T, D), normed and rotated."""
         temperature, dense = self.config.gate_temperature, not self.config.gated
-        return gated_attention(q, k, v, temperature=temperature, sample=self.training, dense=dense, **gate_options)
+        return gated_attention(
+            q, k, v, temperature=temperature, sample=self.training, dense=dense, **gate_options
+        )
 
     def forward(self, x, rotation, **gate_options):
         """x (B, T, C) -> y (B, T, C); density, a scalar; gates, a `gate.Gates` or None."""
         B, T, C = x.shape
         q, k, v = self.clip(self.q_proj(x)), self.clip(self.k_proj(x)), self.clip(self.v_proj(x))
         if self.config.generation == 2:
-            q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)  # under autocast a GPU's norm returns float32
-        q, k, v = (part.view(B, T, -1, C // self.config.n_head).transpose(1, 2) for part in (q, k, v))  # (B, heads, T, D)
+            # under autocast a GPU's norm returns float32
+            q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
+        # (B, heads, T, D)
+        q, k, v = (part.view(B, T, -1, C // self.config.n_head).transpose(1, 2) for part in (q, k, v))
         y, density, gates = self.attend(rotate(q, rotation), rotate(k, rotation), v, **gate_options)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, C)), density, gates
 
@@ -162,9 +186,18 @@ class Block(nn.Module):
         super().__init__()
         self.self_attn = Attention(config)
         self.mlp = MLP(config)
-        self.before = nn.LayerNorm(config.n_embd, eps=1e-5, elementwise_affine=False) if config.generation == 1 else nn.Identity()  # before both; it holds nothing
-        self.post_attention_layernorm = nn.RMSNorm(config.n_embd, eps=config.norm_eps) if config.generation == 2 else nn.Identity()
-        self.post_feedforward_layernorm = nn.RMSNorm(config.n_embd, eps=config.norm_eps) if config.generation == 2 else nn.Identity()
+        # before both; it holds nothing
+        self.before = (
+            nn.LayerNorm(config.n_embd, eps=1e-5, elementwise_affine=False)
+            if config.generation == 1
+            else nn.Identity()
+        )
+        self.post_attention_layernorm = (
+            nn.RMSNorm(config.n_embd, eps=config.norm_eps) if config.generation == 2 else nn.Identity()
+        )
+        self.post_feedforward_layernorm = (
+            nn.RMSNorm(config.n_embd, eps=config.norm_eps) if config.generation == 2 else nn.Identity()
+        )
 
     def forward(self, x, rotation, **gate_options):
         """x (B, T, C) -> the residual stream after both writes; density; gates."""
@@ -175,18 +208,31 @@ class Block(nn.Module):
 
 
 class OLMo(nn.Module):
-    """OLMo 1, 2 or 3. `OLMo(OLMoConfig(...))` starts from a random initialisation; `checkpoint.load_checkpoint("allenai/OLMo-1B-hf")` brings the weights."""
+    """OLMo 1, 2 or 3. `OLMo(OLMoConfig(...))` starts from a random initialisation;
+    `checkpoint.load_checkpoint("allenai/OLMo-1B-hf")` brings the weights.
+    """
 
     def __init__(self, config):
         super().__init__()
-        if config.n_embd % config.n_head or config.n_head % config.n_kv_head or config.n_embd // config.n_head % 2:
-            raise ValueError(f"n_embd={config.n_embd} must be an even multiple of n_head={config.n_head}, and n_head a multiple of n_kv_head={config.n_kv_head}")
+        if (
+            config.n_embd % config.n_head
+            or config.n_head % config.n_kv_head
+            or config.n_embd // config.n_head % 2
+        ):
+            raise ValueError(
+                f"n_embd={config.n_embd} must be an even multiple of n_head={config.n_head}, and n_head a "
+                f"multiple of n_kv_head={config.n_kv_head}"
+            )
         self.config = config
-        self.model = nn.ModuleDict(dict(
-            embed_tokens=nn.Embedding(config.vocab_size, config.n_embd),
-            layers=nn.ModuleList(Block(config) for _ in range(config.n_layer)),
-            norm=nn.LayerNorm(config.n_embd, eps=1e-5, elementwise_affine=False) if config.generation == 1 else nn.RMSNorm(config.n_embd, eps=config.norm_eps),
-        ))
+        self.model = nn.ModuleDict(
+            dict(
+                embed_tokens=nn.Embedding(config.vocab_size, config.n_embd),
+                layers=nn.ModuleList(Block(config) for _ in range(config.n_layer)),
+                norm=nn.LayerNorm(config.n_embd, eps=1e-5, elementwise_affine=False)
+                if config.generation == 1
+                else nn.RMSNorm(config.n_embd, eps=config.norm_eps),
+            )
+        )
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.tie()
         for p in self.parameters():
@@ -196,9 +242,12 @@ class OLMo(nn.Module):
     attention_impl = "auto"  # who computes gated attention: see fast/dispatch.py
 
     def tie(self):
-        """If config.tied: let lm_head use the input embedding's own parameters. To be called again after one of them has been replaced."""
+        """If config.tied: let lm_head use the input embedding's own parameters. To be called again after one
+        of them has been replaced.
+        """
         if self.config.tied:
-            for name, parameter in self.model.embed_tokens.named_parameters():  # the matrix, and its LoRA adapter
+            # the matrix, and its LoRA adapter
+            for name, parameter in self.model.embed_tokens.named_parameters():
                 setattr(self.lm_head, name, parameter)
 
     @property
@@ -210,17 +259,29 @@ class OLMo(nn.Module):
         return [block.self_attn for block in self.blocks]
 
     def forward(self, idx, targets=None, keep=None, record=None, linear_penalty=False, noise=None):
-        """Takes and returns what `GPT.forward` in model.py does. Raises ValueError if idx is longer than block_size."""
+        """Takes and returns what `GPT.forward` in model.py does. Raises ValueError if idx is longer than
+        block_size.
+        """
         B, T = idx.shape
         c = self.config
         if T > c.block_size:
-            raise ValueError(f"a context of {T} tokens does not fit into this model's block_size of {c.block_size}")
+            raise ValueError(
+                f"a context of {T} tokens does not fit into this model's block_size of {c.block_size}"
+            )
         x = self.model.embed_tokens(idx)  # (B, T, C)
         plain, stretched = rotations(c, T, idx.device), c.yarn and rotations(c, T, idx.device, stretched=True)
         densities, biases = [], bias_by_layer(c, idx.device)
         for layer, block in enumerate(self.blocks):
-            x, density, gates = block(x, stretched if c.yarn and layer in c.yarn["layers"] else plain, bias=biases[layer], keep=None if keep is None else keep[layer],
-                                      return_gates=record is not None, linear_penalty=linear_penalty, noise=noise, impl=self.attention_impl)
+            x, density, gates = block(
+                x,
+                stretched if c.yarn and layer in c.yarn["layers"] else plain,
+                bias=biases[layer],
+                keep=None if keep is None else keep[layer],
+                return_gates=record is not None,
+                linear_penalty=linear_penalty,
+                noise=noise,
+                impl=self.attention_impl,
+            )
             densities.append(density)
             if record is not None:
                 record(layer, gates)
@@ -231,38 +292,59 @@ class OLMo(nn.Module):
         return logits, loss, torch.stack(densities).mean()
 
     def reading_and_writing(self, layer):
-        """As `GPT.reading_and_writing`: of a layer's heads, what v reads, (H, D, C), and what they write, (H, C, D)."""
+        """As `GPT.reading_and_writing`: of a layer's heads, what v reads, (H, D, C), and what they write,
+        (H, C, D).
+        """
         c, block = self.config, self.blocks[layer]
-        reading = block.self_attn.v_proj.weight.view(c.n_kv_head, -1, c.n_embd).repeat_interleave(c.n_head // c.n_kv_head, dim=0)
+        reading = block.self_attn.v_proj.weight.view(c.n_kv_head, -1, c.n_embd).repeat_interleave(
+            c.n_head // c.n_kv_head, dim=0
+        )
         scale = block.post_attention_layernorm.weight[:, None] if c.generation == 2 else 1.0
         return reading, (scale * block.self_attn.o_proj.weight).view(c.n_embd, c.n_head, -1).transpose(0, 1)
 
     def embeddings(self):
         """As `GPT.embeddings`: the input and the output embedding, (V, C) each."""
-        return self.model.embed_tokens.weight, self.lm_head.weight * (self.model.norm.weight if self.config.generation == 2 else 1.0)
+        return self.model.embed_tokens.weight, self.lm_head.weight * (
+            self.model.norm.weight if self.config.generation == 2 else 1.0
+        )
 
     def flops_per_token(self, context):
-        """Floating point operations per token of a training step, forward and backward, in dense attention; as `GPT.flops_per_token`."""
+        """Floating point operations per token of a training step, forward and backward, in dense attention;
+        as `GPT.flops_per_token`.
+        """
         embeddings = 0 if self.config.tied else self.model.embed_tokens.weight.numel()
-        return 6 * (sum(p.numel() for p in self.parameters()) - embeddings) + 12 * self.config.n_layer * self.config.n_embd * context
+        return (
+            6 * (sum(p.numel() for p in self.parameters()) - embeddings)
+            + 12 * self.config.n_layer * self.config.n_embd * context
+        )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Hugging Face's format: config.json in, config.json out; the tensors' names are ours
 
 
 GENERATIONS = {"olmo": 1, "olmo2": 2, "olmo3": 2}  # their model_type
-NAMES = {"block_size": "max_position_embeddings", "vocab_size": "vocab_size", "n_layer": "num_hidden_layers", "n_head": "num_attention_heads",
-         "n_embd": "hidden_size", "n_hidden": "intermediate_size"}
+NAMES = {
+    "block_size": "max_position_embeddings",
+    "vocab_size": "vocab_size",
+    "n_layer": "num_hidden_layers",
+    "n_head": "num_attention_heads",
+    "n_embd": "hidden_size",
+    "n_hidden": "intermediate_size",
+}
 
 
 def tokenizer_for(vocab_size):
-    """The tokenizer, 'olmo' or 'olmo2', with a vocabulary of this size, which may be padded to a multiple of 128; None for other sizes."""
+    """The tokenizer, 'olmo' or 'olmo2', with a vocabulary of this size, which may be padded to a multiple of
+    128; None for other sizes.
+    """
     return "olmo" if 50280 <= vocab_size <= 50304 else "olmo2" if 100278 <= vocab_size <= 100352 else None
 
 
 def is_olmo(source):
-    """Does `source` name an OLMo on Hugging Face ('allenai/OLMo-2-0425-1B'), or a folder that holds one as transformers writes it?"""
+    """Does `source` name an OLMo on Hugging Face ('allenai/OLMo-2-0425-1B'), or a folder that holds one as
+    transformers writes it?
+    """
     folder = os.path.join(source, "config.json")
     if os.path.exists(folder):
         return huggingface.read_json(folder).get("model_type") in GENERATIONS
@@ -277,39 +359,66 @@ def config_of(theirs, source):
     missing = [name for name in NAMES.values() if name not in theirs]
     if missing:
         raise UserError(f"{source}: config.json has no {', '.join(missing)}")
-    rope = theirs.get("rope_parameters") or {}  # transformers 5; before it rope_theta and rope_scaling stood alone
-    rope = rope if "full_attention" in rope else {"full_attention": rope | (theirs.get("rope_scaling") or {}), "sliding_attention": rope}
+    # transformers 5; before it rope_theta and rope_scaling stood alone
+    rope = theirs.get("rope_parameters") or {}
+    rope = (
+        rope
+        if "full_attention" in rope
+        else {"full_attention": rope | (theirs.get("rope_scaling") or {}), "sliding_attention": rope}
+    )
     full = rope["full_attention"]
     thetas = {part.get("rope_theta", theirs.get("rope_theta")) for part in rope.values()} - {None}
-    different = [f"{key}={theirs[key]!r}" for key, value in (("attention_bias", False), ("hidden_act", "silu")) if theirs.get(key, value) != value]
+    different = [
+        f"{key}={theirs[key]!r}"
+        for key, value in (("attention_bias", False), ("hidden_act", "silu"))
+        if theirs.get(key, value) != value
+    ]
     different += [f"rope_theta={sorted(thetas)}"] * (len(thetas) > 1)
     stretch = full.get("rope_type", full.get("type", "default"))
-    different += [f"rope_type={stretch!r}"] * (stretch not in (("default", "yarn") if kind == "olmo3" else ("default",)))
+    different += [f"rope_type={stretch!r}"] * (
+        stretch not in (("default", "yarn") if kind == "olmo3" else ("default",))
+    )
     if different:
         raise UserError(f"{source} is no OLMo that olmo.py can compute: {', '.join(different)}")
     args = {ours: theirs[name] for ours, name in NAMES.items()}
-    args |= {"architecture": "olmo", "generation": GENERATIONS[kind], "n_kv_head": theirs.get("num_key_value_heads") or args["n_head"],
-             "tied": theirs.get("tie_word_embeddings", False), "clip_qkv": theirs.get("clip_qkv"), "norm_eps": theirs.get("rms_norm_eps", 1e-5),
-             "rope_theta": float(thetas.pop() if thetas else 500000.0 if kind == "olmo3" else 10000.0)}
+    args |= {
+        "architecture": "olmo",
+        "generation": GENERATIONS[kind],
+        "n_kv_head": theirs.get("num_key_value_heads") or args["n_head"],
+        "tied": theirs.get("tie_word_embeddings", False),
+        "clip_qkv": theirs.get("clip_qkv"),
+        "norm_eps": theirs.get("rms_norm_eps", 1e-5),
+        "rope_theta": float(thetas.pop() if thetas else 500000.0 if kind == "olmo3" else 10000.0),
+    }
     args |= huggingface.gate_of(theirs)
     if kind == "olmo3":
         args["block_size"] = min(args["block_size"], theirs.get("sliding_window") or args["block_size"])
         if stretch == "yarn":
-            layers = theirs.get("layer_types") or ["full_attention" if (i + 1) % 4 == 0 else "sliding_attention" for i in range(args["n_layer"])]
-            args["yarn"] = {"layers": [i for i, kind in enumerate(layers) if kind == "full_attention"], "factor": full["factor"],
-                            "original": full["original_max_position_embeddings"], "attention_factor": full.get("attention_factor") or 0.1 * math.log(full["factor"]) + 1,
-                            "beta_fast": full.get("beta_fast") or 32, "beta_slow": full.get("beta_slow") or 1}
+            layers = theirs.get("layer_types") or [
+                "full_attention" if (i + 1) % 4 == 0 else "sliding_attention" for i in range(args["n_layer"])
+            ]
+            args["yarn"] = {
+                "layers": [i for i, kind in enumerate(layers) if kind == "full_attention"],
+                "factor": full["factor"],
+                "original": full["original_max_position_embeddings"],
+                "attention_factor": full.get("attention_factor") or 0.1 * math.log(full["factor"]) + 1,
+                "beta_fast": full.get("beta_fast") or 32,
+                "beta_slow": full.get("beta_slow") or 1,
+            }
     return args
 
 
 def read(source):
-    """{'model': LazyTensors, 'model_args'} of a folder of transformers, or of a name on Hugging Face, downloaded through huggingface_hub.
+    """{'model': LazyTensors, 'model_args'} of a folder of transformers, or of a name on Hugging Face,
+    downloaded through huggingface_hub.
 
-    Raises UserError. The checkpoint's tensors are read when they are asked for; `checkpoint.model_of` puts them into an empty model one by one.
+    Raises UserError. The checkpoint's tensors are read when they are asked for; `checkpoint.model_of` puts
+    them into an empty model one by one.
     """
     local = os.path.isdir(source)
     folder = source if local else huggingface.fetch(source, ["config.json"])
-    args = config_of(huggingface.read_json(os.path.join(folder, "config.json")), source)  # refused, if it must be, before gigabytes are here
+    # refused, if it must be, before gigabytes are here
+    args = config_of(huggingface.read_json(os.path.join(folder, "config.json")), source)
     folder = source if local else huggingface.fetch(source, ["*.safetensors", "*.safetensors.index.json"])
     tensors = huggingface.LazyTensors(folder)
     if args["tied"]:
@@ -318,20 +427,52 @@ def read(source):
 
 
 def write(folder, state, args):
-    """Write a folder that transformers' OlmoForCausalLM, Olmo2ForCausalLM or Olmo3ForCausalLM loads. state, args: as in `read`'s result."""
+    """Write a folder that transformers' OlmoForCausalLM, Olmo2ForCausalLM or Olmo3ForCausalLM loads. state,
+    args: as in `read`'s result.
+    """
     y = args.get("yarn")
     kind = "olmo3" if y else "olmo" if args["generation"] == 1 else "olmo2"
     rope = {"rope_type": "default", "rope_theta": args["rope_theta"]}
-    config = {"model_type": kind, "architectures": [{"olmo": "OlmoForCausalLM", "olmo2": "Olmo2ForCausalLM", "olmo3": "Olmo3ForCausalLM"}[kind]],
-              **{theirs: args[ours] for ours, theirs in NAMES.items()}, "num_key_value_heads": args["n_kv_head"], "tie_word_embeddings": args["tied"],
-              "hidden_act": "silu", "attention_bias": False, "rope_theta": args["rope_theta"], "rope_parameters": rope, "pad_token_id": None,
-              "eos_token_id": {"olmo": 50279, "olmo2": 100257}.get(tokenizer_for(args["vocab_size"]))}  # <|endoftext|>
+    config = {
+        "model_type": kind,
+        "architectures": [
+            {"olmo": "OlmoForCausalLM", "olmo2": "Olmo2ForCausalLM", "olmo3": "Olmo3ForCausalLM"}[kind]
+        ],
+        **{theirs: args[ours] for ours, theirs in NAMES.items()},
+        "num_key_value_heads": args["n_kv_head"],
+        "tie_word_embeddings": args["tied"],
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "rope_theta": args["rope_theta"],
+        "rope_parameters": rope,
+        "pad_token_id": None,
+        # <|endoftext|>
+        "eos_token_id": {"olmo": 50279, "olmo2": 100257}.get(tokenizer_for(args["vocab_size"])),
+    }
     config |= {"clip_qkv": args["clip_qkv"]} if kind == "olmo" else {"rms_norm_eps": args["norm_eps"]}
     if y:
-        config |= {"sliding_window": args["block_size"], "layer_types": ["full_attention" if i in y["layers"] else "sliding_attention" for i in range(args["n_layer"])],
-                   "rope_parameters": {"sliding_attention": rope, "full_attention": rope | {
-                       "rope_type": "yarn", "factor": y["factor"], "original_max_position_embeddings": y["original"], "attention_factor": y["attention_factor"],
-                       "beta_fast": y["beta_fast"], "beta_slow": y["beta_slow"]}}}
+        config |= {
+            "sliding_window": args["block_size"],
+            "layer_types": [
+                "full_attention" if i in y["layers"] else "sliding_attention" for i in range(args["n_layer"])
+            ],
+            "rope_parameters": {
+                "sliding_attention": rope,
+                "full_attention": rope
+                | {
+                    "rope_type": "yarn",
+                    "factor": y["factor"],
+                    "original_max_position_embeddings": y["original"],
+                    "attention_factor": y["attention_factor"],
+                    "beta_fast": y["beta_fast"],
+                    "beta_slow": y["beta_slow"],
+                },
+            },
+        }
     if args["gated"]:
         config["gate_bias"] = args["gate_bias"]  # transformers keeps what it does not know
-    huggingface.write_folder(folder, {name: tensor for name, tensor in state.items() if not (args["tied"] and name == "lm_head.weight")}, config)
+    huggingface.write_folder(
+        folder,
+        {name: tensor for name, tensor in state.items() if not (args["tied"] and name == "lm_head.weight")},
+        config,
+    )

@@ -1,11 +1,13 @@
-"""Download a file so that it is whole: it goes on where it was cut off, is checked, and only then gets its name.
+"""Download a file so that it is whole: it goes on where it was cut off, is checked, and only then gets its
+name.
 
     url -> path.part  (as much as has come so far)  -> checked -> path
 
-Checked against a sha256 where one is known, against the size otherwise: the one that is pinned, or the one that the server announced.
+Checked against a sha256 where one is known, against the size otherwise: the one that is pinned, or the one
+that the server announced.
 
-Notable: torch.hub's downloader begins from nothing when the line breaks, which hurts at 6 GB of gpt2-xl; this one asks the server for the
-rest (HTTP Range). This file imports no other file of ours.
+Notable: torch.hub's downloader begins from nothing when the line breaks, which hurts at 6 GB of gpt2-xl; this
+one asks the server for the rest (HTTP Range). This file imports no other file of ours.
 """
 
 import http.client
@@ -21,7 +23,8 @@ from storage.files import UserError, sha256
 def download(url, path, sha256_wanted=None, size=None):
     """Bring url to path, unless it is there already. Returns path.
 
-    sha256_wanted, size   of the whole file, where known. Raises UserError, keeping what has come so far, if the line breaks
+    sha256_wanted, size   of the whole file, where known. Raises UserError, keeping what has come so far, if
+                          the line breaks
     (the same command goes on from there); deleting it, if it is the wrong file.
     """
     if os.path.exists(path) and (size is None or os.path.getsize(path) == size):
@@ -33,30 +36,51 @@ def download(url, path, sha256_wanted=None, size=None):
         have = os.path.getsize(part) if os.path.exists(part) else 0
         announced = size if have and have == size else _fetch(url, part, os.path.basename(path))
     except (OSError, http.client.HTTPException) as error:  # URLError and HTTPError are OSErrors
-        if isinstance(error, urllib.error.HTTPError) and error.code == 416:  # there is no such rest: what we hold is no beginning of this file
+        # there is no such rest: what we hold is no beginning of this file
+        if isinstance(error, urllib.error.HTTPError) and error.code == 416:
             os.remove(part)
-            raise UserError(f"{url}: what came before does not belong to this file; it is deleted. Type the same command again") from error
-        raise UserError(f"{url}: {error}. The same command goes on where this one stopped. {by_hand}") from error
+            raise UserError(
+                f"{url}: what came before does not belong to this file; it is deleted. Type the same "
+                "command again"
+            ) from error
+        raise UserError(
+            f"{url}: {error}. The same command goes on where this one stopped. {by_hand}"
+        ) from error
     size, have = size or announced, os.path.getsize(part)
     if size is not None and have < size:
-        raise UserError(f"{url}: {have} of {size} bytes came before the line broke. The same command goes on from there. {by_hand}")
+        raise UserError(
+            f"{url}: {have} of {size} bytes came before the line broke. The same command goes on from "
+            f"there. {by_hand}"
+        )
     if size is not None and have > size or sha256_wanted and sha256(part) != sha256_wanted:
         os.remove(part)
-        raise UserError(f"{url}: what came is not the file that it should be (wrong {'size' if have != size else 'sha256'}); it is deleted. "
-                            f"Try again; if it happens twice, something between here and there changes the file. {by_hand}")
+        raise UserError(
+            f"{url}: what came is not the file that it should be (wrong "
+            f"{'size' if have != size else 'sha256'}); it is deleted. "
+            f"Try again; if it happens twice, something between here and there changes the file. {by_hand}"
+        )
     os.replace(part, path)
     return path
 
 
 def _fetch(url, part, name):
-    """Append to `part` what is missing of url. Returns the size that the server announced for the whole file, or None."""
+    """Append to `part` what is missing of url. Returns the size that the server announced for the whole
+    file, or None.
+    """
     have = os.path.getsize(part) if os.path.exists(part) else 0
-    request = urllib.request.Request(url, headers={"User-Agent": "sparse-attention-post-training"} | ({"Range": f"bytes={have}-"} if have else {}))
+    request = urllib.request.Request(
+        url,
+        headers={"User-Agent": "sparse-attention-post-training"}
+        | ({"Range": f"bytes={have}-"} if have else {}),
+    )
     with urllib.request.urlopen(request, timeout=60) as response:
         goes_on = response.status == 206
         length = response.headers.get("Content-Length")
         size = int(length) + have * goes_on if length else None
-        with open(part, "ab" if goes_on else "wb") as f, tqdm(total=size, initial=have * goes_on, desc=name, unit="B", unit_scale=True) as bar:
+        with (
+            open(part, "ab" if goes_on else "wb") as f,
+            tqdm(total=size, initial=have * goes_on, desc=name, unit="B", unit_scale=True) as bar,
+        ):
             while block := response.read(1 << 20):
                 f.write(block)
                 bar.update(len(block))

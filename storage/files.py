@@ -1,9 +1,11 @@
-"""Files that are whole or not there at all, folders that one process has to itself, and the one error for people.
+"""Files that are whole or not there at all, folders that one process has to itself, and the one error for
+people.
 
-    write: to path.tmp, flushed to the disk, then renamed to path        whatever happens, path holds the old content or the new
+    write: to path.tmp, flushed to the disk, then renamed to path        whatever happens, path holds the old
+    content or the new
 
-Every mistake that a user can make ends as a `UserError`: its message says what is wrong, where, and what to type instead. The programs
-print it as `error: ...` and exit with status 1. A bug keeps its traceback.
+Every mistake that a user can make ends as a `UserError`: its message says what is wrong, where, and what to
+type instead. The programs print it as `error: ...` and exit with status 1. A bug keeps its traceback.
 
 This file imports no other file of ours.
 """
@@ -48,9 +50,11 @@ def write_json(path, content):
 
 @contextlib.contextmanager
 def locked(folder, wait=True):
-    """`with locked(folder):` no other process is in such a block of this folder, which is made if there is none. Another one is waited for; with wait=False BlockingIOError.
+    """`with locked(folder):` no other process is in such a block of this folder, which is made if there is
+    none. Another one is waited for; with wait=False BlockingIOError.
 
-    The lock ends with the process, even by kill -9. Windows, and file systems without locks, let everybody in.
+    The lock ends with the process, even by kill -9. Windows, and file systems without locks, let everybody
+    in.
     """
     os.makedirs(folder, exist_ok=True)
     with contextlib.ExitStack() as stack:

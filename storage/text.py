@@ -1,14 +1,17 @@
 """Text as tokens: tokenizers, where documents come from, and how they are split.
 
     bytes   256 tokens, the bytes of UTF-8; token 0, which no text contains, stands before every document
-    gpt2    50,257 tokens, OpenAI's byte pair encoding, through tiktoken; token 50256, <|endoftext|>, stands before every document
-    olmo    50,280 tokens, and olmo2 100,278, through Hugging Face's tokenizers; their <|endoftext|> stands before every document
+    gpt2    50,257 tokens, OpenAI's byte pair encoding, through tiktoken; token 50256, <|endoftext|>, stands
+            before every document
+    olmo    50,280 tokens, and olmo2 100,278, through Hugging Face's tokenizers; their <|endoftext|> stands
+            before every document
 
-A held-out set is made of whole documents: had a document one half on each side, the model could remember names and phrases from the half
-that it trained on. Identical documents are taken once, so that none is on both sides.
+A held-out set is made of whole documents: had a document one half on each side, the model could remember
+names and phrases from the half that it trained on. Identical documents are taken once, so that none is on
+both sides.
 
-Notable: which side a document is on hangs on a hash of its text, not on its place in a list: the same files in any order, on any machine,
-are split alike. This file imports no other file of ours.
+Notable: which side a document is on hangs on a hash of its text, not on its place in a list: the same files
+in any order, on any machine, are split alike. This file imports no other file of ours.
 """
 
 import hashlib
@@ -20,7 +23,7 @@ import numpy as np
 
 from storage.files import UserError
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Tokenizers
 
 
@@ -33,14 +36,23 @@ class Tokenizer(NamedTuple):
 
 
 TOKENIZERS = ("bytes", "gpt2", "olmo", "olmo2")
-OLMO = {"olmo": "allenai/OLMo-1B-hf", "olmo2": "allenai/OLMo-2-0425-1B"}  # whose tokenizer.json it is; all models of a generation share it
+# whose tokenizer.json it is; all models of a generation share it
+OLMO = {"olmo": "allenai/OLMo-1B-hf", "olmo2": "allenai/OLMo-2-0425-1B"}
 ENDOFTEXT = "<|endoftext|>"
 
 
 def tokenizer(name):
-    """The Tokenizer called 'bytes', 'gpt2', 'olmo' or 'olmo2'. Raises UserError if there is none such, or its vocabulary cannot be fetched."""
+    """The Tokenizer called 'bytes', 'gpt2', 'olmo' or 'olmo2'. Raises UserError if there is none such, or
+    its vocabulary cannot be fetched.
+    """
     if name == "bytes":
-        return Tokenizer(name, 256, 0, lambda text: np.frombuffer(text, dtype=np.uint8), lambda ids: bytes(ids).decode("utf-8", errors="replace"))
+        return Tokenizer(
+            name,
+            256,
+            0,
+            lambda text: np.frombuffer(text, dtype=np.uint8),
+            lambda ids: bytes(ids).decode("utf-8", errors="replace"),
+        )
     if name not in TOKENIZERS:
         raise UserError(f"there is no tokenizer {name!r}: it is one of {', '.join(TOKENIZERS)}")
     if name in OLMO:
@@ -50,10 +62,20 @@ def tokenizer(name):
 
         bpe = tiktoken.get_encoding("gpt2")
     except Exception as error:  # no network, a proxy, a damaged cache: errors of many packages
-        raise UserError(f"OpenAI's vocabulary for --tokenizer=gpt2 cannot be fetched ({type(error).__name__}). tiktoken downloads it once and keeps it in the folder "
-                        "that the environment variable TIKTOKEN_CACHE_DIR names: copy that folder from a machine that has it, "
-                        "or make data of bytes: python prepare_data.py NAME --tokenizer=bytes") from error
-    return Tokenizer(name, bpe.n_vocab, bpe.eot_token, lambda text: bpe.encode_ordinary(text.decode("utf-8", errors="replace")), lambda ids: bpe.decode(list(ids)))
+        raise UserError(
+            f"OpenAI's vocabulary for --tokenizer=gpt2 cannot be fetched ({type(error).__name__}). tiktoken "
+            "downloads it once and keeps it in the folder "
+            "that the environment variable TIKTOKEN_CACHE_DIR names: copy that folder from a machine that "
+            "has it, "
+            "or make data of bytes: python prepare_data.py NAME --tokenizer=bytes"
+        ) from error
+    return Tokenizer(
+        name,
+        bpe.n_vocab,
+        bpe.eot_token,
+        lambda text: bpe.encode_ordinary(text.decode("utf-8", errors="replace")),
+        lambda ids: bpe.decode(list(ids)),
+    )
 
 
 def olmo_tokenizer(name):
@@ -62,15 +84,25 @@ def olmo_tokenizer(name):
         import tokenizers
         from huggingface_hub import hf_hub_download
     except ImportError as error:
-        raise UserError(f"--tokenizer={name} needs packages that are not installed: pip install -r requirements-olmo.txt") from error
+        raise UserError(
+            f"--tokenizer={name} needs packages that are not installed: pip install -r requirements-olmo.txt"
+        ) from error
     try:
         bpe = tokenizers.Tokenizer.from_file(hf_hub_download(OLMO[name], "tokenizer.json"))
     except Exception as error:  # of many types, by three packages
-        raise UserError(f"the vocabulary of {OLMO[name]} cannot be fetched ({type(error).__name__}). huggingface_hub downloads it once and keeps it in the folder "
-                        "that the environment variable HF_HOME names: copy that folder from a machine that has it") from error
+        raise UserError(
+            f"the vocabulary of {OLMO[name]} cannot be fetched ({type(error).__name__}). huggingface_hub "
+            "downloads it once and keeps it in the folder "
+            "that the environment variable HF_HOME names: copy that folder from a machine that has it"
+        ) from error
     bpe.encode_special_tokens = True  # '<|endoftext|>' in a text is text, as with GPT-2's encode_ordinary
-    return Tokenizer(name, bpe.get_vocab_size(), bpe.token_to_id(ENDOFTEXT), lambda text: bpe.encode(text.decode("utf-8", errors="replace"), add_special_tokens=False).ids,
-                     lambda ids: bpe.decode([int(i) for i in ids], skip_special_tokens=False))
+    return Tokenizer(
+        name,
+        bpe.get_vocab_size(),
+        bpe.token_to_id(ENDOFTEXT),
+        lambda text: bpe.encode(text.decode("utf-8", errors="replace"), add_special_tokens=False).ids,
+        lambda ids: bpe.decode([int(i) for i in ids], skip_special_tokens=False),
+    )
 
 
 def dtype_for(vocab_size):
@@ -79,28 +111,40 @@ def dtype_for(vocab_size):
 
 
 def encode_document(text, tokens):
-    """The token ids of one document (bytes), the separator first: flat, `dtype_for` the vocabulary. tokens: a Tokenizer."""
+    """The token ids of one document (bytes), the separator first: flat, `dtype_for` the vocabulary. tokens:
+    a Tokenizer.
+    """
     return np.concatenate([[tokens.separator], tokens.encode(text)]).astype(dtype_for(tokens.vocab_size))
 
 
 def pieces(ids, tokens):
-    """How each token looks in one line, a list of strings: line ends, tabs and document marks are shown as signs."""
-    return [tokens.decode([i]).replace("\n", "↵").replace("\t", "→").replace("\r", "←").replace("\0", "∎") for i in ids]
+    """How each token looks in one line, a list of strings: line ends, tabs and document marks are shown as
+    signs.
+    """
+    return [
+        tokens.decode([i]).replace("\n", "↵").replace("\t", "→").replace("\r", "←").replace("\0", "∎")
+        for i in ids
+    ]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Documents
 
 
 def stdlib_documents():
-    """The source files of the Python standard library that runs this, as bytes: 11 MB of real code that every machine has.
+    """The source files of the Python standard library that runs this, as bytes: 11 MB of real code that every
+    machine has.
 
-    Without its tests, which some systems do not install; without packages that were installed later; and without encodings/, tables of characters
+    Without its tests, which some systems do not install; without packages that were installed later; and
+    without encodings/, tables of characters
     rather than code, which are so alike that a held-out one would be known from the others.
     """
     root = sysconfig.get_path("stdlib")
     for folder, folders, files in os.walk(root):
-        folders[:] = sorted(set(folders) - {"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings", "__pycache__"})
+        folders[:] = sorted(
+            set(folders)
+            - {"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings", "__pycache__"}
+        )
         for name in sorted(files):
             if name.endswith(".py"):
                 with open(os.path.join(folder, name), "rb") as f:
@@ -118,21 +162,29 @@ def file_documents(paths):
         if not content.strip():
             raise UserError(f"--file={path} is empty")
         if b"\0" in content:
-            raise UserError(f"--file={path} holds zero bytes: it is no text, or text in UTF-16. Save it as UTF-8")
+            raise UserError(
+                f"--file={path} holds zero bytes: it is no text, or text in UTF-16. Save it as UTF-8"
+            )
         yield content
 
 
 def is_held_out(text, share):
-    """Does a document (bytes) of a large collection belong to the held-out set? share: of the documents, from 0 to 1."""
+    """Does a document (bytes) of a large collection belong to the held-out set? share: of the documents,
+    from 0 to 1.
+    """
     return int.from_bytes(hashlib.sha256(text).digest()[:8], "big") < share * 2**64
 
 
 def split(documents, share=0.1):
-    """Two lists of documents (bytes), training and held out, the latter about `share` of all bytes. Documents are taken in the order of their hash.
+    """Two lists of documents (bytes), training and held out, the latter about `share` of all bytes. Documents
+    are taken in the order of their hash.
 
-    A single document is cut once, at the blank line (else the line, else the byte) next to 1 - share of it. Raises UserError if there is no text.
+    A single document is cut once, at the blank line (else the line, else the byte) next to 1 - share of it.
+    Raises UserError if there is no text.
     """
-    documents = sorted({text for text in documents if text.strip()}, key=lambda text: hashlib.sha256(text).digest())
+    documents = sorted(
+        {text for text in documents if text.strip()}, key=lambda text: hashlib.sha256(text).digest()
+    )
     if not documents:
         raise UserError("there is no text to make a dataset of")
     if len(documents) == 1:

@@ -1,4 +1,6 @@
-"""Shared by all tests: our files on the import path, a folder of its own for every test, one thread for repeatable numbers."""
+"""Shared by all tests: our files on the import path, a folder of its own for every test, one thread for
+repeatable numbers.
+"""
 
 import hashlib
 import http.server
@@ -13,7 +15,8 @@ import torch
 from storage.addition import IGNORE
 
 if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # Triton's kernels run on the CPU, tile by tile in numpy; read when fast/kernels.py is imported
+    # Triton's kernels run on the CPU, tile by tile in numpy; read when fast/kernels.py is imported
+    os.environ["TRITON_INTERPRET"] = "1"
 
 REPOSITORY = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, REPOSITORY)
@@ -33,7 +36,8 @@ def workplace(tmp_path, monkeypatch):
 
 
 class Server:
-    """Serves ./served on localhost, with ranges, and with the headers that Hugging Face's client wants to see; cut_after: bytes after which the line
+    """Serves ./served on localhost, with ranges, and with the headers that Hugging Face's client wants to
+    see; cut_after: bytes after which the line
     breaks; corrupt: one bit is wrong."""
 
     def __init__(self, root):
@@ -51,7 +55,11 @@ class Server:
                     return self.send_error(404)
                 with open(path, "rb") as f:
                     content = bytearray(f.read())
-                begin = int(self.headers["Range"].removeprefix("bytes=").rstrip("-")) if "Range" in self.headers else 0
+                begin = (
+                    int(self.headers["Range"].removeprefix("bytes=").rstrip("-"))
+                    if "Range" in self.headers
+                    else 0
+                )
                 if begin >= len(content):
                     return self.send_error(416)
                 if server.corrupt:
@@ -77,7 +85,9 @@ class Server:
 
 @pytest.fixture
 def echo(workplace):
-    """A task with a known circuit: of four tokens the last asks for the first. One edge of 10 in one head is enough."""
+    """A task with a known circuit: of four tokens the last asks for the first. One edge of 10 in one head is
+    enough.
+    """
     import prepare_data
     from helpers import SMALL
 
@@ -87,8 +97,21 @@ def echo(workplace):
     rows[:, 0], rows[:, 1, 3] = x, x[:, 0]
     prepare_data.write_dataset("data/echo", rows[:400], rows[400:], kind="rows", vocab_size=9)
     (workplace / "dense.py").write_text("".join(f"{k} = {v!r}\n" for k, v in SMALL.items()))
-    (workplace / "sparse.py").write_text("init_from = 'dense.py'\ngated = True\n" + "".join(
-        f"{k} = {SMALL[k]!r}\n" for k in ("dataset", "batch_size", "max_steps", "warmup_steps", "learning_rate", "eval_interval", "eval_batch_size")))
+    (workplace / "sparse.py").write_text(
+        "init_from = 'dense.py'\ngated = True\n"
+        + "".join(
+            f"{k} = {SMALL[k]!r}\n"
+            for k in (
+                "dataset",
+                "batch_size",
+                "max_steps",
+                "warmup_steps",
+                "learning_rate",
+                "eval_interval",
+                "eval_batch_size",
+            )
+        )
+    )
     return workplace
 
 

@@ -14,10 +14,31 @@ from train import train
 from training.settings import make_config
 from training.verdict import MISSED
 
-SMALL = {"dataset": "echo", "n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": 4, "batch_size": 32, "max_steps": 60, "warmup_steps": 5,
-         "learning_rate": 3e-3, "eval_interval": 20, "eval_batch_size": 500, "device": "cpu"}
-TINY = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4, "num_attention_heads": 4, "vocab_size": 50, "max_position_embeddings": 64,
-        "pad_token_id": None, "bos_token_id": None, "eos_token_id": None}
+SMALL = {
+    "dataset": "echo",
+    "n_layer": 2,
+    "n_head": 2,
+    "n_embd": 16,
+    "block_size": 4,
+    "batch_size": 32,
+    "max_steps": 60,
+    "warmup_steps": 5,
+    "learning_rate": 3e-3,
+    "eval_interval": 20,
+    "eval_batch_size": 500,
+    "device": "cpu",
+}
+TINY = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "vocab_size": 50,
+    "max_position_embeddings": 64,
+    "pad_token_id": None,
+    "bos_token_id": None,
+    "eos_token_id": None,
+}
 
 
 def run(path, **given):
@@ -32,11 +53,23 @@ def metrics(folder):
 
 
 def launch(processes, *arguments):
-    """train.py in so many processes, to its end, whether it meets its target or not; its output. torchrun is `python -m torch.distributed.run`."""
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
-    done = subprocess.run([sys.executable, *torchrun, os.path.join(REPOSITORY, "train.py"), *arguments], capture_output=True, text=True,
-                          env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=300)
-    missed = done.returncode == MISSED or f"exitcode  : {MISSED} " in done.stderr  # torchrun's own status is 1 then
+    """train.py in so many processes, to its end, whether it meets its target or not; its output. torchrun is
+    `python -m torch.distributed.run`.
+    """
+    torchrun = (
+        ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+        if processes > 1
+        else []
+    )
+    done = subprocess.run(
+        [sys.executable, *torchrun, os.path.join(REPOSITORY, "train.py"), *arguments],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        timeout=300,
+    )
+    # torchrun's own status is 1 then
+    missed = done.returncode == MISSED or f"exitcode  : {MISSED} " in done.stderr
     assert done.returncode == 0 or missed, done.stderr
     return done.stdout
 
@@ -44,15 +77,21 @@ def launch(processes, *arguments):
 def count_dataset():
     """Tokens that go up by 1 or 2, at random."""
     tokens = (np.cumsum(np.random.default_rng(0).integers(1, 3, 3000)) % 10).astype(np.uint16)
-    prepare_data.write_dataset("data/count", tokens[:2000], tokens[2000:], kind="stream", vocab_size=10, tokenizer="digits")
+    prepare_data.write_dataset(
+        "data/count", tokens[:2000], tokens[2000:], kind="stream", vocab_size=10, tokenizer="digits"
+    )
 
 
 def theirs(kind, **settings):
-    """A random OlmoForCausalLM, Olmo2ForCausalLM, ... whose norms are random too, so that none can be forgotten unseen."""
+    """A random OlmoForCausalLM, Olmo2ForCausalLM, ... whose norms are random too, so that none can be
+    forgotten unseen.
+    """
     import transformers
 
     torch.manual_seed(1)
-    model = getattr(transformers, f"{kind}ForCausalLM")(getattr(transformers, f"{kind}Config")(**TINY | settings)).eval()
+    model = getattr(transformers, f"{kind}ForCausalLM")(
+        getattr(transformers, f"{kind}Config")(**TINY | settings)
+    ).eval()
     for parameter in model.parameters():
         parameter.data += 0.05 * torch.randn_like(parameter)
     return model

@@ -29,14 +29,21 @@ def folder(tmp_path_factory):
     place = tmp_path_factory.mktemp("addition")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(place)
-        (place / "dense.py").write_text("n_layer = 2\nn_embd = 16\nmax_steps = 30\neval_interval = 15\neval_batches = 1")
-        (place / "sparse.py").write_text("init_from = 'dense.py'\ngated = True\nmax_steps = 30\neval_interval = 15\neval_batches = 1\ngate_bias = 0.0")
+        (place / "dense.py").write_text(
+            "n_layer = 2\nn_embd = 16\nmax_steps = 30\neval_interval = 15\neval_batches = 1"
+        )
+        (place / "sparse.py").write_text(
+            "init_from = 'dense.py'\ngated = True\nmax_steps = 30\neval_interval = 15\neval_batches = "
+            "1\ngate_bias = 0.0"
+        )
         train(*make_config("sparse.py", {"device": "cpu"}))
     return place
 
 
 def analyze(folder, *arguments):
-    return subprocess.run([sys.executable, f"{REPOSITORY}/analyze.py", *arguments], cwd=folder, capture_output=True, text=True)
+    return subprocess.run(
+        [sys.executable, f"{REPOSITORY}/analyze.py", *arguments], cwd=folder, capture_output=True, text=True
+    )
 
 
 def test_report(folder, monkeypatch):
@@ -45,13 +52,20 @@ def test_report(folder, monkeypatch):
     report = json.load(open(folder / "out/sparse/report.json"))
     monkeypatch.chdir(folder)
     again = evaluate(load_checkpoint("out/sparse/best.pt"), load("addition"), "val", 1000, 1)
-    assert report["sparse"]["val_loss"] == pytest.approx(again["loss"], rel=1e-6) and report["sparse"]["accuracy"] == again["accuracy"]
-    assert report["edges"] == {key: pytest.approx(again[key]) for key in ("open", "total", "fraction")} | {key: again[key] for key in ("per_head", "by_distance")}
+    assert (
+        report["sparse"]["val_loss"] == pytest.approx(again["loss"], rel=1e-6)
+        and report["sparse"]["accuracy"] == again["accuracy"]
+    )
+    assert report["edges"] == {key: pytest.approx(again[key]) for key in ("open", "total", "fraction")} | {
+        key: again[key] for key in ("per_head", "by_distance")
+    }
     assert report["edges"]["total"] == 2 * 66 and len(report["edges"]["per_head"]) == 2
     dense = evaluate(load_checkpoint("out/dense/best.pt"), load("addition"), "val", 1000, 1)
     assert report["dense"]["val_loss"] == pytest.approx(dense["loss"], rel=1e-6)
     assert report["target_loss"] == report["dense"]["val_loss"] + 0.001 and report["heads_off"] == 0
-    assert report["seconds"]["dense"] > 0 and report["seconds"]["sparse"] > 0 and report["step"] in (0, 15, 30)
+    assert (
+        report["seconds"]["dense"] > 0 and report["seconds"]["sparse"] > 0 and report["step"] in (0, 15, 30)
+    )
     assert json.load(open(folder / "out/dense/report.json"))["sparse"] is None
     assert f"{again['open']:.2f} of 132" in done.stdout and "out/dense" in done.stdout
 
@@ -60,8 +74,13 @@ def test_a_run_at_its_start_is_pointed_out_and_not_drawn(folder, monkeypatch):
     monkeypatch.chdir(folder)
     train(*make_config("sparse.py", {"device": "cpu", "max_steps": 0, "out_dir": "out/untrained"}))
     done = analyze(folder, "report", "out/sparse", "out/untrained")
-    assert "NOT TRAINED: out/untrained is at its start" in done.stdout and "NOT TRAINED: out/sparse" not in done.stdout
-    assert (folder / "out/untrained/training.png").exists() and not (folder / "out/untrained/attention_flow.png").exists()
+    assert (
+        "NOT TRAINED: out/untrained is at its start" in done.stdout
+        and "NOT TRAINED: out/sparse" not in done.stdout
+    )
+    assert (folder / "out/untrained/training.png").exists() and not (
+        folder / "out/untrained/attention_flow.png"
+    ).exists()
 
 
 @pytest.fixture(scope="module")
@@ -69,11 +88,18 @@ def text_folder(folder):
     """A short run on text, in the same place."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        (folder / "novel.txt").write_text("It was a dark and stormy night; the rain fell in torrents.\n" * 200)
+        (folder / "novel.txt").write_text(
+            "It was a dark and stormy night; the rain fell in torrents.\n" * 200
+        )
         prepare_data.main(["text", "--file=novel.txt"])
-        shared = "dataset = 'text'\nmax_steps = 20\neval_interval = 10\neval_batches = 1\neval_batch_size = 20\nbatch_size = 8\n"
+        shared = (
+            "dataset = 'text'\nmax_steps = 20\neval_interval = 10\n"
+            "eval_batches = 1\neval_batch_size = 20\nbatch_size = 8\n"
+        )
         (folder / "text_dense.py").write_text(shared + "n_layer = 2\nn_embd = 16\nblock_size = 32\n")
-        (folder / "text.py").write_text(shared + "init_from = 'text_dense.py'\ngated = True\ngate_bias = 0.0\n")
+        (folder / "text.py").write_text(
+            shared + "init_from = 'text_dense.py'\ngated = True\ngate_bias = 0.0\n"
+        )
         train(*make_config("text.py", {"device": "cpu"}))
     return folder
 
@@ -82,18 +108,37 @@ def test_a_run_on_text(text_folder):
     done = analyze(text_folder, "report", "out/text")
     assert done.returncode == 0, done.stderr
     report = json.load(open(text_folder / "out/text/report.json"))
-    assert report["sparse"]["accuracy"] is None and report["sparse"]["correct"] is None and len(report["edges"]["by_distance"]) == 32
+    assert (
+        report["sparse"]["accuracy"] is None
+        and report["sparse"]["correct"] is None
+        and len(report["edges"]["by_distance"]) == 32
+    )
     assert f"{report['edges']['open'] / 32:.2f}" in done.stdout
     done = analyze(text_folder, "explain", "out/text")
     assert done.returncode == 1 and "explain counts over sums" in done.stderr
 
 
 def test_a_dollar_among_the_tokens_is_no_formula(tmp_path):
-    figures.gallery(str(tmp_path / "dollar.png"), ["head 0.0"], ["a", "$$", "$x$"], [("dense", [np.tril(np.ones((3, 3)))])])
+    figures.gallery(
+        str(tmp_path / "dollar.png"),
+        ["head 0.0"],
+        ["a", "$$", "$x$"],
+        [("dense", [np.tril(np.ones((3, 3)))])],
+    )
     assert (tmp_path / "dollar.png").exists()
 
 
-@pytest.mark.parametrize("run, name", [("sparse", "attention_flow"), ("sparse", "training"), ("sparse", "gates"), ("sparse", "distance"), ("text", "distance"), ("text", "gallery")])
+@pytest.mark.parametrize(
+    "run, name",
+    [
+        ("sparse", "attention_flow"),
+        ("sparse", "training"),
+        ("sparse", "gates"),
+        ("sparse", "distance"),
+        ("text", "distance"),
+        ("text", "gallery"),
+    ],
+)
 def test_figures_are_pictures_of_a_sensible_size(text_folder, run, name):
     if not (text_folder / f"out/{run}/report.json").exists():
         assert analyze(text_folder, "report", f"out/{run}").returncode == 0
@@ -115,7 +160,9 @@ def test_explain(folder):
     assert done.returncode == 1 and "edges open on one sum or another: that is not sparse" in done.stderr
     checkpoint = read_checkpoint(str(folder / "out/sparse/best.pt"))
     (folder / "out/few").mkdir()
-    config = GPTConfig(block_size=11, vocab_size=13, n_layer=2, n_head=1, n_embd=8, gated=True, gate_bias=-1.5)
+    config = GPTConfig(
+        block_size=11, vocab_size=13, n_layer=2, n_head=1, n_embd=8, gated=True, gate_bias=-1.5
+    )
     torch.manual_seed(1)
     model = GPT(config)
     for parameter in model.parameters():
@@ -127,7 +174,9 @@ def test_explain(folder):
     assert 0 < len(found["edges"]) <= 60
     assert len(found["edges"]) == sum(line.lstrip()[:1].isdigit() for line in done.stdout.splitlines()[2:])
     assert found["task"] == {"name": "addition", "digits": 2, "answers": 5} and found["sums"] == 10_000
-    assert f"algorithm: {found['algorithm']}" in done.stdout and f"{found['open']:.2f} open edges" in done.stdout
+    assert (
+        f"algorithm: {found['algorithm']}" in done.stdout and f"{found['open']:.2f} open edges" in done.stdout
+    )
     assert (folder / "out/few/explain.png").exists()
 
 
@@ -148,7 +197,10 @@ def test_other_data_than_the_runs_is_named(folder):
     (folder / "out/moved").mkdir()
     (folder / "out/moved/config.json").write_text((folder / "out/sparse/config.json").read_text())
     (folder / "out/moved/metrics.jsonl").write_text((folder / "out/sparse/metrics.jsonl").read_text())
-    save_checkpoint(str(folder / "out/moved/best.pt"), checkpoint | {"data": checkpoint["data"] | {"sha256": {"train": "", "val": ""}}})
+    save_checkpoint(
+        str(folder / "out/moved/best.pt"),
+        checkpoint | {"data": checkpoint["data"] | {"sha256": {"train": "", "val": ""}}},
+    )
     done = analyze(folder, "report", "out/moved")
     assert done.returncode == 1 and "is not the data that out/moved was trained and judged on" in done.stderr
 
@@ -157,14 +209,24 @@ def test_a_damaged_config_is_named(folder):
     (folder / "out/broken").mkdir()
     (folder / "out/broken/config.json").write_text("{")
     done = analyze(folder, "report", "out/broken")
-    assert done.returncode == 1 and "out/broken/config.json is damaged" in done.stderr and "Traceback" not in done.stderr
+    assert (
+        done.returncode == 1
+        and "out/broken/config.json is damaged" in done.stderr
+        and "Traceback" not in done.stderr
+    )
 
 
-@pytest.mark.parametrize("arguments, message", [
-    ([], "no command"), (["reprot", "out/sparse"], "Did you mean report?"), (["report"], "required: RUN"),
-    (["ask", "out/sparse", "1+1", "--shot=0.s0.+"], "it takes no --shot=0.s0.+. Did you mean --shut?"),
-    (["report", "out/none"], "out/none is no run's folder"), (["explain", "out/dense"], "out/dense is a dense run on addition"),
-])
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ([], "no command"),
+        (["reprot", "out/sparse"], "Did you mean report?"),
+        (["report"], "required: RUN"),
+        (["ask", "out/sparse", "1+1", "--shot=0.s0.+"], "it takes no --shot=0.s0.+. Did you mean --shut?"),
+        (["report", "out/none"], "out/none is no run's folder"),
+        (["explain", "out/dense"], "out/dense is a dense run on addition"),
+    ],
+)
 def test_mistakes(folder, arguments, message):
     done = analyze(folder, *arguments)
     assert done.returncode == 1 and message in done.stderr and "Traceback" not in done.stderr

@@ -1,4 +1,6 @@
-"""The plain gated attention against an independent computation, edge by edge, and the properties that the paper relies on."""
+"""The plain gated attention against an independent computation, edge by edge, and the properties that the
+paper relies on.
+"""
 
 import math
 
@@ -21,8 +23,10 @@ def sigmoid(x):
 def edge_by_edge(q, k, v, bias, temperature, noise, linear, dy, ddensity):
     """Gated attention and its gradients with Python loops over single edges. noise None: deterministic gates.
 
-    The derivatives are written down by hand: dL/dA_ij = p_ij (dy_i . v_j); the straight-through dA/ds = sigma'((s + n) / t) / t;
-    the softmax's dL/da_ij = p_ij (g_ij - sum_m p_im g_im) with g_ij = A_ij (dy_i . v_j); da_ij/dq_i = k_j / sqrt(D).
+    The derivatives are written down by hand: dL/dA_ij = p_ij (dy_i . v_j); the straight-through dA/ds =
+    sigma'((s + n) / t) / t;
+    the softmax's dL/da_ij = p_ij (g_ij - sum_m p_im g_im) with g_ij = A_ij (dy_i . v_j); da_ij/dq_i = k_j /
+    sqrt(D).
     """
     B, H, T, D = q.shape
     y, dq, dk, dv, density = np.zeros(q.shape), np.zeros(q.shape), np.zeros(q.shape), np.zeros(q.shape), 0.0
@@ -30,7 +34,9 @@ def edge_by_edge(q, k, v, bias, temperature, noise, linear, dy, ddensity):
     for b in range(B):
         for h in range(H):
             for i in range(T):
-                a = [sum(q[b, h, i, d] * k[b, h, j, d] for d in range(D)) / math.sqrt(D) for j in range(i + 1)]
+                a = [
+                    sum(q[b, h, i, d] * k[b, h, j, d] for d in range(D)) / math.sqrt(D) for j in range(i + 1)
+                ]
                 top = max(a)
                 z = sum(math.exp(x - top) for x in a)
                 p = [math.exp(x - top) / z for x in a]
@@ -66,20 +72,28 @@ def test_equals_a_loop_over_single_edges(sample, linear, bias, temperature, T):
     q, k, v = qkv(T=T)
     noise = logistic_noise((2, 2, T, T)).double() if sample else None
     dy = torch.randn(q.shape, dtype=torch.float64)
-    y, density, _ = gated_attention(q, k, v, torch.tensor(bias).view(2, 1, 1), temperature, sample, noise=noise, linear_penalty=linear)
+    y, density, _ = gated_attention(
+        q, k, v, torch.tensor(bias).view(2, 1, 1), temperature, sample, noise=noise, linear_penalty=linear
+    )
     ((y * dy).sum() + 7.0 * density).backward()
     arrays = [t.detach().numpy() for t in (q, k, v)]
-    expected = edge_by_edge(*arrays, bias, temperature, noise.numpy() if sample else None, linear, dy.numpy(), 7.0)
+    expected = edge_by_edge(
+        *arrays, bias, temperature, noise.numpy() if sample else None, linear, dy.numpy(), 7.0
+    )
     for ours, by_hand in zip((y, density, q.grad, k.grad, v.grad), expected):
         np.testing.assert_allclose(ours.detach().numpy(), by_hand, rtol=1e-10, atol=1e-12)
 
 
 def test_gradcheck_where_the_function_is_smooth():
     q, k, v = qkv(B=1, H=1, T=4, D=2, scale=1.0)
-    assert torch.autograd.gradcheck(lambda *qkv: gated_attention(*qkv, 9.0)[0], (q, k, v))  # far from s = 0 the gates are constants
+    # far from s = 0 the gates are constants
+    assert torch.autograd.gradcheck(lambda *qkv: gated_attention(*qkv, 9.0)[0], (q, k, v))
     assert torch.autograd.gradcheck(lambda *qkv: gated_attention(*qkv, dense=True)[0], (q, k, v))
-    assert torch.autograd.gradcheck(lambda q, k: gated_attention(q, k, v, 0.5)[1], (q, k))  # the penalty is smooth everywhere
-    assert torch.autograd.gradcheck(lambda q, k: gated_attention(q, k, v, 0.5, linear_penalty=True)[1], (q, k))
+    # the penalty is smooth everywhere
+    assert torch.autograd.gradcheck(lambda q, k: gated_attention(q, k, v, 0.5)[1], (q, k))
+    assert torch.autograd.gradcheck(
+        lambda q, k: gated_attention(q, k, v, 0.5, linear_penalty=True)[1], (q, k)
+    )
 
 
 def test_a_bias_that_opens_everything_is_ordinary_attention():
@@ -125,7 +139,8 @@ def test_sampled_gates_open_with_probability_sigmoid_of_s():
     s = torch.linspace(-4, 4, 9).repeat(20_000, 1)
     share = sampled_gates(s).mean(0)
     error = share - s[0].sigmoid()
-    assert (error.abs() < 5 * (s[0].sigmoid() * (1 - s[0].sigmoid()) / 20_000).sqrt()).all()  # five standard deviations
+    # five standard deviations
+    assert (error.abs() < 5 * (s[0].sigmoid() * (1 - s[0].sigmoid()) / 20_000).sqrt()).all()
 
 
 def test_noise_is_logistic_finite_and_different_every_time():
@@ -180,8 +195,14 @@ def test_under_autocast_the_scores_stay_exact_and_the_output_has_the_values_type
     with torch.autocast("cpu", torch.bfloat16):
         y, density, gates = gated_attention(q, k, v, 0.3, dense=dense, return_gates=True)
         fast = gated_attention(q, k, v, 0.3, dense=dense)[0]
-    expected, exact_density, exact = gated_attention(q.float(), k.float(), v.float(), 0.3, dense=dense, return_gates=True)
-    assert torch.equal(gates.open, exact.open) and torch.equal(gates.pattern, exact.pattern) and density.float() == exact_density
+    expected, exact_density, exact = gated_attention(
+        q.float(), k.float(), v.float(), 0.3, dense=dense, return_gates=True
+    )
+    assert (
+        torch.equal(gates.open, exact.open)
+        and torch.equal(gates.pattern, exact.pattern)
+        and density.float() == exact_density
+    )
     assert y.dtype == fast.dtype == torch.bfloat16
     assert (y.float() - expected).abs().max() < 0.05 and (fast.float() - expected).abs().max() < 0.05
 
@@ -192,6 +213,12 @@ def test_without_noise_values_are_those_of_evaluation_and_gradients_those_of_tra
     y, density, _ = gated_attention(q, k, v, 0.3, sample=True, noise=0.0)
     judged, judged_density, _ = gated_attention(q, k, v, 0.3, sample=False)
     assert torch.equal(y, judged) and torch.equal(density, judged_density)
-    as_zeros, _, _ = gated_attention(q, k, v, 0.3, sample=True, noise=torch.zeros(2, 2, 8, 8, dtype=torch.float64))
-    ours, plain, frozen = (torch.autograd.grad(out.square().sum(), (q, k), retain_graph=True) for out in (y, as_zeros, judged))
-    assert all(torch.allclose(a, b) for a, b in zip(ours, plain)) and not any(torch.allclose(a, b) for a, b in zip(ours, frozen))
+    as_zeros, _, _ = gated_attention(
+        q, k, v, 0.3, sample=True, noise=torch.zeros(2, 2, 8, 8, dtype=torch.float64)
+    )
+    ours, plain, frozen = (
+        torch.autograd.grad(out.square().sum(), (q, k), retain_graph=True) for out in (y, as_zeros, judged)
+    )
+    assert all(torch.allclose(a, b) for a, b in zip(ours, plain)) and not any(
+        torch.allclose(a, b) for a, b in zip(ours, frozen)
+    )

@@ -10,16 +10,33 @@ from model import GPT, GPTConfig
 
 
 def tiny(**changes):
-    return GPT(GPTConfig(**{"block_size": 8, "vocab_size": 11, "n_layer": 2, "n_head": 2, "n_embd": 16} | changes))
+    return GPT(
+        GPTConfig(**{"block_size": 8, "vocab_size": 11, "n_layer": 2, "n_head": 2, "n_embd": 16} | changes)
+    )
 
 
 def test_names_and_shapes_are_nanogpts():
     shapes = {name: tuple(p.shape) for name, p in tiny().named_parameters()}
-    layer = {"ln_1.weight": (16,), "ln_1.bias": (16,), "attn.c_attn.weight": (48, 16), "attn.c_attn.bias": (48,),
-             "attn.c_proj.weight": (16, 16), "attn.c_proj.bias": (16,), "ln_2.weight": (16,), "ln_2.bias": (16,),
-             "mlp.c_fc.weight": (64, 16), "mlp.c_fc.bias": (64,), "mlp.c_proj.weight": (16, 64), "mlp.c_proj.bias": (16,)}
-    expected = {"transformer.wte.weight": (11, 16), "transformer.wpe.weight": (8, 16), "transformer.ln_f.weight": (16,),
-                "transformer.ln_f.bias": (16,)} | {f"transformer.h.{i}.{n}": s for i in range(2) for n, s in layer.items()}
+    layer = {
+        "ln_1.weight": (16,),
+        "ln_1.bias": (16,),
+        "attn.c_attn.weight": (48, 16),
+        "attn.c_attn.bias": (48,),
+        "attn.c_proj.weight": (16, 16),
+        "attn.c_proj.bias": (16,),
+        "ln_2.weight": (16,),
+        "ln_2.bias": (16,),
+        "mlp.c_fc.weight": (64, 16),
+        "mlp.c_fc.bias": (64,),
+        "mlp.c_proj.weight": (16, 64),
+        "mlp.c_proj.bias": (16,),
+    }
+    expected = {
+        "transformer.wte.weight": (11, 16),
+        "transformer.wpe.weight": (8, 16),
+        "transformer.ln_f.weight": (16,),
+        "transformer.ln_f.bias": (16,),
+    } | {f"transformer.h.{i}.{n}": s for i in range(2) for n, s in layer.items()}
     assert shapes == expected  # lm_head is wte
     assert "lm_head.weight" in tiny().state_dict()
     assert "lm_head.weight" in dict(tiny(tied=False).named_parameters())
@@ -57,23 +74,31 @@ def test_forward_by_hand():
     x = w["transformer.wte.weight"][idx] + w["transformer.wpe.weight"]
     for i in range(2):
         h = f"transformer.h.{i}."
-        q, k, v = (norm(x, h + "ln_1") @ w[h + "attn.c_attn.weight"].T + w[h + "attn.c_attn.bias"]).split(16, -1)
+        q, k, v = (norm(x, h + "ln_1") @ w[h + "attn.c_attn.weight"].T + w[h + "attn.c_attn.bias"]).split(
+            16, -1
+        )
         heads = []
         for head in (slice(0, 8), slice(8, 16)):
-            a = q[..., head] @ k[..., head].transpose(1, 2) / math.sqrt(8) + torch.full((8, 8), -torch.inf).triu(1)
+            a = q[..., head] @ k[..., head].transpose(1, 2) / math.sqrt(8) + torch.full(
+                (8, 8), -torch.inf
+            ).triu(1)
             heads.append(a.softmax(-1) @ v[..., head])
         x = x + torch.cat(heads, -1) @ w[h + "attn.c_proj.weight"].T + w[h + "attn.c_proj.bias"]
         z = norm(x, h + "ln_2") @ w[h + "mlp.c_fc.weight"].T + w[h + "mlp.c_fc.bias"]
         z = 0.5 * z * (1 + torch.tanh(math.sqrt(2 / math.pi) * (z + 0.044715 * z**3)))
         x = x + z @ w[h + "mlp.c_proj.weight"].T + w[h + "mlp.c_proj.bias"]
-    torch.testing.assert_close(m(idx)[0], norm(x, "transformer.ln_f") @ w["lm_head.weight"].T, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(
+        m(idx)[0], norm(x, "transformer.ln_f") @ w["lm_head.weight"].T, atol=1e-4, rtol=1e-4
+    )
 
 
 def test_loss_ignores_positions_and_density_is_one_when_dense():
     m, idx, targets = tiny(), torch.randint(11, (3, 8)), torch.randint(11, (3, 8))
     targets[:, :5] = -1
     logits, loss, density = m(idx, targets)
-    assert loss.item() == pytest.approx(F.cross_entropy(logits[:, 5:].flatten(0, 1), targets[:, 5:].flatten()).item(), rel=1e-6)
+    assert loss.item() == pytest.approx(
+        F.cross_entropy(logits[:, 5:].flatten(0, 1), targets[:, 5:].flatten()).item(), rel=1e-6
+    )
     assert density.item() == 1 and m(idx)[1] is None
 
 
@@ -97,7 +122,8 @@ def test_density_trains_the_queries_and_keys_of_every_layer():
     for block in m.transformer.h:
         gradient = block.attn.c_attn.weight.grad
         assert (gradient[:32].abs().sum(1) > 0).all()
-    assert (m.transformer.h[1].attn.c_attn.weight.grad[32:] == 0).all()  # the last layer's values have no part in it
+    # the last layer's values have no part in it
+    assert (m.transformer.h[1].attn.c_attn.weight.grad[32:] == 0).all()
 
 
 def test_record_sees_every_layer_and_keep_shuts_an_edge():

@@ -1,4 +1,6 @@
-"""What README.md and docs/ say is there: commands, links, functions, settings, pictures; and .ci/run runs the command that it gives."""
+"""What README.md and docs/ say is there: commands, links, functions, settings, pictures; and .ci/run runs
+the command that it gives.
+"""
 
 import ast
 import importlib
@@ -17,13 +19,24 @@ def read(name):
 
 
 README = read("README.md")
-PAGES = ["README.md", *(f"docs/{name}" for name in sorted(os.listdir(os.path.join(REPOSITORY, "docs"))) if name.endswith(".md"))]
+PAGES = [
+    "README.md",
+    *(
+        f"docs/{name}"
+        for name in sorted(os.listdir(os.path.join(REPOSITORY, "docs")))
+        if name.endswith(".md")
+    ),
+]
 
 
 def test_the_two_commands_stand_at_the_top():
     top = README[:2500]
     assert "pip install -r requirements.txt && python train.py config/addition.py" in top
-    assert "pip install -r requirements.txt -r tests/requirements.txt && python -m pytest -n 2 --dist worksteal " in top
+    assert (
+        "pip install -r requirements.txt -r tests/requirements.txt && python -m pytest -n 2 --dist "
+        "worksteal "
+        in top
+    )
 
 
 def test_the_readme_is_short():
@@ -37,7 +50,9 @@ def test_links_lead_somewhere(page):
     links = re.findall(r"\]\(([^)#]+)\)", text)
     assert page != "README.md" or len(links) > 20
     for link in links:
-        assert link.startswith("https://") or os.path.exists(os.path.join(REPOSITORY, os.path.dirname(page), link)), link
+        assert link.startswith("https://") or os.path.exists(
+            os.path.join(REPOSITORY, os.path.dirname(page), link)
+        ), link
 
 
 def test_every_page_is_reached_from_the_readme():
@@ -56,10 +71,48 @@ def test_every_equation_names_a_function_that_exists():
 
 def test_every_setting_in_the_tables_exists():
     table = read("docs/settings.md").split("## Settings that matter")[1].split("## ")[0]
-    names = re.findall(r"`(\w+)`", "".join(line.split("|")[1] for line in table.splitlines() if line.startswith("| `")))
+    names = re.findall(
+        r"`(\w+)`", "".join(line.split("|")[1] for line in table.splitlines() if line.startswith("| `"))
+    )
     assert len(names) >= 10 and set(names) <= set(Config.__annotations__)
     flags = re.findall(r"--(\w+)=", "\n".join(map(read, PAGES)))
-    others = {"learning_rte", "seeds", "jobs", "threads", "digits", "T", "nproc_per_node", "nnodes", "rdzv_backend", "rdzv_id", "rdzv_endpoint", "tokenizer", "file", "shards", "processes", "prompt", "tokens", "temperature", "open", "model", "splash", "B", "H", "repeats", "most_memory", "task", "shut", "n", "gpus", "context", "measured", "include", "limit", "tasks"}  # a typo, and other programs' flags
+    # a typo, and other programs' flags
+    others = {
+        "learning_rte",
+        "seeds",
+        "jobs",
+        "threads",
+        "digits",
+        "T",
+        "nproc_per_node",
+        "nnodes",
+        "rdzv_backend",
+        "rdzv_id",
+        "rdzv_endpoint",
+        "tokenizer",
+        "file",
+        "shards",
+        "processes",
+        "prompt",
+        "tokens",
+        "temperature",
+        "open",
+        "model",
+        "splash",
+        "B",
+        "H",
+        "repeats",
+        "most_memory",
+        "task",
+        "shut",
+        "n",
+        "gpus",
+        "context",
+        "measured",
+        "include",
+        "limit",
+        "tasks",
+    }
     assert set(flags) - others <= set(Config.__annotations__) | {"index"}
 
 
@@ -74,23 +127,42 @@ def test_requirements_are_the_five_and_the_pin():
         assert f.read().split() == ["torch==2.13.0", "tiktoken", "numpy", "tqdm", "matplotlib"]
 
 
-BELOW = {"geco": [], "fast": [], "storage": [], "gate": ["fast"], "model": ["gate", "storage"], "prepare_data": ["storage"],
-         "models": ["gate", "model", "storage"], "circuits": ["gate", "models", "storage"],
-         "training": ["fast", "geco", "gate", "model", "prepare_data", "storage", "models"],
-         "analysis": ["fast", "gate", "model", "prepare_data", "storage", "models", "training", "circuits"],
-         "train": ["geco", "fast", "gate", "model", "prepare_data", "storage", "models", "training"], "analyze": ["storage"]}
+BELOW = {
+    "geco": [],
+    "fast": [],
+    "storage": [],
+    "gate": ["fast"],
+    "model": ["gate", "storage"],
+    "prepare_data": ["storage"],
+    "models": ["gate", "model", "storage"],
+    "circuits": ["gate", "models", "storage"],
+    "training": ["fast", "geco", "gate", "model", "prepare_data", "storage", "models"],
+    "analysis": ["fast", "gate", "model", "prepare_data", "storage", "models", "training", "circuits"],
+    "train": ["geco", "fast", "gate", "model", "prepare_data", "storage", "models", "training"],
+    "analyze": ["storage"],
+}
 
 
 @pytest.mark.parametrize("room", BELOW)
 def test_a_room_imports_only_what_is_below_it(room):
     folder = os.path.join(REPOSITORY, room)
-    files = [f"{room}/{name}" for name in os.listdir(folder) if name.endswith(".py")] if os.path.isdir(folder) else [f"{room}.py"]
+    files = (
+        [f"{room}/{name}" for name in os.listdir(folder) if name.endswith(".py")]
+        if os.path.isdir(folder)
+        else [f"{room}.py"]
+    )
     for name in files:
         for node in ast.walk(ast.parse(read(name))):
-            modules = [node.module] if isinstance(node, ast.ImportFrom) else [alias.name for alias in getattr(node, "names", []) if isinstance(node, ast.Import)]
+            modules = (
+                [node.module]
+                if isinstance(node, ast.ImportFrom)
+                else [alias.name for alias in getattr(node, "names", []) if isinstance(node, ast.Import)]
+            )
             imported = {module.split(".")[0] for module in modules} & set(BELOW)
             assert imported <= {room, *BELOW[room]}, f"{name} imports {imported}"
 
 
 def test_the_root_holds_the_six_doors():
-    assert {name for name in os.listdir(REPOSITORY) if name.endswith(".py")} == {f"{name}.py" for name in ("model", "gate", "geco", "train", "prepare_data", "analyze")}
+    assert {name for name in os.listdir(REPOSITORY) if name.endswith(".py")} == {
+        f"{name}.py" for name in ("model", "gate", "geco", "train", "prepare_data", "analyze")
+    }

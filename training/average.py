@@ -2,8 +2,8 @@
 
     average <- decay average + (1 - decay) model          after every step, weight by weight
 
-Training with sampled gates jumps about a minimum; the average lies in it. A decay of 0.99 remembers about 100 steps.
-The paper judges the trained weights themselves: average_decay = 0.
+Training with sampled gates jumps about a minimum; the average lies in it. A decay of 0.99 remembers about 100
+steps. The paper judges the trained weights themselves: average_decay = 0.
 """
 
 import copy
@@ -12,7 +12,9 @@ import torch
 
 
 def judged_model(model, decay):
-    """Who is measured, judged and kept: the model itself, or where decay is above 0 a copy of it, for `follow` to keep up with it."""
+    """Who is measured, judged and kept: the model itself, or where decay is above 0 a copy of it, for
+    `follow` to keep up with it.
+    """
     return copy.deepcopy(model).eval() if decay else model
 
 

@@ -1,12 +1,15 @@
-"""What a training step gets to see: its examples, its micro-batches, its noise. All are functions of (seed, step), of nothing else.
+"""What a training step gets to see: its examples, its micro-batches, its noise. All are functions of (seed,
+step), of nothing else.
 
-    step -> batch_size examples -> micro-batches, dealt out to the processes in turn -> gates' noise and dropout of each
+    step -> batch_size examples -> micro-batches, dealt out to the processes in turn -> gates' noise and
+    dropout of each
 
-So a run that was killed does bit for bit what it would have done (on the same CPU; GPUs add in an order of their own), and no generator's state has to be saved; and a step
-is the same for one process that accumulates the gradients of two micro-batches as for two processes with one each.
+So a run that was killed does bit for bit what it would have done (on the same CPU; GPUs add in an order of
+their own), and no generator's state has to be saved; and a step is the same for one process that accumulates
+the gradients of two micro-batches as for two processes with one each.
 
-Notable: the same step can be asked for again, by the measurement of the constraint, which wants the very batch, and even the very noise, that
-training is about to use.
+Notable: the same step can be asked for again, by the measurement of the constraint, which wants the very
+batch, and even the very noise, that training is about to use.
 """
 
 import numpy as np
@@ -22,29 +25,43 @@ class Batches:
     context        tokens of an example
     batch_size     examples per step, of all processes together
     micro_batches  into how many equal parts a step is cut; a multiple of the number of processes
-    seed, child    a child (a run that starts from another) has another order than its parent with the same seed
+    seed, child    a child (a run that starts from another) has another order than its parent with the same
+                   seed
     """
 
     def __init__(self, data, context, batch_size, micro_batches, seed, child, device):
-        self.data, self.context, self.batch_size, self.micro_batches = data, context, batch_size, micro_batches
+        self.data, self.context, self.batch_size, self.micro_batches = (
+            data,
+            context,
+            batch_size,
+            micro_batches,
+        )
         self.seed, self.child, self.device = seed, child, device
-        self.ours = range(hardware.rank(), micro_batches, hardware.world())  # the micro-batches that are this process's
+        # the micro-batches that are this process's
+        self.ours = range(hardware.rank(), micro_batches, hardware.world())
 
     def indices(self, step):
         """Which examples a step trains on: (batch_size,) rows, or first positions of windows of a stream."""
-        return np.random.default_rng((self.seed, self.child, step)).integers(0, self.data.starts("train", self.context), self.batch_size)
+        return np.random.default_rng((self.seed, self.child, step)).integers(
+            0, self.data.starts("train", self.context), self.batch_size
+        )
 
     def at(self, step):
-        """Yield this process's micro-batches of a step, inputs and targets (B, T) each; before each, torch's generator is seeded for it alone."""
+        """Yield this process's micro-batches of a step, inputs and targets (B, T) each; before each, torch's
+        generator is seeded for it alone.
+        """
         parts = np.split(self.indices(step), self.micro_batches)
         for micro in self.ours:
             x, y = self.data.batch("train", parts[micro], self.context)
-            torch.manual_seed(self.seed * 1_000_003 + step + 2_654_435_769 * micro)  # 2^32 / golden ratio: no two steps or micro-batches meet
+            # 2^32 / golden ratio: no two steps or micro-batches meet
+            torch.manual_seed(self.seed * 1_000_003 + step + 2_654_435_769 * micro)
             yield torch.from_numpy(x).to(self.device), torch.from_numpy(y).to(self.device)
 
     @torch.no_grad()
     def mean_loss(self, step, model, autocast, sampled=False):
-        """Mean loss of a step's batch over all processes, nats: of a dense model, or under deterministic gates, or under those that training will draw."""
+        """Mean loss of a step's batch over all processes, nats: of a dense model, or under deterministic
+        gates, or under those that training will draw.
+        """
         was_training = model.training
         model.train(sampled)
         with autocast():

@@ -1,11 +1,12 @@
-"""Settings: a dataclass, a config file over its defaults, the command line over both, and a message for every mistake.
+"""Settings: a dataclass, a config file over its defaults, the command line over both, and a message for every
+mistake.
 
     python train.py config/addition.py --learning_rate=1e-3
 
-nanoGPT runs its config files with `exec` and accepts any name; a typo is silently ignored. Here a config file is read, not
-run: lines `name = value` with plain Python values. An unknown name, a value of the wrong type or out of range stops before
-anything is built, and the message names the nearest setting that exists. One name is no setting: `base`, another config
-file, of which this one says only what differs.
+nanoGPT runs its config files with `exec` and accepts any name; a typo is silently ignored. Here a config file
+is read, not run: lines `name = value` with plain Python values. An unknown name, a value of the wrong type or
+out of range stops before anything is built, and the message names the nearest setting that exists. One name
+is no setting: `base`, another config file, of which this one says only what differs.
 
 This file knows no setting by name; settings.py's dataclass is handed in. It imports no other file of ours.
 """
@@ -38,14 +39,19 @@ def parse_command_line(arguments, config_class, limits):
         elif path is None:
             path = argument
         else:
-            raise UserError(f"one config file at a time, not both {path} and {argument}. Settings are written --key=value")
+            raise UserError(
+                f"one config file at a time, not both {path} and {argument}. Settings are written "
+                "--key=value"
+            )
     return path, values
 
 
 def read_config_file(path, config_class, limits, inside=()):
-    """The settings in a config file, as a dict. Nothing in it is executed. Raises UserError, with the line's number.
+    """The settings in a config file, as a dict. Nothing in it is executed. Raises UserError, with the line's
+    number.
 
-    `base = 'config/other.py'` takes over the settings of another file; the file's own win. inside: files that led here.
+    `base = 'config/other.py'` takes over the settings of another file; the file's own win. inside: files that
+    led here.
     """
     if os.path.realpath(path) in inside:
         raise UserError(f"{path} is its own base: a file that it names as its base leads back to it")
@@ -54,21 +60,29 @@ def read_config_file(path, config_class, limits, inside=()):
         value = plain_value(key, node, where)
         if key == "base":
             if not isinstance(value, str):
-                raise UserError(f"base {where} is {value!r}: it takes another config file, such as 'config/stdlib.py'")
-            base = read_config_file(beside(path, value), config_class, limits, (*inside, os.path.realpath(path)))
+                raise UserError(
+                    f"base {where} is {value!r}: it takes another config file, such as 'config/stdlib.py'"
+                )
+            base = read_config_file(
+                beside(path, value), config_class, limits, (*inside, os.path.realpath(path))
+            )
         else:
             values[key] = check(key, value, where, config_class, limits)
     return base | values
 
 
 def beside(path, base):
-    """Where a base lies: as it is written, from the current folder; else in the folder of the file that names it."""
+    """Where a base lies: as it is written, from the current folder; else in the folder of the file that
+    names it.
+    """
     neighbour = os.path.join(os.path.dirname(path), os.path.basename(base))
     return base if os.path.exists(base) or not os.path.exists(neighbour) else neighbour
 
 
 def lines_of(path):
-    """[(name, syntax tree of its value, where it stands)] of the lines `name = value` in a config file. Raises UserError."""
+    """[(name, syntax tree of its value, where it stands)] of the lines `name = value` in a config file.
+    Raises UserError.
+    """
     try:
         with open(path, encoding="utf-8-sig") as f:  # some editors put a mark at the beginning
             statements = ast.parse(f.read()).body
@@ -83,7 +97,9 @@ def lines_of(path):
         where = f"in {path}, line {node.lineno}"
         if is_docstring(node):
             continue
-        if not (isinstance(node, ast.Assign) and len(node.targets) == 1 and isinstance(node.targets[0], ast.Name)):
+        if not (
+            isinstance(node, ast.Assign) and len(node.targets) == 1 and isinstance(node.targets[0], ast.Name)
+        ):
             raise UserError(f"{where}: a config file holds comments and lines `name = value`, nothing else")
         lines.append((node.targets[0].id, node.value, where))
     return lines
@@ -91,7 +107,11 @@ def lines_of(path):
 
 def is_docstring(node):
     """Is this statement a string, and nothing else?"""
-    return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
+    return (
+        isinstance(node, ast.Expr)
+        and isinstance(node.value, ast.Constant)
+        and isinstance(node.value.value, str)
+    )
 
 
 def plain_value(key, node, where):
@@ -111,15 +131,24 @@ def file_like(path):
 
 
 def check(key, value, where, config_class, limits):
-    """Return value, an int made a float where a float is wanted; raise UserError if key, type or range is wrong.
+    """Return value, an int made a float where a float is wanted; raise UserError if key, type or range is
+    wrong.
 
-    limits[key] = (words, test): test(value) says whether the value makes sense, words complete "it must be ...".
+    limits[key] = (words, test): test(value) says whether the value makes sense, words complete "it must be
+    ...".
     """
     types = config_class.__annotations__
     if key not in types:
         near = difflib.get_close_matches(key, types, n=1, cutoff=0.5)
-        raise UserError(f"unknown setting {key} {where}." + (f" Did you mean {near[0]}?" if near else "")
-                          + (" `python train.py --help` lists all settings" if len(types) > 10 else f" There are {', '.join(types)}"))
+        raise UserError(
+            f"unknown setting {key} {where}."
+            + (f" Did you mean {near[0]}?" if near else "")
+            + (
+                " `python train.py --help` lists all settings"
+                if len(types) > 10
+                else f" There are {', '.join(types)}"
+            )
+        )
     wanted = types[key]
     if wanted is float and type(value) is int:
         value = float(value)

@@ -1,16 +1,20 @@
-"""Edges going out: the attention edges that are open while a model learns to add, as a picture that is drawn anew at every evaluation.
+"""Edges going out: the attention edges that are open while a model learns to add, as a picture that is drawn
+anew at every evaluation.
 
     out/<run>/edges.jsonl   one line an evaluation: which edges are open, in what share of the held-out sums
     out/<run>/flow.png      the last of them; at the end, the one that is kept
     out/<run>/flow.gif      all of them, up to the one that is kept
 
-As in figures.py time runs to the right and depth upwards: an edge from key j to query i in layer l is a line from (j, l) to
-(i, l + 1). Here it stands for all held-out sums at once, and its darkness is the share of sums in which it is open.
+As in figures.py time runs to the right and depth upwards: an edge from key j to query i in layer l is a line
+from (j, l) to (i, l + 1). Here it stands for all held-out sums at once, and its darkness is the share of sums
+in which it is open.
 
 Notable:
-- Drawn by Pillow alone, in some 20 ms, because the training loop draws it and matplotlib takes a second to import.
+- Drawn by Pillow alone, in some 20 ms, because the training loop draws it and matplotlib takes a second to
+  import.
 - Drawn at twice the size and scaled down: that makes smooth lines out of Pillow's jagged ones.
-- Frames of steps after the one that a killed run goes on from are dropped, so that a run that was killed has the same film.
+- Frames of steps after the one that a killed run goes on from are dropped, so that a run that was killed has
+  the same film.
 """
 
 import functools
@@ -25,7 +29,8 @@ from storage.files import write_whole
 from training.folder import MetricsLog, read_metrics
 
 HEAD_COLORS = ((31, 119, 180), (255, 127, 14), (44, 160, 44), (214, 39, 40), (148, 103, 189),
-               (140, 86, 75), (227, 119, 194), (127, 127, 127), (188, 189, 34), (23, 190, 207))  # figures.py's
+               # figures.py's
+               (140, 86, 75), (227, 119, 194), (127, 127, 127), (188, 189, 34), (23, 190, 207))
 BLACK, GREY, PALE = (20, 20, 20), (120, 120, 120), (222, 222, 222)
 FAINTEST = 0.12  # an edge that is open in a single sum can still be seen
 
@@ -38,12 +43,14 @@ MOST_BYTES = 300_000  # of flow.gif, so that it fits into a README
 FRAME, FIRST, LAST = 200, 1000, 4000  # milliseconds that a frame stands
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # What is stored
 
 
 def edge_list(by_edge):
-    """by_edge (n_layer, H, T, T), shares -> [[layer, head, query, key, share], ...] of the edges that open in any sum."""
+    """by_edge (n_layer, H, T, T), shares -> [[layer, head, query, key, share], ...] of the edges that open
+    in any sum.
+    """
     shares = np.asarray(by_edge)
     return [[*at, round(float(shares[tuple(at)]), 4)] for at in np.argwhere(shares > 0).tolist()]
 
@@ -51,7 +58,8 @@ def edge_list(by_edge):
 class FlowLog:
     """edges.jsonl and flow.png of a run that trains.
 
-    task: an AdditionTask; config: the model's; max_steps: of the run; keep_until: the last step whose line is kept of what the file holds already.
+    task: an AdditionTask; config: the model's; max_steps: of the run; keep_until: the last step whose line is
+    kept of what the file holds already.
     """
 
     def __init__(self, folder, task, config, max_steps, keep_until):
@@ -61,18 +69,30 @@ class FlowLog:
     def write(self, step, found, kept, passes, lam):
         """Store an evaluation and draw it.
 
-        found: {split: what `evaluate` returns}; kept: the names under which its model is kept, such as ['best.pt']; lam: lambda.
+        found: {split: what `evaluate` returns}; kept: the names under which its model is kept, such as
+        ['best.pt']; lam: lambda.
         """
         val = found["val"]
-        frame = {"step": step, "open": val["open"], "total": val["total"], "correct": sum(f["correct"] for f in found.values()),
-                 "examples": sum(f["examples"] for f in found.values()), "lambda": lam, "passes": passes, "held_out_only": "train" not in found,
-                 "kept": kept[0].removesuffix(".pt") if kept else None, "edges": edge_list(val["by_edge"])}
+        frame = {
+            "step": step,
+            "open": val["open"],
+            "total": val["total"],
+            "correct": sum(f["correct"] for f in found.values()),
+            "examples": sum(f["examples"] for f in found.values()),
+            "lambda": lam,
+            "passes": passes,
+            "held_out_only": "train" not in found,
+            "kept": kept[0].removesuffix(".pt") if kept else None,
+            "edges": edge_list(val["by_edge"]),
+        }
         self.log.write(**frame)
         save_picture(os.path.join(self.folder, "flow.png"), self.canvas.draw(frame))
 
 
 def kept_frame(frames):
-    """The place in `frames` of the evaluation whose model the run is known by: the last that became best.pt, else closest.pt, else the last of all."""
+    """The place in `frames` of the evaluation whose model the run is known by: the last that became best.pt,
+    else closest.pt, else the last of all.
+    """
     for name in ("best", "closest"):
         places = [i for i, frame in enumerate(frames) if frame["kept"] == name]
         if places:
@@ -81,7 +101,9 @@ def kept_frame(frames):
 
 
 def film(folder, task, config, max_steps):
-    """Draw flow.png and flow.gif of a run from its edges.jsonl; nothing if it has none. Arguments as of FlowLog."""
+    """Draw flow.png and flow.gif of a run from its edges.jsonl; nothing if it has none. Arguments as of
+    FlowLog.
+    """
     path = os.path.join(folder, "edges.jsonl")
     frames = read_metrics(path) if os.path.exists(path) else []
     if not frames:
@@ -94,7 +116,7 @@ def film(folder, task, config, max_steps):
     write_whole(os.path.join(folder, "flow.gif"), animation(pictures, palette_of(config.n_head)))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Drawing
 
 
@@ -137,12 +159,21 @@ class Canvas:
             self.text(pen, self.x(position), self.y(0) + 15, name, 15)
         for layer in range(self.n_layer):
             self.text(pen, 12, self.y(layer + 0.5), f"layer {layer}", 12, GREY, "lm")
-        middles = ((task.digits - 1) / 2, "first number"), (task.digits + (task.digits + 1) / 2, "second number"), (task.first + (task.answers - 1) / 2, "answer")
+        middles = (
+            ((task.digits - 1) / 2, "first number"),
+            (task.digits + (task.digits + 1) / 2, "second number"),
+            (task.first + (task.answers - 1) / 2, "answer"),
+        )
         for position, words in middles:
             self.text(pen, self.x(position), self.y(0) + 37, words, 12, GREY)
         for place in range(task.answers):
-            self.text(pen, self.x(task.length - 1 - place), self.y(self.n_layer) - 12, f"{10**place}s", 12, GREY)
-        legend = "A line: the token at its dot reads the token at its other end. The darker, the more sums in which it is open."
+            self.text(
+                pen, self.x(task.length - 1 - place), self.y(self.n_layer) - 12, f"{10**place}s", 12, GREY
+            )
+        legend = (
+            "A line: the token at its dot reads the token at its other end. "
+            "The darker, the more sums in which it is open."
+        )
         self.text(pen, self.width / 2, self.height - 14, legend, 11 if task.length >= 11 else 9, GREY)
         self.draw_heads(pen)
         return image
@@ -155,10 +186,13 @@ class Canvas:
             self.text(pen, LEFT + 62 * head, self.height - 34, f"head {head}", 12, HEAD_COLORS[head], "lm")
 
     def draw(self, frame, is_kept=False):
-        """A frame as an RGB image, (height, width). frame: a line of edges.jsonl; is_kept: the film's last, whose model is kept."""
+        """A frame as an RGB image, (height, width). frame: a line of edges.jsonl; is_kept: the film's last,
+        whose model is kept.
+        """
         image = self.ground.copy()
         pen = ImageDraw.Draw(image)
-        for layer, head, query, key, share in sorted(frame["edges"], key=lambda edge: edge[-1]):  # the darkest on top
+        # the darkest on top
+        for layer, head, query, key, share in sorted(frame["edges"], key=lambda edge: edge[-1]):
             color = HEAD_COLORS[head % len(HEAD_COLORS)]
             self.edge(pen, layer, query, key, faded(color, share), 1.2 + 1.3 * share)
         for line, (words, size) in enumerate(zip(caption(frame, self.max_steps, is_kept), (17, 13))):
@@ -191,7 +225,7 @@ def caption(frame, max_steps, is_kept):
     return f"{where},  {edges}", f"{right}, {target};  lambda {frame['lambda']:.2f}"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Files
 
 
@@ -203,7 +237,9 @@ def save_picture(path, image):
 
 
 def palette_of(n_head):
-    """The colours of all frames of a film, as an image for `quantize`: greys, and every head's colour in four shades."""
+    """The colours of all frames of a film, as an image for `quantize`: greys, and every head's colour in
+    four shades.
+    """
     greys = [(level,) * 3 for level in (255, 222, 180, 120, 70, 20)]
     shades = [faded(color, share) for color in HEAD_COLORS[:n_head] for share in (1, 0.66, 0.33, 0)]
     image = Image.new("P", (1, 1))
@@ -212,7 +248,9 @@ def palette_of(n_head):
 
 
 def animation(pictures, palette):
-    """Images of one size as the bytes of a GIF that repeats for ever. As sharp as MOST_BYTES allow: smaller, and at last with fewer frames."""
+    """Images of one size as the bytes of a GIF that repeats for ever. As sharp as MOST_BYTES allow: smaller,
+    and at last with fewer frames.
+    """
     for scale in (1, 0.85, 0.7, 0.55):
         size = [round(side * scale) for side in pictures[0].size]
         scaled = [picture.resize(size, Image.Resampling.LANCZOS) for picture in pictures]

@@ -1,12 +1,17 @@
 """A run that cannot be lost: whose folder it is, where it goes on, how it is stopped.
 
-A run's folder out/<run>/ holds config.json, metrics.jsonl, best.pt or closest.pt, last.pt, report.json and figures. Its rules:
+A run's folder out/<run>/ holds config.json, metrics.jsonl, best.pt or closest.pt, last.pt, report.json and
+figures. Its rules:
 
 - The same command goes on where the run stands. If the run is finished there is nothing to do.
-- Other settings are refused: two runs never mix in one folder. `--init_from=resume` says that the change is meant.
-- Files are written under a temporary name and renamed, config.json first, then last.pt, then best.pt; metrics.jsonl grows line
-  by line. After the last step best.pt.next is written first, and takes its place after last.pt: a run that is killed in between still needs the best.pt of before. So a `kill -9` at any moment leaves a folder from which the run goes on: whatever came after last.pt is done again.
-- Ctrl-C and SIGTERM finish the step, save, and say how to go on. Further SIGTERMs change nothing: torchrun and a scheduler may both send one.
+- Other settings are refused: two runs never mix in one folder. `--init_from=resume` says that the change is
+  meant.
+- Files are written under a temporary name and renamed, config.json first, then last.pt, then best.pt;
+  metrics.jsonl grows line by line. After the last step best.pt.next is written first, and takes its place
+  after last.pt: a run that is killed in between still needs the best.pt of before. So a `kill -9` at any
+  moment leaves a folder from which the run goes on: whatever came after last.pt is done again.
+- Ctrl-C and SIGTERM finish the step, save, and say how to go on. Further SIGTERMs change nothing: torchrun
+  and a scheduler may both send one.
 
 Which settings may differ when a run goes on is written in settings.py.
 """
@@ -26,7 +31,8 @@ from training.settings import FIXED, FREE, GATED_ONLY, SETTINGS, SHAPE, Config
 def claim_folder(config, given):
     """Find out what config.out_dir holds; return the checkpoint to go on from, or None to start at step 0.
 
-    config  changed in place: what was not given is taken over from the run in the folder, 'resume' gives way to the
+    config  changed in place: what was not given is taken over from the run in the folder, 'resume' gives way
+            to the
             run's own init_from
     given   names of the settings that were set
     Raises UserError rather than mixing two runs in one folder.
@@ -46,11 +52,16 @@ def claim_folder(config, given):
     changed = [key for key in now if key not in may_differ and now[key] != before[key]]
     words = ", ".join(f"{key} {before[key]!r} there, {now[key]!r} here" for key in changed)
     if resume and set(changed) & set(FIXED):
-        raise UserError(f"{config.out_dir} holds a run with another model or target ({words}): it cannot go on as this one. "
-                        "Start a new run with --out_dir=out/NEW")
+        raise UserError(
+            f"{config.out_dir} holds a run with another model or target ({words}): it cannot go on as this "
+            "one. "
+            "Start a new run with --out_dir=out/NEW"
+        )
     if changed and not resume:
-        raise UserError(f"{config.out_dir} holds a run with other settings ({words}). Start a new one with "
-                        "--out_dir=out/NEW, or go on with that one, settings changed, with --init_from=resume")
+        raise UserError(
+            f"{config.out_dir} holds a run with other settings ({words}). Start a new one with "
+            "--out_dir=out/NEW, or go on with that one, settings changed, with --init_from=resume"
+        )
     if changed:
         hardware.say(f"going on with changed settings: {words}")
     return read_checkpoint(last)
@@ -59,14 +70,18 @@ def claim_folder(config, given):
 def require_new(folder, resume):
     """Raise UserError if a folder without last.pt is no place for a new run."""
     if resume:
-        raise UserError(f"there is no last.pt in {folder} to resume. Leave --init_from=resume away to start a run")
+        raise UserError(
+            f"there is no last.pt in {folder} to resume. Leave --init_from=resume away to start a run"
+        )
     if os.path.exists(os.path.join(folder, "best.pt")):
         raise UserError(f"{folder} holds a best.pt but no last.pt to go on from. Move the folder away, "
                         "or start a new run with --out_dir=out/NEW")
 
 
 def settings_of(folder):
-    """The settings of the run in a folder, as a dict; those that it does not name have their defaults. Raises UserError."""
+    """The settings of the run in a folder, as a dict; those that it does not name have their defaults.
+    Raises UserError.
+    """
     path = os.path.join(folder, "config.json")
     try:
         with open(path, encoding="utf-8") as f:
@@ -77,7 +92,9 @@ def settings_of(folder):
 
 
 def settle(folder, finished):
-    """What the end of a run left as best.pt.next or closest.pt.next takes its place if last.pt is at the end, too; else it goes, for the end will come again."""
+    """What the end of a run left as best.pt.next or closest.pt.next takes its place if last.pt is at the
+    end, too; else it goes, for the end will come again.
+    """
     for name in ("best.pt", "closest.pt"):
         waiting = os.path.join(folder, name + ".next")
         if not os.path.exists(waiting):
@@ -90,18 +107,25 @@ def settle(folder, finished):
 
 @contextlib.contextmanager
 def alone_in(folder):
-    """`with alone_in(folder):` no other run trains there; process 0 sees to it. The folder is made if there is none. Raises UserError."""
+    """`with alone_in(folder):` no other run trains there; process 0 sees to it. The folder is made if there
+    is none. Raises UserError.
+    """
     with contextlib.ExitStack() as stack:
         try:
             if hardware.rank() == 0:
                 stack.enter_context(locked(folder, wait=False))
         except BlockingIOError as error:
-            raise UserError(f"another process is training in {folder}. Wait until it has ended, then the same command goes on from there; or choose another --out_dir") from error
+            raise UserError(
+                f"another process is training in {folder}. Wait until it has ended, then the same command "
+                "goes on from there; or choose another --out_dir"
+            ) from error
         yield
 
 
 def read_metrics(path):
-    """The evaluations in a metrics.jsonl, a list of dicts; a line that a kill cut off in the middle is left out. Raises OSError if there is no file."""
+    """The evaluations in a metrics.jsonl, a list of dicts; a line that a kill cut off in the middle is left
+    out. Raises OSError if there is no file.
+    """
     found = []
     with open(path, encoding="utf-8", errors="replace") as f:
         for line in f:
@@ -113,10 +137,16 @@ def read_metrics(path):
 
 
 class MetricsLog:
-    """metrics.jsonl, one line per evaluation. Lines of steps after keep_until, which a killed run wrote, are dropped."""
+    """metrics.jsonl, one line per evaluation. Lines of steps after keep_until, which a killed run wrote, are
+    dropped.
+    """
 
     def __init__(self, path, keep_until):
-        kept = [json.dumps(m) + "\n" for m in (read_metrics(path) if os.path.exists(path) else []) if m["step"] <= keep_until]
+        kept = [
+            json.dumps(m) + "\n"
+            for m in (read_metrics(path) if os.path.exists(path) else [])
+            if m["step"] <= keep_until
+        ]
         write_whole(path, "".join(kept).encode())
         self.path = path
 
@@ -127,11 +157,16 @@ class MetricsLog:
                 f.flush()
                 os.fsync(f.fileno())
         except OSError as error:
-            raise UserError(f"cannot write {self.path}: {error}. The checkpoints are untouched: free some space, and the same command goes on") from error
+            raise UserError(
+                f"cannot write {self.path}: {error}. The checkpoints are untouched: free some space, and "
+                "the same command goes on"
+            ) from error
 
 
 class StopRequest:
-    """`with StopRequest() as stop:` Ctrl-C and SIGTERM set stop.asked, for the loop to see; a second Ctrl-C stops at once."""
+    """`with StopRequest() as stop:` Ctrl-C and SIGTERM set stop.asked, for the loop to see; a second Ctrl-C
+    stops at once.
+    """
 
     def __enter__(self):
         self.asked = False

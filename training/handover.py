@@ -1,28 +1,37 @@
-"""Hand a dense model over to the gates without a shock: a shift that the softmax does not feel, folded into the weights.
+"""Hand a dense model over to the gates without a shock: a shift that the softmax does not feel, folded into
+the weights.
 
-A dense model has never been asked how high its scores lie, for softmax does not care: softmax_j(a_ij + d_i) = softmax_j(a_ij),
-whatever d_i. The gate does care: s_ij = a_ij + b is compared with 0. So at the switch some heads are wide open and others shut
-at random: on text, one constant bias costs 0.8 nats with 66 % of the edges open (docs/text.md, "The hand-over").
+A dense model has never been asked how high its scores lie, for softmax does not care: softmax_j(a_ij + d_i) =
+softmax_j(a_ij), whatever d_i. The gate does care: s_ij = a_ij + b is compared with 0. So at the switch some
+heads are wide open and others shut at random: on text, one constant bias costs 0.8 nats with 66 % of the
+edges open (docs/text.md, "The hand-over").
 
-There is a direction in the weights that moves the gates and nothing else. A constant c added to every key of a head gives
+There is a direction in the weights that moves the gates and nothing else. A constant c added to every key of
+a head gives
 
-    q_i . (k_j + c) / sqrt(D) = a_ij + q_i . c / sqrt(D)                 the same shift for all keys j of query i
+    q_i . (k_j + c) / sqrt(D) = a_ij + q_i . c / sqrt(D)                 the same shift for all keys j of
+    query i
 
-and the keys' bias is such a constant. We choose it so that the gate starts as a threshold on the attention weight p_ij:
+and the keys' bias is such a constant. We choose it so that the gate starts as a threshold on the attention
+weight p_ij:
 
-    a_ij + q_i . c / sqrt(D) + b  ~  log(p_ij / p0) = a_ij - logsumexp_j(a_i.) - log p0       open where p_ij > p0
-    c = argmin mean_i weight_i (q_i . c / sqrt(D) - w_i)^2 + ridge |c|^2         w_i = -logsumexp_j(a_i.) - log p0 - b
+    a_ij + q_i . c / sqrt(D) + b  ~  log(p_ij / p0) = a_ij - logsumexp_j(a_i.) - log p0       open where p_ij
+    > p0
+    c = argmin mean_i weight_i (q_i . c / sqrt(D) - w_i)^2 + ridge |c|^2         w_i = -logsumexp_j(a_i.) -
+    log p0 - b
 
-The shift is linear in q_i and the wish w_i is not, so it cannot be met everywhere, least of all in narrow heads. But errors cost unlike: too
-low shuts edges that are needed, and the loss jumps; too high leaves edges open that training shuts soon. So weight_i is 1 where the shift is
-above the wish and 100 where it is below (Newey & Powell's expectile regression: least squares, solved again with new weights until it settles).
+The shift is linear in q_i and the wish w_i is not, so it cannot be met everywhere, least of all in narrow
+heads. But errors cost unlike: too low shuts edges that are needed, and the loss jumps; too high leaves edges
+open that training shuts soon. So weight_i is 1 where the shift is above the wish and 100 where it is below
+(Newey & Powell's expectile regression: least squares, solved again with new weights until it settles).
 
-Where there is no key bias to fold into (OLMo, bias=False), or weights are not to be touched (LoRA, FSDP's shares), one number for each head
-takes the place of q_i . c / sqrt(D): the same regression with one unknown, and `gate_bias` becomes a list [layer][head].
+Where there is no key bias to fold into (OLMo, bias=False), or weights are not to be touched (LoRA, FSDP's
+shares), one number for each head takes the place of q_i . c / sqrt(D): the same regression with one unknown,
+and `gate_bias` becomes a list [layer][head].
 
-Notable: D unknowns per head, solved once from a few thousand queries; no parameter is added, the dense function stays what it was (a test proves it), and
-training moves the shift on from there. `open_above = 0` leaves it out: one constant bias and nothing else, the paper's form.
-This file imports no other file of ours.
+Notable: D unknowns per head, solved once from a few thousand queries; no parameter is added, the dense
+function stays what it was (a test proves it), and training moves the shift on from there. `open_above = 0`
+leaves it out: one constant bias and nothing else, the paper's form. This file imports no other file of ours.
 """
 
 import math
@@ -36,8 +45,10 @@ def fold_shift(model, idx, open_above, fold=True, ridge=1e-2, too_low=100.0):
 
     idx         (B, T) tokens of the training set to fit the shift on; some thousands in all
     open_above  p0, an attention weight between 0 and 1; smaller is gentler and starts denser
-    fold        into the key biases, where the model has some; else, and with False, one number per head into config.gate_bias
-    ridge       of the least squares, as a share of the mean of the diagonal: keeps c short where queries hardly vary
+    fold        into the key biases, where the model has some; else, and with False, one number per head into
+                config.gate_bias
+    ridge       of the least squares, as a share of the mean of the diagonal: keeps c short where queries
+                hardly vary
     too_low     how much worse it is to shut too much than to open too much; 1 is plain least squares
     """
     fold = fold and getattr(model.config, "bias", False)
@@ -45,7 +56,9 @@ def fold_shift(model, idx, open_above, fold=True, ridge=1e-2, too_low=100.0):
 
     def watching(attend):
         def watched(q, k, v, **options):  # q and k as the gate gets them
-            shifts.append(shift_of(q.float(), k.float(), open_above, model.config.gate_bias, fold, ridge, too_low))
+            shifts.append(
+                shift_of(q.float(), k.float(), open_above, model.config.gate_bias, fold, ridge, too_low)
+            )
             return attend(q, k, v, **options)
         return watched
 
@@ -67,11 +80,16 @@ def fold_shift(model, idx, open_above, fold=True, ridge=1e-2, too_low=100.0):
 
 
 def shift_of(q, k, open_above, bias, fold, ridge, too_low):
-    """The regression, for all heads of a layer: c (H, D), or (H, 1) without fold. q (B, H, T, D), k the same or with fewer heads."""
+    """The regression, for all heads of a layer: c (H, D), or (H, 1) without fold. q (B, H, T, D), k the same
+    or with fewer heads.
+    """
     B, H, T, D = q.shape
     causal = torch.ones(T, T, dtype=torch.bool, device=q.device).tril()
     q = q / math.sqrt(D)
-    scores = (q @ k.repeat_interleave(H // k.shape[1], dim=1).transpose(-2, -1)).masked_fill(~causal, -math.inf)  # a_ij (B, H, T, T)
+    # a_ij (B, H, T, T)
+    scores = (q @ k.repeat_interleave(H // k.shape[1], dim=1).transpose(-2, -1)).masked_fill(
+        ~causal, -math.inf
+    )
     wanted = -scores.logsumexp(dim=-1) - math.log(open_above) - bias  # w_i (B, H, T)
     q = q if fold else torch.ones_like(q[..., :1])  # one unknown: the same for all queries
     q, wanted = q.transpose(0, 1).reshape(H, B * T, -1), wanted.transpose(0, 1).reshape(H, B * T, 1)
@@ -79,7 +97,11 @@ def shift_of(q, k, open_above, bias, fold, ridge, too_low):
     for _ in range(12):
         weighted = (weight * q).transpose(-2, -1)  # (H, D, B T)
         gram = weighted @ q  # (H, D, D)
-        gram += (ridge if fold else 0) * gram.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None] * torch.eye(q.shape[-1], device=q.device)
+        gram += (
+            (ridge if fold else 0)
+            * gram.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
+            * torch.eye(q.shape[-1], device=q.device)
+        )
         shift = torch.linalg.solve(gram, weighted @ wanted)  # c (H, D, 1)
         weight = torch.where(q @ shift < wanted, too_low, 1.0)
     return shift.squeeze(-1)

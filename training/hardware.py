@@ -3,9 +3,10 @@
     python train.py ...                              one process
     torchrun --nproc_per_node=8 train.py ...         eight; torchrun tells each its number in the environment
 
-Data parallel: every process holds the whole model and works on its share of every batch. Gradients are averaged by PyTorch's
-DistributedDataParallel; the few numbers that decisions hang on (loss, lambda's measurement, "please stop") are averaged or
-summed here, so that all processes decide alike. Without torchrun every function does the obvious thing for one process.
+Data parallel: every process holds the whole model and works on its share of every batch. Gradients are
+averaged by PyTorch's DistributedDataParallel; the few numbers that decisions hang on (loss, lambda's
+measurement, "please stop") are averaged or summed here, so that all processes decide alike. Without torchrun
+every function does the obvious thing for one process.
 
 Notable: NCCL connects GPUs, Gloo connects CPUs. This file imports no other file of ours.
 """
@@ -23,57 +24,105 @@ import torch.distributed as dist
 
 from storage.files import UserError
 
-# Dense bf16 matrix FLOP/s that the data sheets promise, by words in torch.cuda.get_device_name(). The first match counts
-PEAK_FLOPS = {"H100 PCIe": 756e12, "H100 NVL": 835e12, "H200": 989e12, "H100": 989e12, "B200": 2250e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12, "A10": 125e12, "4090": 165e12, "3090": 71e12}
+# Dense bf16 matrix FLOP/s that the data sheets promise, by words in torch.cuda.get_device_name(). The first
+# match counts
+PEAK_FLOPS = {
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H200": 989e12,
+    "H100": 989e12,
+    "B200": 2250e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "L4": 121e12,
+    "A10": 125e12,
+    "4090": 165e12,
+    "3090": 71e12,
+}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # One process
 
 
 def pick_device(name):
-    """The torch device for the setting 'auto', 'cpu', 'mps', 'cuda' or 'cuda:N', as a string. Raises UserError if there is none such."""
+    """The torch device for the setting 'auto', 'cpu', 'mps', 'cuda' or 'cuda:N', as a string. Raises
+    UserError if there is none such.
+    """
     if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", name):
         raise UserError(f"device={name}: it is 'auto', 'cpu', 'mps', 'cuda' or 'cuda:N'")
     if ":" in name and int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise UserError(f"device={name} would put all processes on one GPU. Leave --device away, and choose GPUs with CUDA_VISIBLE_DEVICES")
+        raise UserError(
+            f"device={name} would put all processes on one GPU. Leave --device away, and choose GPUs with "
+            "CUDA_VISIBLE_DEVICES"
+        )
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"  # mps only on request: nobody has tried it
     if name == "cuda" and "LOCAL_RANK" in os.environ:
         name = f"cuda:{os.environ['LOCAL_RANK']}"  # under torchrun every process has a GPU of its own
-    if name.startswith("cuda") and int(name[5:] or 0) >= torch.cuda.device_count() or name == "mps" and not torch.backends.mps.is_available():
-        raise UserError(f"device={name}: this machine or this build of torch has none. Leave --device away, use --device=cpu, or start fewer processes")
+    if (
+        name.startswith("cuda")
+        and int(name[5:] or 0) >= torch.cuda.device_count()
+        or name == "mps"
+        and not torch.backends.mps.is_available()
+    ):
+        raise UserError(
+            f"device={name}: this machine or this build of torch has none. Leave --device away, use "
+            "--device=cpu, or start fewer processes"
+        )
     return name
 
 
 def precision(name, device, cache=True):
-    """A function that returns the autocast context for the setting 'auto', 'float32' or 'bfloat16'; and the choice in words.
+    """A function that returns the autocast context for the setting 'auto', 'float32' or 'bfloat16'; and the
+    choice in words.
 
-    'auto' is bfloat16 where the hardware multiplies it natively: GPUs since Ampere, CPUs with AMX (Intel's since 2023); else float32.
-    cache=False: autocast does not keep its bfloat16 copies of the weights until the context ends. There is no float16: its gradients underflow without a loss scaler, and bfloat16 needs none.
+    'auto' is bfloat16 where the hardware multiplies it natively: GPUs since Ampere, CPUs with AMX (Intel's
+    since 2023); else float32.
+    cache=False: autocast does not keep its bfloat16 copies of the weights until the context ends. There is no
+    float16: its gradients underflow without a loss scaler, and bfloat16 needs none.
     """
     kind = device.split(":")[0]
     if name == "auto":
-        native = torch.cuda.is_bf16_supported(including_emulation=False) if kind == "cuda" else kind == "cpu" and torch.cpu._is_amx_tile_supported()
+        native = (
+            torch.cuda.is_bf16_supported(including_emulation=False)
+            if kind == "cuda"
+            else kind == "cpu" and torch.cpu._is_amx_tile_supported()
+        )
         name = "bfloat16" if native else "float32"
-    return functools.partial(torch.autocast, kind, dtype=torch.bfloat16, enabled=name == "bfloat16", cache_enabled=cache), name
+    return functools.partial(
+        torch.autocast, kind, dtype=torch.bfloat16, enabled=name == "bfloat16", cache_enabled=cache
+    ), name
 
 
 def compiles(setting, device, pays_on_cpu):
-    """Shall torch.compile be used? setting 'on', 'off', or 'auto': on a GPU; on a CPU if it pays there and a C++ compiler is at hand."""
+    """Shall torch.compile be used? setting 'on', 'off', or 'auto': on a GPU; on a CPU if it pays there and a
+    C++ compiler is at hand.
+    """
     compiler = any(shutil.which(name) for name in (os.environ.get("CXX", "c++"), "g++", "clang++", "cl"))
-    return setting == "on" or setting == "auto" and (device.startswith("cuda") or device == "cpu" and pays_on_cpu and compiler)
+    return (
+        setting == "on"
+        or setting == "auto"
+        and (device.startswith("cuda") or device == "cpu" and pays_on_cpu and compiler)
+    )
 
 
 def peak_flops(device):
     """bf16 FLOP/s that the device could do at best, or None where nobody has written it down (PEAK_FLOPS)."""
     if device.startswith("cuda"):
         name = torch.cuda.get_device_name(device)
-        return next((flops for part, flops in PEAK_FLOPS.items() if re.search(rf"\b{part}\b(?! (Ti|D|Laptop))", name)), None)
+        return next(
+            (
+                flops
+                for part, flops in PEAK_FLOPS.items()
+                if re.search(rf"\b{part}\b(?! (Ti|D|Laptop))", name)
+            ),
+            None,
+        )
     return None
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Many processes
 
 
@@ -83,7 +132,9 @@ def start_processes(device):
         if device.startswith("cuda"):
             torch.cuda.set_device(device)
         # the timeout is how long the others wait while the first one downloads weights
-        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", timeout=datetime.timedelta(hours=2))
+        dist.init_process_group(
+            "nccl" if device.startswith("cuda") else "gloo", timeout=datetime.timedelta(hours=2)
+        )
 
 
 def stop_processes():
@@ -108,7 +159,9 @@ def wait_for_all():
 
 @contextlib.contextmanager
 def first_alone():
-    """`with first_alone():` process 0 goes first, the others follow: it downloads or makes what they find ready."""
+    """`with first_alone():` process 0 goes first, the others follow: it downloads or makes what they find
+    ready.
+    """
     if rank() > 0:
         wait_for_all()
     yield
@@ -118,7 +171,10 @@ def first_alone():
 
 def total(values, device="cpu"):
     """Sums over all processes of a list of numbers; every process gets them. A list of floats."""
-    summed = torch.tensor(values, dtype=torch.float64, device=device if torch.device(device).type != "mps" else "cpu")  # which has no float64
+    # which has no float64
+    summed = torch.tensor(
+        values, dtype=torch.float64, device=device if torch.device(device).type != "mps" else "cpu"
+    )
     if dist.is_initialized():
         dist.all_reduce(summed)
     return summed.tolist()
@@ -139,7 +195,8 @@ def say(*words):
 
 
 class Speed:
-    """A stopwatch for training steps that leaves evaluations out: tokens per second, model FLOPs utilisation (recomputed activations do not count), peak GPU memory.
+    """A stopwatch for training steps that leaves evaluations out: tokens per second, model FLOPs utilisation
+    (recomputed activations do not count), peak GPU memory.
 
     tokens_per_step, over all processes; flops_per_token, forward and backward, see `GPT.flops_per_token`.
     """
@@ -164,9 +221,14 @@ class Speed:
             torch.cuda.reset_peak_memory_stats(self.device)
 
     def read(self):
-        """What was measured since the last call, as a dict; null where there is nothing to tell. Call it while paused."""
+        """What was measured since the last call, as a dict; null where there is nothing to tell. Call it
+        while paused.
+        """
         speed = self.tokens_per_step * self.steps / self.seconds if self.steps else None
-        found = {"tokens_per_second": speed, "mfu": speed * self.flops_per_token / (self.peak * world()) if speed and self.peak else None,
-                 "gpu_memory_gb": self.memory}
+        found = {
+            "tokens_per_second": speed,
+            "mfu": speed * self.flops_per_token / (self.peak * world()) if speed and self.peak else None,
+            "gpu_memory_gb": self.memory,
+        }
         self.steps, self.seconds = 0, 0.0
         return found

@@ -1,14 +1,19 @@
 """What happens every eval_interval steps: the run is evaluated, judged, written down and kept.
 
     last.pt      the run itself, to go on from
-    best.pt      of a gated run the evaluation with the FEWEST open edges among those that meet the target, not the last
-                 one; of a dense run the one with the lowest held-out loss, or, with a ready_loss, the one found ready
-    closest.pt   of a run in which none has met the target: the one that came closest. Never the untrained start
+    best.pt      of a gated run the evaluation with the FEWEST open edges among those that meet the target,
+                 not the last
+                 one; of a dense run the one with the lowest held-out loss, or, with a ready_loss, the one
+                 found ready
+    closest.pt   of a run in which none has met the target: the one that came closest. Never the untrained
+                 start
 
 Notable:
-- last.pt is written first: a run that is killed in between evaluates again, and writes best.pt then. At a run's end it
-  is the other way round (`folder.settle`), for a run whose last.pt is at its end never evaluates again.
-- With cycle_steps a run whose repair has failed returns to best.pt, optimizer and all. Lambda stays as high as it is.
+- last.pt is written first: a run that is killed in between evaluates again, and writes best.pt then. At a
+  run's end it is the other way round (`folder.settle`), for a run whose last.pt is at its end never evaluates
+  again.
+- With cycle_steps a run whose repair has failed returns to best.pt, optimizer and all. Lambda stays as high
+  as it is.
 """
 
 import math
@@ -31,7 +36,9 @@ from training.verdict import distance_from_target, is_ready, meets_target
 
 
 class Judge:
-    """`judge(step)` evaluates; `is_over` says whether that was the end. run: a `Run`; progress: a `Progress`."""
+    """`judge(step)` evaluates; `is_over` says whether that was the end. run: a `Run`; progress: a
+    `Progress`.
+    """
 
     def __init__(self, run, progress):
         self.run, self.progress, self.config, self.state = run, progress, run.config, run.state
@@ -46,7 +53,9 @@ class Judge:
             self.open_logs()
 
     def open_logs(self):
-        """config.json, metrics.jsonl and, for sums, the flow picture. What a killed run wrote after last.pt is dropped."""
+        """config.json, metrics.jsonl and, for sums, the flow picture. What a killed run wrote after last.pt
+        is dropped.
+        """
         c = self.config
         settle(c.out_dir, finished=False)
         write_json(os.path.join(c.out_dir, "config.json"), asdict(c))
@@ -61,7 +70,9 @@ class Judge:
         """Evaluate the run as it stands before a step; keep what is to be kept."""
         c, state, geco = self.config, self.state, self.run.geco
         self.speed.pause()
-        found = evaluate_splits(self.run.judged, self.run.data, c.eval_batch_size, c.eval_batches, self.is_promising)
+        found = evaluate_splits(
+            self.run.judged, self.run.data, c.eval_batch_size, c.eval_batches, self.is_promising
+        )
         self.require_finite(step, found["val"]["loss"])
         passes = not c.gated or meets_target(found, state.dense, state.target_loss)
         if c.ready_loss and not c.gated:
@@ -86,18 +97,23 @@ class Judge:
         earlier = f"; {self.config.out_dir}/last.pt still holds an earlier step" if step else ""
         raise UserError(f"the held-out loss is {loss} at step {step}{earlier}. {smaller_step(self.config)}")
 
-    # --- judging -------------------------------------------------------------------------------------------------
+    # --- judging --------------------------------------------------------------------------------------------
 
     def is_promising(self, val):
-        """Can this become the best evaluation, after what the held-out rows say? Else the others need not be counted."""
+        """Can this become the best evaluation, after what the held-out rows say? Else the others need not be
+        counted.
+        """
         if not self.config.gated:
             return val["correct"] == val["examples"]
         best = self.state.best
-        fewer = best is None or val["open"] <= best[0] * (1 + 1e-6)  # equal: a run that goes on judges its best again
+        # equal: a run that goes on judges its best again
+        fewer = best is None or val["open"] <= best[0] * (1 + 1e-6)
         return fewer and meets_target({"val": val}, self.state.dense, self.state.target_loss)
 
     def names_to_keep(self, step, found, passes):
-        """['best.pt'], ['closest.pt'] or []: under which name, beside last.pt, this evaluation's model is kept."""
+        """['best.pt'], ['closest.pt'] or []: under which name, beside last.pt, this evaluation's model is
+        kept.
+        """
         state = self.state
         if state.ready:
             return ["best.pt"]
@@ -106,7 +122,8 @@ class Judge:
         if not passes and state.best:
             return []
         if passes:
-            which, score = "best", [found["val"]["open"], found["val"]["loss"]]  # a dense run's edges are all open
+            # a dense run's edges are all open
+            which, score = "best", [found["val"]["open"], found["val"]["loss"]]
         else:
             which, score = "closest", list(distance_from_target(found, state.dense, state.target_loss))
         before = getattr(state, which)
@@ -116,11 +133,14 @@ class Judge:
         return [f"{which}.pt"]
 
     def was_judged_before(self, step, score, before):
-        """Is this the evaluation from which a run goes on? Another device or number of processes may round otherwise."""
+        """Is this the evaluation from which a run goes on? Another device or number of processes may round
+        otherwise.
+        """
         return step == self.start and all(math.isclose(*pair, rel_tol=1e-6) for pair in zip(score, before))
 
     def has_failed_to_repair(self, step, passes):
-        """Has a cycle of cutting and repairing ended without meeting the target, though an earlier one did?"""
+        """Has a cycle of cutting and repairing ended without meeting the target, though an earlier one did?
+        """
         c = self.config
         ends_cycle = c.gated and c.cycle_steps and step % c.cycle_steps == 0
         return bool(ends_cycle and self.state.best and not passes and not self.is_over)
@@ -128,12 +148,22 @@ class Judge:
     def line(self, step, found, passes):
         """A line of metrics.jsonl."""
         val, train, state, geco = found["val"], found.get("train"), self.state, self.run.geco
-        line = {"step": step, "val_loss": val["loss"], "accuracy": val["accuracy"], "val_correct": val["correct"],
-                "correct": val["correct"] + train["correct"] if train else None,
-                "train_loss": train["loss"] if train else None,
-                "batch_loss": state.batch_loss, "density": state.density,
-                "open": val["open"], "fraction": val["fraction"], "passes": passes, "target_loss": state.target_loss,
-                "seconds": self.seconds(), **self.speed.read()}
+        line = {
+            "step": step,
+            "val_loss": val["loss"],
+            "accuracy": val["accuracy"],
+            "val_correct": val["correct"],
+            "correct": val["correct"] + train["correct"] if train else None,
+            "train_loss": train["loss"] if train else None,
+            "batch_loss": state.batch_loss,
+            "density": state.density,
+            "open": val["open"],
+            "fraction": val["fraction"],
+            "passes": passes,
+            "target_loss": state.target_loss,
+            "seconds": self.seconds(),
+            **self.speed.read(),
+        }
         if geco:
             line |= {"constraint_target": geco.target, "constraint_loss": state.constraint_loss,
                      "violation": geco.violation, "lambda": geco.lam}
@@ -143,7 +173,7 @@ class Judge:
         """Of training, in this and earlier commands."""
         return self.state.seconds + time.time() - self.began
 
-    # --- keeping -------------------------------------------------------------------------------------------------
+    # --- keeping --------------------------------------------------------------------------------------------
 
     def save_all(self, step, kept):
         """last.pt, and this evaluation under the names in kept; see the docstring above for the order."""
@@ -157,13 +187,17 @@ class Judge:
             settle(self.config.out_dir, finished=True)
 
     def save(self, name, step):
-        """Write a checkpoint. All processes call it; process 0 writes, of a sharded run every process its part."""
+        """Write a checkpoint. All processes call it; process 0 writes, of a sharded run every process its
+        part.
+        """
         run, c, is_last = self.run, self.config, name == "last.pt"
         state = asdict(self.state) | {"step": step, "seconds": self.seconds()}
         parts = {"optimizer": None if run.sharded else run.optimizer.state_dict()}
         if run.sharded and is_last:
             run.shards = parts["shards"] = sharding.folder_for(step, run.shards)
-            sharding.save(os.path.join(c.out_dir, run.shards), state_to_save(run.model), run.model, run.optimizer)
+            sharding.save(
+                os.path.join(c.out_dir, run.shards), state_to_save(run.model), run.model, run.optimizer
+            )
         if run.sharded:
             is_whole = not is_last or step == c.max_steps
             parts["model"] = sharding.whole_state(state_to_save(run.model)) if is_whole else None
@@ -194,4 +228,6 @@ class Judge:
         if hardware.rank() > 0:
             sys.exit(1)
         program = f"torchrun --nproc_per_node={hardware.world()}" if hardware.world() > 1 else "python"
-        sys.exit(f"stopped and saved after {step} steps. To go on: {program} train.py {shlex.join(sys.argv[1:])}")
+        sys.exit(
+            f"stopped and saved after {step} steps. To go on: {program} train.py {shlex.join(sys.argv[1:])}"
+        )

@@ -1,14 +1,19 @@
-"""Where a run comes from: its own last checkpoint, a parent's weights or random ones; and the dense model whose loss it is to keep.
+"""Where a run comes from: its own last checkpoint, a parent's weights or random ones; and the dense model
+whose loss it is to keep.
 
-    init_from    the parent: whose weights a new run takes     'scratch', a run's folder, a config file (trained first), a checkpoint, a name on Hugging Face
+    init_from    the parent: whose weights a new run takes     'scratch', a run's folder, a config file
+                 (trained first), a checkpoint, a name on Hugging Face
     target_from  the reference: whose loss is to be kept       the same; the parent, if left out
 
-`lineage_of` says which runs have to be trained first. What every checkpoint of the run says about its parents is written
-down: names, fingerprints, data. So a run that goes on later knows whether they are still what they were, and refuses if not.
+`lineage_of` says which runs have to be trained first. What every checkpoint of the run says about its parents
+is written down: names, fingerprints, data. So a run that goes on later knows whether they are still what they
+were, and refuses if not.
 
 Notable:
-- With adapters (lora.py) on the parent, the dense model is the run's own, adapters and gates switched off: no second copy.
-- A model is prepared while it is empty: cut into parts (sharding.py), given adapters, told to recompute. Then weights are read, tensor by tensor.
+- With adapters (lora.py) on the parent, the dense model is the run's own, adapters and gates switched off: no
+  second copy.
+- A model is prepared while it is empty: cut into parts (sharding.py), given adapters, told to recompute. Then
+  weights are read, tensor by tensor.
 """
 
 import os
@@ -34,7 +39,8 @@ from storage.files import UserError
 from training import hardware, sharding
 from training.settings import GATE, Config, make_config
 
-PASSED_ON = ("seed", "device", "compile", "dtype")  # settings that a run hands to a parent that is trained first, where they were set
+# settings that a run hands to a parent that is trained first, where they were set
+PASSED_ON = ("seed", "device", "compile", "dtype")
 
 
 class Planned(NamedTuple):
@@ -46,7 +52,9 @@ class Planned(NamedTuple):
 
 
 def run_of(source, config, given):
-    """The run of a config file that `config` starts from or is compared with: (Config, names of its settings). Seed and hardware are passed on."""
+    """The run of a config file that `config` starts from or is compared with: (Config, names of its
+    settings). Seed and hardware are passed on.
+    """
     passed_on = {key: getattr(config, key) for key in PASSED_ON if key in given}
     return make_config(source, passed_on)
 
@@ -60,7 +68,8 @@ def sources_of(config):
 
 
 def lineage_of(config, given, source=""):
-    """All runs that training `config` takes, in their order: those of the config files that it names, then its own. A list of Planned.
+    """All runs that training `config` takes, in their order: those of the config files that it names, then
+    its own. A list of Planned.
 
     A run that has begun knows its parents' checkpoints: it stands alone. Raises UserError.
     """
@@ -73,7 +82,9 @@ def lineage_of(config, given, source=""):
             continue
         run, names = run_of(parent, config, given)
         if config.gated and run.gated:
-            raise UserError(f"{setting}={parent} is a gated run. Start from a dense one: its loss is the target")
+            raise UserError(
+                f"{setting}={parent} is a gated run. Start from a dense one: its loss is the target"
+            )
         refuse_own_folder(run.out_dir, config)
         trained = [earlier.config.out_dir for earlier in lineage]
         lineage += [new for new in lineage_of(run, names, parent) if new.config.out_dir not in trained]
@@ -83,11 +94,16 @@ def lineage_of(config, given, source=""):
 def refuse_own_folder(folder, config):
     """Raise UserError if a run's folder were its parent's as well."""
     if os.path.realpath(folder) == os.path.realpath(config.out_dir):
-        raise UserError(f"{folder} is the run's own folder and its parent's as well. Give it another with --out_dir=out/NEW")
+        raise UserError(
+            f"{folder} is the run's own folder and its parent's as well. Give it another with "
+            "--out_dir=out/NEW"
+        )
 
 
 def find_dense(source, config, given, setting):
-    """The checkpoint that `source`, the value of init_from or target_from, names. A config file's run has been trained before. Raises UserError."""
+    """The checkpoint that `source`, the value of init_from or target_from, names. A config file's run has
+    been trained before. Raises UserError.
+    """
     is_config = source.endswith(".py")
     if is_elsewhere(source) or os.path.isfile(source) and not is_config:
         return source
@@ -95,18 +111,27 @@ def find_dense(source, config, given, setting):
     refuse_own_folder(folder, config)
     path = kept_checkpoint(folder)
     if path is None:
-        raise UserError(f"{setting}={source}: there is no best.pt or last.pt in {folder}. init_from takes 'scratch', 'resume', "
-                        "the folder of a run, a config file, a checkpoint of nanoGPT or transformers, "
-                        f"or one of {', '.join(PRETRAINED)}")
+        raise UserError(
+            f"{setting}={source}: there is no best.pt or last.pt in {folder}. init_from takes 'scratch', "
+            "'resume', "
+            "the folder of a run, a config file, a checkpoint of nanoGPT or transformers, "
+            f"or one of {', '.join(PRETRAINED)}"
+        )
     return path
 
 
 def require_ready(checkpoint, path):
-    """Raise UserError if a dense run that was to be trained until it is ready (ready_loss) has not got there: what a child is to keep would be an unfinished model's loss."""
+    """Raise UserError if a dense run that was to be trained until it is ready (ready_loss) has not got
+    there: what a child is to keep would be an unfinished model's loss.
+    """
     ready_loss = checkpoint.get("config", {}).get("ready_loss")
     if ready_loss and not checkpoint.get("ready"):
-        raise UserError(f"{path} is no parent yet: it still gets answers wrong, or its held-out loss is above its ready_loss={ready_loss:g}. Train it on, with the command that "
-                       f"trained it and --init_from=resume --max_steps={2 * checkpoint['config']['max_steps']}; then the same command as now")
+        raise UserError(
+            f"{path} is no parent yet: it still gets answers wrong, or its held-out loss is above its "
+            f"ready_loss={ready_loss:g}. Train it on, with the command that "
+            f"trained it and --init_from=resume --max_steps={2 * checkpoint['config']['max_steps']}; then "
+            "the same command as now"
+        )
 
 
 class Sources(NamedTuple):
@@ -114,7 +139,8 @@ class Sources(NamedTuple):
 
     parent: str | None  # path or name of the checkpoint whose weights a run starts from; None: random ones
     reference: str | None  # of the dense model whose loss is kept; None of a dense run
-    of_parent: dict  # the checkpoints themselves; {} where there is none, or of a parent where the run has begun
+    # the checkpoints themselves; {} where there is none, or of a parent where the run has begun
+    of_parent: dict
     of_reference: dict
 
 
@@ -145,12 +171,16 @@ def origin_of(c, data, sources, checkpoint):
     if c.lora_rank:
         origin["lora"] = {"rank": c.lora_rank, "alpha": c.lora_alpha, "targets": c.lora_targets}
         origin["base"] = sources.parent
-        origin["base_fingerprint"] = checkpoint["base_fingerprint"] if checkpoint else fingerprint(sources.of_parent)
+        origin["base_fingerprint"] = (
+            checkpoint["base_fingerprint"] if checkpoint else fingerprint(sources.of_parent)
+        )
     return origin
 
 
 def check_sources(c, sources, origin, checkpoint):
-    """Raise UserError if parent or reference are not what this run can start from, or not what it was begun with."""
+    """Raise UserError if parent or reference are not what this run can start from, or not what it was begun
+    with.
+    """
     pairs = [(sources.parent, sources.of_parent), (sources.reference, sources.of_reference)]
     for source, found in pairs:
         if found:
@@ -166,16 +196,24 @@ def check_sources(c, sources, origin, checkpoint):
             require_ready(found, source)
     if not checkpoint:
         if c.lora_rank and "lora" in sources.of_parent:
-            raise UserError(f"{sources.parent} holds adapters itself, and one model has one set of them. Merge them first "
-                            f"(python analyze.py export {sources.parent} --to hf FOLDER) and start from FOLDER")
+            raise UserError(
+                f"{sources.parent} holds adapters itself, and one model has one set of them. Merge them "
+                "first "
+                f"(python analyze.py export {sources.parent} --to hf FOLDER) and start from FOLDER"
+            )
         return
     if checkpoint["reference_fingerprint"] != origin["reference_fingerprint"]:
-        raise UserError(f"{sources.reference} holds other weights now than when {c.out_dir} was begun: the target is not "
-                        "that model's any more. Put the old file back, or start a new run with --out_dir=out/NEW")
+        raise UserError(
+            f"{sources.reference} holds other weights now than when {c.out_dir} was begun: the target is "
+            "not "
+            "that model's any more. Put the old file back, or start a new run with --out_dir=out/NEW"
+        )
     if checkpoint["data"] != origin["data"]:
-        raise UserError(f"data/{c.dataset} is not the data that {c.out_dir} was begun with ({checkpoint['data']} there, "
-                        f"{origin['data']} here): it cannot go on exactly. Put the old data back, or start a new run "
-                        "with --out_dir=out/NEW")
+        raise UserError(
+            f"data/{c.dataset} is not the data that {c.out_dir} was begun with ({checkpoint['data']} there, "
+            f"{origin['data']} here): it cannot go on exactly. Put the old data back, or start a new run "
+            "with --out_dir=out/NEW"
+        )
 
 
 def models_of(c, given, data, device, checkpoint):
@@ -183,8 +221,10 @@ def models_of(c, given, data, device, checkpoint):
 
     given        names of the settings that were set: a parent's shape is taken over where they say nothing
     checkpoint   the run's own last.pt, or None of a new run
-    model        in evaluation mode, on its device, perhaps cut into parts (whose weights come later, by sharding.load)
-    dense_model  the reference, frozen: it sets the target, is compared with on the same batch, and teaches; or None
+    model        in evaluation mode, on its device, perhaps cut into parts (whose weights come later, by
+                 sharding.load)
+    dense_model  the reference, frozen: it sets the target, is compared with on the same batch, and teaches;
+                 or None
     origin       see `origin_of`
     Changes the shape in c to that of the model. Raises UserError and what the loaders raise.
     """
@@ -216,8 +256,11 @@ def model_to_train(c, given, data, device, checkpoint, sources):
     model = model_of(sources.of_parent, sources.parent, device, prepared, **gate_settings, **shorter)
     for key, value in shape_of(model.config).items():
         if key in given and getattr(c, key) != value:
-            raise UserError(f"{key}={getattr(c, key)!r}, but {sources.parent} has {key}={value!r}: a run that starts from "
-                            f"another keeps its shape. Leave {key} away")
+            raise UserError(
+                f"{key}={getattr(c, key)!r}, but {sources.parent} has {key}={value!r}: a run that starts "
+                "from "
+                f"another keeps its shape. Leave {key} away"
+            )
         setattr(c, key, value)
     return model
 
@@ -228,15 +271,20 @@ def check_data_fits(c, data, model):
         raise UserError(f"the model knows {model.config.vocab_size} tokens, data/{c.dataset} has "
                         f"{data.meta['vocab_size']}: they do not belong together")
     if data.meta["kind"] == "rows" and model.config.block_size < data.train.shape[2]:
-        raise UserError(f"a row of data/{c.dataset} has {data.train.shape[2]} tokens, the model's block_size is "
-                        f"{model.config.block_size}: make it larger")
+        raise UserError(
+            f"a row of data/{c.dataset} has {data.train.shape[2]} tokens, the model's block_size is "
+            f"{model.config.block_size}: make it larger"
+        )
 
 
 def reference_model(c, data, device, model, sources):
     """The dense model whose loss `model` is to keep. Raises UserError if the two cannot be compared."""
-    same_context = {"block_size": c.block_size} if "architecture" in sources.of_reference["model_args"] else {}
-    dense_model = model_of(sources.of_reference, sources.reference, device, partial(cut_if_sharded, c, device),
-                           **same_context)
+    same_context = (
+        {"block_size": c.block_size} if "architecture" in sources.of_reference["model_args"] else {}
+    )
+    dense_model = model_of(
+        sources.of_reference, sources.reference, device, partial(cut_if_sharded, c, device), **same_context
+    )
     ours, theirs = model.config, dense_model.config
     other_context = data.meta["kind"] == "stream" and theirs.block_size != ours.block_size
     if theirs.vocab_size != ours.vocab_size or other_context:
@@ -253,14 +301,17 @@ def cut_if_sharded(c, device, model):
 
 
 def prepare(c, device, model):
-    """What is done to the run's model while it is empty: adapters, precision, recomputation, parts. Returns model, changed in place."""
+    """What is done to the run's model while it is empty: adapters, precision, recomputation, parts. Returns
+    model, changed in place.
+    """
     if c.lora_rank:
         if not lora.adapters_of(model):  # a new run's
             lora.add(model, c.lora_rank, c.lora_alpha, c.lora_targets)
         lora.freeze_in(model, getattr(torch, c.base_dtype))
     for block in model.blocks:
         if sharding.applies(c.parallel) and hardware.compiles(c.compile, device, pays_on_cpu=False):
-            block.forward = torch.compile(block.forward)  # by itself, because the graph of the whole would break wherever a block is put together
+            # by itself, because the graph of the whole would break wherever a block is put together
+            block.forward = torch.compile(block.forward)
         if c.recompute_activations:
             block.forward = partial(torch.utils.checkpoint.checkpoint, block.forward, use_reentrant=False)
     return cut_if_sharded(c, device, model)

@@ -1,17 +1,22 @@
 """What a waiting person sees: one line that knows the whole job, not only the run that trains right now.
 
-    part 2 of 2, out/addition  61%|######    | 2750/4500, 0:58 left, loss 0.0021 (target 0.0014), 9,998 of 10,000 right, 12.4 of 264 edges open, ...
+    part 2 of 2, out/addition  61%|######    | 2750/4500, 0:58 left, loss 0.0021 (target 0.0014), 9,998 of
+    10,000 right, 12.4 of 264 edges open, ...
 
-A *job* is what one command trains: a gated run whose parent is a config file makes two parts, with a control as target three.
-The time left is that of all parts:
+A *job* is what one command trains: a gated run whose parent is a config file makes two parts, with a control
+as target three. The time left is that of all parts:
 
-    seconds left = work left * seconds / work done,    work of a part = steps * sequences a step * forward passes a step
+    seconds left = work left * seconds / work done,    work of a part = steps * sequences a step * forward
+    passes a step
 
-so the child's share is a guess while its parent trains, and a parent that may stop early (`ready_loss`) makes it an upper bound.
+so the child's share is a guess while its parent trains, and a parent that may stop early (`ready_loss`) makes
+it an upper bound.
 
 Notable:
-- A terminal gets a bar that is redrawn in place (tqdm). A file or a pipe gets one plain line an evaluation, without carriage returns.
-- What counts is shown: the held-out loss against its target, answers right, open edges, the best so far. metrics.jsonl has the rest.
+- A terminal gets a bar that is redrawn in place (tqdm). A file or a pipe gets one plain line an evaluation,
+  without carriage returns.
+- What counts is shown: the held-out loss against its target, answers right, open edges, the best so far.
+  metrics.jsonl has the rest.
 - Process 0 prints, the others are silent.
 """
 
@@ -37,7 +42,8 @@ class Part(NamedTuple):
 class Job:
     """All runs that one command trains, in their order.
 
-    configs: a Config each. finished: folders of parents that were trained by an earlier command, and are not looked at again.
+    configs: a Config each. finished: folders of parents that were trained by an earlier command, and are not
+    looked at again.
     """
 
     def __init__(self, configs, finished=()):
@@ -47,9 +53,14 @@ class Job:
 
     @classmethod
     def of_begun(cls, config, checkpoint):
-        """The job of a run that goes on from its checkpoint: the parents that were trained for it are finished."""
+        """The job of a run that goes on from its checkpoint: the parents that were trained for it are
+        finished.
+        """
         trained = []
-        for source, path in ((config.init_from, checkpoint["parent"]), (config.target_from, checkpoint["reference"])):
+        for source, path in (
+            (config.init_from, checkpoint["parent"]),
+            (config.target_from, checkpoint["reference"]),
+        ):
             folder = os.path.dirname(path or "")
             if source.endswith(".py") and folder not in trained:
                 trained.append(folder)
@@ -78,7 +89,8 @@ def work_of(c):
 
 
 class Progress:
-    """`with Progress(job, config, start) as progress:` the line of one part. start: the step it goes on from; stream: stderr.
+    """`with Progress(job, config, start) as progress:` the line of one part. start: the step it goes on from;
+    stream: stderr.
 
     Call `evaluated` after every evaluation and `step` after every training step.
     """
@@ -92,9 +104,15 @@ class Progress:
 
     def __enter__(self):
         self.began = time.perf_counter()
-        self.bar = tqdm(total=self.config.max_steps, initial=self.start, desc=self.job.name(self.config.out_dir), file=self.stream,
-                        dynamic_ncols=True, disable=self.silent or not self.is_terminal,
-                        bar_format="{desc} {percentage:3.0f}%|{bar:10}| {n_fmt}/{total_fmt}{postfix}")
+        self.bar = tqdm(
+            total=self.config.max_steps,
+            initial=self.start,
+            desc=self.job.name(self.config.out_dir),
+            file=self.stream,
+            dynamic_ncols=True,
+            disable=self.silent or not self.is_terminal,
+            bar_format="{desc} {percentage:3.0f}%|{bar:10}| {n_fmt}/{total_fmt}{postfix}",
+        )
         return self
 
     def __exit__(self, *exception):
@@ -108,10 +126,12 @@ class Progress:
             self.bar.update()
 
     def evaluated(self, found, target=None, best=None, lam=None):
-        """Show an evaluation. found: {split: what `evaluate` returns}; best: [open edges, loss] of what would be kept now, or None;
+        """Show an evaluation. found: {split: what `evaluate` returns}; best: [open edges, loss] of what would
+        be kept now, or None;
         target (nats) and lam: of a gated run."""
         if self.now == self.start:
-            self.began = time.perf_counter()  # an evaluation before the first step tells nothing about the speed
+            # an evaluation before the first step tells nothing about the speed
+            self.began = time.perf_counter()
         self.results = results(self.config, found, target, best, lam)
         words = ", ".join([self.left(), *self.results])
         if self.is_terminal:
@@ -143,7 +163,8 @@ def results(c, found, target, best, lam):
         words[0] += f" (ready at {c.ready_loss:g})"
     if val["accuracy"] is not None:
         correct, examples = (sum(split[key] for split in found.values()) for key in ("correct", "examples"))
-        held_out = "" if "train" in found else "held-out "  # the others are not counted where these say enough
+        # the others are not counted where these say enough
+        held_out = "" if "train" in found else "held-out "
         words.append(f"{correct:,} of {examples:,} {held_out}right")
     if not c.gated:
         return [*words, f"best {best[1]:.4f}"] if best else words

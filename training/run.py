@@ -1,14 +1,16 @@
 """A run while it trains: its models, its data, its optimizer, and where it stands.
 
     model         is trained
-    judged        is measured, judged and kept: the model itself, or the moving average of its weights (average.py)
+    judged        is measured, judged and kept: the model itself, or the moving average of its weights
+                  (average.py)
     dense_model   of a gated run: sets the target, is compared with on the same batch, and teaches
 
 Each has a form in which it is called: `network` (compiled, in DDP), `fast_judged`, `fast_dense` (compiled).
 
 Notable:
 - `State` is what a checkpoint remembers beside weights, optimizer and lambda.
-- Whether a run is compiled, sharded, adapted (LoRA) or shared among processes is decided here, and nowhere in the loop.
+- Whether a run is compiled, sharded, adapted (LoRA) or shared among processes is decided here, and nowhere in
+  the loop.
 """
 
 import math
@@ -66,7 +68,9 @@ class Run:
         self.model, self.dense_model, self.origin = models_of(c, given, self.data, self.device, checkpoint)
         self.context = self.data.train.shape[2] if self.data.meta["kind"] == "rows" else c.block_size
         is_child = self.origin["parent"] is not None
-        self.batches = Batches(self.data, self.context, c.batch_size, self.micro_batches, c.seed, is_child, self.device)
+        self.batches = Batches(
+            self.data, self.context, c.batch_size, self.micro_batches, c.seed, is_child, self.device
+        )
         self.state, self.shards = State(), None
         self.choose_how_to_compute()
         self.make_optimizer()
@@ -84,9 +88,10 @@ class Run:
         self.network = self.fast
         if hardware.world() > 1 and not self.sharded:
             self.network = torch.nn.parallel.DistributedDataParallel(self.fast)
-        self.model.train()  # samples the gates, drops out; loading and evaluating leave models in evaluation mode
+        # samples the gates, drops out; loading and evaluating leave models in evaluation mode
+        self.model.train()
 
-    # --- how it computes -----------------------------------------------------------------------------------------
+    # --- how it computes ------------------------------------------------------------------------------------
 
     def choose_how_to_compute(self):
         """Precision, attention, compilation: `autocast`, `impl`, `compiled`, `fast`, `fast_dense`."""
@@ -99,16 +104,20 @@ class Run:
         if c.gated:
             width, dtype = config.n_embd // config.n_head, getattr(torch, self.dtype)
             try:
-                self.impl = choose_impl(c.attention_impl, self.device.split(":")[0], config.block_size, width, dtype)
+                self.impl = choose_impl(
+                    c.attention_impl, self.device.split(":")[0], config.block_size, width, dtype
+                )
             except ValueError as error:
                 raise UserError(str(error)) from error
 
-        # one model, many ways to run it: dense, gated, sampled, judged, taught; at 8 torch would give up compiling
+        # one model, many ways to run it: dense, gated, sampled, judged, taught; at 8 torch would give up
+        # compiling
         torch._dynamo.config.recompile_limit = 64
         # compiled code draws from torch's own generator: the same noise as without compiling
         torch._inductor.config.fallback_random = True
         long = self.context >= 64 and not self.sharded
-        pays_dense = long and c.architecture != "gpt2"  # on a CPU: OLMo's norms and rotations; a dense GPT is no faster
+        # on a CPU: OLMo's norms and rotations; a dense GPT is no faster
+        pays_dense = long and c.architecture != "gpt2"
         pays_gated = pays_dense or c.gated and long
         self.compiled = hardware.compiles(c.compile, self.device, pays_on_cpu=pays_gated)
         self.fast = self.model
@@ -127,12 +136,16 @@ class Run:
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
         groups = [{"params": [p for p in self.trained if p.dim() >= 2], "weight_decay": c.weight_decay},
                   {"params": [p for p in self.trained if p.dim() < 2], "weight_decay": 0.0}]
-        self.optimizer = torch.optim.AdamW(groups, lr=c.learning_rate, betas=(c.beta1, c.beta2), fused=self.device != "mps")
+        self.optimizer = torch.optim.AdamW(
+            groups, lr=c.learning_rate, betas=(c.beta1, c.beta2), fused=self.device != "mps"
+        )
 
-    # --- where it stands -----------------------------------------------------------------------------------------
+    # --- where it stands ------------------------------------------------------------------------------------
 
     def start(self):
-        """A new run: what the dense model can do, and with it the target; then its weights are handed to the gates."""
+        """A new run: what the dense model can do, and with it the target; then its weights are handed to the
+        gates.
+        """
         if self.config.gated:
             self.measure_dense()
             if self.config.open_above:
@@ -148,18 +161,23 @@ class Run:
         losses = [self.batches.mean_loss(step, self.fast_dense, self.autocast) for step in range(MEASURED)]
         state.dense_on_training = sum(losses) / MEASURED
         self.geco.target = state.dense_on_training + c.loss_slack - c.constraint_margin
-        hardware.say(f"dense model: held-out loss {state.dense['val']['loss']:.4f}, target {state.target_loss:.4f}; "
-                     f"on training batches {state.dense_on_training:.4f}, the constraint's target {self.geco.target:.4f}")
+        hardware.say(
+            f"dense model: held-out loss {state.dense['val']['loss']:.4f}, target {state.target_loss:.4f}; "
+            f"on training batches {state.dense_on_training:.4f}, the constraint's target "
+            f"{self.geco.target:.4f}"
+        )
 
     def hand_over(self):
         """Shift the gates so that edges with some attention start open (handover.py)."""
         c = self.config
         rows = self.batches.indices(0)[:max(1, 8192 // self.context)]  # some thousand queries are plenty
         x, _ = self.data.batch("train", rows, self.context)
-        with torch.compiler.set_stance("force_eager"):  # once, with a new function in every layer: not worth compiling
+        # once, with a new function in every layer: not worth compiling
+        with torch.compiler.set_stance("force_eager"):
             fold_shift(self.model, torch.from_numpy(x).to(self.device), c.open_above,
                        fold=not c.lora_rank and not self.sharded)
-        self.model.config.gate_bias = hardware.of_first(self.model.config.gate_bias)  # DDP does the same for key biases
+        # DDP does the same for key biases
+        self.model.config.gate_bias = hardware.of_first(self.model.config.gate_bias)
 
     def go_on_from(self, checkpoint):
         """A run that has begun: optimizer, lambda, state and weights as they were."""
@@ -170,7 +188,8 @@ class Run:
             sharding.load(folder, state_to_save(self.model), self.model, self.optimizer)
         else:
             sharding.load_optimizer(self.optimizer, checkpoint["optimizer"])
-        for group, decay in zip(self.optimizer.param_groups, (c.weight_decay, 0.0)):  # --init_from=resume may change them
+        # --init_from=resume may change them
+        for group, decay in zip(self.optimizer.param_groups, (c.weight_decay, 0.0)):
             group.update(weight_decay=decay, betas=(c.beta1, c.beta2))
         self.state = State(**{key: checkpoint.get(key, value) for key, value in asdict(State()).items()})
         if self.geco:
@@ -181,10 +200,12 @@ class Run:
         for large in {"model", "optimizer", "trained"} & set(checkpoint):
             del checkpoint[large]
 
-    # --- what the loop asks for ----------------------------------------------------------------------------------
+    # --- what the loop asks for -----------------------------------------------------------------------------
 
     def constraint(self, step, noisy):
-        """Lambda's measurement: the loss of a step's batch under the gates that count, nats. noisy: does training sample them?"""
+        """Lambda's measurement: the loss of a step's batch under the gates that count, nats. noisy: does
+        training sample them?
+        """
         c = self.config
         if noisy and c.constraint_gates == "sampled":
             measured = self.batches.mean_loss(step, self.fast, self.autocast, sampled=True)
@@ -198,7 +219,9 @@ class Run:
         return measured
 
     def parts(self, step):
-        """This process's micro-batches of a step, (x, y) each, (B, T). DDP averages gradients after the last alone."""
+        """This process's micro-batches of a step, (x, y) each, (B, T). DDP averages gradients after the last
+        alone.
+        """
         last = len(self.batches.ours) - 1
         for i, batch in enumerate(self.batches.at(step)):
             if self.network is not self.fast:
@@ -206,7 +229,8 @@ class Run:
             yield batch
 
     def taught(self, x, y, logits):
-        """What the dense model adds to the loss of a gated run: distillation.py. 0 where it does not teach."""
+        """What the dense model adds to the loss of a gated run: distillation.py. 0 where it does not teach.
+        """
         weight = self.config.distill_weight
         if not weight:
             return 0.0
@@ -241,9 +265,12 @@ class Run:
             offending = {"step": step, "dataset": c.dataset, "indices": self.batches.indices(step).tolist()}
             write_json(os.path.join(c.out_dir, "offending_batch.json"), offending)
         constraint = f", the constraint {measured}" if c.gated else ""
-        raise UserError(f"the loss is {batch_loss}, the gradient's norm {norm}{constraint} at step {step}; "
-                        f"{c.out_dir}/last.pt still holds an earlier step, offending_batch.json the indices of the batch. "
-                        + smaller_step(c))
+        raise UserError(
+            f"the loss is {batch_loss}, the gradient's norm {norm}{constraint} at step {step}; "
+            f"{c.out_dir}/last.pt still holds an earlier step, offending_batch.json the indices of the "
+            "batch. "
+            + smaller_step(c)
+        )
 
     def outlook(self):
         """A line about what is going to be trained, and how."""
@@ -252,12 +279,18 @@ class Run:
         if c.lora_rank:
             words[-1] += f", {sum(p.numel() for p in self.trained):,} of them trained"
         words += [f"{hardware.world()} x {self.device}", self.dtype, f"attention {self.impl}"]
-        words.append("compiled (the first step takes half a minute, or more)" if self.compiled else "not compiled")
-        words.append(f"{self.micro_batches} micro-batch(es) of {c.batch_size // self.micro_batches} x {self.context} tokens")
+        words.append(
+            "compiled (the first step takes half a minute, or more)" if self.compiled else "not compiled"
+        )
+        words.append(
+            f"{self.micro_batches} micro-batch(es) of {c.batch_size // self.micro_batches} x {self.context} "
+            "tokens"
+        )
         words.append(f"from step {self.state.step} to {c.max_steps}")
         return ", ".join(words)
 
 
 def smaller_step(c):
     """Advice for a run that has left the numbers."""
-    return f"Start again with a smaller step, for instance --learning_rate={c.learning_rate / 3:.1g} --out_dir=out/NEW"
+    smaller = f"--learning_rate={c.learning_rate / 3:.1g}"
+    return f"Start again with a smaller step, for instance {smaller} --out_dir=out/NEW"

@@ -1,9 +1,12 @@
-"""Every setting of a run: its default, its unit, its meaning, what values make sense, and what may change while a run goes on.
+"""Every setting of a run: its default, its unit, its meaning, what values make sense, and what may change
+while a run goes on.
 
     python train.py --help                                             prints the dataclass below
-    python train.py config/x.py --key=value                            a config file's lines win over the defaults, the command line over both
+    python train.py config/x.py --key=value                            a config file's lines win over the
+    defaults, the command line over both
 
-This file knows the settings by name and computes nothing; configure.py reads and checks values and knows no name; train.py uses them.
+This file knows the settings by name and computes nothing; configure.py reads and checks values and knows no
+name; train.py uses them.
 """
 
 import math
@@ -17,21 +20,40 @@ from training.configure import read_config_file
 
 @dataclass
 class Config:
-    """Every setting: default, unit, meaning. A config file's lines `name = value` win over it, the command line over both."""
+    """Every setting: default, unit, meaning. A config file's lines `name = value` win over it, the command
+    line over both.
+    """
 
     # where a run starts, what it reads, where it ends up
-    init_from: str = "scratch"  # 'scratch'; 'resume'; a run's folder; a config file, whose run is trained first if need be; OpenAI's 'gpt2',
-    # 'gpt2-medium', 'gpt2-large', 'gpt2-xl'; an OLMo such as 'allenai/OLMo-1B-hf'; or a checkpoint: a .pt file, or a file or folder of transformers
-    target_from: str = ""  # of a gated run: the dense model whose loss is to be kept, written as init_from; '' is the one it starts from
-    out_dir: str = ""  # folder of the run; '' is out/<name of the config file>, with -seed<N> behind it unless N is 1
+    # 'scratch'; 'resume'; a run's folder; a config file, whose run is trained first if need be; OpenAI's
+    # 'gpt2',
+    # 'gpt2-medium', 'gpt2-large', 'gpt2-xl'; an OLMo such as 'allenai/OLMo-1B-hf'; or a checkpoint: a .pt
+    # file,
+    # or a file or folder of transformers
+    init_from: str = "scratch"
+    # of a gated run: the dense model whose loss is to be kept, written as init_from; '' is the one it starts
+    # from
+    target_from: str = ""
+    # folder of the run; '' is out/<name of the config file>, with -seed<N> behind it unless N is 1
+    out_dir: str = ""
     dataset: str = "addition"  # data/<dataset>, made by prepare_data.py
     seed: int = 1  # of initialisation, data order and gates; passed on to a parent that is trained first
     device: str = "auto"  # 'auto' is cuda, else cpu; mps, which nobody has tried yet, only on request
-    compile: str = "auto"  # torch.compile: 'on', 'off', or 'auto': on cuda; on a CPU with a C++ compiler, gated models and OLMos with contexts of 64 and more
-    attention_impl: str = "auto"  # of gated attention: 'plain', the formula; 'tiled', for CPUs; 'triton', for GPUs; 'auto' is the fastest that fits (gate.py)
-    dtype: str = "float32"  # of matrix products: 'float32', 'bfloat16', or 'auto', bfloat16 where the hardware has it. Judged in float32 always (but see base_dtype)
-    parallel: str = "ddp"  # how several processes share the work: 'ddp', each holds the whole model, or 'fsdp', each a part (sharding.py)
-    recompute_activations: bool = False  # make a block's activations again in the backward pass instead of keeping them: less memory, a third more time
+    # torch.compile: 'on', 'off', or 'auto': on cuda; on a CPU with a C++ compiler, gated models and OLMos
+    # with contexts of 64 and more
+    compile: str = "auto"
+    # of gated attention: 'plain', the formula; 'tiled', for CPUs; 'triton', for GPUs; 'auto' is the fastest
+    # that fits (gate.py)
+    attention_impl: str = "auto"
+    # of matrix products: 'float32', 'bfloat16', or 'auto', bfloat16 where the hardware has it. Judged in
+    # float32 always (but see base_dtype)
+    dtype: str = "float32"
+    # how several processes share the work: 'ddp', each holds the whole model, or 'fsdp', each a part
+    # (sharding.py)
+    parallel: str = "ddp"
+    # make a block's activations again in the backward pass instead of keeping them: less memory, a third more
+    # time
+    recompute_activations: bool = False
     # the model; a run that starts from another run takes these from there
     architecture: str = "gpt2"  # of a run from scratch: 'gpt2' (model.py), 'olmo' or 'olmo2' (olmo.py)
     n_layer: int = 4
@@ -42,38 +64,66 @@ class Config:
     dropout: float = 0.0  # GPT-2 only
     bias: bool = True  # biases in Linear and LayerNorm layers; GPT-2 only
     tied: bool = True  # input and output embedding are one matrix
-    gelu: str = "tanh"  # 'tanh', GPT-2's approximation, or 'none', the exact one, nanoGPT's, which a CPU computes faster; GPT-2 only
-    init_std: float = 0.02  # of random weights, of a GPT from scratch; GPT-2's is made for 768 channels, a narrow model wants about 0.6 / sqrt(n_embd)
+    # 'tanh', GPT-2's approximation, or 'none', the exact one, nanoGPT's, which a CPU computes faster; GPT-2
+    # only
+    gelu: str = "tanh"
+    # of random weights, of a GPT from scratch; GPT-2's is made for 768 channels, a narrow model wants about
+    # 0.6 / sqrt(n_embd)
+    init_std: float = 0.02
     # adapters (lora.py)
     lora_rank: int = 0  # train adapters of this rank and freeze the model; 0 trains all weights
     lora_alpha: float = 32.0  # adapters are scaled by lora_alpha / lora_rank
-    lora_targets: str = "q_proj,k_proj"  # matrices and RMSNorms that get one, by the last part of their name; 'all' is all but embeddings, which are added by name: 'all,embed_tokens'
-    base_dtype: str = "float32"  # in which frozen weights are kept: 'float32' or 'bfloat16', half the memory; then the dense model is judged in it, too
+    # matrices and RMSNorms that get one, by the last part of their name; 'all' is all but embeddings, which
+    # are added by name: 'all,embed_tokens'
+    lora_targets: str = "q_proj,k_proj"
+    # in which frozen weights are kept: 'float32' or 'bfloat16', half the memory; then the dense model is
+    # judged in it, too
+    base_dtype: str = "float32"
     # the gates, and the constraint that shuts them
     gated: bool = False  # False is an ordinary dense run; it ignores this block
     gate_bias: float = 3.0  # b in sigmoid(a + b); above 0 the edges start open
     gate_temperature: float = 1.0  # of the straight-through gradient
-    open_above: float = 0.0  # attention weight above which edges start open, by a shift of the key biases, or of each head's gates (handover.py); 0 is off, the paper's
-    distill_weight: float = 0.0  # of KL(dense || gated), nats, added to the loss that is trained on; the constraint and the judgement stay without
-    linear_penalty_steps: int = 3000  # first steps, under the penalty that pulls at wide-open edges too (gate.py); 0 is the paper's
-    cycle_steps: int = 0  # every so many steps the linear penalty starts anew: cut, repair, cut, repair; after a repair that failed from best.pt. 0 is once, at the start
-    noise_free_steps: int = 0  # last steps, in which gates are not drawn but thresholds, as when they are judged; gradients stay straight-through. 0 is the paper's
+    # attention weight above which edges start open, by a shift of the key biases, or of each head's gates
+    # (handover.py); 0 is off, the paper's
+    open_above: float = 0.0
+    # of KL(dense || gated), nats, added to the loss that is trained on; the constraint and the judgement stay
+    # without
+    distill_weight: float = 0.0
+    # first steps, under the penalty that pulls at wide-open edges too (gate.py); 0 is the paper's
+    linear_penalty_steps: int = 3000
+    # every so many steps the linear penalty starts anew: cut, repair, cut, repair; after a repair that failed
+    # from best.pt. 0 is once, at the start
+    cycle_steps: int = 0
+    # last steps, in which gates are not drawn but thresholds, as when they are judged; gradients stay
+    # straight-through. 0 is the paper's
+    noise_free_steps: int = 0
     density_weight: float = 1.0  # in L = density_weight * density + lambda (loss - target)
     loss_slack: float = 0.001  # nats above the dense loss that count as equal
-    constraint_gates: str = "deterministic"  # gates under which the constraint's loss is taken; 'sampled' is the paper's
+    # gates under which the constraint's loss is taken; 'sampled' is the paper's
+    constraint_gates: str = "deterministic"
     constraint_interval: int = 4  # steps between two measurements of the constraint
-    constraint_paired: bool = False  # compare with the dense model on the very same batch: a batch's luck is ten times a slack of 0.01 nats
-    constraint_margin: float = 0.0  # nats below the dense loss + loss_slack at which training aims; what is gained on training text is not all held-out gain
-    constraint_scale: float = 0.001  # nats; a violation of this size moves lambda at full speed. No larger than loss_slack where the loss cannot fall far below its target (geco.py)
+    # compare with the dense model on the very same batch: a batch's luck is ten times a slack of 0.01 nats
+    constraint_paired: bool = False
+    # nats below the dense loss + loss_slack at which training aims; what is gained on training text is not
+    # all held-out gain
+    constraint_margin: float = 0.0
+    # nats; a violation of this size moves lambda at full speed. No larger than loss_slack where the loss
+    # cannot fall far below its target (geco.py)
+    constraint_scale: float = 0.001
     lambda_rate: float = 0.03  # largest relative change of lambda per measurement
     lambda_average: float = 0.9  # memory of the moving average of the violation
     lambda_init: float = 4.0  # at the cap: the loss jumps when the gates begin to sample
-    lambda_min: float = 0.2  # the floor: a low lambda cuts edges faster than the constraint can tell which were needed
-    lambda_max: float = 4.0  # the cap: a high lambda lets nothing be shut for a long time after an error is gone
-    repair_lambda_max: float = 0.0  # the cap while the penalty is not linear: what was cut too far is won back; 0 is lambda_max, all along
+    # the floor: a low lambda cuts edges faster than the constraint can tell which were needed
+    lambda_min: float = 0.2
+    # the cap: a high lambda lets nothing be shut for a long time after an error is gone
+    lambda_max: float = 4.0
+    # the cap while the penalty is not linear: what was cut too far is won back; 0 is lambda_max, all along
+    repair_lambda_max: float = 0.0
     # optimisation
     batch_size: int = 128  # sequences per step, of all processes together
-    micro_batch_size: int = 0  # sequences per forward pass; 0 is a process's whole share. Smaller needs less memory (gradient accumulation)
+    # sequences per forward pass; 0 is a process's whole share. Smaller needs less memory (gradient
+    # accumulation)
+    micro_batch_size: int = 0
     max_steps: int = 4500
     learning_rate: float = 1e-3  # peak
     min_lr: float = 0.0  # at the end of the cosine
@@ -82,8 +132,12 @@ class Config:
     beta1: float = 0.9
     beta2: float = 0.99
     grad_clip: float = 1.0  # largest norm of the gradient; 0 is off
-    average_decay: float = 0.0  # of the moving average of the weights that is judged and kept (Polyak): 0.99 is about the last 100 steps; 0 is off, the paper's
-    ready_loss: float = 0.0  # of a dense run: nats, held out; at this loss, and with all answers right, it is ready and stops; no child starts from it before. 0 is off
+    # of the moving average of the weights that is judged and kept (Polyak): 0.99 is about the last 100 steps;
+    # 0 is off, the paper's
+    average_decay: float = 0.0
+    # of a dense run: nats, held out; at this loss, and with all answers right, it is ready and stops; no
+    # child starts from it before. 0 is off
+    ready_loss: float = 0.0
     # evaluation, on both splits
     eval_interval: int = 100  # steps
     eval_batch_size: int = 1000  # sequences
@@ -92,9 +146,19 @@ class Config:
 
 def limits():
     """{setting: (words, test)}: what a value must be beside its type."""
-    at_least_1 = "n_layer n_head n_embd block_size constraint_interval batch_size max_steps eval_interval eval_batch_size"
-    positive = "lora_alpha init_std gate_temperature density_weight constraint_scale lambda_rate lambda_init lambda_min lambda_max learning_rate"
-    not_negative = "repair_lambda_max cycle_steps ready_loss n_kv_head lora_rank loss_slack linear_penalty_steps noise_free_steps min_lr warmup_steps weight_decay grad_clip eval_batches constraint_margin distill_weight micro_batch_size"
+    at_least_1 = (
+        "n_layer n_head n_embd block_size constraint_interval batch_size max_steps "
+        "eval_interval eval_batch_size"
+    )
+    positive = (
+        "lora_alpha init_std gate_temperature density_weight constraint_scale lambda_rate "
+        "lambda_init lambda_min lambda_max learning_rate"
+    )
+    not_negative = (
+        "repair_lambda_max cycle_steps ready_loss n_kv_head lora_rank loss_slack linear_penalty_steps "
+        "noise_free_steps min_lr warmup_steps weight_decay grad_clip eval_batches constraint_margin "
+        "distill_weight micro_batch_size"
+    )
     fractions = "dropout average_decay lambda_average beta1 beta2 open_above"
     return {
         **{key: ("at least 1", lambda v: v >= 1) for key in at_least_1.split()},
@@ -104,34 +168,82 @@ def limits():
         "gate_bias": ("finite", math.isfinite),
         "constraint_gates": ("'deterministic' or 'sampled'", lambda v: v in ("deterministic", "sampled")),
         "compile": ("'auto', 'on' or 'off'", lambda v: v in ("auto", "on", "off")),
-        "attention_impl": ("'auto', 'plain', 'tiled' or 'triton'", lambda v: v in ("auto", "plain", "tiled", "triton")),
+        "attention_impl": (
+            "'auto', 'plain', 'tiled' or 'triton'",
+            lambda v: v in ("auto", "plain", "tiled", "triton"),
+        ),
         "parallel": ("'ddp' or 'fsdp'", lambda v: v in ("ddp", "fsdp")),
         "architecture": ("'gpt2', 'olmo' or 'olmo2'", lambda v: v in ("gpt2", "olmo", "olmo2")),
         "gelu": ("'tanh' or 'none'", lambda v: v in ("tanh", "none")),
         "base_dtype": ("'float32' or 'bfloat16'", lambda v: v in ("float32", "bfloat16")),
         "dtype": ("'auto', 'float32' or 'bfloat16'", lambda v: v in ("auto", "float32", "bfloat16")),
-        "device": ("'auto', 'cpu', 'mps', 'cuda' or 'cuda:N'", lambda v: re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", v) is not None),
+        "device": (
+            "'auto', 'cpu', 'mps', 'cuda' or 'cuda:N'",
+            lambda v: re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", v) is not None,
+        ),
         "seed": ("from 0 to a million", lambda v: 0 <= v <= 1_000_000),
     }
 
 
-SHAPE = ("architecture", "n_layer", "n_head", "n_kv_head", "n_embd", "block_size", "dropout", "bias", "tied", "gelu")  # what a run takes over from its parent
+# what a run takes over from its parent
+SHAPE = (
+    "architecture",
+    "n_layer",
+    "n_head",
+    "n_kv_head",
+    "n_embd",
+    "block_size",
+    "dropout",
+    "bias",
+    "tied",
+    "gelu",
+)
 GATE = ("gated", "gate_bias", "gate_temperature")
 # model, start and target: what no run may change on its way
-FIXED = (*SHAPE, *GATE, "average_decay", "lora_rank", "lora_alpha", "lora_targets", "base_dtype", "dataset", "target_from", "open_above", "loss_slack", "constraint_margin", "eval_batches", "eval_batch_size")
-FREE = ("out_dir", "device", "compile", "attention_impl", "dtype", "micro_batch_size", "parallel", "recompute_activations")  # what may differ when a run goes on
+FIXED = (
+    *SHAPE,
+    *GATE,
+    "average_decay",
+    "lora_rank",
+    "lora_alpha",
+    "lora_targets",
+    "base_dtype",
+    "dataset",
+    "target_from",
+    "open_above",
+    "loss_slack",
+    "constraint_margin",
+    "eval_batches",
+    "eval_batch_size",
+)
+# what may differ when a run goes on
+FREE = (
+    "out_dir",
+    "device",
+    "compile",
+    "attention_impl",
+    "dtype",
+    "micro_batch_size",
+    "parallel",
+    "recompute_activations",
+)
 SETTINGS = list(Config.__annotations__)
-GATED_ONLY = SETTINGS[SETTINGS.index("gate_bias"):SETTINGS.index("repair_lambda_max") + 1]  # the block that a dense run ignores
+# the block that a dense run ignores
+GATED_ONLY = SETTINGS[SETTINGS.index("gate_bias"):SETTINGS.index("repair_lambda_max") + 1]
 
 
 def forward_passes(c):
-    """What a training step costs, in forward passes of the model: a backward pass is one by activations and one by weights, if they are trained."""
+    """What a training step costs, in forward passes of the model: a backward pass is one by activations and
+    one by weights, if they are trained.
+    """
     gated = (c.distill_weight > 0) + (1 + c.constraint_paired) / c.constraint_interval if c.gated else 0
     return (2 if c.lora_rank else 3) + c.recompute_activations + gated
 
 
 def make_config(path, given):
-    """Config of a config file (or None) and a dict of settings that win over it; and the names of all that were set."""
+    """Config of a config file (or None) and a dict of settings that win over it; and the names of all that
+    were set.
+    """
     values = (read_config_file(path, Config, limits()) if path else {}) | given
     config = Config(**values)
     if not config.out_dir:
@@ -142,31 +254,80 @@ def make_config(path, given):
 
 
 def check_together(config, processes=1):
-    """Raise UserError if settings contradict each other, or so many processes cannot share them. Returns how many micro-batches a step has, over all of them."""
-    scratch, is_olmo = config.init_from == "scratch", config.architecture != "gpt2"  # who starts from a model has its shape, not that of the settings
-    if scratch and config.n_embd % config.n_head:
-        raise UserError(f"n_embd={config.n_embd} must be a multiple of n_head={config.n_head}: the heads share the width")
-    if config.gated and scratch:
-        raise UserError("a gated run needs a dense model whose loss it is to keep: set init_from to the run folder or the config file of one")
-    if scratch and is_olmo and (config.n_head % (config.n_kv_head or config.n_head) or config.n_embd // config.n_head % 2):
-        raise UserError(f"n_head={config.n_head} must be a multiple of n_kv_head={config.n_kv_head}, and n_embd={config.n_embd} an even multiple of n_head: RoPE turns pairs")
-    if scratch and is_olmo and config.dropout:
-        raise UserError("dropout is GPT-2's only: leave it away for an OLMo")
-    if config.base_dtype != "float32" and not config.lora_rank:
-        raise UserError("base_dtype is that of frozen weights: it needs lora_rank")
-    if config.lora_rank and scratch:
-        raise UserError("lora_rank adds adapters to a model that is there already: set init_from, or leave lora_rank away")
-    if config.average_decay and (config.parallel == "fsdp" or config.lora_rank):
-        raise UserError("average_decay holds a second copy of the whole model: it goes with neither parallel='fsdp' nor lora_rank. Set it to 0")
-    if not config.lambda_min <= config.lambda_init <= config.lambda_max:
-        raise UserError(f"lambda_init={config.lambda_init} must lie between lambda_min={config.lambda_min} and lambda_max={config.lambda_max}")
-    if config.cycle_steps % config.eval_interval:
-        raise UserError(f"cycle_steps={config.cycle_steps} must be a multiple of eval_interval={config.eval_interval}: an evaluation says whether a cycle has repaired what it cut")
-    if config.cycle_steps and (config.parallel == "fsdp" or config.lora_rank):
-        raise UserError("cycle_steps goes back to whole checkpoints: it goes with neither parallel='fsdp' nor lora_rank. Set it to 0")
-    if 0 < config.cycle_steps <= config.linear_penalty_steps:
-        raise UserError(f"cycle_steps={config.cycle_steps} leaves no step for repair: make it larger than linear_penalty_steps={config.linear_penalty_steps}, or 0")
+    """Raise UserError if settings contradict each other, or so many processes cannot share them.
+
+    Returns how many micro-batches a step has, over all processes.
+    """
+    check_shape(config)
+    check_adapters(config)
+    check_constraint(config)
     micro = config.micro_batch_size or config.batch_size // processes
     if not micro or config.batch_size % (micro * processes):
-        raise UserError(f"batch_size={config.batch_size} does not divide into {processes} process(es) times micro-batches of micro_batch_size={micro}")
+        raise UserError(
+            f"batch_size={config.batch_size} does not divide into {processes} process(es) times "
+            f"micro-batches of micro_batch_size={micro}"
+        )
     return config.batch_size // micro
+
+
+def check_shape(config):
+    """Of a run from scratch; one that starts from a model has its shape."""
+    if config.init_from != "scratch":
+        return
+    n_head, n_embd = config.n_head, config.n_embd
+    if n_embd % n_head:
+        raise UserError(f"n_embd={n_embd} must be a multiple of n_head={n_head}: the heads share the width")
+    if config.gated:
+        raise UserError(
+            "a gated run needs a dense model whose loss it is to keep: set init_from to the run folder or "
+            "the config file of one"
+        )
+    if config.lora_rank:
+        raise UserError(
+            "lora_rank adds adapters to a model that is there already: set init_from, or leave lora_rank away"
+        )
+    if config.architecture == "gpt2":
+        return
+    if n_head % (config.n_kv_head or n_head) or n_embd // n_head % 2:
+        raise UserError(
+            f"n_head={n_head} must be a multiple of n_kv_head={config.n_kv_head}, and n_embd={n_embd} "
+            "an even multiple of n_head: RoPE turns pairs"
+        )
+    if config.dropout:
+        raise UserError("dropout is GPT-2's only: leave it away for an OLMo")
+
+
+def check_adapters(config):
+    """LoRA and sharding, and what does not go with them."""
+    if config.base_dtype != "float32" and not config.lora_rank:
+        raise UserError("base_dtype is that of frozen weights: it needs lora_rank")
+    in_parts = config.parallel == "fsdp" or config.lora_rank
+    if config.average_decay and in_parts:
+        raise UserError(
+            "average_decay holds a second copy of the whole model: it goes with neither parallel='fsdp' nor "
+            "lora_rank. Set it to 0"
+        )
+    if config.cycle_steps and in_parts:
+        raise UserError(
+            "cycle_steps goes back to whole checkpoints: it goes with neither parallel='fsdp' nor lora_rank. "
+            "Set it to 0"
+        )
+
+
+def check_constraint(config):
+    """Lambda's bounds, and the cycles of cutting and repairing."""
+    if not config.lambda_min <= config.lambda_init <= config.lambda_max:
+        raise UserError(
+            f"lambda_init={config.lambda_init} must lie between lambda_min={config.lambda_min} and "
+            f"lambda_max={config.lambda_max}"
+        )
+    if config.cycle_steps % config.eval_interval:
+        raise UserError(
+            f"cycle_steps={config.cycle_steps} must be a multiple of eval_interval={config.eval_interval}: "
+            "an evaluation says whether a cycle has repaired what it cut"
+        )
+    if 0 < config.cycle_steps <= config.linear_penalty_steps:
+        raise UserError(
+            f"cycle_steps={config.cycle_steps} leaves no step for repair: make it larger than "
+            f"linear_penalty_steps={config.linear_penalty_steps}, or 0"
+        )

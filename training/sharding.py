@@ -1,21 +1,30 @@
-"""A model that no GPU can hold alone: every process keeps a share of each tensor (FSDP2), and a run's checkpoint is written in shares, too.
+"""A model that no GPU can hold alone: every process keeps a share of each tensor (FSDP2), and a run's
+checkpoint is written in shares, too.
 
-    parallel = 'ddp'     every process holds the whole model, gradients and optimizer; gradients are averaged            hardware.py
-    parallel = 'fsdp'    parameters, gradients and optimizer are cut into as many parts as there are processes; a block is put together
-                         just before it computes, on all processes at once, and let go afterwards                        this file
+    parallel = 'ddp'     every process holds the whole model, gradients and optimizer; gradients are averaged
+    hardware.py
+    parallel = 'fsdp'    parameters, gradients and optimizer are cut into as many parts as there are
+    processes; a block is put together
+                         just before it computes, on all processes at once, and let go afterwards
+                         this file
 
-Both compute the same (tests/training/test_sharding.py). PyTorch's `fully_shard` does the work; parameters are then DTensors, tensors that know that they are parts.
+Both compute the same (tests/training/test_sharding.py). PyTorch's `fully_shard` does the work; parameters are
+then DTensors, tensors that know that they are parts.
 
 Notable:
-- last.pt of a sharded run is small: step, lambda, and the name of a folder shards-<step> that torch.distributed.checkpoint writes, every process its part.
-  A new folder is written first and last.pt names it afterwards, so last.pt always names one that is whole.
-- Such a folder knows names, not processes: what two wrote, one can read (`load`), sharded or not. Its index is a pickle, which can run code: load only what
-  your own runs wrote.
-- best.pt, and last.pt when the run ends, hold the model gathered and whole, for analyze.py and everybody else to read.
-- Gradients are summed over the processes after every micro-batch: more is sent than with DDP, but no process ever holds a whole model's gradients.
-- No mixed-precision policy: parameters travel in the precision in which they are kept, autocast does the rest, and the model is judged in it. Autocast's
-  bfloat16 copies of float32 weights are kept for the backward pass, whole; `recompute_activations` avoids that, and so does `base_dtype` under LoRA.
-Sources: Zhao et al. 2023 (FSDP), the documentation of torch.distributed.fsdp.fully_shard.
+- last.pt of a sharded run is small: step, lambda, and the name of a folder shards-<step> that
+  torch.distributed.checkpoint writes, every process its part. A new folder is written first and last.pt names
+  it afterwards, so last.pt always names one that is whole.
+- Such a folder knows names, not processes: what two wrote, one can read (`load`), sharded or not. Its index
+  is a pickle, which can run code: load only what your own runs wrote.
+- best.pt, and last.pt when the run ends, hold the model gathered and whole, for analyze.py and everybody else
+  to read.
+- Gradients are summed over the processes after every micro-batch: more is sent than with DDP, but no process
+  ever holds a whole model's gradients.
+- No mixed-precision policy: parameters travel in the precision in which they are kept, autocast does the
+  rest, and the model is judged in it. Autocast's bfloat16 copies of float32 weights are kept for the backward
+  pass, whole; `recompute_activations` avoids that, and so does `base_dtype` under LoRA. Sources: Zhao et al.
+  2023 (FSDP), the documentation of torch.distributed.fsdp.fully_shard.
 """
 
 import os
@@ -56,7 +65,9 @@ def whole(tensor):
 
 
 def whole_state(state):
-    """A state dict of whole tensors on the CPU: process 0 gets it, the others an empty one. One tensor at a time is put together."""
+    """A state dict of whole tensors on the CPU: process 0 gets it, the others an empty one. One tensor at a
+    time is put together.
+    """
     gathered = {}
     for name, tensor in state.items():
         tensor = whole(tensor)
@@ -66,26 +77,37 @@ def whole_state(state):
 
 
 def folder_for(step, named):
-    """Name of a folder for the checkpoint of a step, never the one that last.pt names now: that stays whole until last.pt names another."""
+    """Name of a folder for the checkpoint of a step, never the one that last.pt names now: that stays whole
+    until last.pt names another.
+    """
     return f"shards-{step}" + ("-again" if named == f"shards-{step}" else "")
 
 
-TRAINED = StateDictOptions(ignore_frozen_params=True)  # of a model with LoRA adapters the optimizer knows these alone
+# of a model with LoRA adapters the optimizer knows these alone
+TRAINED = StateDictOptions(ignore_frozen_params=True)
 
 
 def save(folder, weights, model, optimizer):
-    """Write weights, {name: tensor} of what a checkpoint of model holds, and optimizer, into folder, every process its part; whole once all have returned. Raises OSError."""
+    """Write weights, {name: tensor} of what a checkpoint of model holds, and optimizer, into folder, every
+    process its part; whole once all have returned. Raises OSError.
+    """
     state = {"model": weights}
-    if optimizer.state:  # else it has not made a step, and asking would make PyTorch pretend one, which Adam counts
+    # else it has not made a step, and asking would make PyTorch pretend one, which Adam counts
+    if optimizer.state:
         state["optimizer"] = get_optimizer_state_dict(model, optimizer, options=TRAINED)
     try:
         dcp.save(state, checkpoint_id=folder)
     except dcp.CheckpointException as error:
-        raise OSError(f"cannot write {folder}: {next(iter(error.failures.values()))[0]}. last.pt still names an earlier one. Free some space, and the same command goes on") from error
+        raise OSError(
+            f"cannot write {folder}: {next(iter(error.failures.values()))[0]}. last.pt still names an "
+            "earlier one. Free some space, and the same command goes on"
+        ) from error
 
 
 def load(folder, weights, model, optimizer):
-    """Read them back, by as many processes as there are now; weights, which are the model's own tensors, are filled in place. Raises OSError if the folder is not there or not whole."""
+    """Read them back, by as many processes as there are now; weights, which are the model's own tensors, are
+    filled in place. Raises OSError if the folder is not there or not whole.
+    """
     if not os.path.exists(os.path.join(folder, ".metadata")):
         raise OSError(f"{folder} is missing or not whole: last.pt beside it cannot go on without it")
     state = {"model": weights}

@@ -1,15 +1,18 @@
-"""What became of a run, in a sentence, and what to do about it: how it is judged, the headline of its report, its exit status.
+"""What became of a run, in a sentence, and what to do about it: how it is judged, the headline of its report,
+its exit status.
 
     a gated run    meets its target, or MISSED it: by how much, why, and what to type instead
     a dense run    is ready to be a parent, or not; and whether it was still learning when it ended
 
 Notable:
-- A run that never met its target is known by the evaluation that came closest, closest.pt: first the fewest answers lost, then the fewest nats too many.
-- Advice depends on the cause. A run that lost answers while its loss was met needs a tighter slack; one whose lambda stood at
-  its cap a higher cap; one that was still on its way more steps.
+- A run that never met its target is known by the evaluation that came closest, closest.pt: first the fewest
+  answers lost, then the fewest nats too many.
+- Advice depends on the cause. A run that lost answers while its loss was met needs a tighter slack; one whose
+  lambda stood at its cap a higher cap; one that was still on its way more steps.
 - "Still learning" is a fall of the held-out loss that noise does not explain:
 
-      fall = loss three quarters through the run - loss at its end,    noise = 2 std(changes from one evaluation to the next)
+      fall = loss three quarters through the run - loss at its end,    noise = 2 std(changes from one
+      evaluation to the next)
 
 This file reads numbers, of `evaluate`, of metrics.jsonl and of report.json.
 """
@@ -19,32 +22,42 @@ from typing import NamedTuple
 
 from geco import is_cutting
 
-SETTLED = 0.001  # nats; a loss that falls by less in the last quarter of a run has settled: the slack that addition's child is given
+# nats; a loss that falls by less in the last quarter of a run has settled: the slack that addition's child is
+# given
+SETTLED = 0.001
 AT_CAP = 0.99  # of lambda_max, and more, is the cap
 
 MISSED = 2  # the exit status of train.py where a run at its end is not what it was to become
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Judging
 
 
 def meets_target(found, dense, target_loss):
-    """Is the gated model as good as the dense one? Its held-out loss is at most the target and, where answers are right or
-    wrong (rows), on both splits no fewer of them are right. found, dense: {split: what `evaluate` returns}."""
+    """Is the gated model as good as the dense one? Its held-out loss is at most the target and, where answers
+    are right or
+    wrong (rows), on both splits no fewer of them are right. found, dense: {split: what `evaluate` returns}.
+    """
     return found["val"]["loss"] <= target_loss and all(
-        found[split]["correct"] >= dense[split]["correct"] for split in found if found[split]["accuracy"] is not None)
+        found[split]["correct"] >= dense[split]["correct"]
+        for split in found
+        if found[split]["accuracy"] is not None
+    )
 
 
 def is_ready(found, ready_loss):
-    """Is a dense model ready to be a parent? All its answers are right, where they are right or wrong, and its held-out loss is at most ready_loss (nats)."""
+    """Is a dense model ready to be a parent? All its answers are right, where they are right or wrong, and
+    its held-out loss is at most ready_loss (nats).
+    """
     val = found["val"]
     answers = [f for f in found.values() if f["accuracy"] is not None]
     return val["loss"] <= ready_loss and all(f["correct"] == f["examples"] for f in answers)
 
 
 def distance_from_target(found, dense, target_loss):
-    """How far a gated model is from what `meets_target` asks for: (held-out answers lost, nats too many, training answers lost). Zeros meet it.
+    """How far a gated model is from what `meets_target` asks for: (held-out answers lost, nats too many,
+    training answers lost). Zeros meet it.
 
     In the order in which it is found out: training rows are counted only where the first two are 0.
     """
@@ -56,7 +69,8 @@ def distance_from_target(found, dense, target_loss):
 
 
 def has_succeeded(config, state):
-    """Has a run at its end become what it was to become? A gated one has met its target; a dense one is ready, if it was to be (ready_loss).
+    """Has a run at its end become what it was to become? A gated one has met its target; a dense one is
+    ready, if it was to be (ready_loss).
 
     state: a checkpoint, or what goes into one.
     """
@@ -73,7 +87,9 @@ class Learning(NamedTuple):
 
 
 def learning(metrics):
-    """Learning at the end of a run, or None if it has too few evaluations to tell. metrics: the lines of metrics.jsonl."""
+    """Learning at the end of a run, or None if it has too few evaluations to tell. metrics: the lines of
+    metrics.jsonl.
+    """
     end = metrics[-1]["step"]
     before = [m["val_loss"] for m in metrics if m["step"] <= 0.75 * end][-1:]
     losses = before + [m["val_loss"] for m in metrics if m["step"] > 0.75 * end]
@@ -84,17 +100,21 @@ def learning(metrics):
 
 
 def still_learning(metrics):
-    """Did a run end before its held-out loss had settled? False also where there are too few evaluations to tell."""
+    """Did a run end before its held-out loss had settled? False also where there are too few evaluations to
+    tell.
+    """
     found = learning(metrics)
     return found is not None and found.fall > max(found.noise, SETTLED)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The headline
 
 
 def headline(report, config, metrics):
-    """The first line of a report. report: that of report.py so far; config: of config.json; metrics: lines of metrics.jsonl."""
+    """The first line of a report. report: that of report.py so far; config: of config.json; metrics: lines
+    of metrics.jsonl.
+    """
     if report["sparse"]:
         return headline_of_gated(report, config, metrics)
     return headline_of_dense(report, config, metrics)
@@ -109,8 +129,11 @@ def headline_of_gated(report, config, metrics):
         return f"{run} meets its target{so_far}: {edges}{right(report['sparse'])}"
     if not report["step"]:
         return f"NOT TRAINED: {run} is at its start, step 0 of {end}; no pictures are drawn of that"
-    return (f"MISSED: no evaluation of {run} met its target{so_far}. The closest, of step {report['step']}: {edges}, "
-            f"{distance_in_words(report)}. Table and pictures show that one")
+    return (
+        f"MISSED: no evaluation of {run} met its target{so_far}. The closest, of step {report['step']}: "
+        f"{edges}, "
+        f"{distance_in_words(report)}. Table and pictures show that one"
+    )
 
 
 def distance_in_words(report):
@@ -142,17 +165,22 @@ def headline_of_dense(report, config, metrics):
     if found is None:
         return f"{run}: {state}; too few evaluations to tell whether it was still learning"
     if still_learning(metrics):
-        return (f"{run} was STILL LEARNING at its end: {state}. The loss fell by {found.fall:.2g} nats in the last quarter of "
-                f"the run, where noise explains {found.noise:.1g}")
-    return f"{run} has settled: {state}. The loss moved by {abs(found.fall):.1g} nats in the last quarter of the run"
+        return (
+            f"{run} was STILL LEARNING at its end: {state}. The loss fell by {found.fall:.2g} nats in the "
+            "last quarter of "
+            f"the run, where noise explains {found.noise:.1g}"
+        )
+    moved = f"{abs(found.fall):.1g} nats"
+    return f"{run} has settled: {state}. The loss moved by {moved} in the last quarter of the run"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The advice
 
 
 def advice(report, config, metrics, parent=None):
-    """What to do about a run that is not what it was to become: a list of sentences, each with what to type; empty if there is nothing to do.
+    """What to do about a run that is not what it was to become: a list of sentences, each with what to type;
+    empty if there is nothing to do.
 
     parent: of a gated run, the lines of its parent's metrics.jsonl and its folder, or None.
     """
@@ -168,7 +196,10 @@ def advice(report, config, metrics, parent=None):
         steps = config["max_steps"] if metrics[-1]["step"] < config["max_steps"] else longer
         return [f"No child can start from it. Train it on: {go_on} --max_steps={steps}"]
     if not config["ready_loss"] and still_learning(metrics):
-        return [f"A child that keeps its loss keeps that of an unfinished model. Train it on: {go_on} --max_steps={longer}"]
+        return [
+            f"A child that keeps its loss keeps that of an unfinished model. Train it on: {go_on} "
+            f"--max_steps={longer}"
+        ]
     return []
 
 
@@ -177,32 +208,54 @@ def advice_for_missed(report, config, metrics, parent):
     run, sentences = report["run"], []
     if parent and still_learning(parent[0]):
         lines, folder = parent
-        sentences.append(f"Its parent was still learning when it ended. Train that on: python train.py --init_from=resume --out_dir={folder} "
-                         f"--max_steps={2 * lines[-1]['step']}; then the same command as for this run with --out_dir={run}-again")
+        sentences.append(
+            "Its parent was still learning when it ended. Train that on: python train.py "
+            f"--init_from=resume --out_dir={folder} "
+            f"--max_steps={2 * lines[-1]['step']}; then the same command as for this run with "
+            f"--out_dir={run}-again"
+        )
     if not report["closest"]["nats_too_many"]:
-        return [*sentences, "Answers were lost while the loss was met, so the slack is too wide: the same command with "
-                            f"--loss_slack={config['loss_slack'] / 3:.1g} --constraint_scale={config['constraint_scale'] / 3:.1g} --out_dir={run}-tight"]
+        return [
+            *sentences,
+            "Answers were lost while the loss was met, so the slack is too wide: the same command with "
+            f"--loss_slack={config['loss_slack'] / 3:.1g} "
+            f"--constraint_scale={config['constraint_scale'] / 3:.1g} --out_dir={run}-tight",
+        ]
     if was_lost_late(report, config, metrics):
         floor = min(2 * config["lambda_min"], config["lambda_init"])
-        return [*sentences, f"It was closest at step {report['step']} and lost that again: an edge that it needs was shut for good. Smaller steps and a "
-                            f"higher floor take more care: the same command with --learning_rate={config['learning_rate'] / 2:g} --lambda_min={floor:g} --out_dir={run}-careful"]
+        return [
+            *sentences,
+            f"It was closest at step {report['step']} and lost that again: an edge that it needs was shut "
+            "for good. Smaller steps and a "
+            "higher floor take more care: the same command with "
+            f"--learning_rate={config['learning_rate'] / 2:g} --lambda_min={floor:g} --out_dir={run}-careful",
+        ]
     at_cap = is_at_cap_throughout(config, metrics)
     found = learning(metrics)
     if at_cap:
         cap = cap_of(config, report["step"])
-        sentences.append("Lambda stood at its cap throughout, so edges went faster than training could repair: the same command with "
-                         f"--{cap}={3 * config[cap]:g} --out_dir={run}-slower")
+        sentences.append(
+            "Lambda stood at its cap throughout, so edges went faster than training could repair: the same "
+            "command with "
+            f"--{cap}={3 * config[cap]:g} --out_dir={run}-slower"
+        )
     if found and found.fall > found.noise:
         sentences.append("Its loss was still falling at the end, so more time may do: the same command with "
                          f"--max_steps={2 * config['max_steps']} --out_dir={run}-longer")
     elif not at_cap:
-        sentences.append("Its loss came no closer at the end, and lambda was not at its cap throughout: the target is tighter than this training can meet. "
-                         f"Allow more loss: the same command with --loss_slack={3 * config['loss_slack']:g} --out_dir={run}-loose")
+        sentences.append(
+            "Its loss came no closer at the end, and lambda was not at its cap throughout: the target is "
+            "tighter than this training can meet. "
+            f"Allow more loss: the same command with --loss_slack={3 * config['loss_slack']:g} "
+            f"--out_dir={run}-loose"
+        )
     return sentences
 
 
 def was_lost_late(report, config, metrics):
-    """Was a gated run much closer to its target in the first three quarters than at its end? By held-out loss, or by answers (one in a hundred)."""
+    """Was a gated run much closer to its target in the first three quarters than at its end? By held-out
+    loss, or by answers (one in a hundred).
+    """
     closest = next((m for m in metrics if m["step"] == report["step"]), None)
     if closest is None or closest["step"] > 0.75 * metrics[-1]["step"]:
         return False
@@ -213,7 +266,9 @@ def was_lost_late(report, config, metrics):
 
 
 def cap_of(config, step):
-    """The name of the setting that caps lambda at a step: edges are cut at a low price of a nat, and repaired at a high one. config: a dict."""
+    """The name of the setting that caps lambda at a step: edges are cut at a low price of a nat, and
+    repaired at a high one. config: a dict.
+    """
     cutting = is_cutting(step, config["linear_penalty_steps"], config.get("cycle_steps", 0))
     return "lambda_max" if cutting or not config.get("repair_lambda_max") else "repair_lambda_max"
 

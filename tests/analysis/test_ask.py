@@ -30,7 +30,9 @@ def random_model(task=TWO, gated=True, n_head=1):
 
 @pytest.fixture
 def runs(workplace):
-    """Folders as train.py leaves them: out/sparse, out/dense and out/heads of two digits, out/three, out/text."""
+    """Folders as train.py leaves them: out/sparse, out/dense and out/heads of two digits, out/three,
+    out/text.
+    """
     nothing = np.zeros(99, np.uint16)
     prepare_data.write_dataset("data/text", nothing, nothing, kind="stream", vocab_size=13)
     prepare_data.load("addition")
@@ -89,7 +91,9 @@ def test_an_edge_that_is_shut_anyway_changes_nothing():
     edge = tuple(np.argwhere(causal & ~run_sum(model, TWO, 36, 28).open)[0].tolist())
     lines = ask(model, TWO, 36, 28, [edge])
     assert any("it was shut anyway" in line for line in lines)
-    assert lines[-2].endswith("no digit changed") and lines[-1] == "no other edge opened or shut because of it"
+    assert (
+        lines[-2].endswith("no digit changed") and lines[-1] == "no other edge opened or shut because of it"
+    )
 
 
 def test_from_the_command_line(runs, capsys):

@@ -17,13 +17,33 @@ from models.checkpoint import checkpoint_of, load_checkpoint, read_checkpoint, s
 
 @pytest.fixture
 def runs(workplace):
-    """out/dense, out/sparse and out/short on bytes and out/sums on addition, random weights, in folders as train.py leaves them."""
-    for name, vocab_size, gated in (("dense", 256, False), ("sparse", 256, True), ("short", 256, True), ("sums", 13, False)):
-        model = GPT(GPTConfig(block_size=8 if name == "short" else 128, vocab_size=vocab_size, n_layer=2, n_head=2, n_embd=16, gated=gated, gate_bias=0.2))
+    """out/dense, out/sparse and out/short on bytes and out/sums on addition, random weights, in folders as
+    train.py leaves them.
+    """
+    for name, vocab_size, gated in (
+        ("dense", 256, False),
+        ("sparse", 256, True),
+        ("short", 256, True),
+        ("sums", 13, False),
+    ):
+        model = GPT(
+            GPTConfig(
+                block_size=8 if name == "short" else 128,
+                vocab_size=vocab_size,
+                n_layer=2,
+                n_head=2,
+                n_embd=16,
+                gated=gated,
+                gate_bias=0.2,
+            )
+        )
         for parameter in model.parameters():
             parameter.data += 0.2 * torch.randn_like(parameter)
         os.makedirs(f"out/{name}")
-        save_checkpoint(f"out/{name}/best.pt", checkpoint_of(model, data={"tokenizer": "addition" if name == "sums" else "bytes"}))
+        save_checkpoint(
+            f"out/{name}/best.pt",
+            checkpoint_of(model, data={"tokenizer": "addition" if name == "sums" else "bytes"}),
+        )
     return workplace
 
 
@@ -50,7 +70,9 @@ def test_circuit_prints_a_table_and_leaves_numbers_and_pictures(runs, capsys, ta
     for model in ("dense", "sparse"):
         for by in ("by_heads", "by_edges"):
             curve = result[model][by]
-            assert len(curve["n"]) == len(curve["explained"]) == len(curve["low"]) == len(curve["high"]) and curve["n"] == sorted(curve["n"])
+            assert len(curve["n"]) == len(curve["explained"]) == len(curve["low"]) == len(
+                curve["high"]
+            ) and curve["n"] == sorted(curve["n"])
             assert curve["explained"][-1] == pytest.approx(1, abs=1e-4)  # all of it explains everything
     for name in ("", "-graph", "-gallery"):
         assert os.path.getsize(f"out/sparse/circuit-{task}{name}.png") > 3000
@@ -69,14 +91,26 @@ def test_induction_writes_every_head(runs, capsys):
         assert len(json.load(f)) == 4
 
 
-@pytest.mark.parametrize("arguments, words", [(["out/dense", "out/sparse", "--task=ioi"], "What fits it: docstring, copy, quote, bracket"), (["out/dense", "out/sparse", "--task=qoute"], "no task 'qoute'"),
-                                              (["out/sparse", "out/dense", "--task=quote"], "compares a dense run with a sparse one"), (["out/sums", "out/sparse", "--task=quote"], "of the same vocabulary"),
-                                              (["out/dense", "out/none", "--task=quote"], "no checkpoint out/none"),
-                                              (["out/dense", "out/dense", "--task=quote"], "compares a dense run with a sparse one"), (["out/dense", "out/sparse/best.pt", "--task=quote"], "out/sparse/best.pt is no run's folder"),
-                                              (["out/dense", "out/short", "--task=quote"], "and a model has a context of 8"), (["out/dense", "out/none-open", "--task=quote"], "does not know the task.*There is no effect")])
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["out/dense", "out/sparse", "--task=ioi"], "What fits it: docstring, copy, quote, bracket"),
+        (["out/dense", "out/sparse", "--task=qoute"], "no task 'qoute'"),
+        (["out/sparse", "out/dense", "--task=quote"], "compares a dense run with a sparse one"),
+        (["out/sums", "out/sparse", "--task=quote"], "of the same vocabulary"),
+        (["out/dense", "out/none", "--task=quote"], "no checkpoint out/none"),
+        (["out/dense", "out/dense", "--task=quote"], "compares a dense run with a sparse one"),
+        (["out/dense", "out/sparse/best.pt", "--task=quote"], "out/sparse/best.pt is no run's folder"),
+        (["out/dense", "out/short", "--task=quote"], "and a model has a context of 8"),
+        (["out/dense", "out/none-open", "--task=quote"], "does not know the task.*There is no effect"),
+    ],
+)
 def test_mistakes_are_named(runs, arguments, words):
     blind = read_checkpoint("out/sparse/best.pt")
     os.makedirs("out/none-open")
-    save_checkpoint("out/none-open/best.pt", blind | {"model_args": blind["model_args"] | {"gate_bias": -100.0}})  # no head opens: clean and corrupted end alike
+    # no head opens: clean and corrupted end alike
+    save_checkpoint(
+        "out/none-open/best.pt", blind | {"model_args": blind["model_args"] | {"gate_bias": -100.0}}
+    )
     with pytest.raises(SystemExit, match=words):
         analyze.main(["circuit", *arguments])

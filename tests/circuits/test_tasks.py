@@ -1,4 +1,6 @@
-"""The tasks: equal lengths, one fact changed, answers that are one token each, the same pairs for the same seed, refusals that name what fits."""
+"""The tasks: equal lengths, one fact changed, answers that are one token each, the same pairs for the same
+seed, refusals that name what fits.
+"""
 
 import collections
 import os
@@ -15,7 +17,13 @@ from storage.addition import ADDITION_TOKENS, addition_rows
 from storage.files import UserError
 
 GPT2 = bool(os.environ.get("TIKTOKEN_CACHE_DIR"))
-CASES = [(task, name) for task, (_, fits, _) in TASKS.items() for name in fits if name in ("gpt2", "bytes", "addition")]  # OLMo's cannot be had without network
+# OLMo's cannot be had without network
+CASES = [
+    (task, name)
+    for task, (_, fits, _) in TASKS.items()
+    for name in fits
+    if name in ("gpt2", "bytes", "addition")
+]
 needs_gpt2 = pytest.mark.skipif(not GPT2, reason="TIKTOKEN_CACHE_DIR does not lead to GPT-2's vocabulary")
 
 
@@ -28,7 +36,11 @@ def decode(name):
         import tiktoken
 
         return tiktoken.get_encoding("gpt2").decode
-    return (lambda ids: bytes(ids).decode()) if name == "bytes" else lambda ids: "".join(tasks.SYMBOLS[i] for i in ids)
+    return (
+        (lambda ids: bytes(ids).decode())
+        if name == "bytes"
+        else lambda ids: "".join(tasks.SYMBOLS[i] for i in ids)
+    )
 
 
 @pytest.mark.parametrize("task, name", cases())
@@ -55,7 +67,11 @@ def test_in_ioi_only_the_giver_changes_and_both_orders_are_there():
         for pair in make_pairs(task, 100, 1, vocabulary("gpt2"))[0]:
             changed = [i for i, (a, b) in enumerate(zip(pair.clean, pair.corrupted)) if a != b]
             (giver,), (receiver,), text = pair.wrong[0], pair.right[0], show(pair.clean)
-            assert len(changed) == 1 and pair.clean[changed[0]] == giver and pair.corrupted[changed[0]] not in pair.clean
+            assert (
+                len(changed) == 1
+                and pair.clean[changed[0]] == giver
+                and pair.corrupted[changed[0]] not in pair.clean
+            )
             assert pair.clean.count(giver) == 2 and pair.clean.count(receiver) == 1 and text.endswith(" to")
             orders[task, pair.clean.index(giver) < pair.clean.index(receiver)] += 1
             assert task == "ioi" or len(pair.clean) > 45
@@ -69,7 +85,11 @@ def test_greater_than_counts_every_year_that_splits_and_no_other():
         start = int(show(pair.clean).split("the year 17")[1][:2])
         right, wrong = ([int(show([token])) for token in group[0]] for group in (pair.right, pair.wrong))
         assert max(wrong) == start < min(right) and "the year 1701 to" in show(pair.corrupted)
-        assert sorted(right + wrong) == [year for year in range(1, 100) if [show([t]) for t in encode(f" 17{year:02d}")] == [" 17", f"{year:02d}"]]
+        assert sorted(right + wrong) == [
+            year
+            for year in range(1, 100)
+            if [show([t]) for t in encode(f" 17{year:02d}")] == [" 17", f"{year:02d}"]
+        ]
 
 
 def test_words_that_split_are_left_out():
@@ -89,7 +109,9 @@ def test_docstring_asks_for_the_third_argument_and_the_twin_never_names_it(name)
         arguments = clean[clean.index("(") + 1:clean.index(")")].removeprefix("self, ").split(", ")
         answer = show(pair.right[0]).strip()
         assert arguments[2] == answer if name == "gpt2" else arguments[2][0] == answer
-        assert clean.split(":param ")[1].startswith(arguments[0]) and clean.split(":param ")[2].startswith(arguments[1])
+        assert clean.split(":param ")[1].startswith(arguments[0]) and clean.split(":param ")[2].startswith(
+            arguments[1]
+        )
         assert arguments[2] not in corrupted.split(")")[0]
 
 
@@ -97,10 +119,18 @@ def test_bytes_tasks_close_what_was_opened():
     show = decode("bytes")
     for pair in make_pairs("bracket", 50, 1, vocabulary("bytes"))[0]:
         opened = [c for c in show(pair.clean) if c in "(["]
-        assert len(opened) == 2 and opened[0] != opened[1] and opened[1] + show(pair.right[0]) in ("()", "[]") and opened[0] + show(pair.wrong[0]) in ("()", "[]")
+        assert (
+            len(opened) == 2
+            and opened[0] != opened[1]
+            and opened[1] + show(pair.right[0]) in ("()", "[]")
+            and opened[0] + show(pair.wrong[0]) in ("()", "[]")
+        )
         assert [c for c in show(pair.corrupted) if c in "(["] == opened[::-1]
     for pair in make_pairs("quote", 50, 1, vocabulary("bytes"))[0]:
-        assert show(pair.clean).count(show(pair.right[0])) == 1 and show(pair.corrupted).count(show(pair.wrong[0])) == 1
+        assert (
+            show(pair.clean).count(show(pair.right[0])) == 1
+            and show(pair.corrupted).count(show(pair.wrong[0])) == 1
+        )
 
 
 def test_copy_is_induction_and_its_twin_has_nothing_to_copy():
@@ -122,15 +152,24 @@ def test_sums_are_right_and_written_as_the_model_reads_them():
                 a, b = int(show(prompt)[:2]), int(show(prompt)[3:5])
                 assert prompt == addition_rows([a], [b])[0, 0].tolist()
                 expected = f"{a + b:05d}"
-                assert [expected[position - 6] for position in pair.positions] == [str(digit[0]) for digit in digits]
+                assert [expected[position - 6] for position in pair.positions] == [
+                    str(digit[0]) for digit in digits
+                ]
                 sums.append((a, b))
             if task == "carry":
                 (a, b), (c, d) = sums
-                assert (a // 10, b // 10, (a + b) % 10) == (c // 10, d // 10, (c + d) % 10) and a + b == c + d + 10 and a + b < 100
+                assert (
+                    (a // 10, b // 10, (a + b) % 10) == (c // 10, d // 10, (c + d) % 10)
+                    and a + b == c + d + 10
+                    and a + b < 100
+                )
 
 
 def test_a_task_that_does_not_fit_names_those_that_do():
-    with pytest.raises(UserError, match="ioi cannot be posed in the vocabulary 'bytes'. What fits it: docstring, copy, quote, bracket"):
+    with pytest.raises(
+        UserError,
+        match="ioi cannot be posed in the vocabulary 'bytes'. What fits it: docstring, copy, quote, bracket",
+    ):
         make_pairs("ioi", 1, 1, vocabulary("bytes"))
     with pytest.raises(UserError, match="no task 'iou'. There are ioi, ioi_long"):
         make_pairs("iou", 1, 1, vocabulary("bytes"))
@@ -138,26 +177,41 @@ def test_a_task_that_does_not_fit_names_those_that_do():
 
 
 def test_a_pair_of_unequal_length_is_named(monkeypatch):
-    monkeypatch.setitem(tasks.TASKS, "uneven", (lambda vocabulary, n, random: iter([([1], [1, 2], 3, 4)]), ("bytes",), LOGIT))
-    with pytest.raises(UserError, match="uneven: the clean and the corrupted prompt of a pair must differ and have the same number of tokens, not 1 and 2"):
+    monkeypatch.setitem(
+        tasks.TASKS, "uneven", (lambda vocabulary, n, random: iter([([1], [1, 2], 3, 4)]), ("bytes",), LOGIT)
+    )
+    with pytest.raises(
+        UserError,
+        match="uneven: the clean and the corrupted prompt of a pair must differ and have the same number of "
+              "tokens, not 1 and 2",
+    ):
         make_pairs("uneven", 1, 1, vocabulary("bytes"))
 
 
 def test_the_command_prints_pairs_and_what_there_is():
     def command(*arguments):
-        return subprocess.run([sys.executable, os.path.join(REPOSITORY, "analyze.py"), "tasks", *arguments], capture_output=True, text=True)
+        return subprocess.run(
+            [sys.executable, os.path.join(REPOSITORY, "analyze.py"), "tasks", *arguments],
+            capture_output=True,
+            text=True,
+        )
 
     assert "bracket" in command().stdout
     printed = command("quote", "--n=3").stdout
     assert printed.count("clean ") == printed.count("corrupted ") == printed.count("right ") == 3
-    assert "--n must be at least 1" in command("quote", "--n=-1").stderr and "invalid choice: 'olmo'" in command("ioi", "--vocabulary=olmo").stderr
+    assert (
+        "--n must be at least 1" in command("quote", "--n=-1").stderr
+        and "invalid choice: 'olmo'" in command("ioi", "--vocabulary=olmo").stderr
+    )
     refused = command("ioi", "--vocabulary=bytes")
     assert refused.returncode == 1 and "What fits it" in refused.stderr
 
 
 def test_the_task_that_the_docs_add_works(monkeypatch):
     with open(os.path.join(REPOSITORY, "docs/circuits.md"), encoding="utf-8") as f:
-        code = next(block.partition("```")[0] for block in f.read().split("```python\n") if "def triple" in block)
+        code = next(
+            block.partition("```")[0] for block in f.read().split("```python\n") if "def triple" in block
+        )
     assert len(code.splitlines()) <= 20
     monkeypatch.setattr(tasks, "TASKS", dict(TASKS))
     exec(code, vars(tasks))
@@ -165,17 +219,30 @@ def test_the_task_that_the_docs_add_works(monkeypatch):
     assert metric == "logit difference" and "triple" in fitting("bytes")
     for pair in pairs:
         prompt = bytes(pair.clean).decode()
-        assert prompt.count(chr(pair.right[0][0])) == 3 and len(pair.clean) == len(pair.corrupted) and pair.right != pair.wrong
+        assert (
+            prompt.count(chr(pair.right[0][0])) == 3
+            and len(pair.clean) == len(pair.corrupted)
+            and pair.right != pair.wrong
+        )
     del tasks.triple
 
 
 @needs_gpt2
 def test_words_of_another_vocabulary_fit_by_how_they_split():
-    """OLMo's tokenizers are other BPEs of the same kind: what splits as the task needs is used, and a task that nothing fits says so."""
+    """OLMo's tokenizers are other BPEs of the same kind: what splits as the task needs is used, and a task
+    that nothing fits says so.
+    """
     gpt2 = vocabulary("gpt2")
-    assert {"ioi", "ioi_long", "greater_than", "docstring", "copy"} == set(fitting("olmo")) == set(fitting("olmo2"))
-    assert len(make_pairs("ioi", 5, 1, vocabulary("olmo")._replace(encode=gpt2.encode, size=gpt2.size))[0]) == 5
-    by_three = vocabulary("olmo2")._replace(encode=lambda words: [ord(c) for c in words])  # no year in two tokens
+    assert (
+        {"ioi", "ioi_long", "greater_than", "docstring", "copy"}
+        == set(fitting("olmo"))
+        == set(fitting("olmo2"))
+    )
+    assert (
+        len(make_pairs("ioi", 5, 1, vocabulary("olmo")._replace(encode=gpt2.encode, size=gpt2.size))[0]) == 5
+    )
+    # no year in two tokens
+    by_three = vocabulary("olmo2")._replace(encode=lambda words: [ord(c) for c in words])
     with pytest.raises(UserError, match="splits 1701 into 17 and 01"):
         make_pairs("greater_than", 5, 1, by_three)
 

@@ -1,4 +1,6 @@
-"""The counter-based noise: does it look like independent uniform numbers, whichever way one cuts it? Thresholds are 5 standard deviations."""
+"""The counter-based noise: does it look like independent uniform numbers, whichever way one cuts it?
+Thresholds are 5 standard deviations.
+"""
 
 import numpy as np
 import pytest
@@ -18,7 +20,9 @@ def u():
 
 
 def standard_deviations(x, y):
-    """How far the correlation of two arrays is from 0, in standard deviations of what chance does. Centred for uniform numbers, whose variance is 1/12."""
+    """How far the correlation of two arrays is from 0, in standard deviations of what chance does. Centred
+    for uniform numbers, whose variance is 1/12.
+    """
     x, y = x - 0.5, y - 0.5
     return abs((x * y).mean().item()) * 12 * x.numel() ** 0.5
 
@@ -48,7 +52,9 @@ def test_every_value_is_equally_likely_and_every_bit_fair(u):
         assert abs(((values >> bit) & 1).double().mean().item() - 0.5) < 5 * 0.5 / len(values) ** 0.5, bit
 
 
-@pytest.mark.parametrize("down, right", [(0, 1), (1, 0), (1, 1), (0, 2), (2, 0), (0, 64), (64, 0), (128, 128), (256, 0)])
+@pytest.mark.parametrize(
+    "down, right", [(0, 1), (1, 0), (1, 1), (0, 2), (2, 0), (0, 64), (64, 0), (128, 128), (256, 0)]
+)
 def test_neighbours_along_rows_columns_and_diagonals_are_independent(u, down, right):
     assert standard_deviations(u[:, down:, right:], u[:, :T - down, :T - right]) < 5
 
@@ -75,7 +81,9 @@ def test_heads_are_independent_and_so_are_neighbouring_seeds(u):
 
 
 def test_layers_steps_and_processes_draw_different_seeds():
-    """A layer's seed comes from torch's generator, which train.py seeds for every step and micro-batch; these are dealt out to processes."""
+    """A layer's seed comes from torch's generator, which train.py seeds for every step and micro-batch;
+    these are dealt out to processes.
+    """
 
     class Data:
         def starts(self, split, context):
@@ -85,9 +93,11 @@ def test_layers_steps_and_processes_draw_different_seeds():
             return np.zeros((len(indices), 2)), np.zeros((len(indices), 2))
 
     batches = Batches(Data(), 2, 4, 2, seed=1, child=True, device="cpu")
-    seeds = [tuple(new_seed().tolist()) for step in range(50) for _ in batches.at(step) for layer in range(4)]  # one process computes both micro-batches
+    # one process computes both micro-batches
+    seeds = [tuple(new_seed().tolist()) for step in range(50) for _ in batches.at(step) for layer in range(4)]
     assert len(set(seeds)) == 50 * 2 * 4
-    assert seeds[:8] == [tuple(new_seed().tolist()) for _ in batches.at(0) for layer in range(4)]  # and again, if the step is asked for again
+    # and again, if the step is asked for again
+    assert seeds[:8] == [tuple(new_seed().tolist()) for _ in batches.at(0) for layer in range(4)]
 
 
 def test_gates_open_as_often_as_their_probability_says():

@@ -1,6 +1,8 @@
-"""The fast forms of gated attention against the plain formula in float64: the same noise, values and gradients; and as citizens of torch.
+"""The fast forms of gated attention against the plain formula in float64: the same noise, values and
+gradients; and as citizens of torch.
 
-tiled runs here as it does for users, triton in its interpreter unless there is a GPU. What holds for both is tested here on both.
+tiled runs here as it does for users, triton in its interpreter unless there is a GPU. What holds for both is
+tested here on both.
 """
 
 import itertools
@@ -24,7 +26,8 @@ from model import GPT, GPTConfig
 kernels = pytest.importorskip("fast.kernels", reason="the triton package is not installed")
 GPU = torch.cuda.is_available()
 DEVICE = {"tiled": "cpu", "tiled compiled": "cpu", "triton": "cuda" if GPU else "cpu"}
-OPTIONS = list(itertools.product((True, False), (True, False), (1.0, 0.7), (False, True)))  # sample, noise, temperature, linear_penalty
+# sample, noise, temperature, linear_penalty
+OPTIONS = list(itertools.product((True, False), (True, False), (1.0, 0.7), (False, True)))
 
 
 def make(B, H, T, D, dtype=torch.float64, scale=1.0):
@@ -35,7 +38,17 @@ def plain(q, k, v, dy, bias, seed, sample, temperature, linear, dpenalty=7.0):
     """y, density, dq, dk, dv of the formula in float64."""
     q, k, v = (x.double().requires_grad_() for x in (q, k, v))
     noise = 0.0 if seed is None else edge_noise(seed, *q.shape[:3]).double()
-    y, density, _ = gated_attention(q, k, v, bias.double()[:, None, None], temperature, sample, noise=noise, linear_penalty=linear, impl="plain")
+    y, density, _ = gated_attention(
+        q,
+        k,
+        v,
+        bias.double()[:, None, None],
+        temperature,
+        sample,
+        noise=noise,
+        linear_penalty=linear,
+        impl="plain",
+    )
     return y, density, *torch.autograd.grad((y * dy.double()).sum() + dpenalty * density, (q, k, v))
 
 
@@ -45,13 +58,22 @@ def fast(impl, q, k, v, dy, bias, seed, sample, temperature, linear, dpenalty=7.
     (B, H, T, _), seed = q.shape, None if seed is None else seed.to(to)
     y, penalty, _ = op.forward(q, k, v, bias.to(to), seed, sample, temperature, linear, impl)
     density = penalty.sum() / (B * H * T * (T + 1) / 2)
-    return [x.cpu() for x in (y, density, *torch.autograd.grad((y * dy.to(to)).sum() + dpenalty * density, (q, k, v)))]
+    return [
+        x.cpu()
+        for x in (y, density, *torch.autograd.grad((y * dy.to(to)).sum() + dpenalty * density, (q, k, v)))
+    ]
 
 
 def agree(ours, theirs, tolerance):
     for name, a, b in zip(("y", "density", "dq", "dk", "dv"), ours, theirs):
         assert a.shape == b.shape and torch.isfinite(a).all(), name
-        torch.testing.assert_close(a.double(), b, atol=tolerance * max(1.0, b.abs().max().item()), rtol=0, msg=lambda text: f"{name}: {text}")
+        torch.testing.assert_close(
+            a.double(),
+            b,
+            atol=tolerance * max(1.0, b.abs().max().item()),
+            rtol=0,
+            msg=lambda text: f"{name}: {text}",
+        )
 
 
 @pytest.mark.parametrize("sample, noise, temperature, linear", OPTIONS)
@@ -60,7 +82,11 @@ def test_values_and_gradients_agree_with_the_plain_formula(impl, sample, noise, 
     bias = torch.tensor([-2.0, 0.5, 3.0])
     seed = new_seed() if noise and sample else None
     inputs = make(2, 3, 70, 32, torch.float32)
-    agree(fast(impl, *inputs, bias, seed, sample, temperature, linear), plain(*inputs, bias, seed, sample, temperature, linear), 1e-5)
+    agree(
+        fast(impl, *inputs, bias, seed, sample, temperature, linear),
+        plain(*inputs, bias, seed, sample, temperature, linear),
+        1e-5,
+    )
 
 
 @pytest.mark.parametrize("D", [32, 64, 128])
@@ -68,24 +94,41 @@ def test_values_and_gradients_agree_with_the_plain_formula(impl, sample, noise, 
 @pytest.mark.parametrize("impl", ["tiled", "triton"])
 def test_widths_and_lengths(impl, T, D):
     inputs, bias, seed = make(1, 2, T, D, torch.float32), torch.tensor([1.0, -1.0]), new_seed()
-    agree(fast(impl, *inputs, bias, seed, True, 1.0, False), plain(*inputs, bias, seed, True, 1.0, False), 1e-5)
+    agree(
+        fast(impl, *inputs, bias, seed, True, 1.0, False), plain(*inputs, bias, seed, True, 1.0, False), 1e-5
+    )
 
 
 @pytest.mark.parametrize("impl", ["tiled", "triton"])
-@hypothesis.settings(max_examples=12, deadline=None, derandomize=True, suppress_health_check=list(hypothesis.HealthCheck))
-@hypothesis.given(B=strategies.integers(1, 3), H=strategies.integers(1, 4), T=strategies.integers(1, 100), D=strategies.integers(1, 72),
-                  option=strategies.sampled_from(OPTIONS), bias=strategies.floats(-8, 8), seed=strategies.lists(strategies.integers(0, 2**31 - 2), min_size=2, max_size=2))
+@hypothesis.settings(
+    max_examples=12, deadline=None, derandomize=True, suppress_health_check=list(hypothesis.HealthCheck)
+)
+@hypothesis.given(
+    B=strategies.integers(1, 3),
+    H=strategies.integers(1, 4),
+    T=strategies.integers(1, 100),
+    D=strategies.integers(1, 72),
+    option=strategies.sampled_from(OPTIONS),
+    bias=strategies.floats(-8, 8),
+    seed=strategies.lists(strategies.integers(0, 2**31 - 2), min_size=2, max_size=2),
+)
 def test_any_shape(impl, B, H, T, D, option, bias, seed):
     sample, noise, temperature, linear = option
     inputs, bias = make(B, H, T, D, torch.float32), torch.full((H,), bias)
     seed = torch.tensor(seed) if noise and sample else None
-    agree(fast(impl, *inputs, bias, seed, sample, temperature, linear), plain(*inputs, bias, seed, sample, temperature, linear), 3e-5)
+    agree(
+        fast(impl, *inputs, bias, seed, sample, temperature, linear),
+        plain(*inputs, bias, seed, sample, temperature, linear),
+        3e-5,
+    )
 
 
 @pytest.mark.parametrize("impl", ["tiled", "triton"])
 @pytest.mark.parametrize("sample", [True, False])
 def test_heads_without_an_open_edge_rows_with_one_and_scores_that_are_huge(impl, sample):
-    """Head 0: all shut. Head 1: every query reads itself alone, in a tile otherwise shut. Head 2: scores of 100 and more."""
+    """Head 0: all shut. Head 1: every query reads itself alone, in a tile otherwise shut. Head 2: scores of
+    100 and more.
+    """
     T, D = 80, 64
     q, k, v, dy = make(1, 3, T, D, torch.float32)
     position = torch.eye(T)
@@ -93,25 +136,41 @@ def test_heads_without_an_open_edge_rows_with_one_and_scores_that_are_huge(impl,
     q[:, 2], k[:, 2] = 12 * q[:, 2], 8 * k[:, 2]
     bias = torch.tensor([-60.0, -40.0, -50.0])
     y, *rest = fast(impl, q, k, v, dy, bias, None, sample, 1.0, False)
-    agree((y, *rest), plain(q, k, v, dy, bias, None, sample, 1.0, False), 1e-4)  # float32 has 5 digits behind the point of a score of 100
+    # float32 has 5 digits behind the point of a score of 100
+    agree((y, *rest), plain(q, k, v, dy, bias, None, sample, 1.0, False), 1e-4)
     assert (y[:, 0] == 0).all() and (y[:, 1, D:] == 0).all() and (y[:, 1, :D] != 0).any(-1).all()
 
 
-@pytest.mark.parametrize("impl, dtype", [("tiled", torch.bfloat16), ("tiled", torch.float16), ("triton", torch.float16)]
-                         + [("triton", torch.bfloat16)] * GPU)  # Triton's interpreter is numpy, which has no bfloat16
+@pytest.mark.parametrize(
+    "impl, dtype",
+    [("tiled", torch.bfloat16), ("tiled", torch.float16), ("triton", torch.float16)]
+    # Triton's interpreter is numpy, which has no bfloat16
+    + [("triton", torch.bfloat16)] * GPU,
+)
 @pytest.mark.parametrize("bias", [2.0, -4.0])
 def test_half_precision_stays_within_its_rounding(impl, dtype, bias):
-    """Against the formula in float64 on the same rounded inputs: no gate may flip, and errors are those of rounding what goes into the products."""
+    """Against the formula in float64 on the same rounded inputs: no gate may flip, and errors are those of
+    rounding what goes into the products.
+    """
     inputs, bias, seed = make(1, 2, 96, 64, dtype), torch.full((2,), bias), new_seed()
-    agree(fast(impl, *inputs, bias, seed, True, 1.0, False, dpenalty=7 * 96 * 97), plain(*inputs, bias, seed, True, 1.0, False, dpenalty=7 * 96 * 97), 2e-2)
+    agree(
+        fast(impl, *inputs, bias, seed, True, 1.0, False, dpenalty=7 * 96 * 97),
+        plain(*inputs, bias, seed, True, 1.0, False, dpenalty=7 * 96 * 97),
+        2e-2,
+    )
 
 
 def test_half_precision_does_not_lose_what_many_small_weights_say_together():
-    """An attention sink: key 0 takes nearly all of the weight and its value is 0, so that all there is to learn lies in weights of e^-11."""
+    """An attention sink: key 0 takes nearly all of the weight and its value is 0, so that all there is to
+    learn lies in weights of e^-11.
+    """
     q, k, v, dy = make(1, 1, 256, 32, torch.float16)
     q[..., 0], k[..., 0], k[:, :, 0, 0], v[:, :, 0] = 6.0, 0.0, 11.5 * 32**0.5 / 6, 0.0
     bias = torch.full((1,), 40.0)
-    ours, theirs = fast("triton", q, k, v, dy, bias, None, False, 1.0, False, 0.0), plain(q, k, v, dy, bias, None, False, 1.0, False, 0.0)
+    ours, theirs = (
+        fast("triton", q, k, v, dy, bias, None, False, 1.0, False, 0.0),
+        plain(q, k, v, dy, bias, None, False, 1.0, False, 0.0),
+    )
     for a, b in zip(ours[2:], theirs[2:]):
         assert (a.double() - b).norm() < 0.02 * b.norm()
 
@@ -153,7 +212,9 @@ def test_two_runs_give_the_same_bits():
 @pytest.mark.parametrize("B", [1, 2])
 @pytest.mark.parametrize("impl", ["tiled", "triton"])
 def test_torch_accepts_the_operators_on_views_of_a_projection_as_in_model_py(impl, B):
-    """Schema, fakes (strides too), autograd registration, and tracing with symbolic shapes, by torch's own examination; then the values."""
+    """Schema, fakes (strides too), autograd registration, and tracing with symbolic shapes, by torch's own
+    examination; then the values.
+    """
     joint = torch.randn(B, 40, 3 * 2 * 16, device=DEVICE[impl], requires_grad=True)
     q, k, v = (part.view(B, 40, 2, 16).transpose(1, 2) for part in joint.split(32, dim=2))
     bias, seed = torch.zeros(2, device=DEVICE[impl]), new_seed(DEVICE[impl])
@@ -161,14 +222,20 @@ def test_torch_accepts_the_operators_on_views_of_a_projection_as_in_model_py(imp
     dy = torch.randn(B, 40, 2, 16).transpose(1, 2)
     seed = seed.cpu()
     strided = fast(impl, q.detach(), k.detach(), v.detach(), dy, bias.cpu(), seed, True, 1.0, False)
-    agree(strided, plain(q.detach().cpu(), k.detach().cpu(), v.detach().cpu(), dy, bias.cpu(), seed, True, 1.0, False), 1e-5)
+    agree(
+        strided,
+        plain(q.detach().cpu(), k.detach().cpu(), v.detach().cpu(), dy, bias.cpu(), seed, True, 1.0, False),
+        1e-5,
+    )
 
 
 @pytest.mark.parametrize("impl", ["tiled", "triton"])
 def test_inside_a_compiled_model_without_a_graph_break_under_autocast_and_checkpointing(impl):
     torch._dynamo.reset()
     device = DEVICE[impl]
-    model = GPT(GPTConfig(block_size=70, vocab_size=20, n_layer=2, n_head=2, n_embd=32, gated=True, gate_bias=0.5)).to(device)
+    model = GPT(
+        GPTConfig(block_size=70, vocab_size=20, n_layer=2, n_head=2, n_embd=32, gated=True, gate_bias=0.5)
+    ).to(device)
     model.attention_impl = impl
     x = torch.randint(0, 20, (2, 70), device=device)
 
@@ -181,7 +248,8 @@ def test_inside_a_compiled_model_without_a_graph_break_under_autocast_and_checkp
         return [loss.detach(), density.detach(), *(p.grad.clone() for p in model.parameters())]
 
     eager = step(model)
-    again = step(lambda x, y: checkpoint(model, x, y, use_reentrant=False))  # computes the forward pass twice, with the same seeds
+    # computes the forward pass twice, with the same seeds
+    again = step(lambda x, y: checkpoint(model, x, y, use_reentrant=False))
     assert all(torch.equal(a, b) for a, b in zip(eager, again))
     with torch._inductor.config.patch(fallback_random=True):  # torch's own generator, as in train.py
         compiled = step(torch.compile(model, fullgraph=True))
@@ -238,22 +306,41 @@ def test_what_the_fast_forms_cannot_do_is_done_by_the_formula():
     assert gates.open.shape == (1, 2, 80, 80)
     torch.testing.assert_close(y, gated_attention(q, k, v, 0.0, impl="tiled")[0])
     keep = torch.ones(80, 80).tril(-1).bool()
-    torch.testing.assert_close(gated_attention(q, k, v, 0.0, keep=keep, impl="tiled")[0], gated_attention(q, k, v, 0.0, keep=keep, impl="plain")[0])
+    torch.testing.assert_close(
+        gated_attention(q, k, v, 0.0, keep=keep, impl="tiled")[0],
+        gated_attention(q, k, v, 0.0, keep=keep, impl="plain")[0],
+    )
     bias = torch.randn(2, 80, 80, dtype=torch.float64)  # varies inside a head
-    torch.testing.assert_close(gated_attention(q, k, v, bias, impl="tiled")[0], gated_attention(q, k, v, bias, impl="plain")[0])
+    torch.testing.assert_close(
+        gated_attention(q, k, v, bias, impl="tiled")[0], gated_attention(q, k, v, bias, impl="plain")[0]
+    )
     learned = torch.zeros(2, 1, 1, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.grad(gated_attention(q, k, v, learned, sample=True, impl="tiled")[1], learned)[0].abs().max() > 0
-    assert not torch.equal(gated_attention(q, k, v, -1.0, sample=True, noise=0.5, impl="tiled")[0], gated_attention(q, k, v, -1.0, sample=True, noise=0.0, impl="tiled")[0])
+    assert (
+        torch.autograd.grad(gated_attention(q, k, v, learned, sample=True, impl="tiled")[1], learned)[0]
+        .abs()
+        .max()
+        > 0
+    )
+    assert not torch.equal(
+        gated_attention(q, k, v, -1.0, sample=True, noise=0.5, impl="tiled")[0],
+        gated_attention(q, k, v, -1.0, sample=True, noise=0.0, impl="tiled")[0],
+    )
     for bias in (torch.tensor(0.3), torch.tensor([0.3, -0.2])[:, None, None]):
-        torch.testing.assert_close(gated_attention(q, k, v, bias, impl="tiled")[0], gated_attention(q, k, v, bias, impl="plain")[0])
+        torch.testing.assert_close(
+            gated_attention(q, k, v, bias, impl="tiled")[0], gated_attention(q, k, v, bias, impl="plain")[0]
+        )
 
 
 @pytest.mark.parametrize("impl", ["tiled", "triton"])
 def test_a_shut_head_writes_nothing_and_still_hears_that_it_is_missed(impl):
-    """Straight-through: dv is 0, yet q and k get a gradient by sigmoid'(s), though none of its edges is open. Deterministic gates pass on none."""
+    """Straight-through: dv is 0, yet q and k get a gradient by sigmoid'(s), though none of its edges is
+    open. Deterministic gates pass on none.
+    """
     q, k, v, dy = make(1, 1, 40, 16, torch.float32)
     for sample in (True, False):
-        y, _, dq, dk, dv = fast(impl, q, k, v, dy, torch.tensor([-12.0]), None, sample, 1.0, False, dpenalty=0.0)
+        y, _, dq, dk, dv = fast(
+            impl, q, k, v, dy, torch.tensor([-12.0]), None, sample, 1.0, False, dpenalty=0.0
+        )
         assert (y == 0).all() and (dv == 0).all()
         assert ((dq != 0).any() and (dk != 0).any()) == sample
 
@@ -266,28 +353,67 @@ from triton.backends.compiler import GPUTarget
 from fast import kernels
 
 FLOATS, NUMBERS = {"lse", "penalty", "bias", "delta", "dpenalty"}, {"scale"}
-LIMITS = {75: 65536, 80: 166912, 86: 101376, 90: 232448}  # bytes of shared memory a block may have: T4, A100, consumer cards, H100
+# bytes of shared memory of a block: T4, A100, 3090, H100
+LIMITS = {75: 65536, 80: 166912, 86: 101376, 90: 232448}
+CASES = [  # capability, dtype, width, noise, sample, linear
+    (90, "bf16", 64, True, True, False),
+    (90, "bf16", 128, True, True, False),
+    (90, "fp32", 64, True, True, False),
+    (86, "fp32", 128, True, True, True),
+    (86, "fp16", 128, False, True, False),
+    (86, "bf16", 64, True, True, False),
+    (80, "bf16", 128, False, False, True),
+    (75, "fp32", 128, True, True, False),
+]
+
+
+def type_of(name, constants, dtype):
+    if name in constants:
+        return "constexpr"
+    if name == "seed":
+        return "*i64"
+    if name in FLOATS:
+        return "*fp32"
+    if name in NUMBERS:
+        return "fp32"
+    return "i32" if name in {"H", "T"} or name[1:2] == "_" else "*" + dtype
+
+
+def check(kernel, capability, dtype, width, noise, sample, linear):
+    options = kernels.launch(kernel, width, torch.float32 if dtype == "fp32" else torch.bfloat16)
+    constants = {"D": width, "WIDTH": width, "ROWS": options.pop("ROWS"), "COLUMNS": options.pop("COLUMNS")}
+    constants |= {"NOISE": noise, "LINEAR": linear}
+    if kernel is not kernels.forward_kernel:
+        constants |= {"SAMPLE": sample, "TEMPERATURE": 0.7 if linear else 1.0}
+    names = kernel.arg_names
+    types = {name: type_of(name, constants, dtype) for name in names}
+    # pointers and strides are multiples of 16, as in a real call: that enables pipelining
+    aligned = [i for i, name in enumerate(names) if types[name].startswith("*") or name[1:2] == "_"]
+    source = triton.compiler.ASTSource(
+        fn=kernel,
+        signature=types,
+        constexprs={(names.index(name),): value for name, value in constants.items()},
+        attrs={(i,): [["tt.divisibility", 16]] for i in aligned},
+    )
+    code = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    assert len(code.asm["cubin"]) > 0
+    assert code.metadata.shared <= LIMITS[capability], (kernel, dtype, width, code.metadata.shared)
+    if capability >= 90 and dtype != "fp32":
+        assert "wgmma" in code.asm["ptx"], "an H100's matrix units are not used"
+
+
 for kernel in (kernels.forward_kernel, kernels.dq_kernel, kernels.dkdv_kernel):
-    backward = kernel is not kernels.forward_kernel
-    for capability, dtype, width, noise, sample, linear in ((90, "bf16", 64, True, True, False), (90, "bf16", 128, True, True, False), (86, "fp32", 128, True, True, True),
-                                                            (86, "fp16", 128, False, True, False), (86, "bf16", 64, True, True, False), (80, "bf16", 128, False, False, True), (75, "fp32", 128, True, True, False)):
-        launching = kernels.launch(kernel, width, torch.float32 if dtype == "fp32" else torch.bfloat16)
-        constants = {"D": width, "WIDTH": width, "ROWS": launching.pop("ROWS"), "COLUMNS": launching.pop("COLUMNS"), "NOISE": noise, "LINEAR": linear}
-        constants |= {"SAMPLE": sample, "TEMPERATURE": 0.7 if linear else 1.0} if backward else {}
-        names = kernel.arg_names
-        types = {name: "constexpr" if name in constants else "*i64" if name == "seed" else "*fp32" if name in FLOATS else "fp32" if name in NUMBERS
-                 else "i32" if name in {"H", "T"} or name[1:2] == "_" else "*" + dtype for name in names}
-        aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if types[name].startswith("*") or name[1:2] == "_"}  # as in a real call: enables pipelining
-        source = triton.compiler.ASTSource(fn=kernel, signature=types, constexprs={(names.index(name),): value for name, value in constants.items()}, attrs=aligned)
-        code = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=launching)
-        assert len(code.asm["cubin"]) > 0 and code.metadata.shared <= LIMITS[capability], (kernel, dtype, width, code.metadata.shared)
-        assert capability < 90 or "wgmma" in code.asm["ptx"], "an H100's matrix units are not used"
+    for case in CASES:
+        check(kernel, *case)
 print("compiled")
 """
 
 
 def test_the_kernels_compile_to_machine_code_and_fit_into_small_gpus(tmp_path):
     """The interpreter runs what a compiler may refuse. Triton brings its own compiler, which needs no GPU."""
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"} | {"PYTHONPATH": REPOSITORY, "TRITON_CACHE_DIR": str(tmp_path)}
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"} | {
+        "PYTHONPATH": REPOSITORY,
+        "TRITON_CACHE_DIR": str(tmp_path),
+    }
     done = subprocess.run([sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True)
     assert done.stdout.endswith("compiled\n"), done.stderr[-3000:]

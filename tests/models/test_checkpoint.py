@@ -20,7 +20,9 @@ from storage.files import UserError
 
 
 def tiny(**changes):
-    return GPT(GPTConfig(**{"block_size": 8, "vocab_size": 11, "n_layer": 2, "n_head": 2, "n_embd": 16} | changes))
+    return GPT(
+        GPTConfig(**{"block_size": 8, "vocab_size": 11, "n_layer": 2, "n_head": 2, "n_embd": 16} | changes)
+    )
 
 
 def test_checkpoint_round_trip(workplace):
@@ -39,7 +41,9 @@ def test_nanogpts_compiled_names_load():
 
 def test_too_little_memory_is_not_called_a_damaged_file(workplace, monkeypatch):
     def too_large(*args, **options):
-        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 240000000 bytes")
+        raise RuntimeError(
+            "DefaultCPUAllocator: can't allocate memory: you tried to allocate 240000000 bytes"
+        )
 
     save_checkpoint("c.pt", checkpoint_of(tiny()))
     monkeypatch.setattr(torch, "load", too_large)
@@ -61,7 +65,10 @@ def test_bad_checkpoints_are_named(workplace):
     state = tiny().state_dict()
     state["extra"] = state.pop("transformer.ln_f.bias")
     state["lm_head.weight"] = torch.zeros(3, 3)
-    with pytest.raises(UserError, match=r"ln_f.bias is missing; extra is extra; lm_head.weight is \(3, 3\), the model's is \(11, 16\)"):
+    with pytest.raises(
+        UserError,
+        match=r"ln_f.bias is missing; extra is extra; lm_head.weight is \(3, 3\), the model's is \(11, 16\)",
+    ):
         load_weights(tiny(), state)
     save_checkpoint("new.pt", {"model": {}, "model_args": {"n_expert": 8}})
     with pytest.raises(UserError, match="n_expert"):
@@ -94,8 +101,17 @@ def test_a_full_disk_leaves_the_old_checkpoint(workplace, monkeypatch):
     assert [f.name for f in workplace.iterdir()] == ["c.pt"]
 
 
-@pytest.mark.parametrize("args, tokenizer", [({"vocab_size": 50257}, "gpt2"), ({"vocab_size": 50304}, "gpt2"), ({"vocab_size": 50304, "architecture": "olmo"}, "olmo"),
-                                             ({"vocab_size": 100352, "architecture": "olmo"}, "olmo2"), ({"vocab_size": 256, "architecture": "olmo"}, None), ({"vocab_size": 65}, None)])
+@pytest.mark.parametrize(
+    "args, tokenizer",
+    [
+        ({"vocab_size": 50257}, "gpt2"),
+        ({"vocab_size": 50304}, "gpt2"),
+        ({"vocab_size": 50304, "architecture": "olmo"}, "olmo"),
+        ({"vocab_size": 100352, "architecture": "olmo"}, "olmo2"),
+        ({"vocab_size": 256, "architecture": "olmo"}, None),
+        ({"vocab_size": 65}, None),
+    ],
+)
 def test_whose_tokens_a_foreign_model_reads_is_told_by_its_vocabulary(args, tokenizer):
     found = {"model_args": args}
     assert tokenizer_of(found) == tokenizer
@@ -103,5 +119,7 @@ def test_whose_tokens_a_foreign_model_reads_is_told_by_its_vocabulary(args, toke
         if tokenizer in (None, name):
             require_tokenizer(found, "x", name)
         else:
-            with pytest.raises(UserError, match=f"x was trained on tokens of '{tokenizer}', the data has those of '{name}'"):
+            with pytest.raises(
+                UserError, match=f"x was trained on tokens of '{tokenizer}', the data has those of '{name}'"
+            ):
                 require_tokenizer(found, "x", name)

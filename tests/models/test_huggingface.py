@@ -1,4 +1,6 @@
-"""OpenAI's format: models that the transformers package writes are computed alike by ours, and back; downloads are whole or refused."""
+"""OpenAI's format: models that the transformers package writes are computed alike by ours, and back;
+downloads are whole or refused.
+"""
 
 import json
 import os
@@ -23,7 +25,8 @@ TINY = {"n_layer": 2, "n_head": 2, "n_embd": 32, "n_positions": 16, "vocab_size"
 
 
 def theirs(**settings):
-    """A random GPT2LMHeadModel whose biases and norms are random too, so that none can be forgotten unseen."""
+    """A random GPT2LMHeadModel whose biases and norms are random too, so that none can be forgotten unseen.
+    """
     torch.manual_seed(1)
     model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**settings)).eval()
     for parameter in model.parameters():
@@ -37,7 +40,15 @@ def assert_same_logits(ours, model, T=12):
     assert (ours(idx)[0] - model(idx).logits).abs().max() < 1e-4
 
 
-@pytest.mark.parametrize("settings", [TINY, TINY | {"activation_function": "gelu"}, TINY | {"tie_word_embeddings": False}, TINY | {"n_head": 4}])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        TINY,
+        TINY | {"activation_function": "gelu"},
+        TINY | {"tie_word_embeddings": False},
+        TINY | {"n_head": 4},
+    ],
+)
 def test_a_tiny_model_of_transformers_gives_its_logits(workplace, settings):
     model = theirs(**settings)
     model.save_pretrained("hf")
@@ -53,13 +64,22 @@ def test_the_full_124M_gives_its_logits_also_as_shards(workplace):
     model.save_pretrained("hf", max_shard_size="100MB")
     assert os.path.exists("hf/model.safetensors.index.json")
     ours = load_checkpoint("hf")
-    assert sum(p.numel() for p in ours.parameters()) == 124_439_808 and tokenizer_of(read_checkpoint("hf")) == "gpt2"
+    assert (
+        sum(p.numel() for p in ours.parameters()) == 124_439_808
+        and tokenizer_of(read_checkpoint("hf")) == "gpt2"
+    )
     assert_same_logits(ours, model, T=64)
 
 
 def bin_file(path, model, prefix=""):
-    """A pytorch_model.bin as OpenAI's models have it: no `transformer.`, no lm_head, the causal mask stored as attn.bias."""
-    state = {prefix + name.removeprefix("transformer."): tensor for name, tensor in model.state_dict().items() if name != "lm_head.weight"}
+    """A pytorch_model.bin as OpenAI's models have it: no `transformer.`, no lm_head, the causal mask stored
+    as attn.bias.
+    """
+    state = {
+        prefix + name.removeprefix("transformer."): tensor
+        for name, tensor in model.state_dict().items()
+        if name != "lm_head.weight"
+    }
     state |= {f"{prefix}h.{i}.attn.bias": torch.ones(1, 1, 16, 16).tril() for i in range(2)}
     torch.save(state, path)
 
@@ -71,7 +91,8 @@ def test_pytorch_model_bin_alone_and_in_a_folder(workplace, prefix):
     os.remove("hf/model.safetensors")
     bin_file("hf/pytorch_model.bin", model, prefix)
     assert_same_logits(load_checkpoint("hf"), model)
-    bin_file("weights.bin", theirs(**TINY | {"n_embd": 64, "n_head": 1}))  # no config.json beside it: heads of width 64
+    # no config.json beside it: heads of width 64
+    bin_file("weights.bin", theirs(**TINY | {"n_embd": 64, "n_head": 1}))
     assert_same_logits(load_checkpoint("weights.bin"), theirs(**TINY | {"n_embd": 64, "n_head": 1}))
     assert load_checkpoint("hf/pytorch_model.bin").config.n_head == 1  # config.json beside it
 
@@ -91,9 +112,15 @@ def test_wrong_files_are_named(workplace):
         with pytest.raises(UserError, match=message):
             load_checkpoint("bad")
 
-    fails({k: v for k, v in state.items() if "h.1.mlp.c_fc.bias" not in k}, "transformer.h.1.mlp.c_fc.bias is missing")
+    fails(
+        {k: v for k, v in state.items() if "h.1.mlp.c_fc.bias" not in k},
+        "transformer.h.1.mlp.c_fc.bias is missing",
+    )
     fails(state | {"transformer.h.0.gate": torch.zeros(3)}, "transformer.h.0.gate is extra")
-    fails(state | {"transformer.h.0.mlp.c_fc.weight": torch.zeros(3, 4)}, r"c_fc.weight is \(4, 3\), the model's is \(128, 32\)")
+    fails(
+        state | {"transformer.h.0.mlp.c_fc.weight": torch.zeros(3, 4)},
+        r"c_fc.weight is \(4, 3\), the model's is \(128, 32\)",
+    )
     fails({"a": torch.zeros(3)}, "holds no GPT-2: wte.weight")
     fails(state, "model_type='llama'", model_type="llama")
     fails(state, "scale_attn_by_inverse_layer_idx=True", scale_attn_by_inverse_layer_idx=True)
@@ -143,7 +170,9 @@ def test_openais_name_is_downloaded_once_and_loaded(hub):
 def test_a_download_that_broke_goes_on_and_a_corrupted_one_is_refused(hub):
     model, server, cached = hub
     server.cut_after = 50_000
-    with pytest.raises(UserError, match="50000 of .* bytes came before the line broke. The same command goes on"):
+    with pytest.raises(
+        UserError, match="50000 of .* bytes came before the line broke. The same command goes on"
+    ):
         GPT.from_pretrained("gpt2")
     server.cut_after = None
     assert_same_logits(GPT.from_pretrained("gpt2"), model)
@@ -170,12 +199,32 @@ def test_what_we_write_transformers_reads_and_the_round_trip_is_the_identity(wor
 
 
 def test_nanogpt_and_the_authors_checkpoints(workplace):
-    """nanoGPT's names and exact GELU, torch.compile's prefix, the mask of its old versions, a vocabulary padded to 50304."""
-    args = {"n_layer": 1, "n_head": 2, "n_embd": 8, "block_size": 4, "bias": False, "vocab_size": 50304, "dropout": 0.0}
+    """nanoGPT's names and exact GELU, torch.compile's prefix, the mask of its old versions, a vocabulary
+    padded to 50304.
+    """
+    args = {
+        "n_layer": 1,
+        "n_head": 2,
+        "n_embd": 8,
+        "block_size": 4,
+        "bias": False,
+        "vocab_size": 50304,
+        "dropout": 0.0,
+    }
     ours = GPT(GPTConfig(**args, gelu="none")).eval()
     state = {f"_orig_mod.{name}": tensor for name, tensor in ours.state_dict().items()}
     state["_orig_mod.transformer.h.0.attn.bias"] = torch.ones(1, 1, 4, 4)
-    save_checkpoint("ckpt.pt", {"model": state, "model_args": args, "iter_num": 3, "optimizer": {}, "best_val_loss": torch.tensor(3.0), "config": {"a": 1}})
+    save_checkpoint(
+        "ckpt.pt",
+        {
+            "model": state,
+            "model_args": args,
+            "iter_num": 3,
+            "optimizer": {},
+            "best_val_loss": torch.tensor(3.0),
+            "config": {"a": 1},
+        },
+    )
     model = load_checkpoint("ckpt.pt")
     idx = torch.randint(0, 50257, (2, 4))
     assert torch.equal(model(idx)[0], ours(idx)[0]) and model.config.gelu == "none"

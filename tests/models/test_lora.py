@@ -27,8 +27,24 @@ from training.folder import StopRequest
 from training.settings import make_config
 
 torch.manual_seed(0)
-MODELS = [(GPT(GPTConfig(block_size=16, vocab_size=11, n_layer=2, n_head=2, n_embd=16)), "c_attn,c_fc"),
-          (OLMo(OLMoConfig(generation=2, block_size=16, vocab_size=11, n_layer=2, n_head=4, n_kv_head=2, n_embd=32, n_hidden=48)), "q_proj,k_proj,v_proj")]
+MODELS = [
+    (GPT(GPTConfig(block_size=16, vocab_size=11, n_layer=2, n_head=2, n_embd=16)), "c_attn,c_fc"),
+    (
+        OLMo(
+            OLMoConfig(
+                generation=2,
+                block_size=16,
+                vocab_size=11,
+                n_layer=2,
+                n_head=4,
+                n_kv_head=2,
+                n_embd=32,
+                n_hidden=48,
+            )
+        ),
+        "q_proj,k_proj,v_proj",
+    ),
+]
 MODELS.append((MODELS[1][0], "all,embed_tokens"))  # tied: one adapter for input and output
 IDX = torch.randint(0, 11, (2, 16), generator=torch.Generator().manual_seed(0))
 
@@ -39,8 +55,18 @@ def run(request, workplace):
     base, targets = request.param
     save_checkpoint("base.pt", checkpoint_of(base, step=7))
     settings = {"rank": 3, "alpha": 6.0, "targets": targets}
-    model = model_of(read_checkpoint("base.pt"), "base.pt", prepare=lambda model: lora.add(model, **settings), gated=True, gate_bias=0.1)
-    return base.eval(), model, {"lora": settings, "base": "base.pt", "base_fingerprint": fingerprint(read_checkpoint("base.pt"))}
+    model = model_of(
+        read_checkpoint("base.pt"),
+        "base.pt",
+        prepare=lambda model: lora.add(model, **settings),
+        gated=True,
+        gate_bias=0.1,
+    )
+    return (
+        base.eval(),
+        model,
+        {"lora": settings, "base": "base.pt", "base_fingerprint": fingerprint(read_checkpoint("base.pt"))},
+    )
 
 
 def zero_at_first(layer):
@@ -57,20 +83,32 @@ def moved(model):
 
 def test_adapters_start_as_nothing_and_train_alone(run):
     _, model, _ = run
-    assert torch.equal(model(IDX)[0], model_of(read_checkpoint("base.pt"), "base.pt", gated=True, gate_bias=0.1)(IDX)[0])
+    assert torch.equal(
+        model(IDX)[0], model_of(read_checkpoint("base.pt"), "base.pt", gated=True, gate_bias=0.1)(IDX)[0]
+    )
     trained = {name for name, p in model.named_parameters(remove_duplicate=False) if p.requires_grad}
-    assert trained == set(lora.state_of(model)) and len(trained) == sum(1 if isinstance(layer, lora.LoRANorm) else 2 for layer in lora.adapters_of(model).values())
+    assert trained == set(lora.state_of(model)) and len(trained) == sum(
+        1 if isinstance(layer, lora.LoRANorm) else 2 for layer in lora.adapters_of(model).values()
+    )
     _, loss, density = model.train()(IDX, IDX)
     (loss + density).backward()
     for layer in lora.adapters_of(model).values():
-        assert layer.weight.grad is None and zero_at_first(layer).grad.abs().sum() > 0 and (isinstance(layer, lora.LoRANorm) or layer.scale == 2.0)
+        assert (
+            layer.weight.grad is None
+            and zero_at_first(layer).grad.abs().sum() > 0
+            and (isinstance(layer, lora.LoRANorm) or layer.scale == 2.0)
+        )
 
 
 def test_merged_is_unmerged(run):
     _, model, _ = run
     moved(model).double()
     before = model(IDX)[0]  # alpha / r is 2
-    weight = {name: layer.weight + (layer.lora_d if isinstance(layer, lora.LoRANorm) else 2 * layer.lora_b @ layer.lora_a) for name, layer in lora.adapters_of(model).items()}
+    weight = {
+        name: layer.weight
+        + (layer.lora_d if isinstance(layer, lora.LoRANorm) else 2 * layer.lora_b @ layer.lora_a)
+        for name, layer in lora.adapters_of(model).items()
+    }
     names = set(lora.merge(model).state_dict())
     assert not lora.adapters_of(model) and not any("lora" in name for name in names)
     assert (model(IDX)[0] - before).abs().max() < 1e-10
@@ -83,7 +121,9 @@ def test_switched_off_it_is_the_dense_base_and_leaves_no_trace(run):
     teacher = lora.Base(model)
     assert not teacher.config.gated and next(teacher.parameters()) is next(model.parameters())
     assert torch.equal(teacher(IDX)[0], base(IDX)[0]) and teacher.eval() is teacher and not teacher.training
-    assert model.config.gated and model.training and all(layer.on for layer in lora.adapters_of(model).values())
+    assert (
+        model.config.gated and model.training and all(layer.on for layer in lora.adapters_of(model).values())
+    )
     assert not torch.equal(model.eval()(IDX)[0], base(IDX)[0])
 
 
@@ -91,12 +131,18 @@ def test_only_the_adapters_are_saved_and_they_know_their_base(run, workplace):
     base, model, about = run
     moved(model)
     save_checkpoint("adapters.pt", checkpoint_of(model, **about))
-    assert os.path.getsize("adapters.pt") < 0.6 * os.path.getsize("base.pt") and set(read_checkpoint("adapters.pt")["model"]) == set(lora.state_of(model))
-    merged, beside = load_checkpoint("adapters.pt"), model_of(read_checkpoint("adapters.pt"), "adapters.pt", merged=False)
+    assert os.path.getsize("adapters.pt") < 0.6 * os.path.getsize("base.pt") and set(
+        read_checkpoint("adapters.pt")["model"]
+    ) == set(lora.state_of(model))
+    merged, beside = (
+        load_checkpoint("adapters.pt"),
+        model_of(read_checkpoint("adapters.pt"), "adapters.pt", merged=False),
+    )
     assert not lora.adapters_of(merged) and lora.adapters_of(beside) and merged.config.gated
     for again, saved in ((merged, lora.merge(copy.deepcopy(model))), (beside, model)):
         assert (again(IDX)[0] - saved(IDX)[0]).abs().max() < 1e-5
-    base.get_submodule(next(iter(lora.adapters_of(model)))).weight.data[0] += 1  # a matrix that adapters change, as trained with other settings, to the same step
+    # a matrix that adapters change, as trained with other settings, to the same step
+    base.get_submodule(next(iter(lora.adapters_of(model)))).weight.data[0] += 1
     save_checkpoint("base.pt", checkpoint_of(base, step=7))
     with pytest.raises(UserError, match="adapters for base.pt, which holds other weights now"):
         load_checkpoint("adapters.pt")
@@ -106,7 +152,18 @@ def test_only_the_adapters_are_saved_and_they_know_their_base(run, workplace):
 
 
 def test_frozen_weights_in_half_precision_keep_adapters_in_full():
-    model = OLMo(OLMoConfig(generation=1, block_size=16, vocab_size=11, n_layer=1, n_head=2, n_kv_head=2, n_embd=32, n_hidden=48)).bfloat16()
+    model = OLMo(
+        OLMoConfig(
+            generation=1,
+            block_size=16,
+            vocab_size=11,
+            n_layer=1,
+            n_head=2,
+            n_kv_head=2,
+            n_embd=32,
+            n_hidden=48,
+        )
+    ).bfloat16()
     lora.add(model, 2, 4.0, "q_proj")
     layer = next(iter(lora.adapters_of(model).values()))
     assert layer.lora_a.dtype == torch.float32 and layer.weight.dtype == torch.bfloat16
@@ -118,7 +175,19 @@ def test_frozen_weights_in_half_precision_keep_adapters_in_full():
 
 def test_what_gets_an_adapter():
     def with_adapters(targets, tied=True):
-        model = OLMo(OLMoConfig(generation=2, tied=tied, block_size=8, vocab_size=11, n_layer=1, n_head=2, n_kv_head=2, n_embd=32, n_hidden=48))
+        model = OLMo(
+            OLMoConfig(
+                generation=2,
+                tied=tied,
+                block_size=8,
+                vocab_size=11,
+                n_layer=1,
+                n_head=2,
+                n_kv_head=2,
+                n_embd=32,
+                n_hidden=48,
+            )
+        )
         return model, set(lora.adapters_of(lora.add(model, 2, 4.0, targets)))
 
     assert with_adapters("up_proj, norm")[1] == {"model.layers.0.mlp.up_proj", "model.norm"}
@@ -126,19 +195,43 @@ def test_what_gets_an_adapter():
     assert len(blocks) == 7 + 4 and with_adapters("all")[1] == blocks | {"model.norm"}
     for targets in ("lm_head", "embed_tokens"):  # one matrix, one change of it
         model, names = with_adapters(targets)
-        assert names == {"lm_head", "model.embed_tokens"} and model.lm_head.lora_b is model.model.embed_tokens.lora_b
+        assert (
+            names == {"lm_head", "model.embed_tokens"}
+            and model.lm_head.lora_b is model.model.embed_tokens.lora_b
+        )
         assert len([p for p in model.parameters() if p.requires_grad]) == 2
         assert len(with_adapters(targets, tied=False)[1]) == 1
-    with pytest.raises(UserError, match="no Linear, Embedding or RMSNorm layer 'q_proj'. It has c_attn, c_fc, c_proj, lm_head, wpe, wte"):
+    with pytest.raises(
+        UserError,
+        match="no Linear, Embedding or RMSNorm layer 'q_proj'. It has c_attn, c_fc, c_proj, lm_head, wpe, "
+              "wte",
+    ):
         lora.add(GPT(MODELS[0][0].config), 2, 4.0, "c_attn, q_proj")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # A run
 
 
-RUN = {"init_from": "hf", "dataset": "count", "gated": True, "block_size": 8, "lora_rank": 2, "batch_size": 8, "max_steps": 12, "warmup_steps": 2, "learning_rate": 3e-3, "eval_interval": 6,
-       "eval_batch_size": 7, "eval_batches": 3, "open_above": 0.02, "distill_weight": 0.5, "constraint_paired": True, "linear_penalty_steps": 4, "device": "cpu"}
+RUN = {
+    "init_from": "hf",
+    "dataset": "count",
+    "gated": True,
+    "block_size": 8,
+    "lora_rank": 2,
+    "batch_size": 8,
+    "max_steps": 12,
+    "warmup_steps": 2,
+    "learning_rate": 3e-3,
+    "eval_interval": 6,
+    "eval_batch_size": 7,
+    "eval_batches": 3,
+    "open_above": 0.02,
+    "distill_weight": 0.5,
+    "constraint_paired": True,
+    "linear_penalty_steps": 4,
+    "device": "cpu",
+}
 
 
 @pytest.fixture
@@ -157,12 +250,20 @@ def run_it(**given):
 def test_a_run_with_adapters_on_an_olmo_from_hugging_face(olmo, capsys):
     last, lines = run_it(out_dir="out/lora")
     assert "2,048 of them trained" in capsys.readouterr().out  # 4 layers, 2 matrices, 2 (64 + 64) each
-    assert set(last["model"]) == {f"model.layers.{i}.self_attn.{name}_proj.lora_{ab}" for i in range(4) for name in "qk" for ab in "ab"}
-    assert last["base"] == "hf" and last["model_args"]["block_size"] == 8 and len(last["model_args"]["gate_bias"]) == 4
+    assert set(last["model"]) == {
+        f"model.layers.{i}.self_attn.{name}_proj.lora_{ab}" for i in range(4) for name in "qk" for ab in "ab"
+    }
+    assert (
+        last["base"] == "hf"
+        and last["model_args"]["block_size"] == 8
+        and len(last["model_args"]["gate_bias"]) == 4
+    )
     assert os.path.getsize("out/lora/last.pt") < 0.3 * os.path.getsize("hf/model.safetensors")
     teacher = load_checkpoint("hf", block_size=8)
     data = prepare_data.load("count")
-    assert lines[0]["target_loss"] == pytest.approx(evaluate(teacher, data, "val", 7, 3)["loss"] + 0.001, abs=1e-6)
+    assert lines[0]["target_loss"] == pytest.approx(
+        evaluate(teacher, data, "val", 7, 3)["loss"] + 0.001, abs=1e-6
+    )
     child = load_checkpoint("out/lora/last.pt")
     assert evaluate(child, data, "val", 7, 3)["loss"] == pytest.approx(lines[-1]["val_loss"], abs=1e-5)
     assert lines[-1]["density"] < lines[1]["density"] and lines[-1]["lambda"] != lines[0]["lambda"]
@@ -174,7 +275,12 @@ def test_it_goes_on_exactly(olmo, monkeypatch):
     whole, _ = run_it(out_dir="out/whole")
     with monkeypatch.context() as patch:
         countdown = iter([False] * 7 + [True])
-        patch.setattr(StopRequest, "asked", property(lambda self: next(countdown), lambda self, value: None), raising=False)
+        patch.setattr(
+            StopRequest,
+            "asked",
+            property(lambda self: next(countdown), lambda self, value: None),
+            raising=False,
+        )
         with pytest.raises(SystemExit):
             run_it(out_dir="out/parts")
     assert read_checkpoint("out/parts/last.pt")["step"] == 8
@@ -186,14 +292,19 @@ def test_compiled_it_is_the_same_run(olmo):
     """One model runs with and without adapters and gates, and the compiler has to tell them apart."""
     theirs("Olmo", vocab_size=10, num_hidden_layers=1).save_pretrained("hf")
     settings = {"max_steps": 4, "eval_interval": 2, "noise_free_steps": 2}
-    plain, compiled = run_it(out_dir="out/plain", **settings)[1], run_it(out_dir="out/compiled", compile="on", **settings)[1]
+    plain, compiled = (
+        run_it(out_dir="out/plain", **settings)[1],
+        run_it(out_dir="out/compiled", compile="on", **settings)[1],
+    )
     for a, b in zip(plain, compiled):
         for key in ("val_loss", "density", "constraint_loss", "target_loss", "batch_loss"):
             assert a[key] == b[key] or a[key] == pytest.approx(b[key], abs=1e-5), key
 
 
 def test_the_compiler_never_gives_up(olmo, monkeypatch):
-    """Every way in which a run uses its model is compiled anew; past a limit PyTorch would silently compile no more."""
+    """Every way in which a run uses its model is compiled anew; past a limit PyTorch would silently compile
+    no more.
+    """
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
     with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
         settings = {"compile": "on", "linear_penalty_steps": 2, "max_steps": 6, "eval_interval": 2}
@@ -206,15 +317,24 @@ def test_adapters_on_adapters_are_refused_and_a_target_with_adapters_is_not(olmo
     with pytest.raises(UserError, match="out/dense/best.pt holds adapters itself"):
         run_it(out_dir="out/child", init_from="out/dense")
     _, lines = run_it(out_dir="out/strict", target_from="out/dense", max_steps=2)
-    found = evaluate(load_checkpoint("out/dense/best.pt", block_size=8), prepare_data.load("count"), "val", 7, 3)["loss"]
+    found = evaluate(
+        load_checkpoint("out/dense/best.pt", block_size=8), prepare_data.load("count"), "val", 7, 3
+    )["loss"]
     assert lines[0]["target_loss"] == pytest.approx(found + 0.001, abs=1e-6)
 
 
 def test_frozen_weights_in_bfloat16_and_settings_that_do_not_fit(olmo):
     last, lines = run_it(out_dir="out/half", base_dtype="bfloat16", max_steps=2)
     assert all(tensor.dtype == torch.float32 for tensor in last["model"].values()) and lines[-1]["step"] == 2
-    for given, message in (({"lora_targets": "c_attn"}, "no Linear, Embedding or RMSNorm layer 'c_attn'. It has down_proj, embed_tokens, gate_proj"), ({"block_size": 65}, "block_size=65"), ({"n_layer": 3}, "n_layer=3, but hf has n_layer=4"),
-                           ({"architecture": "gpt2"}, "architecture='gpt2', but hf has architecture='olmo'")):
+    for given, message in (
+        (
+            {"lora_targets": "c_attn"},
+            "no Linear, Embedding or RMSNorm layer 'c_attn'. It has down_proj, embed_tokens, gate_proj",
+        ),
+        ({"block_size": 65}, "block_size=65"),
+        ({"n_layer": 3}, "n_layer=3, but hf has n_layer=4"),
+        ({"architecture": "gpt2"}, "architecture='gpt2', but hf has architecture='olmo'"),
+    ):
         with pytest.raises((UserError, UserError), match=message):
             run_it(out_dir="out/wrong", **given)
     with pytest.raises(UserError, match="lora_rank adds adapters to a model that is there already"):

@@ -1,4 +1,6 @@
-"""OLMo: models that the transformers package writes are computed alike by ours, and back; the gate, the hooks and the trainer's arguments as in GPT-2."""
+"""OLMo: models that the transformers package writes are computed alike by ours, and back; the gate, the
+hooks and the trainer's arguments as in GPT-2.
+"""
 
 import json
 import os
@@ -22,13 +24,44 @@ from models.olmo import OLMo, OLMoConfig
 from storage.files import UserError
 
 transformers = pytest.importorskip("transformers", reason="pip install -r tests/requirements.txt")
-YARN = {"sliding_window": 32, "rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "attention_factor": 1.2, "beta_fast": 32, "beta_slow": 1}}
-KINDS = [("Olmo", {}), ("Olmo", {"clip_qkv": 0.05, "tie_word_embeddings": True}), ("Olmo", {"num_key_value_heads": 2, "rope_parameters": {"rope_type": "default", "rope_theta": 500.0}}),
-         ("Olmo2", {}), ("Olmo2", {"num_key_value_heads": 2, "tie_word_embeddings": True, "rms_norm_eps": 1e-3}), ("Olmo3", YARN), ("Olmo3", {"sliding_window": 32, "num_key_value_heads": 1})]
+YARN = {
+    "sliding_window": 32,
+    "rope_scaling": {
+        "rope_type": "yarn",
+        "factor": 4.0,
+        "original_max_position_embeddings": 16,
+        "attention_factor": 1.2,
+        "beta_fast": 32,
+        "beta_slow": 1,
+    },
+}
+KINDS = [
+    ("Olmo", {}),
+    ("Olmo", {"clip_qkv": 0.05, "tie_word_embeddings": True}),
+    ("Olmo", {"num_key_value_heads": 2, "rope_parameters": {"rope_type": "default", "rope_theta": 500.0}}),
+    ("Olmo2", {}),
+    ("Olmo2", {"num_key_value_heads": 2, "tie_word_embeddings": True, "rms_norm_eps": 1e-3}),
+    ("Olmo3", YARN),
+    ("Olmo3", {"sliding_window": 32, "num_key_value_heads": 1}),
+]
 
 
 def ours(generation=2, **changes):
-    return OLMo(OLMoConfig(**{"generation": generation, "block_size": 16, "vocab_size": 11, "n_layer": 2, "n_head": 4, "n_kv_head": 2, "n_embd": 32, "n_hidden": 48} | changes))
+    return OLMo(
+        OLMoConfig(
+            **{
+                "generation": generation,
+                "block_size": 16,
+                "vocab_size": 11,
+                "n_layer": 2,
+                "n_head": 4,
+                "n_kv_head": 2,
+                "n_embd": 32,
+                "n_hidden": 48,
+            }
+            | changes
+        )
+    )
 
 
 @torch.no_grad()
@@ -48,7 +81,14 @@ def test_what_transformers_writes_gives_its_logits_and_goes_back_unchanged(workp
     assert_same_logits(loaded, model)
     assert_same_logits(load_checkpoint("hf", gated=True, gate_bias=100.0), model)  # all edges open
     olmo.write("back", loaded.state_dict(), vars(loaded.config))
-    again = getattr(transformers, f"{'Olmo2' if kind == 'Olmo3' and 'rope_scaling' not in settings else kind}ForCausalLM").from_pretrained("back").eval()
+    again = (
+        getattr(
+            transformers,
+            f"{'Olmo2' if kind == 'Olmo3' and 'rope_scaling' not in settings else kind}ForCausalLM",
+        )
+        .from_pretrained("back")
+        .eval()
+    )
     assert all(torch.equal(tensor, again.state_dict()[name]) for name, tensor in model.state_dict().items())
     assert_same_logits(loaded, again)
     assert model_of(read_checkpoint("back"), "back").config == loaded.config
@@ -57,7 +97,15 @@ def test_what_transformers_writes_gives_its_logits_and_goes_back_unchanged(workp
 def test_half_size_models_of_both_generations(workplace):
     """Half of OLMo-1B in every direction: 8 layers, 1,024 wide, heads of width 128, the real vocabulary."""
     for kind, vocabulary in (("Olmo", 50304), ("Olmo2", 100352)):
-        model = theirs(kind, hidden_size=1024, intermediate_size=4096, num_hidden_layers=8, num_attention_heads=8, vocab_size=vocabulary, tie_word_embeddings=True)
+        model = theirs(
+            kind,
+            hidden_size=1024,
+            intermediate_size=4096,
+            num_hidden_layers=8,
+            num_attention_heads=8,
+            vocab_size=vocabulary,
+            tie_word_embeddings=True,
+        )
         model.save_pretrained("hf", max_shard_size="200MB")
         assert_same_logits(load_checkpoint("hf"), model)
         for file in os.listdir("hf"):
@@ -96,20 +144,40 @@ def test_wrong_files_are_named(workplace):
 
 
 def test_a_name_is_downloaded_once_through_the_hubs_own_client(workplace, server):
-    """Two shards from a localhost in Hugging Face's place; then without it; then with nothing there at all."""
+    """Two shards from a localhost in Hugging Face's place; then without it; then with nothing there at all.
+    """
     model, name = theirs("Olmo2"), "allenai/OLMo-2-0425-1B"
     folder = workplace / "served" / name / "resolve" / ("0" * 40)
     model.save_pretrained(folder, max_shard_size="200KB")
-    files, api = [*os.listdir(folder), "README.md", "pytorch_model.bin"], workplace / f"served/api/models/{name}"  # the last two are not there to be asked for
-    for place, answer in (("revision/main", {"id": name, "sha": "0" * 40, "siblings": [{"rfilename": file} for file in files]}),
-                          ("tree/" + "0" * 40, [{"type": "file", "path": file, "size": 1, "oid": "0" * 40} for file in files])):
+    # the last two are not there to be asked for
+    files, api = (
+        [*os.listdir(folder), "README.md", "pytorch_model.bin"],
+        workplace / f"served/api/models/{name}",
+    )
+    for place, answer in (
+        ("revision/main", {"id": name, "sha": "0" * 40, "siblings": [{"rfilename": file} for file in files]}),
+        ("tree/" + "0" * 40, [{"type": "file", "path": file, "size": 1, "oid": "0" * 40} for file in files]),
+    ):
         (api / place).parent.mkdir(parents=True)
         (api / place).write_text(json.dumps(answer))
-    code = "import sys, torch; from models.checkpoint import load_checkpoint; from storage.files import UserError\ntry: print(load_checkpoint(sys.argv[1])(torch.arange(20)[None])[0].sum().item())\nexcept UserError as error: print('error:', error)"
-    env = os.environ | {"HF_ENDPOINT": server.url, "HF_HOME": "cache", "PYTHONPATH": REPOSITORY, "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0"}
+    code = (
+        "import sys, torch; from models.checkpoint import load_checkpoint; "
+        "from storage.files import UserError\n"
+        "try: print(load_checkpoint(sys.argv[1])(torch.arange(20)[None])[0].sum().item())\n"
+        "except UserError as error: print('error:', error)"
+    )
+    env = os.environ | {
+        "HF_ENDPOINT": server.url,
+        "HF_HOME": "cache",
+        "PYTHONPATH": REPOSITORY,
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_HUB_OFFLINE": "0",
+    }
 
     def ask(**changes):
-        done = subprocess.run([sys.executable, "-c", code, name], env=env | changes, capture_output=True, text=True)
+        done = subprocess.run(
+            [sys.executable, "-c", code, name], env=env | changes, capture_output=True, text=True
+        )
         assert done.returncode == 0, done.stderr
         return done.stdout
 
@@ -121,17 +189,32 @@ def test_a_name_is_downloaded_once_through_the_hubs_own_client(workplace, server
     assert answer.startswith(f"error: {name} cannot be downloaded") and "bring the folder by hand" in answer
 
 
-@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="reads Linux's high-water mark of a process")
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="reads Linux's high-water mark of a "
+                                                                    "process")
 def test_loading_needs_the_model_and_little_more(workplace):
-    """A process of its own, whose high-water mark is read: 1.2 times the parameters at most, from several shards, in float32 from bfloat16.
+    """A process of its own, whose high-water mark is read: 1.2 times the parameters at most, from several
+    shards, in float32 from bfloat16.
 
     A tiny model first: what Python and torch load when they build one is not the model's memory."""
-    theirs("Olmo", hidden_size=512, intermediate_size=2048, num_hidden_layers=12, num_attention_heads=4, vocab_size=20000).bfloat16().save_pretrained("hf", max_shard_size="60MB")
+    theirs(
+        "Olmo",
+        hidden_size=512,
+        intermediate_size=2048,
+        num_hidden_layers=12,
+        num_attention_heads=4,
+        vocab_size=20000,
+    ).bfloat16().save_pretrained("hf", max_shard_size="60MB")
     theirs("Olmo").save_pretrained("tiny")
-    code = ("import sys; sys.path.insert(0, sys.argv[1]); from models.checkpoint import load_checkpoint; import safetensors.torch;"
-            "most = lambda: 1024 * int(open('/proc/self/status').read().split('VmHWM:')[1].split()[0]);"
-            "load_checkpoint('tiny'); before = most(); m = load_checkpoint('hf'); print((most() - before) / sum(4 * p.numel() for p in m.parameters()))")
-    found = subprocess.run([sys.executable, "-c", code, REPOSITORY], capture_output=True, text=True, check=True).stdout
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1]); from models.checkpoint import load_checkpoint; import "
+        "safetensors.torch;"
+        "most = lambda: 1024 * int(open('/proc/self/status').read().split('VmHWM:')[1].split()[0]);"
+        "load_checkpoint('tiny'); before = most(); m = load_checkpoint('hf'); print((most() - before) / "
+        "sum(4 * p.numel() for p in m.parameters()))"
+    )
+    found = subprocess.run(
+        [sys.executable, "-c", code, REPOSITORY], capture_output=True, text=True, check=True
+    ).stdout
     assert 0.8 < float(found) < 1.2
 
 
@@ -144,9 +227,16 @@ def test_the_gate_is_the_one_of_gate_py_on_rotated_and_normed_queries(generation
     attention.attend = lambda q, k, v, **options: seen.update(q=q, k=k, v=v) or inner(q, k, v, **options)
     gates = {}
     model(torch.randint(0, 11, (2, 16)), record=lambda layer, found: gates.update({layer: found.open}))
-    scores = seen["q"] @ seen["k"].repeat_interleave(2, dim=1).transpose(-2, -1) / 8**0.5  # heads 0 and 1 share keys, so do 2 and 3
-    wanted = (scores + torch.tensor([0.1, -0.2, 0.0, 0.4])[:, None, None] > 0) & torch.ones(16, 16).tril().bool()
-    assert seen["k"].shape == (2, 2, 16, 8) and torch.equal(gates[1], wanted.float()) and 0.05 < wanted.float().mean() < 0.5
+    # heads 0 and 1 share keys, so do 2 and 3
+    scores = seen["q"] @ seen["k"].repeat_interleave(2, dim=1).transpose(-2, -1) / 8**0.5
+    wanted = (scores + torch.tensor([0.1, -0.2, 0.0, 0.4])[:, None, None] > 0) & torch.ones(
+        16, 16
+    ).tril().bool()
+    assert (
+        seen["k"].shape == (2, 2, 16, 8)
+        and torch.equal(gates[1], wanted.float())
+        and 0.05 < wanted.float().mean() < 0.5
+    )
 
 
 def test_training_arguments_do_what_they_do_in_gpt2():
@@ -168,7 +258,12 @@ def test_training_arguments_do_what_they_do_in_gpt2():
         ours(n_kv_head=3)
 
 
-HOOKED = [{"generation": 1, "clip_qkv": 0.3}, {"generation": 2}, {"generation": 2, "n_kv_head": 4, "gated": True, "gate_bias": [[0.5, -0.2, 0.0, 0.3]] * 2}, {"generation": 1, "gated": True, "gate_bias": 0.1}]
+HOOKED = [
+    {"generation": 1, "clip_qkv": 0.3},
+    {"generation": 2},
+    {"generation": 2, "n_kv_head": 4, "gated": True, "gate_bias": [[0.5, -0.2, 0.0, 0.3]] * 2},
+    {"generation": 1, "gated": True, "gate_bias": 0.1},
+]
 
 
 def lively(**changes):
@@ -187,22 +282,40 @@ def test_hooks_see_every_read_and_write_and_change_nothing_by_looking(changes):
     finals = []
     watch.read = lambda name, layer, x: (finals.append(x) if name == "final" else None, x)[1]
     assert (patched(model, idx, watch) - model(idx)[0]).abs().max() < 1e-5
-    assert watch.writes.shape == (3, graph.W, 16, 32) and (watch.writes.sum(dim=1) - finals[0]).abs().max() < 1e-5
+    assert (
+        watch.writes.shape == (3, graph.W, 16, 32)
+        and (watch.writes.sum(dim=1) - finals[0]).abs().max() < 1e-5
+    )
 
 
 @pytest.mark.parametrize("changes", HOOKED)
 def test_circuits_work_on_it_unchanged(changes):
-    """All edges explain everything, none nothing; and an edge's attribution is the derivative by how far it is cut, for q, k and v of grouped heads."""
+    """All edges explain everything, none nothing; and an edge's attribution is the derivative by how far it
+    is cut, for q, k and v of grouped heads.
+    """
     torch.manual_seed(0)
     model = lively(**changes).double()
-    pairs = [Pair(*(torch.randint(0, 11, (6,)).tolist() for _ in range(2)), [5], [[1]], [[2]]) for _ in range(3)]
+    pairs = [
+        Pair(*(torch.randint(0, 11, (6,)).tolist() for _ in range(2)), [5], [[1]], [[2]]) for _ in range(3)
+    ]
     graph = Graph(2, 4)
-    clean, corrupted, values = effects(model, pairs, "logit difference", [graph.edges, torch.zeros_like(graph.edges)])
-    assert torch.allclose(values[0], clean) and torch.allclose(values[1], corrupted) and (clean - corrupted).abs().max() > 1e-3
-    if model.config.gated:  # straight through the gates, too: with one token a pattern is always 1, and q and k matter for the gate alone
+    clean, corrupted, values = effects(
+        model, pairs, "logit difference", [graph.edges, torch.zeros_like(graph.edges)]
+    )
+    assert (
+        torch.allclose(values[0], clean)
+        and torch.allclose(values[1], corrupted)
+        and (clean - corrupted).abs().max() > 1e-3
+    )
+    # straight through the gates, too: with one token a pattern is always 1, and q and k matter for the gate
+    # alone
+    if model.config.gated:
         alone = attribute_edges(model, [Pair([3], [7], [0], [[1]], [[2]])], "logit difference")
-        assert max(alone[:, graph.reader(part, layer)].abs().max() for part in "qk" for layer in range(2)) > 1e-4
-    model.config.gated = False  # a threshold has no derivative to compare with; tests/circuits/test_attribution.py does by autograd
+        assert (
+            max(alone[:, graph.reader(part, layer)].abs().max() for part in "qk" for layer in range(2)) > 1e-4
+        )
+    # a threshold has no derivative to compare with; tests/circuits/test_attribution.py does by autograd
+    model.config.gated = False
     scores = attribute_edges(model, pairs, "logit difference")
 
     def nudged(edge, step):
@@ -220,11 +333,27 @@ def test_circuits_work_on_it_unchanged(changes):
             for before, after, group in batches(pairs, 8):
                 watch = Watch(graph)
                 patched(model, after, watch)
-                total += metric_of(patched(model, before, Nudge(graph, graph.edges, watch.writes)), group, "logit difference").sum().item()
+                total += (
+                    metric_of(
+                        patched(model, before, Nudge(graph, graph.edges, watch.writes)),
+                        group,
+                        "logit difference",
+                    )
+                    .sum()
+                    .item()
+                )
         return total / len(pairs)
 
-    for edge in [(0, graph.reader("q", 0).start + 1), (0, graph.reader("k", 1).start + 2), (2, graph.reader("v", 1).start + 3), (3, graph.reader("mlp", 0).start), (7, graph.R - 1)]:
-        assert (nudged(edge, 1e-5) - nudged(edge, -1e-5)) / 2e-5 == pytest.approx(scores[edge].item(), rel=1e-3, abs=1e-7)
+    for edge in [
+        (0, graph.reader("q", 0).start + 1),
+        (0, graph.reader("k", 1).start + 2),
+        (2, graph.reader("v", 1).start + 3),
+        (3, graph.reader("mlp", 0).start),
+        (7, graph.R - 1),
+    ]:
+        assert (nudged(edge, 1e-5) - nudged(edge, -1e-5)) / 2e-5 == pytest.approx(
+            scores[edge].item(), rel=1e-3, abs=1e-7
+        )
 
 
 @pytest.mark.parametrize("generation", [1, 2])
@@ -235,13 +364,21 @@ def test_copying_scores_by_hand(generation):
     found = copying_scores(model)
     for layer, head in ((0, 1), (1, 3)):
         attention, block = model.attentions[layer], model.blocks[layer]
-        value, output = attention.v_proj.weight.view(2, 8, 32)[head // 2], attention.o_proj.weight[:, 8 * head:8 * head + 8]
+        value, output = (
+            attention.v_proj.weight.view(2, 8, 32)[head // 2],
+            attention.o_proj.weight[:, 8 * head : 8 * head + 8],
+        )
         if generation == 2:
-            output, unembed = block.post_attention_layernorm.weight[:, None] * output, model.lm_head.weight * model.model.norm.weight
+            output, unembed = (
+                block.post_attention_layernorm.weight[:, None] * output,
+                model.lm_head.weight * model.model.norm.weight,
+            )
         else:
             unembed = model.lm_head.weight
         values = torch.linalg.eigvals(unembed @ output @ value @ model.model.embed_tokens.weight.T)
-        assert found[layer, head].item() == pytest.approx((values.sum().real / values.abs().sum()).item(), abs=1e-4)
+        assert found[layer, head].item() == pytest.approx(
+            (values.sum().real / values.abs().sum()).item(), abs=1e-4
+        )
 
 
 @pytest.mark.parametrize("gated", [False, True])
@@ -251,7 +388,9 @@ def test_a_norm_that_returns_float32_does_not_split_the_precisions(gated):
     for attention in model.attentions:
         for norm in (attention.q_norm, attention.k_norm):
             norm.forward = lambda x, inner=norm.forward: inner(x).float()
-        attention.attend = lambda q, k, v, inner=attention.attend, **options: seen.append({q.dtype, k.dtype, v.dtype}) or inner(q, k, v, **options)
+        attention.attend = lambda q, k, v, inner=attention.attend, **options: (
+            seen.append({q.dtype, k.dtype, v.dtype}) or inner(q, k, v, **options)
+        )
     model(torch.randint(0, 11, (2, 16)))
     assert seen == [{torch.bfloat16}] * 2
 
@@ -264,7 +403,9 @@ def test_the_rotations_are_an_operator_to_the_compiler():
 
 @pytest.mark.parametrize("impl", ["tiled", "triton"])
 def test_the_fast_forms_take_olmos_shapes(impl):
-    """Heads of width 128, grouped keys and values, a bias for each head, under RoPE's rotation: values and gradients are those of the formula."""
+    """Heads of width 128, grouped keys and values, a bias for each head, under RoPE's rotation: values and
+    gradients are those of the formula.
+    """
     if impl == "triton":
         pytest.importorskip("triton", reason="no Triton for this system")
     config, T = OLMoConfig(n_embd=512, n_head=4), 70
@@ -273,8 +414,15 @@ def test_the_fast_forms_take_olmos_shapes(impl):
     for how in ("plain", impl):
         inputs = [x.clone().requires_grad_() for x in (q, k, v)]
         rotation = olmo.rotations(config, T, "cpu")
-        y, density, _ = gated_attention(olmo.rotate(inputs[0], rotation), olmo.rotate(inputs[1], rotation), inputs[2], torch.tensor([0.5, -0.5, 0.0, 1.0])[:, None, None],
-                                        sample=True, noise=0.0, impl=how)
+        y, density, _ = gated_attention(
+            olmo.rotate(inputs[0], rotation),
+            olmo.rotate(inputs[1], rotation),
+            inputs[2],
+            torch.tensor([0.5, -0.5, 0.0, 1.0])[:, None, None],
+            sample=True,
+            noise=0.0,
+            impl=how,
+        )
         (y.square().sum() + 100 * density).backward()
         results.append([y.detach(), density.detach(), *(x.grad for x in inputs)])
     for plain, fast in zip(*results):

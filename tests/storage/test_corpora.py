@@ -1,4 +1,6 @@
-"""Collections that are downloaded: whole files, whole documents, parallel, resumable, and what is said when something is missing. No network: localhost in its place."""
+"""Collections that are downloaded: whole files, whole documents, parallel, resumable, and what is said when
+something is missing. No network: localhost in its place.
+"""
 
 import gzip
 import json
@@ -70,35 +72,73 @@ def test_openwebtext_through_datasets(workplace, monkeypatch):
 
 @pytest.fixture
 def hub(workplace, server, monkeypatch):
-    """A localhost that hosts Dolma's list and two files, and OLMo's tokenizers; and the environment for processes that use it."""
+    """A localhost that hosts Dolma's list and two files, and OLMo's tokenizers; and the environment for
+    processes that use it.
+    """
     tokenizers = pytest.importorskip("tokenizers", reason="pip install -r tests/requirements.txt")
     root = workplace / "served"
     for number in range(2):
         (root / "dolma").mkdir(parents=True, exist_ok=True)
         with gzip.open(root / f"dolma/part-{number}.json.gz", "wt") as f:
-            f.writelines(json.dumps({"id": str(i), "text": f"Document {i} of part {number}, naïve. " * (1 + i % 3), "metadata": {"i": i} if i % 2 else {}}) + "\n" for i in range(1000))
-    (root / "urls.txt").write_text("".join(f"{server.url}/dolma/part-{number}.json.gz\n" for number in range(2)))
+            f.writelines(
+                json.dumps(
+                    {
+                        "id": str(i),
+                        "text": f"Document {i} of part {number}, naïve. " * (1 + i % 3),
+                        "metadata": {"i": i} if i % 2 else {},
+                    }
+                )
+                + "\n"
+                for i in range(1000)
+            )
+    (root / "urls.txt").write_text(
+        "".join(f"{server.url}/dolma/part-{number}.json.gz\n" for number in range(2))
+    )
     bpe = tokenizers.ByteLevelBPETokenizer()
-    bpe.train_from_iterator(["Document of part naïve. def f(x): return x"] * 10, vocab_size=300, min_frequency=1, special_tokens=["<|endoftext|>"])
+    bpe.train_from_iterator(
+        ["Document of part naïve. def f(x): return x"] * 10,
+        vocab_size=300,
+        min_frequency=1,
+        special_tokens=["<|endoftext|>"],
+    )
     for name in ("OLMo-1B-hf", "OLMo-2-0425-1B"):
         (root / f"allenai/{name}/resolve/main").mkdir(parents=True)
         bpe.save(str(root / f"allenai/{name}/resolve/main/tokenizer.json"))
-    return os.environ | {"HF_ENDPOINT": server.url, "HF_HOME": str(workplace / "cache"), "PYTHONPATH": REPOSITORY, "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0", "TRANSFORMERS_OFFLINE": "0", "HF_DATASETS_OFFLINE": "0"}
+    return os.environ | {
+        "HF_ENDPOINT": server.url,
+        "HF_HOME": str(workplace / "cache"),
+        "PYTHONPATH": REPOSITORY,
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_HUB_OFFLINE": "0",
+        "TRANSFORMERS_OFFLINE": "0",
+        "HF_DATASETS_OFFLINE": "0",
+    }
 
 
 def dolma(env, *flags):
-    code = f"import sys, prepare_data; from storage import corpora; corpora.DOLMA = {env['HF_ENDPOINT']!r} + '/urls.txt'; prepare_data.main(sys.argv[1:])"
-    return subprocess.run([sys.executable, "-c", code, "dolma", *flags], env=env, capture_output=True, text=True)
+    code = (
+        "import sys, prepare_data; from storage import corpora; "
+        f"corpora.DOLMA = {env['HF_ENDPOINT']!r} + '/urls.txt'; prepare_data.main(sys.argv[1:])"
+    )
+    return subprocess.run(
+        [sys.executable, "-c", code, "dolma", *flags], env=env, capture_output=True, text=True
+    )
 
 
 def test_dolma_in_olmos_tokens(hub, server):
     done = dolma(hub, "--shards=2", "--processes=2")
     assert done.returncode == 0, done.stderr
     data = load("dolma")
-    assert data.meta["tokenizer"] == "olmo" and 256 < data.meta["vocab_size"] <= 300 and sum(data.meta["documents"].values()) == 2000 and 1 <= data.meta["documents"]["val"] <= 30
+    assert (
+        data.meta["tokenizer"] == "olmo"
+        and 256 < data.meta["vocab_size"] <= 300
+        and sum(data.meta["documents"].values()) == 2000
+        and 1 <= data.meta["documents"]["val"] <= 30
+    )
     assert (np.asarray(data.train) == 0).sum() == data.meta["documents"]["train"]
     asked = len(server.requests)
-    assert dolma(hub, "--shards=2", "--processes=2").returncode == 0 and len(server.requests) <= asked + 4  # the tokenizer's date is asked for, no file is fetched again
+    # the tokenizer's date is asked for, no file is fetched again
+    assert dolma(hub, "--shards=2", "--processes=2").returncode == 0 and len(server.requests) <= asked + 4
     part = "data/dolma/shards/part-1.json.gz"
     with open(part, "r+b") as f:
         f.truncate(500)
@@ -106,23 +146,45 @@ def test_dolma_in_olmos_tokens(hub, server):
     for processes in (1, 2):
         done = dolma(hub, "--shards=2", f"--processes={processes}")
         said = [line for line in done.stderr.splitlines() if "it/s" not in line and "examples" not in line]
-        assert done.returncode == 1 and len(said) < 4 and "error: data/dolma/shards/part-1.json.gz is no file of Dolma, or a damaged one" in done.stderr, done.stderr
+        assert (
+            done.returncode == 1
+            and len(said) < 4
+            and "error: data/dolma/shards/part-1.json.gz is no file of Dolma, or a damaged one" in done.stderr
+        ), done.stderr
 
 
 def test_olmos_tokenizers_come_from_the_hub_once(hub, server):
-    code = "from storage import text; t = text.tokenizer('olmo2'); ids = text.encode_document('Document naïve'.encode(), t); print(t.decode(ids), t.separator, ids.dtype, 0 in t.encode(b'<|endoftext|>'))"
+    code = (
+        "from storage import text; t = text.tokenizer('olmo2'); "
+        "ids = text.encode_document('Document naïve'.encode(), t); "
+        "print(t.decode(ids), t.separator, ids.dtype, 0 in t.encode(b'<|endoftext|>'))"
+    )
     done = subprocess.run([sys.executable, "-c", code], env=hub, capture_output=True, text=True)
     assert done.stdout.strip() == "<|endoftext|>Document naïve 0 uint16 False", done.stderr
-    offline = subprocess.run([sys.executable, "-c", code], env=hub | {"HF_HUB_OFFLINE": "1"}, capture_output=True, text=True)
+    offline = subprocess.run(
+        [sys.executable, "-c", code], env=hub | {"HF_HUB_OFFLINE": "1"}, capture_output=True, text=True
+    )
     assert offline.stdout == done.stdout
-    empty = subprocess.run([sys.executable, os.path.join(REPOSITORY, "prepare_data.py"), "stdlib", "--tokenizer=olmo"], env=hub | {"HF_HOME": "nowhere", "HF_HUB_OFFLINE": "1"},
-                           capture_output=True, text=True)
-    assert empty.returncode == 1 and "the vocabulary of allenai/OLMo-1B-hf cannot be fetched" in empty.stderr and "HF_HOME" in empty.stderr and "Traceback" not in empty.stderr
+    empty = subprocess.run(
+        [sys.executable, os.path.join(REPOSITORY, "prepare_data.py"), "stdlib", "--tokenizer=olmo"],
+        env=hub | {"HF_HOME": "nowhere", "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert (
+        empty.returncode == 1
+        and "the vocabulary of allenai/OLMo-1B-hf cannot be fetched" in empty.stderr
+        and "HF_HOME" in empty.stderr
+        and "Traceback" not in empty.stderr
+    )
 
 
 def test_missing_packages_say_what_to_install(workplace, monkeypatch):
-    for name, flags, package, words in (("openwebtext", [], "datasets", "pip install datasets"), ("dolma", [], "datasets", "pip install datasets"),
-                                        ("stdlib", ["--tokenizer=olmo"], "tokenizers", "pip install -r requirements-olmo.txt")):
+    for name, flags, package, words in (
+        ("openwebtext", [], "datasets", "pip install datasets"),
+        ("dolma", [], "datasets", "pip install datasets"),
+        ("stdlib", ["--tokenizer=olmo"], "tokenizers", "pip install -r requirements-olmo.txt"),
+    ):
         with monkeypatch.context() as patch:
             patch.setitem(sys.modules, package, None)
             with pytest.raises(SystemExit, match=words):
@@ -131,8 +193,14 @@ def test_missing_packages_say_what_to_install(workplace, monkeypatch):
 
 def test_a_large_vocabulary_takes_four_bytes(workplace):
     tokens = np.array([0, 70_000, 100_351, 5], dtype=np.uint32)
-    prepare_data.write_dataset("data/big", tokens, tokens[:2], kind="stream", vocab_size=100_352, tokenizer="olmo2")
+    prepare_data.write_dataset(
+        "data/big", tokens, tokens[:2], kind="stream", vocab_size=100_352, tokenizer="olmo2"
+    )
     data = load("big")
-    assert data.train.dtype == np.uint32 and data.train.tolist() == tokens.tolist() and os.path.getsize("data/big/train.bin") == 16
+    assert (
+        data.train.dtype == np.uint32
+        and data.train.tolist() == tokens.tolist()
+        and os.path.getsize("data/big/train.bin") == 16
+    )
     x, y = data.batch("train", [0], 3)
     assert x.tolist() == [[0, 70_000, 100_351]] and y.tolist() == [[70_000, 100_351, 5]]

@@ -19,11 +19,15 @@ def test_bytes_come_back_and_documents_are_marked():
         text.tokenizer("gpt3")
 
 
-@pytest.mark.skipif("TIKTOKEN_CACHE_DIR" not in os.environ, reason="needs OpenAI's vocabulary: set TIKTOKEN_CACHE_DIR")
+@pytest.mark.skipif("TIKTOKEN_CACHE_DIR" not in os.environ, reason="needs OpenAI's vocabulary: set "
+                                                                   "TIKTOKEN_CACHE_DIR")
 def test_gpt2s_tokens():
     tokens = text.tokenizer("gpt2")
-    assert tokens.encode(b"Hello world<|endoftext|>")[:2] == [15496, 995]  # and the marker in a text is a text
-    assert 50256 not in tokens.encode(b"<|endoftext|>") and text.encode_document(b"Hello", tokens).tolist() == [50256, 15496]
+    # and the marker in a text is a text
+    assert tokens.encode(b"Hello world<|endoftext|>")[:2] == [15496, 995]
+    assert 50256 not in tokens.encode(b"<|endoftext|>") and text.encode_document(
+        b"Hello", tokens
+    ).tolist() == [50256, 15496]
     assert tokens.decode([15496, 995]) == "Hello world"
 
 

@@ -18,7 +18,9 @@ def parse(*arguments):
 
 
 def test_values_and_words():
-    path, given = parse("config/x.py", "--learning_rate=2e-3", "--device=cpu", "--gated=True", "--seed=3", "--weight_decay=1")
+    path, given = parse(
+        "config/x.py", "--learning_rate=2e-3", "--device=cpu", "--gated=True", "--seed=3", "--weight_decay=1"
+    )
     assert path == "config/x.py"
     assert given == {"learning_rate": 2e-3, "device": "cpu", "gated": True, "seed": 3, "weight_decay": 1.0}
     assert type(given["weight_decay"]) is float
@@ -87,7 +89,9 @@ def test_settings_that_contradict_each_other(workplace, given, message):
 
 
 def test_a_shape_is_the_settings_business_only_from_scratch():
-    """GPT-2 has 768 numbers and 12 heads, whatever the default width is: the model that is there is asked, not the settings."""
+    """GPT-2 has 768 numbers and 12 heads, whatever the default width is: the model that is there is asked,
+    not the settings.
+    """
     check_together(Config(init_from="gpt2", n_head=12))
     with pytest.raises(UserError, match="n_embd=64 must be a multiple of n_head=12"):
         check_together(Config(n_head=12))
@@ -105,37 +109,56 @@ def test_out_dir_is_named_after_file_and_seed(workplace):
 def test_the_projects_own_config_files_are_right(name, monkeypatch):
     monkeypatch.chdir(REPOSITORY)
     config, _ = make_config(f"config/{name}.py", {})
-    assert config.out_dir == f"out/{name}" and config.gated == (name.split("_")[-1] not in ("dense", "control"))
+    assert config.out_dir == f"out/{name}" and config.gated == (
+        name.split("_")[-1] not in ("dense", "control")
+    )
     check_together(config)
     if name == "gpt2":  # one file for one GPU and for eight
         assert config.batch_size % (8 * config.micro_batch_size) == 0
 
 
 def test_a_child_and_its_control_differ_in_the_gates_alone(monkeypatch):
-    """Or the control would control nothing. config/stdlib_strict.py is config/stdlib.py but for its parent and the price that a nat has."""
+    """Or the control would control nothing. config/stdlib_strict.py is config/stdlib.py but for its parent
+    and the price that a nat has.
+    """
     monkeypatch.chdir(REPOSITORY)
-    child, control, strict = (vars(make_config(f"config/{name}.py", {})[0]) for name in ("stdlib", "stdlib_control", "stdlib_strict"))
+    child, control, strict = (
+        vars(make_config(f"config/{name}.py", {})[0])
+        for name in ("stdlib", "stdlib_control", "stdlib_strict")
+    )
     about_gates = {"gated", "target_from", "out_dir", "open_above", "distill_weight", *GATED_ONLY}
     assert {key for key in child if child[key] != control[key]} <= about_gates
     assert {key for key in child if child[key] != strict[key]} == {"init_from", "out_dir", "lambda_max"}
 
 
-@pytest.mark.parametrize("arguments", [["config/addition.py", "--learning_rte=1e-3"], ["config/nothing.py"],
-                                       ["--init_from=resume", "--out_dir=none"], ["--init_from=nowhere", "--gated=True"],
-                                       ["--dataset=nothing"], ["--device=cuda:0"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["config/addition.py", "--learning_rte=1e-3"],
+        ["config/nothing.py"],
+        ["--init_from=resume", "--out_dir=none"],
+        ["--init_from=nowhere", "--gated=True"],
+        ["--dataset=nothing"],
+        ["--device=cuda:0"],
+    ],
+)
 def test_the_whole_program_answers_in_two_lines(workplace, arguments):
     import torch
 
     if "--device=cuda:0" in arguments and torch.cuda.is_available():
         pytest.skip("this machine has a GPU, so --device=cuda:0 is no mistake here")
-    done = subprocess.run([sys.executable, f"{REPOSITORY}/train.py", *arguments], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, f"{REPOSITORY}/train.py", *arguments], capture_output=True, text=True
+    )
     assert done.returncode == 1 and done.stderr.startswith("error: ")
     assert "Traceback" not in done.stderr and len(done.stderr.strip().splitlines()) <= 2
     assert not (workplace / "out").exists()
 
 
 def test_help_lists_every_setting():
-    done = subprocess.run([sys.executable, f"{REPOSITORY}/train.py", "--help"], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, f"{REPOSITORY}/train.py", "--help"], capture_output=True, text=True
+    )
     assert done.returncode == 0 and all(f"    {key}: " in done.stdout for key in Config.__annotations__)
 
 
@@ -150,7 +173,11 @@ def test_a_config_file_says_what_differs_from_its_base(workplace):
     write("large.py", "n_head = 4\nbase = 'middle.py'\n")
     assert read_config_file("large.py", Config, limits()) == {"n_layer": 3, "learning_rate": 0.1, "n_head": 4}
     config, given = make_config("large.py", {"n_layer": 5})
-    assert (config.n_layer, config.n_head, config.learning_rate) == (5, 4, 0.1) and config.out_dir == os.path.normpath("out/large")
+    assert (config.n_layer, config.n_head, config.learning_rate) == (
+        5,
+        4,
+        0.1,
+    ) and config.out_dir == os.path.normpath("out/large")
     assert given == {"n_layer", "learning_rate", "n_head"}
 
 

@@ -12,7 +12,9 @@ from training.evaluate import evaluate
 
 def test_counts_on_rows(workplace):
     data = prepare_data.load("addition")
-    model = GPT(GPTConfig(block_size=11, vocab_size=13, n_layer=2, n_head=2, n_embd=16, gated=True, gate_bias=0.0)).train()
+    model = GPT(
+        GPTConfig(block_size=11, vocab_size=13, n_layer=2, n_head=2, n_embd=16, gated=True, gate_bias=0.0)
+    ).train()
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.5)
     found = evaluate(model, data, "val", batch_size=300)  # 2,000 is no multiple of 300
@@ -20,13 +22,23 @@ def test_counts_on_rows(workplace):
     x, y = (torch.from_numpy(a) for a in data.batch("val", range(2000), 11))
     layers = []
     logits = model.eval()(x, record=lambda layer, gates: layers.append(gates.open))[0]
-    assert found["loss"] == pytest.approx(F.cross_entropy(logits[:, 6:].flatten(0, 1), y[:, 6:].flatten()).item(), rel=1e-5)
+    assert found["loss"] == pytest.approx(
+        F.cross_entropy(logits[:, 6:].flatten(0, 1), y[:, 6:].flatten()).item(), rel=1e-5
+    )
     right = (logits[:, 6:].argmax(-1) == y[:, 6:]).all(1)
-    assert found["correct"] == right.sum() and found["accuracy"] == right.float().mean().item() and found["examples"] == 2000
-    assert found["total"] == 2 * 2 * 66 and found["open"] == pytest.approx(sum(g.sum().item() for g in layers) / 2000)
+    assert (
+        found["correct"] == right.sum()
+        and found["accuracy"] == right.float().mean().item()
+        and found["examples"] == 2000
+    )
+    assert found["total"] == 2 * 2 * 66 and found["open"] == pytest.approx(
+        sum(g.sum().item() for g in layers) / 2000
+    )
     assert found["fraction"] == pytest.approx(found["open"] / found["total"])
     gates = torch.stack(layers)  # (n_layer, B, H, T, T)
-    assert found["by_distance"] == pytest.approx([gates.diagonal(-d, dim1=-2, dim2=-1).mean().item() for d in range(11)])
+    assert found["by_distance"] == pytest.approx(
+        [gates.diagonal(-d, dim1=-2, dim2=-1).mean().item() for d in range(11)]
+    )
     assert found["per_head"][1][0] == pytest.approx(layers[1][:, 0].sum().item() / 2000 / 66)
 
 
@@ -42,5 +54,7 @@ def test_a_stream_is_cut_into_windows_and_a_dense_model_is_all_open(workplace):
     assert found["by_distance"] == [1.0] * 8
     some = evaluate(model, prepare_data.load("s"), "val", batch_size=5, max_batches=1)
     spread = torch.tensor([0, 2, 4, 7, 9])  # five of twelve windows, from all over the text
-    assert some["examples"] == 5 and some["loss"] == pytest.approx(model(x[spread], y[spread])[1].item(), rel=1e-5)
+    assert some["examples"] == 5 and some["loss"] == pytest.approx(
+        model(x[spread], y[spread])[1].item(), rel=1e-5
+    )
     assert evaluate(model, prepare_data.load("s"), "val", batch_size=5, max_batches=9)["examples"] == 12

@@ -21,7 +21,17 @@ from training.evaluate import evaluate
 from training.folder import StopRequest
 from training.settings import make_config
 
-LINE = {"step": 300, "open": 12.4, "total": 264, "correct": 9998, "examples": 10000, "lambda": 3.5, "passes": True, "held_out_only": False, "kept": None}
+LINE = {
+    "step": 300,
+    "open": 12.4,
+    "total": 264,
+    "correct": 9998,
+    "examples": 10000,
+    "lambda": 3.5,
+    "passes": True,
+    "held_out_only": False,
+    "kept": None,
+}
 
 
 class Shape:
@@ -33,21 +43,34 @@ class Shape:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A short run on addition in out/whole, and the same, stopped after step 20 and gone on with, in out/again."""
+    """A short run on addition in out/whole, and the same, stopped after step 20 and gone on with, in
+    out/again.
+    """
     place = tmp_path_factory.mktemp("addition")
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(place)
-        (place / "dense.py").write_text("n_layer = 2\nn_embd = 16\nmax_steps = 2\neval_interval = 15\neval_batches = 1")
-        (place / "sparse.py").write_text("init_from = 'dense.py'\ngated = True\nmax_steps = 30\neval_interval = 15\neval_batches = 1\ngate_bias = 0.0\ndevice = 'cpu'")
+        (place / "dense.py").write_text(
+            "n_layer = 2\nn_embd = 16\nmax_steps = 2\neval_interval = 15\neval_batches = 1"
+        )
+        (place / "sparse.py").write_text(
+            "init_from = 'dense.py'\ngated = True\nmax_steps = 30\neval_interval = 15\neval_batches = "
+            "1\ngate_bias = 0.0\ndevice = 'cpu'"
+        )
         train(*make_config("sparse.py", {"out_dir": "out/whole"}))
         with pytest.MonkeyPatch.context() as stops:
             countdown = iter([False] * 19 + [True])
-            stops.setattr(StopRequest, "asked", property(lambda self: next(countdown), lambda self, value: None), raising=False)
+            stops.setattr(
+                StopRequest,
+                "asked",
+                property(lambda self: next(countdown), lambda self, value: None),
+                raising=False,
+            )
             with pytest.raises(SystemExit):
                 train(*make_config("sparse.py", {"out_dir": "out/again"}))
         with open("out/again/edges.jsonl", "a") as f:
-            f.write(json.dumps(LINE | {"step": 30, "edges": []}) + "\n" + '{"step": 4')  # what a killed run may have written
+            # what a killed run may have written
+            f.write(json.dumps(LINE | {"step": 30, "edges": []}) + "\n" + '{"step": 4')
         train(*make_config("sparse.py", {"out_dir": "out/again"}))
     return place
 
@@ -64,8 +87,15 @@ def test_every_evaluation_stores_which_edges_are_open(folder, monkeypatch):
     shares = np.zeros((2, 1, 11, 11))
     for *at, share in lines[-1]["edges"]:
         shares[tuple(at)] = share
-    assert shares == pytest.approx(np.array(found["by_edge"]), abs=1e-4) and shares.sum() == pytest.approx(lines[-1]["open"], abs=0.01)
-    assert np.triu(shares, 1).sum() == 0 and found["by_edge"] != evaluate(load_checkpoint("out/dense/best.pt"), load("addition"), "val", 1000, 1)["by_edge"] is None
+    assert shares == pytest.approx(np.array(found["by_edge"]), abs=1e-4) and shares.sum() == pytest.approx(
+        lines[-1]["open"], abs=0.01
+    )
+    assert (
+        np.triu(shares, 1).sum() == 0
+        and found["by_edge"]
+        != evaluate(load_checkpoint("out/dense/best.pt"), load("addition"), "val", 1000, 1)["by_edge"]
+        is None
+    )
     assert Image.open("out/whole/flow.png").width > 400
 
 
@@ -84,7 +114,12 @@ def test_the_loop_does_without_matplotlib():
 
 
 def test_the_report_makes_the_film(folder):
-    done = subprocess.run([sys.executable, f"{REPOSITORY}/analyze.py", "report", "out/whole"], cwd=folder, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, f"{REPOSITORY}/analyze.py", "report", "out/whole"],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
     lines = stored(folder / "out/whole")
     with Image.open(folder / "out/whole/flow.gif") as film:
@@ -100,14 +135,22 @@ def test_the_film_ends_with_what_is_kept():
     assert flow.kept_frame(frames(None, "closest", "closest", None)) == 2
     assert flow.kept_frame(frames("closest", "best", None)) == 1  # best.pt is what a run is known by
     assert flow.kept_frame(frames(None, None)) == 1
-    assert flow.caption(LINE | {"kept": "best"}, 4500, True) == ("kept: step 300,  12.4 of 264 attention edges open", "9,998 of 10,000 sums right, meets its target;  lambda 3.50")
+    assert flow.caption(LINE | {"kept": "best"}, 4500, True) == (
+        "kept: step 300,  12.4 of 264 attention edges open",
+        "9,998 of 10,000 sums right, meets its target;  lambda 3.50",
+    )
     missed = flow.caption(LINE | {"kept": "closest", "passes": False}, 4500, True)
     assert missed[0].startswith("target missed, closest: step 300") and "misses its target" in missed[1]
-    assert "9,998 of 10,000 held-out sums right" in flow.caption(LINE | {"held_out_only": True}, 4500, False)[1]
+    assert (
+        "9,998 of 10,000 held-out sums right" in flow.caption(LINE | {"held_out_only": True}, 4500, False)[1]
+    )
     assert flow.caption(LINE, 4500, False)[0].startswith("step 300 of 4,500")
 
 
-@pytest.mark.parametrize("task, n_layer, n_head, evaluations", [(AdditionTask(), 4, 1, 60), (AdditionTask(1, 5), 1, 2, 1), (AdditionTask(4, 5), 6, 12, 12)])
+@pytest.mark.parametrize(
+    "task, n_layer, n_head, evaluations",
+    [(AdditionTask(), 4, 1, 60), (AdditionTask(1, 5), 1, 2, 1), (AdditionTask(4, 5), 6, 12, 12)],
+)
 def test_films_of_any_shape_stay_small(tmp_path, task, n_layer, n_head, evaluations):
     T = task.length
     random = np.random.default_rng(0).random((n_layer, n_head, T, T)) * np.tril(np.ones((T, T)))
@@ -132,8 +175,11 @@ def test_an_edge_is_as_dark_as_the_share_of_sums_that_open_it():
     canvas = flow.Canvas(AdditionTask(), 2, 1, 100)
     darkness = []
     for share in (0.0, 0.1, 0.5, 1.0):
-        picture = np.asarray(canvas.draw(LINE | {"edges": [[0, 0, 4, 1, share]] if share else []}).convert("L")).astype(int)
-        x, y = (canvas.x(1) + canvas.x(4)) // 2, (canvas.y(0) + canvas.y(1)) // 2  # half-way between key and query, between two streams
+        picture = np.asarray(
+            canvas.draw(LINE | {"edges": [[0, 0, 4, 1, share]] if share else []}).convert("L")
+        ).astype(int)
+        # half-way between key and query, between two streams
+        x, y = (canvas.x(1) + canvas.x(4)) // 2, (canvas.y(0) + canvas.y(1)) // 2
         darkness.append(255 - picture[y - 2:y + 3, x - 2:x + 3].min())
     assert darkness == sorted(darkness) and len(set(darkness)) == 4
 

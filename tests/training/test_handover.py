@@ -1,4 +1,6 @@
-"""The shift of the key biases: the dense function stays, and the gates start as thresholds on the attention weight."""
+"""The shift of the key biases: the dense function stays, and the gates start as thresholds on the attention
+weight.
+"""
 
 import copy
 
@@ -14,7 +16,9 @@ from training.handover import fold_shift
 def model():
     """Random, gated, with scores and levels of scores of a trained model's size."""
     torch.manual_seed(0)
-    model = GPT(GPTConfig(block_size=32, vocab_size=20, n_layer=2, n_head=2, n_embd=32, gated=True, gate_bias=3.0)).eval()
+    model = GPT(
+        GPTConfig(block_size=32, vocab_size=20, n_layer=2, n_head=2, n_embd=32, gated=True, gate_bias=3.0)
+    ).eval()
     for name, parameter in model.named_parameters():
         parameter.data += (0.25 if "c_attn" in name else 0.1) * torch.randn_like(parameter)
     return model
@@ -45,7 +49,10 @@ def test_the_dense_function_does_not_change_and_the_gates_do(model):
     assert (after(idx)[0] - before(idx)[0]).abs().max() < 1e-4
     moved = {name for name, p in model.state_dict().items() if not torch.equal(p, before.state_dict()[name])}
     assert moved == {f"transformer.h.{i}.attn.c_attn.bias" for i in range(2)}
-    bias = (model.state_dict()["transformer.h.0.attn.c_attn.bias"] - before.state_dict()["transformer.h.0.attn.c_attn.bias"]).view(3, 32)
+    bias = (
+        model.state_dict()["transformer.h.0.attn.c_attn.bias"]
+        - before.state_dict()["transformer.h.0.attn.c_attn.bias"]
+    ).view(3, 32)
     assert (bias[0] == 0).all() and (bias[1] != 0).all() and (bias[2] == 0).all()  # the keys' alone
 
 
@@ -62,7 +69,9 @@ def test_a_higher_threshold_opens_fewer_edges(model):
 
 
 def test_edges_that_carry_weight_start_open_and_it_pays_to_fear_shutting_more_than_opening(model):
-    """One bias that opened the same share would have to shut some of what is needed: levels differ between queries."""
+    """One bias that opened the same share would have to shut some of what is needed: levels differ between
+    queries.
+    """
     kept, opened = folded(model, open_above=0.05)
     assert kept > 0.97 and opened < 0.9
     plain_kept, plain_opened = folded(model, open_above=0.05, too_low=1.0)
@@ -72,7 +81,19 @@ def test_edges_that_carry_weight_start_open_and_it_pays_to_fear_shutting_more_th
 @pytest.mark.parametrize("kind", ["GPT without biases", "OLMo", "GPT whose weights are not to be touched"])
 def test_where_nothing_can_be_folded_every_head_gets_a_number(kind, model):
     if kind == "OLMo":
-        model = OLMo(OLMoConfig(generation=2, block_size=32, vocab_size=20, n_layer=2, n_head=4, n_kv_head=2, n_embd=32, n_hidden=64, gated=True)).eval()
+        model = OLMo(
+            OLMoConfig(
+                generation=2,
+                block_size=32,
+                vocab_size=20,
+                n_layer=2,
+                n_head=4,
+                n_kv_head=2,
+                n_embd=32,
+                n_hidden=64,
+                gated=True,
+            )
+        ).eval()
         for attention in model.attentions:
             attention.q_norm.weight.data *= 4
     elif kind == "GPT without biases":
@@ -85,7 +106,8 @@ def test_where_nothing_can_be_folded_every_head_gets_a_number(kind, model):
     biases = torch.tensor(model.config.gate_bias)
     assert biases.shape == (2, model.config.n_head) and biases.unique().numel() == biases.numel()
     kept, opened = judge(model, torch.randint(0, 20, (8, 32)))
-    assert kept > 0.97 and opened < 0.995  # one number for all queries has to open more than a shift that follows them
+    # one number for all queries has to open more than a shift that follows them
+    assert kept > 0.97 and opened < 0.995
     again = type(model)(model.config)  # a checkpoint's model_args hold the list
     again.load_state_dict(model.state_dict())
     idx = torch.randint(0, 20, (8, 32))

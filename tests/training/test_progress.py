@@ -12,7 +12,16 @@ from training.settings import Config, make_config
 
 
 def found(loss=0.5, correct=3, open_edges=12.4, accuracy=0.3):
-    return {"val": {"loss": loss, "correct": correct, "examples": 10, "accuracy": accuracy, "open": open_edges, "total": 40}}
+    return {
+        "val": {
+            "loss": loss,
+            "correct": correct,
+            "examples": 10,
+            "accuracy": accuracy,
+            "open": open_edges,
+            "total": 40,
+        }
+    }
 
 
 class Terminal(io.StringIO):
@@ -38,23 +47,40 @@ def test_a_pipe_gets_one_plain_line_an_evaluation(echo, capsys):
     run("sparse.py")
     lines = capsys.readouterr().err.splitlines(keepends=True)
     assert not any("\r" in line for line in lines)
-    assert [re.match(r"part (\d) of 2, (\S+): step (\d+) of 60, ", line).groups() for line in lines] == \
-        [(part, folder, str(step)) for part, folder in (("1", "out/dense"), ("2", "out/sparse")) for step in (0, 20, 40, 60)]
-    assert re.search(r"step 20 of 60, 00:\d\d left, loss \d\.\d{4}, \d+ of 200 held-out right, best \d\.\d{4}$", lines[1])
-    assert re.search(r"left, loss \d\.\d{4} \(target \d\.\d{4}\), \d+ of \d+ (held-out )?right, [\d.]+ of 40 edges open, (none met the target yet|best [\d.]+), lambda [\d.]+$", lines[5])
+    assert [re.match(r"part (\d) of 2, (\S+): step (\d+) of 60, ", line).groups() for line in lines] == [
+        (part, folder, str(step))
+        for part, folder in (("1", "out/dense"), ("2", "out/sparse"))
+        for step in (0, 20, 40, 60)
+    ]
+    assert re.search(
+        r"step 20 of 60, 00:\d\d left, loss \d\.\d{4}, \d+ of 200 held-out right, best \d\.\d{4}$", lines[1]
+    )
+    assert re.search(
+        r"left, loss \d\.\d{4} \(target \d\.\d{4}\), \d+ of \d+ (held-out )?right, [\d.]+ of 40 edges open, "
+        r"(none met the target yet|best [\d.]+), lambda [\d.]+$",
+        lines[5],
+    )
     assert "step 60 of 60, 00:00 left" in lines[7]
 
 
 def test_a_run_whose_parent_is_finished_says_so(echo, capsys):
     run("sparse.py", max_steps=20)
     said = capsys.readouterr().out
-    assert "part 1 of 2, out/dense (then out/sparse): dense" in said and "part 2 of 2, out/sparse: gated" in said
+    assert (
+        "part 1 of 2, out/dense (then out/sparse): dense" in said and "part 2 of 2, out/sparse: gated" in said
+    )
     run("sparse.py", init_from="resume", max_steps=40)  # the parent is not even looked at
     said = capsys.readouterr()
-    assert "part 2 of 2, out/sparse (out/dense is finished): gated" in said.out and "part 2 of 2, out/sparse: step 40 of 40" in said.err
+    assert (
+        "part 2 of 2, out/sparse (out/dense is finished): gated" in said.out
+        and "part 2 of 2, out/sparse: step 40 of 40" in said.err
+    )
     run("sparse.py", max_steps=20, out_dir="out/second")
     said = capsys.readouterr()
-    assert "part 1 of 2, out/dense is finished (60 steps)" in said.out and "part 2 of 2, out/second: step 20 of 20" in said.err
+    assert (
+        "part 1 of 2, out/dense is finished (60 steps)" in said.out
+        and "part 2 of 2, out/second: step 20 of 20" in said.err
+    )
     run("sparse.py", max_steps=20, out_dir="out/third", init_from="out/dense")
     assert "\nout/third: step 20 of 20" in capsys.readouterr().err  # a job of one part does not count parts
 
@@ -92,7 +118,11 @@ def test_a_parent_that_may_stop_early_makes_it_an_upper_bound(clock):
         progress.step()
         clock[0] += 1
         progress.evaluated(found(loss=0.2), best=[40, 0.15])
-    assert stream.getvalue() == "part 1 of 2, out/dense: step 1 of 100, at most 05:16 left, loss 0.2000 (ready at 0.1), 3 of 10 held-out right, best 0.1500\n"
+    assert (
+        stream.getvalue()
+        == "part 1 of 2, out/dense: step 1 of 100, at most 05:16 left, loss 0.2000 (ready at 0.1), 3 of 10 "
+           "held-out right, best 0.1500\n"
+    )
     with Progress(job, child, 0, stream) as progress:
         progress.step()
         clock[0] += 1
@@ -104,7 +134,11 @@ def test_a_text_has_no_answers_to_be_right():
     stream = io.StringIO()
     with Progress(job, child, 200, stream) as progress:
         progress.evaluated(found(accuracy=None), target=0.4, best=[9.0, 0.4], lam=2.0)
-    assert stream.getvalue() == "part 2 of 2, out/sparse: step 200 of 200, done, loss 0.5000 (target 0.4000), 12.4 of 40 edges open, best 9.0, lambda 2.000\n"
+    assert (
+        stream.getvalue()
+        == "part 2 of 2, out/sparse: step 200 of 200, done, loss 0.5000 (target 0.4000), 12.4 of 40 edges "
+           "open, best 9.0, lambda 2.000\n"
+    )
 
 
 def test_a_terminal_gets_a_bar_that_moves():
@@ -116,7 +150,13 @@ def test_a_terminal_gets_a_bar_that_moves():
             progress.step()
         progress.evaluated(found(correct=10), target=0.4, best=[12.4, 0.4], lam=2.0)
     last = stream.getvalue().split("\r")[-1]
-    assert "part 2 of 2, out/sparse" in last and "50/200" in last and "10 of 10 held-out right" in last and "best 12.4" in last and last.count("\n") == 1
+    assert (
+        "part 2 of 2, out/sparse" in last
+        and "50/200" in last
+        and "10 of 10 held-out right" in last
+        and "best 12.4" in last
+        and last.count("\n") == 1
+    )
 
 
 def test_other_processes_are_silent(monkeypatch):

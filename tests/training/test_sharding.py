@@ -1,4 +1,6 @@
-"""FSDP2: two processes that hold half a model each do what one does, and leave checkpoints that any number can go on from."""
+"""FSDP2: two processes that hold half a model each do what one does, and leave checkpoints that any number
+can go on from.
+"""
 
 import os
 import shutil
@@ -20,11 +22,37 @@ from training import sharding
 from training.evaluate import evaluate
 from training.sharding import folder_for
 
-SHAPE = ["--architecture=olmo2", "--n_layer=2", "--n_head=4", "--n_kv_head=2", "--n_embd=32", "--block_size=8"]
-RUN = ["--dataset=count", "--batch_size=16", "--micro_batch_size=4", "--learning_rate=3e-3", "--eval_interval=1", "--eval_batch_size=7", "--eval_batches=5", "--warmup_steps=2",
-       "--max_steps=10", "--device=cpu"]
-GATED = [*RUN, "--init_from=out/dense", "--gated=True", "--open_above=0.02", "--distill_weight=0.5", "--constraint_paired=True", "--linear_penalty_steps=5"]
-LORA = ["--lora_rank=2", "--lora_targets=q_proj,k_proj,down_proj,q_norm,norm,embed_tokens"]  # in blocks and outside; matrices, norms, and the embedding, which serves twice
+SHAPE = [
+    "--architecture=olmo2",
+    "--n_layer=2",
+    "--n_head=4",
+    "--n_kv_head=2",
+    "--n_embd=32",
+    "--block_size=8",
+]
+RUN = [
+    "--dataset=count",
+    "--batch_size=16",
+    "--micro_batch_size=4",
+    "--learning_rate=3e-3",
+    "--eval_interval=1",
+    "--eval_batch_size=7",
+    "--eval_batches=5",
+    "--warmup_steps=2",
+    "--max_steps=10",
+    "--device=cpu",
+]
+GATED = [
+    *RUN,
+    "--init_from=out/dense",
+    "--gated=True",
+    "--open_above=0.02",
+    "--distill_weight=0.5",
+    "--constraint_paired=True",
+    "--linear_penalty_steps=5",
+]
+# in blocks and outside; matrices, norms, and the embedding, which serves twice
+LORA = ["--lora_rank=2", "--lora_targets=q_proj,k_proj,down_proj,q_norm,norm,embed_tokens"]
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +75,17 @@ def assert_same(one, two):
     one, two = metrics(one), metrics(two)
     assert [line["step"] for line in one] == [line["step"] for line in two]
     for a, b in zip(one, two):
-        for key in ("val_loss", "batch_loss", "density", "lambda", "constraint_loss", "constraint_target", "violation", "fraction", "target_loss"):
+        for key in (
+            "val_loss",
+            "batch_loss",
+            "density",
+            "lambda",
+            "constraint_loss",
+            "constraint_target",
+            "violation",
+            "fraction",
+            "target_loss",
+        ):
             assert a[key] == b[key] or a[key] == pytest.approx(b[key], abs=1e-5), (a["step"], key)
 
 
@@ -62,52 +100,108 @@ def test_two_processes_with_half_a_model_each_do_what_one_does(parent, adapters)
     launch(2, *GATED, *adapters, "--out_dir=out/two", "--parallel=fsdp")
     assert_same("out/one", "out/two")
     sharded = read_checkpoint("out/two/last.pt")
-    assert sharded["model"] is not None and sharded["shards"] == "shards-10"  # at its end a run's last.pt is whole
+    # at its end a run's last.pt is whole
+    assert sharded["model"] is not None and sharded["shards"] == "shards-10"
     assert evaluate_of("out/two") == pytest.approx(metrics("out/two")[-1]["val_loss"], abs=1e-5)
     assert sorted(os.listdir("out/two/shards-10")) == [".metadata", "__0_0.distcp", "__1_0.distcp"]
     stored = FileSystemReader("out/two/shards-10").read_metadata().state_dict_metadata
-    assert {name.removeprefix("model.") for name in stored if name.startswith("model.")} == set(sharded["model"])  # of adapters nothing else
+    # of adapters nothing else
+    assert {name.removeprefix("model.") for name in stored if name.startswith("model.")} == set(
+        sharded["model"]
+    )
     # two wrote, one goes on; and the other way round
     for run, processes, more in (("two", 1, []), ("one", 2, ["--parallel=fsdp"])):
-        launch(processes, *GATED, *adapters, f"--out_dir=out/{run}", "--init_from=resume", "--max_steps=14", *more)
+        launch(
+            processes,
+            *GATED,
+            *adapters,
+            f"--out_dir=out/{run}",
+            "--init_from=resume",
+            "--max_steps=14",
+            *more,
+        )
     assert_same("out/one", "out/two")
-    assert not [name for name in os.listdir("out/two") if name.startswith("shards")] and os.path.exists("out/one/shards-14")
+    assert not [name for name in os.listdir("out/two") if name.startswith("shards")] and os.path.exists(
+        "out/one/shards-14"
+    )
     a, b = (load_checkpoint(f"out/{run}/best.pt").state_dict() for run in ("one", "two"))
     assert all(torch.allclose(a[name], b[name], atol=1e-4) for name in a)
 
 
 def test_the_closest_checkpoint_of_a_sharded_run_that_misses_its_target_is_whole(parent):
-    """All gates are shut, and the learning rate makes it worse: the closest evaluation is one in the middle."""
-    launch(2, *GATED, "--open_above=0", "--gate_bias=-20", "--learning_rate=10.0", "--max_steps=4", "--parallel=fsdp", "--out_dir=out/missed")
+    """All gates are shut, and the learning rate makes it worse: the closest evaluation is one in the middle.
+    """
+    launch(
+        2,
+        *GATED,
+        "--open_above=0",
+        "--gate_bias=-20",
+        "--learning_rate=10.0",
+        "--max_steps=4",
+        "--parallel=fsdp",
+        "--out_dir=out/missed",
+    )
     assert not os.path.exists("out/missed/best.pt")
     step = read_checkpoint("out/missed/closest.pt")["step"]
     assert 0 < step < 4
     loss = evaluate(load_checkpoint("out/missed/closest.pt"), prepare_data.load("count"), "val", 7, 5)["loss"]
-    assert loss == pytest.approx(next(line["val_loss"] for line in metrics("out/missed") if line["step"] == step), abs=1e-5)
+    assert loss == pytest.approx(
+        next(line["val_loss"] for line in metrics("out/missed") if line["step"] == step), abs=1e-5
+    )
 
 
 def test_what_large_models_use_all_at_once(parent):
-    """FSDP, blocks compiled and recomputed, adapters on frozen weights in half precision that are their own teacher: config/olmo_7b.py and more."""
+    """FSDP, blocks compiled and recomputed, adapters on frozen weights in half precision that are their own
+    teacher: config/olmo_7b.py and more.
+    """
     settings = [*GATED, *LORA, "--base_dtype=bfloat16", "--max_steps=2"]
     launch(1, *settings, "--out_dir=out/one")
-    launch(2, *settings, "--out_dir=out/two", "--parallel=fsdp", "--recompute_activations=True", "--compile=on")
+    launch(
+        2, *settings, "--out_dir=out/two", "--parallel=fsdp", "--recompute_activations=True", "--compile=on"
+    )
     for a, b in zip(metrics("out/one"), metrics("out/two")):
-        for key in ("val_loss", "batch_loss", "density", "constraint_loss", "constraint_target", "target_loss"):
-            assert a[key] == b[key] or a[key] == pytest.approx(b[key], abs=5e-3), (a["step"], key)  # compiled code rounds to half precision elsewhere
+        for key in (
+            "val_loss",
+            "batch_loss",
+            "density",
+            "constraint_loss",
+            "constraint_target",
+            "target_loss",
+        ):
+            # compiled code rounds to half precision elsewhere
+            assert a[key] == b[key] or a[key] == pytest.approx(b[key], abs=5e-3), (a["step"], key)
 
 
 def test_a_sharded_run_that_is_killed_ends_like_one_that_is_not(parent):
     """kill -9 to all processes, at some moment after the first checkpoint, three times."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", os.path.join(REPOSITORY, "train.py"), *GATED, "--max_steps=30", "--parallel=fsdp"]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node=2",
+        os.path.join(REPOSITORY, "train.py"),
+        *GATED,
+        "--max_steps=30",
+        "--parallel=fsdp",
+    ]
     launch(2, *GATED, "--max_steps=30", "--parallel=fsdp", "--out_dir=out/whole")
     for wanted in (2, 9, 17):
-        process = subprocess.Popen([*command, "--out_dir=out/again"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-                                   env=os.environ | {"OMP_NUM_THREADS": "1"}, start_new_session=True)
+        process = subprocess.Popen(
+            [*command, "--out_dir=out/again"],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            start_new_session=True,
+        )
         for _ in range(600):
             if os.path.exists(f"out/again/shards-{wanted}") or process.poll() is not None:
                 break
             time.sleep(0.05)
-        workers = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()  # torchrun gives each a session of its own
+        # torchrun gives each a session of its own
+        workers = subprocess.run(
+            ["pgrep", "-P", str(process.pid)], capture_output=True, text=True
+        ).stdout.split()
         assert len(workers) == 2
         for pid in [*map(int, workers), process.pid]:
             os.kill(pid, signal.SIGKILL)
@@ -118,14 +212,38 @@ def test_a_sharded_run_that_is_killed_ends_like_one_that_is_not(parent):
 
 
 def test_a_folder_that_last_pt_names_is_never_written_again():
-    assert folder_for(6, None) == folder_for(6, "shards-4") == folder_for(6, "shards-6-again") == "shards-6" and folder_for(6, "shards-6") == "shards-6-again"
+    assert (
+        folder_for(6, None) == folder_for(6, "shards-4") == folder_for(6, "shards-6-again") == "shards-6"
+        and folder_for(6, "shards-6") == "shards-6-again"
+    )
 
 
 def test_a_sharded_run_that_was_stopped_is_no_model_yet(parent):
-    """SIGTERM after some steps: last.pt names a folder. To read weights from it would give none; to go on does."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", os.path.join(REPOSITORY, "train.py"), *RUN, *SHAPE, "--max_steps=100000",
-               "--eval_interval=50000", "--parallel=fsdp", "--out_dir=out/run"]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, start_new_session=True)
+    """SIGTERM after some steps: last.pt names a folder. To read weights from it would give none; to go on
+    does.
+    """
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node=2",
+        os.path.join(REPOSITORY, "train.py"),
+        *RUN,
+        *SHAPE,
+        "--max_steps=100000",
+        "--eval_interval=50000",
+        "--parallel=fsdp",
+        "--out_dir=out/run",
+    ]
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        start_new_session=True,
+    )
     for _ in range(600):
         if os.path.exists("out/run/best.pt"):
             break
@@ -141,7 +259,19 @@ def test_a_sharded_run_that_was_stopped_is_no_model_yet(parent):
 def test_a_checkpoint_without_its_shards_is_named(parent):
     launch(2, *RUN, *SHAPE, "--parallel=fsdp", "--out_dir=out/run")
     def resumed():
-        done = subprocess.run([sys.executable, os.path.join(REPOSITORY, "train.py"), *RUN, *SHAPE, "--out_dir=out/run", "--init_from=resume", "--max_steps=12"], capture_output=True, text=True)
+        done = subprocess.run(
+            [
+                sys.executable,
+                os.path.join(REPOSITORY, "train.py"),
+                *RUN,
+                *SHAPE,
+                "--out_dir=out/run",
+                "--init_from=resume",
+                "--max_steps=12",
+            ],
+            capture_output=True,
+            text=True,
+        )
         assert done.returncode == 1 and "Traceback" not in done.stderr
         return done.stderr
 

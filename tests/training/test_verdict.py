@@ -21,9 +21,13 @@ CONFIG = vars(Config(max_steps=400, gated=True))
 
 
 def lines(losses, **columns):
-    """metrics.jsonl of a run of 400 steps with these held-out losses; columns: a list each, or one value for all."""
+    """metrics.jsonl of a run of 400 steps with these held-out losses; columns: a list each, or one value for
+    all.
+    """
     steps = np.linspace(0, 400, len(losses)).astype(int).tolist()
-    found = [{"step": step, "val_loss": loss, "accuracy": None, "lambda": 1.0} for step, loss in zip(steps, losses)]
+    found = [
+        {"step": step, "val_loss": loss, "accuracy": None, "lambda": 1.0} for step, loss in zip(steps, losses)
+    ]
     for key, values in columns.items():
         for i, line in enumerate(found):
             line[key] = values[i] if isinstance(values, list) else values
@@ -32,8 +36,17 @@ def lines(losses, **columns):
 
 def report(step=400, answers_lost=0, nats_too_many=0.0, **changes):
     side = {"val_loss": 0.5, "accuracy": 0.9, "correct": 90, "examples": 100}
-    return {"run": "out/x", "step": step, "meets_target": False, "dense": side, "sparse": side, "target_loss": 0.1, "ready": None,
-            "edges": {"open": 12.4, "total": 264}, "closest": {"answers_lost": answers_lost, "nats_too_many": nats_too_many}} | changes
+    return {
+        "run": "out/x",
+        "step": step,
+        "meets_target": False,
+        "dense": side,
+        "sparse": side,
+        "target_loss": 0.1,
+        "ready": None,
+        "edges": {"open": 12.4, "total": 264},
+        "closest": {"answers_lost": answers_lost, "nats_too_many": nats_too_many},
+    } | changes
 
 
 FALLING = [1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2]
@@ -42,7 +55,8 @@ FLAT = [1.0, 0.5, 0.3, 0.21, 0.2, 0.21, 0.2, 0.21, 0.2]
 
 @pytest.mark.parametrize("losses, expected", [
     (FALLING, True), (FLAT, False),
-    ([3.0, 2.5, 2.2, 2.1, 2.05, 2.02, 2.01, 2.0097, 2.0095], False),  # settled: the last quarter brings less than a slack
+    # settled: the last quarter brings less than a slack
+    ([3.0, 2.5, 2.2, 2.1, 2.05, 2.02, 2.01, 2.0097, 2.0095], False),
     ([3.0, 2.5, 2.2, 2.1, 2.0, 1.9, 2.0, 1.85, 1.9], False),  # noise
     ([0.3, 0.2, 0.1], False),  # too few to tell
 ])
@@ -51,19 +65,72 @@ def test_still_learning_is_a_fall_that_noise_does_not_explain(losses, expected):
 
 
 def test_the_fall_is_counted_from_three_quarters_of_the_run():
-    assert learning(lines(FALLING)).fall == pytest.approx(0.2) and learning(lines(FALLING)).noise == pytest.approx(0, abs=1e-9)
+    assert learning(lines(FALLING)).fall == pytest.approx(0.2) and learning(
+        lines(FALLING)
+    ).noise == pytest.approx(0, abs=1e-9)
 
 
-@pytest.mark.parametrize("what, metrics, found, words", [
-    ("not at its end", lines(FALLING)[:5], report(200, 3, 0.1), ["not at its end. To go on: python train.py --init_from=resume --out_dir=out/x"]),
-    ("answers lost, nats met", lines(FLAT), report(400, 3, 0.0), ["slack is too wide: the same command with --loss_slack=0.0003 --constraint_scale=0.0003 --out_dir=out/x-tight"]),
-    ("lambda at its cap", lines(FLAT, **{"lambda": 4.0}), report(400, 3, 0.1), ["cap throughout, .*--lambda_max=12 --out_dir=out/x-slower"]),
-    ("still improving", lines(FALLING), report(400, 0, 0.1), ["still falling at the end, .*--max_steps=800 --out_dir=out/x-longer"]),
-    ("both", lines(FALLING, **{"lambda": 4.0}), report(400, 0, 0.1), ["--lambda_max=12", "--max_steps=800"]),
-    ("lost late", lines([1.0, 0.2, 0.11, 0.2, 0.5, 0.9, 1.0, 1.0, 1.0]), report(100, 0, 0.01), ["closest at step 100 and lost that again.*--learning_rate=0.0005 --lambda_min=0.4 --out_dir=out/x-careful"]),
-    ("answers lost late", lines(FLAT, accuracy=[0.0, 0.9, 0.9, 0.9, 0.9, 0.9, 0.9, 0.1, 0.1]), report(100, 1, 0.01), ["lost that again"]),
-    ("neither", lines(FLAT), report(400, 0, 0.1), ["tighter than this training can meet. .*--loss_slack=0.003 --out_dir=out/x-loose"]),
-])
+@pytest.mark.parametrize(
+    "what, metrics, found, words",
+    [
+        (
+            "not at its end",
+            lines(FALLING)[:5],
+            report(200, 3, 0.1),
+            ["not at its end. To go on: python train.py --init_from=resume --out_dir=out/x"],
+        ),
+        (
+            "answers lost, nats met",
+            lines(FLAT),
+            report(400, 3, 0.0),
+            [
+                "slack is too wide: the same command with "
+                "--loss_slack=0.0003 "
+                "--constraint_scale=0.0003 "
+                "--out_dir=out/x-tight"
+            ],
+        ),
+        (
+            "lambda at its cap",
+            lines(FLAT, **{"lambda": 4.0}),
+            report(400, 3, 0.1),
+            ["cap throughout, .*--lambda_max=12 --out_dir=out/x-slower"],
+        ),
+        (
+            "still improving",
+            lines(FALLING),
+            report(400, 0, 0.1),
+            ["still falling at the end, .*--max_steps=800 --out_dir=out/x-longer"],
+        ),
+        (
+            "both",
+            lines(FALLING, **{"lambda": 4.0}),
+            report(400, 0, 0.1),
+            ["--lambda_max=12", "--max_steps=800"],
+        ),
+        (
+            "lost late",
+            lines([1.0, 0.2, 0.11, 0.2, 0.5, 0.9, 1.0, 1.0, 1.0]),
+            report(100, 0, 0.01),
+            [
+                "closest at step 100 and lost that again.*"
+                "--learning_rate=0.0005 --lambda_min=0.4 --out_dir=out/x-careful"
+            ],
+        ),
+        (
+            "answers lost late",
+            lines(FLAT, accuracy=[0.0, 0.9, 0.9, 0.9, 0.9, 0.9, 0.9, 0.1, 0.1]),
+            report(100, 1, 0.01),
+            ["lost that again"],
+        ),
+        (
+            "neither",
+            lines(FLAT),
+            report(400, 0, 0.1),
+            ["tighter than this training can meet. .*--loss_slack=0.003 --out_dir=out/x-loose"],
+        ),
+    ],
+)
 def test_advice_fits_the_cause(what, metrics, found, words):
     sentences = advice(found, CONFIG, metrics)
     assert len(sentences) == len(words)
@@ -73,61 +140,152 @@ def test_advice_fits_the_cause(what, metrics, found, words):
 
 def test_a_parent_that_was_still_learning_is_named_first():
     first, second = advice(report(400, 0, 0.1), CONFIG, lines(FLAT), (lines(FALLING), "out/dense"))
-    assert first.startswith("Its parent was still learning") and "--init_from=resume --out_dir=out/dense --max_steps=800" in first
-    assert "--loss_slack" in second and advice(report(), CONFIG, lines(FLAT), (lines(FLAT), "out/dense"))[0] != first
+    assert (
+        first.startswith("Its parent was still learning")
+        and "--init_from=resume --out_dir=out/dense --max_steps=800" in first
+    )
+    assert (
+        "--loss_slack" in second
+        and advice(report(), CONFIG, lines(FLAT), (lines(FLAT), "out/dense"))[0] != first
+    )
 
 
 def test_headlines():
     assert headline(report(300, 3, 0.0004), CONFIG, lines(FLAT)) == (
-        "MISSED: no evaluation of out/x met its target. The closest, of step 300: 12.40 of 264 edges open, 3 answers lost, 0.0004 nats too many. "
-        "Table and pictures show that one")
+        "MISSED: no evaluation of out/x met its target. The closest, of step 300: 12.40 of 264 edges open, "
+        "3 answers lost, 0.0004 nats too many. "
+        "Table and pictures show that one"
+    )
     assert "so far (step 200 of 400)" in headline(report(150, 0, 0.1), CONFIG, lines(FLAT)[:5])
-    assert headline(report(meets_target=True), CONFIG, lines(FLAT)) == "out/x meets its target: 12.40 of 264 edges open, 90 of 100 answers right"
-    assert headline(report(0, 0, 0.1), CONFIG, lines(FLAT)[:1]).startswith("NOT TRAINED: out/x is at its start")
+    assert (
+        headline(report(meets_target=True), CONFIG, lines(FLAT))
+        == "out/x meets its target: 12.40 of 264 edges open, 90 of 100 answers right"
+    )
+    assert headline(report(0, 0, 0.1), CONFIG, lines(FLAT)[:1]).startswith(
+        "NOT TRAINED: out/x is at its start"
+    )
     dense, config = report(sparse=None, meets_target=True), CONFIG | {"gated": False}
-    assert headline(dense, config, lines(FALLING)).startswith("out/x was STILL LEARNING at its end: held-out loss 0.5000, 90 of 100 answers right. The loss fell by 0.2 nats")
-    assert "python train.py --init_from=resume --out_dir=out/x --max_steps=800" in advice(dense, config, lines(FALLING))[0]
-    assert headline(dense, config, lines(FLAT)).startswith("out/x has settled") and advice(dense, config, lines(FLAT)) == []
+    assert headline(dense, config, lines(FALLING)).startswith(
+        "out/x was STILL LEARNING at its end: held-out loss 0.5000, 90 of 100 answers right. The loss fell "
+        "by 0.2 nats"
+    )
+    assert (
+        "python train.py --init_from=resume --out_dir=out/x --max_steps=800"
+        in advice(dense, config, lines(FALLING))[0]
+    )
+    assert (
+        headline(dense, config, lines(FLAT)).startswith("out/x has settled")
+        and advice(dense, config, lines(FLAT)) == []
+    )
     text = dense | {"dense": {"val_loss": 2.0, "correct": None}}
-    assert headline(text, config, lines([1, 1])) == "out/x: held-out loss 2.0000; too few evaluations to tell whether it was still learning"
+    assert (
+        headline(text, config, lines([1, 1]))
+        == "out/x: held-out loss 2.0000; too few evaluations to tell whether it was still learning"
+    )
     config |= {"ready_loss": 0.01}
-    assert headline(dense | {"ready": False}, config, lines(FLAT)).startswith("NOT READY: out/x is no parent yet")
+    assert headline(dense | {"ready": False}, config, lines(FLAT)).startswith(
+        "NOT READY: out/x is no parent yet"
+    )
     assert "--max_steps=800" in advice(dense | {"ready": False}, config, lines(FLAT))[0]
-    assert "is ready to be a parent" in headline(dense | {"ready": True}, config, lines(FLAT)) and advice(dense | {"ready": True}, config, lines(FALLING)) == []
+    assert (
+        "is ready to be a parent" in headline(dense | {"ready": True}, config, lines(FLAT))
+        and advice(dense | {"ready": True}, config, lines(FALLING)) == []
+    )
 
 
 def command(*arguments, script="train.py"):
-    return subprocess.run([sys.executable, f"{REPOSITORY}/{script}", *arguments], capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    return subprocess.run(
+        [sys.executable, f"{REPOSITORY}/{script}", *arguments],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
 
 
 def test_a_run_that_missed_says_so_first_draws_its_closest_and_exits_with_2(echo):
-    impossible = ["sparse.py", "--constraint_margin=0.0", "--loss_slack=0.0", "--learning_rate=0.5", "--device=cpu"]  # steps so large that what the parent knows is lost
+    # steps so large that what the parent knows is lost
+    impossible = [
+        "sparse.py",
+        "--constraint_margin=0.0",
+        "--loss_slack=0.0",
+        "--learning_rate=0.5",
+        "--device=cpu",
+    ]
     done = command(*impossible)
     assert done.returncode == verdict.MISSED == 2, done.stderr
     found = json.load(open("out/sparse/report.json"))
     closest = read_checkpoint("out/sparse/closest.pt")
     first = done.stdout[done.stdout.index("MISSED"):].splitlines()[0]
-    assert first == found["headline"] and f"The closest, of step {closest['step']}: " in first and closest["step"] > 0
-    assert found["closest"]["answers_lost"] + found["closest"]["nats_too_many"] > 0 and not found["meets_target"] and found["step"] == closest["step"]
+    assert (
+        first == found["headline"]
+        and f"The closest, of step {closest['step']}: " in first
+        and closest["step"] > 0
+    )
+    assert (
+        found["closest"]["answers_lost"] + found["closest"]["nats_too_many"] > 0
+        and not found["meets_target"]
+        and found["step"] == closest["step"]
+    )
     assert found["advice"] and all(f"out/sparse: {sentence}" in done.stdout for sentence in found["advice"])
-    assert not os.path.exists("out/sparse/best.pt") and Image.open("out/sparse/training.png").width > 200 and os.path.exists("out/sparse/gates.png")
+    assert (
+        not os.path.exists("out/sparse/best.pt")
+        and Image.open("out/sparse/training.png").width > 200
+        and os.path.exists("out/sparse/gates.png")
+    )
     assert command(*impossible).returncode == 2  # it is finished, and still has missed
     again = command("report", "out/sparse", "out/dense", script="analyze.py")
-    assert again.returncode == 0 and again.stdout.startswith("MISSED: no evaluation of out/sparse met its target")
+    assert again.returncode == 0 and again.stdout.startswith(
+        "MISSED: no evaluation of out/sparse met its target"
+    )
     assert again.stdout.splitlines()[1].startswith("out/dense: held-out loss")
 
 
 def test_an_unready_dense_run_exits_with_2_and_a_ready_one_with_0(echo):
     done = command("dense.py", "--ready_loss=0.01", "--device=cpu")
-    assert done.returncode == 2 and "NOT READY: out/dense is no parent yet" in done.stdout and "--init_from=resume --out_dir=out/dense --max_steps=120" in done.stdout
-    done = command("dense.py", "--init_from=resume", "--ready_loss=5.0", "--max_steps=1000", "--learning_rate=0.01", "--device=cpu")
-    assert done.returncode == 0 and "out/dense is ready to be a parent" in done.stdout, done.stdout + done.stderr
+    assert (
+        done.returncode == 2
+        and "NOT READY: out/dense is no parent yet" in done.stdout
+        and "--init_from=resume --out_dir=out/dense --max_steps=120" in done.stdout
+    )
+    done = command(
+        "dense.py",
+        "--init_from=resume",
+        "--ready_loss=5.0",
+        "--max_steps=1000",
+        "--learning_rate=0.01",
+        "--device=cpu",
+    )
+    assert done.returncode == 0 and "out/dense is ready to be a parent" in done.stdout, (
+        done.stdout + done.stderr
+    )
     assert json.load(open("out/dense/report.json"))["ready"] is True
 
 
 def test_the_other_processes_of_a_run_that_missed_come_to_their_end(echo):
     run("dense.py")
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", f"{REPOSITORY}/train.py", "sparse.py", "--init_from=out/dense",
-                           "--loss_slack=0.0", "--learning_rate=0.5", "--max_steps=20", "--device=cpu"], capture_output=True, text=True, timeout=120, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    assert done.returncode == 1 and "exitcode  : 2" in done.stderr and "MISSED: no evaluation of out/sparse" in done.stdout
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc_per_node=2",
+            f"{REPOSITORY}/train.py",
+            "sparse.py",
+            "--init_from=out/dense",
+            "--loss_slack=0.0",
+            "--learning_rate=0.5",
+            "--max_steps=20",
+            "--device=cpu",
+        ],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    assert (
+        done.returncode == 1
+        and "exitcode  : 2" in done.stderr
+        and "MISSED: no evaluation of out/sparse" in done.stdout
+    )
     assert os.path.exists("out/sparse/report.json")
