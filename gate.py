@@ -12,8 +12,7 @@ Notable:
 - No parameters of its own. The gate reuses q and k, so any pre-trained checkpoint fits as it is.
 - The softmax is not renormalised after the mask: to shut an edge removes its term and changes no other.
   A head whose edges are all shut writes exactly zero (then c_proj adds its bias): whole heads switch off.
-- Training samples the gates (binary Gumbel-softmax, straight-through); evaluation is deterministic, A = [s >
-  0].
+- Training samples the gates (binary Gumbel-softmax, straight-through). In evaluation A = [s > 0].
 - The penalty is the expected open fraction, the mean of sigmoid(s) over causal pairs: an L0 norm made smooth.
   One addition of ours, off by default, keeps it from going flat: see linear_penalty below.
 - A pair with j > i is never open, never counted, and sends no gradient.
@@ -30,13 +29,10 @@ from fast import dispatch
 
 
 class Gates(NamedTuple):
-    """What `gated_attention(..., return_gates=True)` shows of its inside. Both are (B, H, T, T), query by
-    key.
-    """
+    """What `gated_attention(..., return_gates=True)` shows of its inside. Both (B, H, T, T), query by key."""
 
     open: torch.Tensor  # A_ij, 1.0 where the edge is open, 0.0 where it is shut
-    # softmax_j(a_i.)_j before the mask; open * pattern is what the values are weighted with
-    pattern: torch.Tensor
+    pattern: torch.Tensor  # softmax_j(a_i.)_j before the mask; open * pattern weights the values
 
 
 def gated_attention(q, k, v, bias=3.0, temperature=1.0, sample=False, *, dense=False, linear_penalty=False,
@@ -44,30 +40,22 @@ def gated_attention(q, k, v, bias=3.0, temperature=1.0, sample=False, *, dense=F
     """Causal attention with a Bernoulli gate on every edge, as the paper writes it.
 
     q, k, v       (B, H, T, D) queries, keys, values. k and v may have fewer heads, each for a group of q's
-    bias          b in s = a + b: a float, or a tensor that broadcasts to (B, H, T, T), such as (H, 1, 1).
-                  Above 0 edges start open
-    temperature   of the straight-through gradient, sigmoid((s + n) / temperature). Changes gradients, never
-                  values
+    bias          b in s = a + b: a float, or a tensor that broadcasts to (B, H, T, T), such as (H, 1, 1)
+    temperature   of the straight-through gradient, sigmoid((s + n) / temperature). Never changes values
     sample        True: A ~ Bernoulli(sigmoid(s)), as in training.  False: A = [s > 0], as in evaluation
     dense         True: no gates, ordinary attention; the density is then 1
-    linear_penalty  not the paper's: where s > 0 the penalty goes on along its tangent, 1/2 + s/4. So it pulls
-                    as hard
-                  at a wide-open edge as at one on the threshold; sigmoid(s) hardly pulls there, and edges
-                  that do
-                  nothing stay open. But it charges needed edges for being certain: the last steps want
-                  sigmoid(s)
+    linear_penalty  not the paper's: where s > 0 the penalty goes on along its tangent, 1/2 + s/4, and pulls
+                  at wide-open edges, too, where sigmoid(s) is flat and edges that do nothing stay open. The
+                  density may then exceed 1. It charges needed edges for being certain: the last steps want
+                  sigmoid(s) again
     noise         n when sampling: None draws it; a tensor (B, H, T, T) is taken as it is; 0.0 leaves it out:
-                  then
-                  values are those of evaluation, gradients those of training
-    keep          bool, broadcasts to (B, H, T, T): an edge that is False here is shut. The penalty does not
-                  see it
+                  then values are those of evaluation, gradients those of training
+    keep          bool, broadcasts to (B, H, T, T): an edge that is False here is shut. The penalty ignores it
     return_gates  True: the third value is a `Gates`, else it is None
     impl          'plain', 'tiled', 'triton' or 'auto': fast/dispatch.py
 
-    Returns y (B, H, T, D); density, a scalar, the mean of the penalty over causal pairs, heads and batch
-    (under
-    linear_penalty it may exceed 1); and the gates. Raises ValueError if shapes do not fit or temperature <=
-    0.
+    Returns y (B, H, T, D); density, a scalar, the mean of the penalty over causal pairs, heads and batch; and
+    the gates. Raises ValueError if the arguments do not fit together.
     """
     k, v = shared_among_heads(k, q), shared_among_heads(v, q)
     check(q, k, v, temperature)
@@ -104,9 +92,9 @@ def gated_attention(q, k, v, bias=3.0, temperature=1.0, sample=False, *, dense=F
 
 
 def sampled_gates(s, temperature=1.0, noise=None):
-    """Binary Gumbel-softmax, straight-through: the value is [s + n > 0], the gradient that of sigmoid((s + n)
-    / temperature).
+    """Binary Gumbel-softmax, straight-through.
 
+    The value is [s + n > 0], the gradient that of sigmoid((s + n) / temperature).
     s (B, H, T, T); noise: None draws it, else a tensor of that shape or 0.0.
     Source: Maddison et al. 2017, Jang et al. 2017; straight-through: Bengio et al. 2013.
     """
@@ -117,18 +105,13 @@ def sampled_gates(s, temperature=1.0, noise=None):
 
 
 def logistic_noise(shape, device=None):
-    """n = logit(u), u ~ U(0, 1): the noise for which [s + n > 0] is Bernoulli(sigmoid(s)). float32, any
-    shape.
-    """
-    # eps keeps u away from 0 and 1, where n would be infinite; it caps |n| at 16.6, and P(|n| > 16.6) is
-    # 1.2e-7
+    """n = logit(u), u ~ U(0, 1): with it [s + n > 0] is Bernoulli(sigmoid(s)). float32, any shape."""
+    # eps keeps u away from 0 and 1, where n would be infinite: |n| <= 16.6, and P(|n| > 16.6) is 1.2e-7
     return torch.rand(shape, device=device).logit_(eps=6e-8)
 
 
 def shared_among_heads(x, q):
-    """Keys or values x (B, fewer heads, T, D), each repeated for its group of q's heads (grouped-query
-    attention).
-    """
+    """Grouped queries: keys or values x (B, fewer heads, T, D), each repeated for its group of q's heads."""
     if q.dim() == x.dim() == 4 and x.shape[1] < q.shape[1] and q.shape[1] % x.shape[1] == 0:
         return x.repeat_interleave(q.shape[1] // x.shape[1], dim=1)
     return x
@@ -146,9 +129,7 @@ def check(q, k, v, temperature):
 
 
 def bias_by_layer(config, device):
-    """For every layer the bias that `gated_attention` takes: config.gate_bias, or of a list [layer][head] a
-    (H, 1, 1).
-    """
+    """For every layer the bias of its gates: config.gate_bias, or of a list [layer][head] a (H, 1, 1)."""
     if isinstance(config.gate_bias, list):
         return torch.tensor(config.gate_bias, device=device)[:, :, None, None].unbind(0)
     return [config.gate_bias] * config.n_layer

@@ -1,19 +1,15 @@
-"""GECO: a constraint instead of a schedule (Rezende & Viola 2018, "Taming VAEs"; the paper's training
-objective).
+"""GECO: a constraint instead of a schedule. The paper's training objective.
 
     minimise  density    subject to    loss <= target
 
     L = density + lambda (loss - target)         lambda > 0, found by dual ascent:
-    C <- alpha C + (1 - alpha) clip((loss - target) / scale, -1, 1)       smoothed violation, in units of
-    `scale`
+    C <- alpha C + (1 - alpha) clip((loss - target) / scale, -1, 1)       the smoothed violation
     lambda <- clip(lambda exp(rate C), lambda_min, lambda_max)
 
 Read it as a thermostat. While the loss is above target lambda rises and training repairs the model; while it
-is below, lambda falls and training shuts edges. Nobody tunes how sparse the model gets: that is what is found
-out.
+is below, lambda falls and training shuts edges. Nobody tunes how sparse the model gets: that is found out.
 
-Notable, all four against *windup* (an integrator that, after a long error, stays far away long after the
-error is gone):
+Notable, all four against *windup*, an integrator that stays far away long after an error is gone:
 - lambda is capped above. When the gates first sample, the loss jumps by nats and an uncapped lambda climbs to
   thousands; the density then has no say until lambda has come all the way down again.
 - lambda is bounded below too: one that has run down to nothing lets edges be cut by the dozen before the
@@ -22,9 +18,9 @@ error is gone):
   can lie nats above a target, but never more than the target itself below it. (Where the target is nearly 0,
   as in addition, let `scale` be no larger than the slack in it; on text the loss can lie far enough below,
   and `scale` is what a measurement's noise makes worth reacting to.)
-- lambda is the only integrator: the clip acts on the state itself, there is no hidden sum behind it to
-  unwind.
+- lambda is the only integrator: the clip acts on the state itself, no hidden sum behind it has to unwind.
 
+Source: Rezende & Viola 2018, "Taming VAEs".
 This file imports no other file of ours.
 """
 
@@ -32,18 +28,15 @@ import math
 
 
 def is_cutting(step, linear_penalty_steps, cycle_steps):
-    """Two phases take turns, ours and not the paper's: is this step of the first, which cuts edges away, or
-    of the second, which repairs?
+    """Two phases take turns, ours and not the paper's: cut, repair, cut, repair. Is this step one that cuts?
 
-    Cut: the first linear_penalty_steps of every cycle_steps steps, or of the whole run where cycle_steps is
-    0.
+    Those are the first linear_penalty_steps of every cycle_steps steps; of the whole run where that is 0.
     """
     return (step % cycle_steps if cycle_steps else step) < linear_penalty_steps
 
 
 class GECO:
-    """The controller of lambda. `update(loss)` after a measurement; `objective(loss, density)` is what to
-    minimise.
+    """The controller of lambda: `update(loss)` after a measurement; `objective(...)` is what to minimise.
 
     target       nats; the loss to stay at or below
     scale        nats; a violation of this size or more moves lambda at full speed
@@ -55,10 +48,10 @@ class GECO:
     def __init__(self, target, scale, rate, alpha=0.9, lambda_init=1.0, lambda_min=1e-3, lambda_max=10.0):
         if not (scale > 0 and rate > 0 and 0 <= alpha < 1 and 0 < lambda_min <= lambda_init <= lambda_max):
             raise ValueError(
-                "GECO needs scale > 0, rate > 0, 0 <= alpha < 1 and 0 < lambda_min <= lambda_init <= "
-                "lambda_max; "
-                f"got scale={scale} rate={rate} alpha={alpha} lambda={lambda_min} <= {lambda_init} <= "
-                f"{lambda_max}"
+                "GECO needs scale > 0, rate > 0, 0 <= alpha < 1 and "
+                "0 < lambda_min <= lambda_init <= lambda_max; got "
+                f"scale={scale} rate={rate} alpha={alpha} "
+                f"lambda={lambda_min} <= {lambda_init} <= {lambda_max}"
             )
         self.target, self.scale, self.rate, self.alpha = target, scale, rate, alpha
         self.lambda_min, self.lambda_max = lambda_min, lambda_max

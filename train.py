@@ -18,13 +18,11 @@ long as the loss stays there. Three losses take part, and all of them are in the
 - the run is judged on the held-out set under deterministic gates (training/verdict.py).
 
 Notable:
-- best.pt is not the last evaluation but the one with the fewest open edges that meets the target
-  (training/judge.py).
+- best.pt is not the last evaluation but, of those that meet the target, the one with the fewest open edges.
 - A step's examples and noise hang on (seed, step) alone (training/batches.py): a run that is killed and
   started again does on a CPU bit for bit what it would have done (GPUs sum in an order of their own), and one
   process that accumulates gradients does what many processes do.
-- The same command continues an unfinished run. A run's folder is never overwritten by a run with other
-  settings.
+- The same command continues an unfinished run. A folder is never overwritten by a run with other settings.
 - Exit status: 0, the run is what it was to become; 2, it is at its end and is not (a target missed, a parent
   not ready); 1, an error, or stopped.
 
@@ -73,8 +71,8 @@ def loop(run, judge, progress, stop):
                 break
         for group in run.optimizer.param_groups:
             group["lr"] = get_lr(step, c)
-        # are gates sampled, or thresholds as when they are judged?
-        noisy = step < c.max_steps - c.noise_free_steps
+        noisy = step < c.max_steps - c.noise_free_steps  # else gates are thresholds, as when they are judged
+        noise = None if noisy else 0.0  # None: gate.py draws it
         cutting = is_cutting(step, c.linear_penalty_steps, c.cycle_steps)
 
         # --- 1. lambda: is the loss above its target? Then a nat shall cost more ----------------------------
@@ -85,9 +83,7 @@ def loop(run, judge, progress, stop):
         sums = [0.0, 0.0, 0.0]
         for x, y in run.parts(step):
             with run.autocast():
-                logits, loss, density = run.network(
-                    x, y, linear_penalty=cutting, noise=None if noisy else 0.0
-                )
+                logits, loss, density = run.network(x, y, linear_penalty=cutting, noise=noise)
                 objective = loss
                 if c.gated:
                     objective = geco.objective(loss + run.taught(x, y, logits), density, c.density_weight)
@@ -110,11 +106,9 @@ def loop(run, judge, progress, stop):
 
 
 def train_one(config, given, job=None):
-    """Train the run that config describes, whose parents have been trained, from where its folder stands to
-    the end.
+    """Train one run, whose parents have been trained, from where its folder stands to its end. As `train`.
 
-    given: names of the settings that were set; job: of which this run is a part, for the progress line. As
-    `train`.
+    given: names of the settings that were set; job: of which this run is a part, for the progress line.
     """
     c = config
     checkpoint = claim_folder(c, given)
