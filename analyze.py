@@ -1,7 +1,6 @@
 """Every question to a model or a run, one command each.
 
-    python analyze.py report out/addition               numbers and figures; train.py calls this at the end of
-    a run
+    python analyze.py report out/addition               numbers and figures; train.py calls this at its end
     python analyze.py explain out/addition              when does each edge open, and what is it for?
     python analyze.py circuit out/stdlib_dense out/stdlib --task=quote
     python analyze.py --help                            all commands
@@ -63,8 +62,9 @@ def nearest(word, words):
 
 
 def parser_for(command):
-    """The parser of the whole command line. Only the file of `command` is imported: the others would take
-    seconds.
+    """The parser of the whole command line.
+
+    Only the file of `command` is imported: the others would take seconds.
     """
     parser = Parser(prog="analyze.py", description=__doc__.partition("\n")[0], allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")

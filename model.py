@@ -38,8 +38,9 @@ from storage.files import UserError
 
 @dataclass
 class GPTConfig:
-    """The shape of a model; defaults are GPT-2 124M. Saved in every checkpoint as `model_args`, as nanoGPT
-    does.
+    """The shape of a model; defaults are GPT-2 124M.
+
+    Saved in every checkpoint as `model_args`, as nanoGPT does.
     """
 
     block_size: int = 1024  # longest context, tokens
@@ -75,8 +76,9 @@ class CausalSelfAttention(nn.Module):
         )
 
     def forward(self, x, **gate_options):
-        """x (B, T, C) -> y (B, T, C); density, a scalar; gates, a `gate.Gates` or None. Options: see
-        `gated_attention`.
+        """x (B, T, C) -> y (B, T, C); density, a scalar; gates, a `gate.Gates` or None.
+
+        Options: see `gated_attention`.
         """
         B, T, C = x.shape
         H, D = self.config.n_head, C // self.config.n_head
@@ -157,8 +159,9 @@ class GPT(nn.Module):
     attention_impl = "auto"
 
     def tie(self):
-        """If config.tied: let lm_head use the input embedding's own parameters. To be called again after one
-        of them has been replaced.
+        """If config.tied: let lm_head use the input embedding's own parameters.
+
+        To be called again after one of them has been replaced.
         """
         if self.config.tied:
             # the matrix, and its LoRA adapter
@@ -186,9 +189,8 @@ class GPT(nn.Module):
                         paper's
 
         Returns logits (B, T, vocab_size); loss, the mean cross-entropy in nats over the targets, None without
-        targets;
-        density, the mean penalty of all layers' edges: the expected open fraction (a dense model's is 1).
-        Raises ValueError if idx is longer than block_size.
+        targets; density, the mean penalty of all layers' edges: the expected open fraction (a dense model's
+        is 1). Raises ValueError if idx is longer than block_size.
         """
         B, T = idx.shape
         if T > self.config.block_size:

@@ -1,19 +1,16 @@
 """Every dataset: how it is made, how it lies on disk, how it is read.
 
-    python prepare_data.py addition                     two-digit addition, all 10,000 sums, made offline in a
-    second
-    python prepare_data.py addition --digits=3          three digits, 20,000 sums: data/addition3
-    python prepare_data.py stdlib                       the Python standard library's source, 11 MB of code,
-    offline
-    python prepare_data.py stdlib --tokenizer=gpt2      the same in GPT-2's tokens: data/stdlib-gpt2
-    python prepare_data.py text --file=A --file=B       your own files
-    python prepare_data.py shakespeare                  tiny Shakespeare, 1 MB, by URL
-    python prepare_data.py openwebtext --processes=8    what GPT-2 was trained on, rebuilt: 9 billion tokens;
-    90 GB of disk; needs `datasets`
-    python prepare_data.py fineweb --shards=10          ready GPT-2 tokens, 100 million (200 MB) a shard, by
-    URL
-    python prepare_data.py dolma --shards=2             a sample of what OLMo's training data was drawn from:
-    103 files of 160 MB and 80 million tokens; needs `datasets`
+    python prepare_data.py addition                   two-digit addition, all 10,000 sums, made in a second
+    python prepare_data.py addition --digits=3        three digits, 20,000 sums: data/addition3
+    python prepare_data.py stdlib                     the Python standard library's source, 11 MB, offline
+    python prepare_data.py stdlib --tokenizer=gpt2    the same in GPT-2's tokens: data/stdlib-gpt2
+    python prepare_data.py text --file=A --file=B     your own files
+    python prepare_data.py shakespeare                tiny Shakespeare, 1 MB, by URL
+    python prepare_data.py openwebtext --processes=8  what GPT-2 was trained on, rebuilt: 9 billion tokens;
+                                                      90 GB of disk; needs `datasets`
+    python prepare_data.py fineweb --shards=10        ready GPT-2 tokens, 100 million (200 MB) a shard, by URL
+    python prepare_data.py dolma --shards=2           a sample of OLMo's training data: 103 files of 160 MB
+                                                      and 80 million tokens; needs `datasets`
 
 A dataset is a folder data/<name>/ with two files of token ids and a description:
 
@@ -23,11 +20,9 @@ A dataset is a folder data/<name>/ with two files of token ids and a description
 
 There are two kinds, and everything that reads data knows only these:
 - rows:   the file is (N, 2, T): per row T tokens that go into the model, then T targets, 65535 where nothing
-  is asked.
-          For tasks with a question and an answer.
+          is asked. For tasks with a question and an answer.
 - stream: the file is one long run of tokens; a training example is any window of it, its targets the same
-  window one later.
-          For text (text.py), every document with the tokenizer's separator before it.
+          window one later. For text (text.py), every document with the tokenizer's separator before it.
 
 Notable: a split is made once, always the same, and never overlaps; files are written under a temporary name
 and renamed, meta.json last, so that a folder with a meta.json is whole.
@@ -167,10 +162,12 @@ def load(name, root="data"):
 
 
 def write_dataset(folder, train, val, **meta):
-    """Write a dataset folder. train, val: arrays of token ids, (N, 2, T) for kind='rows' or flat for
-    kind='stream'; or, for a stream that
-    does not fit into memory, iterators of flat arrays. meta holds vocab_size at least. Raises UserError, what
-    was there before untouched, if the disk is full."""
+    """Write a dataset folder.
+
+    train, val: arrays of token ids, (N, 2, T) for kind='rows' or flat for kind='stream'; or, for a stream
+    that does not fit into memory, iterators of flat arrays. meta holds vocab_size at least. Raises UserError,
+    what was there before untouched, if the disk is full.
+    """
     os.makedirs(folder, exist_ok=True)
     meta |= {"shape": {}, "sha256": {}}
     paths = {split: os.path.join(folder, f"{split}.bin") for split in ("train", "val")}
@@ -244,8 +241,8 @@ def write_text(folder, documents, tokenizer, **meta):
 
 
 def make_stdlib(folder, options):
-    """The Python standard library of the interpreter that runs this; its version is in meta.json, for
-    another one is another text.
+    """The Python standard library of the interpreter that runs this; its version is in meta.json, for another
+    one is another text.
     """
     write_text(folder, text.stdlib_documents(), options.tokenizer, python=sys.version.split()[0])
 

@@ -133,8 +133,8 @@ def train(config, given=frozenset()):
     """Train the run that config describes, and before it the runs of the config files that it starts from.
 
     Leaves config.json, metrics.jsonl, best.pt or closest.pt, and last.pt in config.out_dir. Returns whether
-    the run is
-    what it was to become. Raises UserError with a message for people; SystemExit after Ctrl-C, the run saved.
+    the run is what it was to become. Raises UserError with a message for people; SystemExit after Ctrl-C, the
+    run saved.
     """
     lineage = lineage_of(config, given)
     if len(lineage) == 1:
@@ -181,8 +181,8 @@ def main(arguments):
 
 def report(folder):
     """Print what a run became, and draw it, in a process of its own: the loop needs no matplotlib, and a
-    picture that
-    fails cannot harm a finished run. Returns the exit status."""
+    picture that fails cannot harm a finished run. Returns the exit status.
+    """
     if torch.cuda.is_initialized():
         gc.collect()  # what wraps a model refers to itself
         torch.cuda.empty_cache()  # the report needs the memory

@@ -109,8 +109,7 @@ def twin(before, now):
     """The edge that opens instead of a shut one, {layer, head, query, key}, or None if there is none.
 
     before, now: (n_layer, H, T, T, N) bool, what is open on the sums on which the shut edge was. A twin opens
-    on
-    most of those sums, and was shut on them before.
+    on most of those sums, and was shut on them before.
     """
     share = (now & ~before).mean(axis=-1)  # (n_layer, H, T, T)
     if share.max() <= 0.5:

@@ -99,8 +99,9 @@ def attention_flow(path, columns, rows):
 
 
 def training(path, metrics, kept_step=None, bounds=()):
-    """metrics: the lines of metrics.jsonl. Loss; for a gated run also open edges and lambda. kept_step: of
-    best.pt, or closest.pt; bounds: lambda's floor and cap.
+    """metrics: the lines of metrics.jsonl. Loss; for a gated run also open edges and lambda.
+
+    kept_step: of best.pt, or closest.pt; bounds: lambda's floor and cap.
     """
     gated = "lambda" in metrics[0]
     figure, axes = plt.subplots(
@@ -198,8 +199,9 @@ def training(path, metrics, kept_step=None, bounds=()):
 
 
 def open_by_head(path, per_head):
-    """Open fraction by layer and head. per_head [n_layer][H], from 0 to 1; the colour is logarithmic, a head
-    that is off is white.
+    """Open fraction by layer and head.
+
+    per_head [n_layer][H], from 0 to 1; the colour is logarithmic, a head that is off is white.
     """
     fractions = np.array(per_head)
     n_layer, H = fractions.shape
@@ -225,8 +227,10 @@ def open_by_head(path, per_head):
 
 
 def open_by_distance(path, by_distance, open_edges):
-    """How far back the open edges reach. by_distance [T]: open fraction of the edges that reach so many
-    positions back; open_edges: mean number a sequence.
+    """How far back the open edges reach.
+
+    by_distance [T]: open fraction of the edges that reach so many positions back; open_edges: mean number a
+    sequence.
     """
     fractions = np.array(by_distance)
     T = len(fractions)
@@ -262,8 +266,9 @@ def open_by_distance(path, by_distance, open_edges):
 
 
 def gallery(path, titles, tokens, rows, what="The busiest heads of the sparse model on one held-out snippet"):
-    """Attention maps of a few heads on one snippet; what: says which. titles: one per head; tokens: T
-    strings; rows [(label, [weights (T, T), one per head])].
+    """Attention maps of a few heads on one snippet; what: says which.
+
+    titles: one per head; tokens: T strings; rows [(label, [weights (T, T), one per head])].
     """
     # $ would begin a formula
     T, columns, tokens = (
@@ -401,8 +406,7 @@ def circuit_graph(path, names, n_head, edges, title, most=60):
     """A circuit as a layered graph, the embedding below, the output above.
 
     names of components in the order of writers, the output last; edges [(from, to, part, score)], part being
-    q, k, v or ''. Only the strongest
-    `most` are drawn, and the title says so.
+    q, k, v or ''. Only the strongest `most` are drawn, and the title says so.
     """
     shown = sorted(edges, key=lambda edge: -abs(edge[3]))[:most]
     used = sorted({end for edge in shown for end in edge[:2]})

@@ -68,8 +68,7 @@ def report(run):
     ready, still_learning   of a dense run: may a child start from it (null without ready_loss); had its loss
                             not settled when it ended
     edges           {open (mean per held-out sequence), total (causal pairs of all heads and layers),
-                    fraction, per_head [layer][head],
-                    by_distance [positions back]}
+                    fraction, per_head [layer][head], by_distance [positions back]}
     heads_off       number of heads without any open edge
     seconds         {dense, sparse} of training, the parent's and the run's; in the figures the dense model is
                     the parent, too
@@ -127,8 +126,9 @@ def report(run):
 
 
 def draw(result, config, metrics, checkpoint, model, data):
-    """The figures of a report, into its run's folder. result: the report; model: that of the checkpoint,
-    which is drawn.
+    """The figures of a report, into its run's folder.
+
+    result: the report; model: that of the checkpoint, which is drawn.
     """
     run, edges = result["run"], result["edges"]
     figures.training(
@@ -158,8 +158,9 @@ def draw(result, config, metrics, checkpoint, model, data):
 
 
 def summary(judged):
-    """One model's side of a report. `correct` counts the rows of both splits, `accuracy` is that of the
-    held-out ones alone.
+    """One model's side of a report.
+
+    `correct` counts the rows of both splits, `accuracy` is that of the held-out ones alone.
     """
     splits = judged.values()
     rows = judged["val"]["accuracy"] is not None

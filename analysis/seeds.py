@@ -56,8 +56,9 @@ def parse_seeds(words):
 
 
 def read_settings(path, flags):
-    """['--key=value', ...] -> {setting: value} for train.py, checked. path: the config file. Raises
-    UserError.
+    """['--key=value', ...] -> {setting: value} for train.py, checked. path: the config file.
+
+    Raises UserError.
     """
     other, settings = parse_command_line(flags, Config, limits())
     if other:
@@ -73,8 +74,8 @@ def read_settings(path, flags):
 
 
 def folder_for(path, settings, seed=None):
-    """`out/addition-n_head=2-seed3`: where the runs of a config file and some settings go; without a seed
-    the beginning of it.
+    """`out/addition-n_head=2-seed3`: where the runs of a config file and some settings go; without a seed the
+    beginning of it.
     """
     name = os.path.splitext(os.path.basename(path))[0]
     words = [f"-{key}={str(value).replace(os.sep, '_')}" for key, value in sorted(settings.items())]
@@ -83,8 +84,9 @@ def folder_for(path, settings, seed=None):
 
 
 def runs_for(path, settings, seed):
-    """The runs that one seed takes, the child last: [(config file, {setting: value})]. One, unless a parent
-    must be told of its shape.
+    """The runs that one seed takes, the child last: [(config file, {setting: value})].
+
+    One, unless a parent must be told of its shape.
     """
     config, _ = make_config(path, settings)
     ours = dict(settings)
@@ -110,8 +112,9 @@ def command_for(path, settings):
 
 
 def is_finished(path, settings):
-    """Is this run, with these very settings, at its end, and reported? When in doubt it is not: train.py
-    looks again.
+    """Is this run, with these very settings, at its end, and reported?
+
+    When in doubt it is not: train.py looks again.
     """
     config, names = make_config(path, settings)
     try:
@@ -168,9 +171,8 @@ def row_of(run, seed):
     """What a finished run's report says, a dict:
 
     seed, run, met; open, total (edges); correct, examples (answers of both splits, null for text); seconds
-    {dense, sparse} of training;
-    parent_loss (nats), parent_steps (null if the parent's folder is gone); closest: what a missed run lacks,
-    in words, else null
+    {dense, sparse} of training; parent_loss (nats), parent_steps (null if the parent's folder is gone);
+    closest: what a missed run lacks, in words, else null
     """
     with open(os.path.join(run, "report.json"), encoding="utf-8") as f:
         report = json.load(f)
@@ -297,8 +299,9 @@ def add_arguments(parser):
 
 
 def run(options, settings):
-    """`analyze.py seeds`: train, print and write the table. Returns the exit status: 0 if every seed met its
-    target, else 1.
+    """`analyze.py seeds`: train, print and write the table.
+
+    Returns the exit status: 0 if every seed met its target, else 1.
     """
     if options.threads < 1 or options.jobs < 1:
         raise UserError("--threads and --jobs must be at least 1")
@@ -338,8 +341,9 @@ def read_rows(place):
 
 
 def train_all(path, settings, seeds, options):
-    """Yield the row of every seed as soon as there is one, options.jobs at a time. Ctrl-C reaches the runs
-    as well, and they save themselves.
+    """Yield the row of every seed as soon as there is one, options.jobs at a time.
+
+    Ctrl-C reaches the runs as well, and they save themselves.
     """
     with ThreadPoolExecutor(options.jobs) as pool:
         waiting = [pool.submit(train_seed, path, settings, seed, options) for seed in seeds]

@@ -7,9 +7,9 @@ away from its twin's. Cutting the edge replaces, for this reader alone, the one 
     exact                       metric(edge cut) - metric(clean)                                           a
                                 run for every edge: `cut_edges`; for components: `patch_components`
     attribution (EAP)           d . grad of the metric by what the reader reads                            a
-    first-order guess, all edges at once
+                                first-order guess, all edges at once
     with integrated gradients   the mean of that gradient over `steps` inputs between corrupted and clean
-    (EAP-IG), where the first order misleads
+                                (EAP-IG), where the first order misleads
 
 A circuit keeps the n edges (or components) with the largest |score| and cuts all others. How much of the task
 it explains:
@@ -47,6 +47,7 @@ from circuits.tasks import PROBABILITY
 
 def metric_of(logits, pairs, metric):
     """(B,): how well each pair's answer is known, by tasks.py's definition, the mean over its positions.
+
     logits (B, T, V).
     """
     values = []
@@ -68,8 +69,8 @@ def metric_of(logits, pairs, metric):
 
 
 def batches(pairs, size, device="cpu"):
-    """Yield (clean (b, T), corrupted (b, T), pairs), at most `size` pairs of one length: prompts of
-    different lengths cannot share a batch.
+    """Yield (clean (b, T), corrupted (b, T), pairs), at most `size` pairs of one length: prompts of different
+    lengths cannot share a batch.
     """
     groups = {}
     for pair in pairs:
@@ -108,9 +109,9 @@ def straight_through(model):
 
 def gradient_runs(model, pairs, metric, steps, batch_size):
     """Yield, for every batch and every step on the way from the corrupted to the clean input: by how much all
-    writes differ between the two runs
-    (corrupted - clean, (B, W, T, C)), the `Gradients` of the step's run, and its metric, summed over the
-    batch."""
+    writes differ between the two runs (corrupted - clean, (B, W, T, C)), the `Gradients` of the step's run,
+    and its metric, summed over the batch.
+    """
     graph = Graph(model.config.n_layer, model.config.n_head)
     for clean, corrupted, group in batches(pairs, batch_size, next(model.parameters()).device):
         with torch.no_grad():
@@ -169,8 +170,9 @@ def patch_components(model, pairs, metric, batch_size=64):
 
 @torch.no_grad()
 def dead_heads(model, pairs, batch_size=64):
-    """(L, H) bool: heads without an open edge on any of the prompts, clean or corrupted. A dense model has
-    none.
+    """(L, H) bool: heads without an open edge on any of the prompts, clean or corrupted.
+
+    A dense model has none.
     """
     opened = torch.zeros(model.config.n_layer, model.config.n_head)
     if not model.config.gated:
@@ -207,8 +209,8 @@ def best_edges(scores, edges, n):
 
 @torch.no_grad()
 def effects(model, pairs, metric, circuits, batch_size=64):
-    """Metrics of the clean run, the corrupted run (pairs,), and of every circuit (circuits, pairs); a
-    circuit is (W, R) bool, the edges that are kept.
+    """Metrics of the clean run, the corrupted run (pairs,), and of every circuit (circuits, pairs); a circuit
+    is (W, R) bool, the edges that are kept.
     """
     graph = Graph(model.config.n_layer, model.config.n_head)
     device = next(model.parameters()).device

@@ -131,8 +131,9 @@ class Comparison(NamedTuple):
 
 
 def prompts(task, n, seed, tokens, room):
-    """(pairs to rank on, other pairs to test on, metric). room: the models' context, tokens. Raises
-    UserError.
+    """(pairs to rank on, other pairs to test on, metric). room: the models' context, tokens.
+
+    Raises UserError.
     """
     to_score, metric = make_pairs(task, n, 2 * seed, tokens)
     to_test, _ = make_pairs(task, n, 2 * seed + 1, tokens)
@@ -148,8 +149,9 @@ def prompts(task, n, seed, tokens, room):
 
 
 def compare(dense, sparse, tokenizer, task, n, seed, steps):
-    """Measure both models, of one vocabulary, on a task: a Comparison. tokenizer: its name; n: pairs; steps:
-    of integrated gradients.
+    """Measure both models, of one vocabulary, on a task: a Comparison.
+
+    tokenizer: its name; n: pairs; steps: of integrated gradients.
     """
     tokens = vocabulary_of(tokenizer, sparse.config.vocab_size)
     room = min(dense.config.block_size, sparse.config.block_size)

@@ -25,10 +25,9 @@ import torch
 class Graph:
     """The numbering of writers and readers of a model with L layers of H heads, and which edges there are.
 
-    writers   0 the embedding; 1 + layer (H + 1) + head the heads; 1 + layer (H + 1) + H the MLPs        (W of
-              them)
+    writers   0 the embedding; 1 + layer (H + 1) + head the heads; 1 + layer (H + 1) + H the MLPs. W of them
     readers   layer (3 H + 1) + part H + head, part 0, 1, 2 being q, k, v; layer (3 H + 1) + 3 H the MLPs; the
-              last is the final one  (R)
+              last is the final one. R of them
     """
 
     def __init__(self, n_layer, n_head):
@@ -173,8 +172,9 @@ class Replace(Watch):
 
 
 class Gradients(Watch):
-    """Keeps what every reader reads apart, so that the gradient by it can be asked for. embed (B, T, C)
-    takes the embedding's place.
+    """Keeps what every reader reads apart, so that the gradient by it can be asked for.
+
+    embed (B, T, C) takes the embedding's place.
     """
 
     def __init__(self, graph, embed):

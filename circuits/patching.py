@@ -4,11 +4,10 @@ what it writes to it.
     logits = patched(model, idx, hooks)
 
     hooks.read(name, layer, x)     is called with what 'q', 'k', 'v', 'mlp' or 'final' are about to read, (B,
-    T, C). The pass goes on with
-                                   what it returns: (B, T, C), or, for q, k and v, (B, H, T, C), one for each
-                                   head
+                                   T, C). The pass goes on with what it returns: (B, T, C), or, for q, k and
+                                   v, (B, H, T, C), one for each head
     hooks.write(name, layer, y)    is called with what 'embed' or 'mlp' write, (B, T, C), or 'heads', each by
-    itself, (B, H, T, C)
+                                   itself, (B, H, T, C)
 
 It computes what `GPT.forward` and `OLMo.forward` do, head by head instead of all heads in one product, so
 that each can read something of its own; tests compare the two. Gates are computed from what q and k read, so
@@ -25,8 +24,9 @@ from models.olmo import OLMo, rms_norm_of_heads, rotate, rotations
 
 
 def patched(model, idx, hooks, keep=None, record=None, noise=None):
-    """Logits (B, T, V) of a GPT or OLMo whose reads and writes go through hooks. idx (B, T); keep, record
-    and noise as in `GPT.forward`.
+    """Logits (B, T, V) of a GPT or OLMo whose reads and writes go through hooks.
+
+    idx (B, T); keep, record and noise as in `GPT.forward`.
     """
     run = run_olmo if isinstance(model, OLMo) else run_gpt
 

@@ -109,8 +109,9 @@ DISTRACTION = (
 
 
 def ioi(vocabulary, n, random, long=False):
-    """Indirect object identification: who is not the giver? Half of the pairs name the giver first (BABA),
-    half second (ABBA). Corrupted: a third person gives.
+    """Indirect object identification: who is not the giver?
+
+    Half of the pairs name the giver first (BABA), half second (ABBA). Corrupted: a third person gives.
     """
     names, places, things = (one_token(words, vocabulary.encode) for words in (NAMES, PLACES, OBJECTS))
     scenes = [scene for scene in SCENES if not long or scene[0].endswith(".")]
@@ -148,6 +149,7 @@ NOUNS = (
 
 def greater_than(vocabulary, n, random):
     """A span cannot end before it began: after `from the year 17YY to the year 17` two digits above YY.
+
     Corrupted: from 1701, after which nearly all are right.
     """
     nouns, encode = one_token(NOUNS, vocabulary.encode), vocabulary.encode
@@ -189,6 +191,7 @@ WORDS = (
 
 def docstring(vocabulary, n, random):
     """Python's documentation repeats the arguments in the order of the signature: which comes third?
+
     Corrupted: other arguments in the signature.
     """
     if vocabulary.name == "bytes":
@@ -224,8 +227,9 @@ def docstring(vocabulary, n, random):
 
 
 def copy(vocabulary, n, random, length=12):
-    """A random sequence, and the beginning of it again: what comes next? (Induction.) Corrupted: another
-    first half, so that there is nothing to copy.
+    """A random sequence, and the beginning of it again: what comes next?
+
+    (Induction.) Corrupted: another first half, so that there is nothing to copy.
     """
     alphabet = (
         [ord(c) for c in "abcdefghijklmnopqrstuvwxyz"]
@@ -251,8 +255,9 @@ def sum_row(a, b, vocabulary):
 
 
 def addition(vocabulary, n, random):
-    """Two-digit sums, all digits asked at once. Corrupted: another sum; the digits in which the two answers
-    differ count.
+    """Two-digit sums, all digits asked at once.
+
+    Corrupted: another sum; the digits in which the two answers differ count.
     """
     while n:
         (clean, right), (corrupted, wrong) = (
@@ -311,8 +316,9 @@ def quote(vocabulary, n, random):
 
 
 def bracket(vocabulary, n, random):
-    """Two brackets of different kinds are open: which must be closed first? Corrupted: they were opened the
-    other way round.
+    """Two brackets of different kinds are open: which must be closed first?
+
+    Corrupted: they were opened the other way round.
     """
     for _ in range(n):
         variable, outer, inner, last = (random.choice(ARGUMENTS) for _ in range(4))

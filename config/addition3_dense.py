@@ -1,5 +1,6 @@
-"""The dense parent of config/addition3.py: config/addition_dense.py on three-digit sums. It sees 16,000 of
-them and is judged on 4,000 others.
+"""The dense parent of config/addition3.py: config/addition_dense.py on three-digit sums.
+
+It sees 16,000 of them and is judged on 4,000 others.
 """
 
 base = 'config/addition_dense.py'

@@ -1,12 +1,10 @@
-"""The paper's experiment: OpenAI's GPT-2 (124M parameters) on OpenWebText, sparse at the loss of the dense
-model.
+"""The paper's experiment: OpenAI's GPT-2 (124M) on OpenWebText, sparse at the loss of the dense model.
 
-    python prepare_data.py openwebtext                           once, 90 GB of disk; or fineweb, and
-    --dataset=fineweb below
-    python train.py config/gpt2.py                               one GPU
-    torchrun --nproc_per_node=8 train.py config/gpt2.py          eight; the same batches, the same run, up to
-    rounding
+    python prepare_data.py openwebtext                       once, 90 GB of disk
+    python train.py config/gpt2.py                           one GPU
+    torchrun --nproc_per_node=8 train.py config/gpt2.py      eight; the same batches, the same run
 
+docs/gpt2.md says what to know the evening before; --dataset=fineweb is another text, ready to use.
 Nobody here has run it: no number in this file is measured on GPT-2. What is chosen on the grounds of
 config/stdlib.py, which is measured, says so.
 """

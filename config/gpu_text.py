@@ -1,9 +1,8 @@
 """config/stdlib.py at the next size, in minutes on one large GPU: 12 layers, GPT-2's tokens, 512 of context.
 
-    python train.py config/gpu_text_dense.py                 the parent; its docstring says how the data is
-    made
-    python train.py config/gpu_text.py                       its sparse child
-    python train.py config/gpu_text_control.py               the control: the parent trained on, without gates
+    python train.py config/gpu_text_dense.py         the parent; its docstring says how the data is made
+    python train.py config/gpu_text.py               its sparse child
+    python train.py config/gpu_text_control.py       the control: the parent trained on, without gates
     python analyze.py circuit out/gpu_text_dense out/gpu_text --task=docstring
 
 So few steps are a rehearsal of a long run, not its result: --max_steps, with --noise_free_steps at three

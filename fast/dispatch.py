@@ -68,8 +68,7 @@ def choose_impl(name, device, T, D, dtype=torch.float32):
     """'plain', 'tiled' or 'triton', for a setting that names one or says 'auto'.
 
     device: 'cpu', 'cuda', ...; T tokens of context; D the width of a head. TRITON_INTERPRET=1 lets 'triton',
-    asked for
-    by name, run on a CPU, slowly. Raises ValueError if name is none of these, or cannot run here.
+    asked for by name, run on a CPU, slowly. Raises ValueError if name is none of these, or cannot run here.
     """
     if name not in ("auto", "plain", "tiled", "triton"):
         raise ValueError(f"attention_impl is 'auto', 'plain', 'tiled' or 'triton', not {name!r}")

@@ -1,23 +1,16 @@
 """Gated attention on a GPU as three Triton kernels: tiles of scores that never leave the chip.
 
-    keys j   0 . . . . . . . . T       A program owns ROWS queries of one head and walks over the key tiles up
-             to the
-    queries +-----+-----+-----+        diagonal. A tile of scores lives in registers and is gone with the next
-    one.
-       i    |  1  |     |     |        For the softmax it carries, per query, the largest score so far (m) and
-            the sum
-            +-----+-----+-----+        l of exp(a - m); when m grows, what has been summed is multiplied by
-            |  1  |  2  |     |        exp(m_old - m_new). At the end y = (sum of open terms) / l and
-            +-----+-----+-----+        lse = m + log l, the only thing of the forward pass that the backward
-            pass needs.
+    keys j   0 . . . . . . . . T  A program owns ROWS queries of one head and walks over the key tiles up to
+    queries +-----+-----+-----+   the diagonal. A tile of scores lives in registers and is gone with the next.
+       i    |  1  |     |     |   For the softmax it carries, per query, the largest score so far (m) and the
+            +-----+-----+-----+   sum l of exp(a - m); when m grows, what has been summed is multiplied by
+            |  1  |  2  |     |   exp(m_old - m_new). At the end y = (sum of open terms) / l and
+            +-----+-----+-----+   lse = m + log l, all of the forward pass that the backward pass needs.
        T    |  1  |  2  |  3  |
-            +-----+-----+-----+        `forward_kernel` and `dq_kernel` walk rows of this picture,
-            `dkdv_kernel` columns:
-                                       every program writes sums of its own, nothing races, results are
-                                       reproducible.
+            +-----+-----+-----+   `forward_kernel` and `dq_kernel` walk rows of this picture, `dkdv_kernel`
+                                  columns. Every program writes sums of its own: nothing races.
 
-    a = q k^T / sqrt(D)     s = a + b     A = [u > sigmoid(-s)]     u from noise.py's generator, made again in
-    every kernel
+    a = q k^T / sqrt(D)     s = a + b     A = [u > sigmoid(-s)]     u of noise.py, made again in every kernel
     y_i  = sum_j A p v_j                  p = exp(a - lse_i)
     w    = dy_i . v_j                     delta_i = y_i . dy_i
     e    = p (A w - delta_i)              through the softmax
@@ -74,8 +67,9 @@ def mix(x):
 
 @triton.jit
 def codes(seed, head, position):
-    """noise.edge_codes for one head and some positions. seed: where the rows' seed lies, or the columns',
-    one further.
+    """noise.edge_codes for one head and some positions.
+
+    seed: where the rows' seed lies, or the columns', one further.
     """
     return mix(mix(mix(tl.load(seed).to(tl.uint32)) + head.to(tl.uint32)) + position.to(tl.uint32))
 
@@ -83,8 +77,9 @@ def codes(seed, head, position):
 # --- what all three kernels do with a tile ------------------------------------------------------------------
 @triton.jit
 def gate_tile(left, right, i, j, scale, bias, row_codes, column_codes, NOISE: tl.constexpr):
-    """a, s, share = sigmoid(s), odds of being shut given the noise, and open gates, of a tile. i and j
-    broadcast to it; it may lie on its side: (keys, queries).
+    """a, s, share = sigmoid(s), odds of being shut given the noise, and open gates, of a tile.
+
+    i and j broadcast to it; it may lie on its side: (keys, queries).
     """
     a = tl.dot(left, right, input_precision="ieee") * scale
     a = tl.where(j <= i, a, -float("inf"))  # sigmoid and exp of it are 0
@@ -115,8 +110,9 @@ def gradient_tile(
     TEMPERATURE: tl.constexpr,
     LINEAR: tl.constexpr,
 ):
-    """e, the gradient of the scores of a tile, and p where gates are open. dy and v: the two factors of w,
-    in the tile's orientation.
+    """e, the gradient of the scores of a tile, and p where gates are open.
+
+    dy and v: the two factors of w, in the tile's orientation.
     """
     open_p = tl.where(gate, p, 0.0)
     weight = open_p  # of w
@@ -401,9 +397,11 @@ def launch_for(kernel, q, tile):
 
 
 def forward(q, k, v, bias, seed, sample, temperature, linear_penalty, tile=None):
-    """q, k, v (B, H, T, D); bias (H,); seed (2,) of the noise, or None. Returns y (B, H, T, D), the penalty's
-    sum per head (B H), lse (B, H, T).
-    tile: (ROWS, COLUMNS), powers of two from 16; None chooses."""
+    """q, k, v (B, H, T, D); bias (H,); seed (2,) of the noise, or None.
+
+    Returns y (B, H, T, D), the penalty's sum per head (B H), lse (B, H, T). tile: (ROWS, COLUMNS), powers of
+    two from 16; None chooses.
+    """
     (q, k, v, bias, seed), numbers, options = ready(q, k, v, bias, seed)
     B, H, T, D = q.shape
     options |= launch_for(forward_kernel, q, tile)

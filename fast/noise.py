@@ -46,15 +46,16 @@ def mix(x):
 
 
 def new_seed(device=None):
-    """A seed for one call of attention, drawn from torch's own generator, so that `torch.manual_seed`
-    decides it: int64 (2,), each from 0 to 2^31 - 2.
+    """A seed for one call of attention, drawn from torch's own generator, so that `torch.manual_seed` decides
+    it: int64 (2,), each from 0 to 2^31 - 2.
     """
     return torch.randint(2**31 - 1, (2,), device=device)
 
 
 def edge_codes(seed, heads, length):
-    """The two codes whose xor is scrambled into u: rows and columns, int32, each (heads, length). seed (2,);
-    heads: B times H.
+    """The two codes whose xor is scrambled into u: rows and columns, int32, each (heads, length).
+
+    seed (2,); heads: B times H.
     """
     head = torch.arange(heads, dtype=torch.int32, device=seed.device)[:, None]
     position = torch.arange(length, dtype=torch.int32, device=seed.device)

@@ -4,8 +4,7 @@
 torch must be told four things of a computation that it does not see into:
 
     what it computes      sparse_attention::forward
-    what comes out        a fake of it, shapes and types alone: torch.compile needs no more to plan around the
-                          operator
+    what comes out        a fake of it, shapes and types alone: torch.compile plans with it
     its gradient          sparse_attention::backward, an operator with a fake of its own
     what to keep for it   q, k, v, y, and one number per query
 
@@ -19,8 +18,9 @@ from fast import tiled
 
 
 def computed_by(impl):
-    """The module whose `forward` and `backward` compute, and options for them. impl: 'tiled', 'tiled
-    compiled' or 'triton', which is not installed everywhere.
+    """The module whose `forward` and `backward` compute, and options for them.
+
+    impl: 'tiled', 'tiled compiled' or 'triton', which is not installed everywhere.
     """
     if impl == "triton":
         from fast import kernels
@@ -41,8 +41,9 @@ def forward(
     linear_penalty: bool,
     impl: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """q, k, v (B, H, T, D); bias (H,). Returns y (B, H, T, D); the penalty's sum over the causal pairs of
-    every head (B H); lse (B, H, T).
+    """q, k, v (B, H, T, D); bias (H,).
+
+    Returns y (B, H, T, D); the penalty's sum over the causal pairs of every head (B H); lse (B, H, T).
     """
     module, options = computed_by(impl)
     # an operator does not leave autocast by itself, and half precision is too coarse for gates

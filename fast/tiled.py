@@ -1,33 +1,26 @@
 """Gated attention on a CPU without T x T matrices: a strip of queries at a time, forward and backward.
 
     keys      0 ........ T
-    queries  +-----------------+      A strip: some queries of some heads, with all the keys before them. It
-             is made, used
-       0     |##               |      and thrown away while it is still in the cache. For the backward pass
-             one number per
-             |#####            |      query is kept, the logsumexp of its scores, and the strip is made again:
-             30 % more
-             |========##       | <-   multiplications, but no trip to memory. What lies above the diagonal is
-             never computed,
-             |                 |      half of the work of the plain formula.
+    queries  +-----------------+   A strip: some queries of some heads, with all the keys before them. It is
+       0     |##               |   made, used and thrown away while it is still in the cache. For the backward
+             |#####            |   pass a number per query is kept, the logsumexp of its scores, and the strip
+             |========##       |<- is made again: 30 % more multiplications, but no trip to memory. What lies
+             |                 |   above the diagonal is never computed, half of the plain formula's work.
        T     +-----------------+
 
-Forward, for a strip, by gate.py's formula:                            p_ij = exp(a_ij - lse_i)    y_i = sum_j
-A_ij p_ij v_j
+Forward, for a strip, by gate.py's formula:
+
+    p_ij = exp(a_ij - lse_i)    y_i = sum_j A_ij p_ij v_j
 
 Backward. Given dy and the gradient g of the penalty's sum, with w_ij = dy_i . v_j, n the noise and t the
 temperature:
 
     dv_j     = sum_i A_ij p_ij dy_i                                     y is linear in v
     d(A)_ij  = p_ij w_ij,   d(p)_ij = A_ij w_ij                         the product rule
-    through the gate     p_ij w_ij sigmoid'((s_ij + n_ij) / t) / t      straight-through: A's gradient is the
-                         soft gate's
-    through the softmax  p_ij (A_ij w_ij - delta_i)                     softmax' = p_ij ([j = k] - p_ik),
-                         summed over k:
-                         delta_i = sum_k A_ik p_ik w_ik = y_i . dy_i    a number per query, known before any
-                         strip is made
-    through the penalty  g sigmoid'(s_ij)                               or g / 4 where s > 0 and the penalty
-                         is linear
+    through the gate     p_ij w_ij sigmoid'((s_ij + n_ij) / t) / t      straight-through: the soft gate's
+    through the softmax  p_ij (A_ij w_ij - delta_i)                     softmax' = p_ij ([j = k] - p_ik)
+                         delta_i = sum_k A_ik p_ik w_ik = y_i . dy_i    known before any strip is made
+    through the penalty  g sigmoid'(s_ij)                               linear penalty, s > 0: g / 4
     e_ij     = d(a)_ij = the three together: s and a differ by a constant
     dq_i     = sum_j e_ij k_j / sqrt(D),   dk_j = sum_i e_ij q_i / sqrt(D)
 
@@ -57,8 +50,7 @@ def strips(heads, T):
     """Yield (heads, queries, keys), three slices, of every strip.
 
     Keys are rounded up to quarters of T, and heads are taken in equal groups: few different sizes, so that
-    few functions are compiled. (What is
-    rounded up lies in the future and is masked.)
+    few functions are compiled. (What is rounded up lies in the future and is masked.)
     """
     quarter = ROWS * math.ceil(T / (4 * ROWS))
     for i in range(0, T, ROWS):
@@ -72,8 +64,9 @@ def strips(heads, T):
 
 
 def strip_gates(q, k, bias, position, rows, columns):
-    """Scores a, gate logits s, and s + n, of a strip (heads, queries, keys). position (queries): where they
-    stand. rows: codes of the noise, or None.
+    """Scores a, gate logits s, and s + n, of a strip (heads, queries, keys).
+
+    position (queries): where they stand. rows: codes of the noise, or None.
     """
     a = q @ k.transpose(-2, -1)
     past = torch.arange(k.shape[1], device=k.device) <= position[:, None]
@@ -83,8 +76,9 @@ def strip_gates(q, k, bias, position, rows, columns):
 
 
 def forward_strip(q, k, v, bias, position, rows, columns, linear_penalty):
-    """q (heads, queries, D), divided by sqrt(D); k, v (heads, keys, D). Returns y, lse (heads, queries, 1),
-    the penalty's sum (heads).
+    """q (heads, queries, D), divided by sqrt(D); k, v (heads, keys, D).
+
+    Returns y, lse (heads, queries, 1), the penalty's sum (heads).
     """
     a, s, noisy = strip_gates(q, k, bias, position, rows, columns)
     lse = a.logsumexp(-1, keepdim=True)
@@ -98,8 +92,9 @@ def forward_strip(q, k, v, bias, position, rows, columns, linear_penalty):
 def backward_strip(
     dy, dpenalty, q, k, v, bias, position, rows, columns, lse, delta, sample, temperature, linear_penalty
 ):
-    """Gradients of what `forward_strip` returns: of q, and this strip's share of those of k and v. delta
-    (heads, queries, 1), dpenalty (heads).
+    """Gradients of what `forward_strip` returns: of q, and this strip's share of those of k and v.
+
+    delta (heads, queries, 1), dpenalty (heads).
     """
     a, s, noisy = strip_gates(q, k, bias, position, rows, columns)
     p = (a - lse).exp()
@@ -120,8 +115,9 @@ def backward_strip(
 
 @functools.cache
 def compiled(strip):
-    """`strip` with all between its matrix products in one loop. Every size of a strip gets machine code of
-    its own: fast, and no result hangs on which came first.
+    """`strip` with all between its matrix products in one loop.
+
+    Every size of a strip gets machine code of its own: fast, and no result hangs on which came first.
     """
     # sizes times options, not a mistake that repeats
     torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
@@ -145,9 +141,10 @@ def prepare(q, k, v, bias, seed):
 
 
 def forward(q, k, v, bias, seed, sample, temperature, linear_penalty, fuse=False):
-    """q, k, v (B, H, T, D); bias (H,); seed (2,) of the noise, or None. Returns y (B, H, T, D), the penalty's
-    sum per head (B H), lse (B, H, T).
-    fuse: compile the strips."""
+    """q, k, v (B, H, T, D); bias (H,); seed (2,) of the noise, or None.
+
+    Returns y (B, H, T, D), the penalty's sum per head (B H), lse (B, H, T). fuse: compile the strips.
+    """
     (B, H, T, D), dtype = q.shape, v.dtype
     q, k, v, bias, rows, columns = prepare(q, k, v, bias, seed)
     y, lse, penalty = torch.empty_like(q), q.new_empty(B * H, T, 1), q.new_zeros(B * H)
@@ -162,8 +159,9 @@ def forward(q, k, v, bias, seed, sample, temperature, linear_penalty, fuse=False
 
 
 def backward(dy, dpenalty, q, k, v, bias, seed, y, lse, sample, temperature, linear_penalty, fuse=False):
-    """dy as y, dpenalty (B H), the rest as in `forward`. Returns dq, dk, dv (B, H, T, D). The docstring
-    above has the formulas.
+    """dy as y, dpenalty (B H), the rest as in `forward`. Returns dq, dk, dv (B, H, T, D).
+
+    The docstring above has the formulas.
     """
     (B, H, T, D), dtypes = q.shape, (q.dtype, k.dtype, v.dtype)
     q, k, v, bias, rows, columns = prepare(q, k, v, bias, seed)

@@ -33,9 +33,8 @@ def save_checkpoint(path, checkpoint):
     """Write a dict of tensors and plain values to path, whole or not at all.
 
     Written to a temporary name first, flushed to the disk, then renamed: whatever happens, the path holds
-    either the old
-    file or the new one. Raises UserError, the old file untouched, if the disk is full or the folder not
-    writable.
+    either the old file or the new one. Raises UserError, the old file untouched, if the disk is full or the
+    folder not writable.
     """
     temporary = path + ".tmp"
     try:
@@ -177,8 +176,8 @@ def model_of(
     merged   of a checkpoint that holds LoRA adapters and the name of their base: merged into the weights,
              else beside them (lora.py)
     in_parts the checkpoint may be one of a sharded run that names a folder instead of holding weights:
-    sharding.load will bring them
-    Raises UserError if the architecture is unknown or the weights do not fit it.
+    sharding.load will bring them Raises UserError if the architecture is unknown or the weights do not fit
+    it.
     """
     if checkpoint["model"] is None and not in_parts:
         raise UserError(
@@ -271,8 +270,9 @@ def require_tokenizer(checkpoint, path, tokenizer):
 
 
 def new_model(c, vocab_size, gate_settings):
-    """A model of the shape that the settings c describe, with random weights. gate_settings: {'gated',
-    'gate_bias', 'gate_temperature'}.
+    """A model of the shape that the settings c describe, with random weights.
+
+    gate_settings: {'gated', 'gate_bias', 'gate_temperature'}.
     """
     same = {
         key: getattr(c, key) for key in ("n_layer", "n_head", "n_embd", "block_size", "tied")

@@ -1,12 +1,11 @@
 """Take a model elsewhere: to transformers, TransformerLens or nanoGPT.
 
-    python analyze.py export out/run --to hf PATH                 a folder:
-    transformers.GPT2LMHeadModel.from_pretrained(PATH), or OlmoForCausalLM, ...
+    python analyze.py export out/run --to hf PATH                 a folder of transformers, for GPT2LMHeadModel,
+                                                                  OlmoForCausalLM, ... from_pretrained(PATH)
     python analyze.py export out/run --to transformer_lens PATH   a file: {'cfg', 'state_dict'} for
-    HookedTransformer (TransformerLens 2 and 3),
-                                                                through its convert_nanogpt_weights
+                                                                  TransformerLens 2 and 3
     python analyze.py export out/run --to nanogpt PATH            a file for nanoGPT's model.py and sample.py:
-    {'model', 'model_args', ...}
+                                                                  {'model', 'model_args', ...}
 
 TransformerLens 4 wraps a transformers model, so for its TransformerBridge export `--to hf`.
 
@@ -25,8 +24,8 @@ from storage.files import UserError
 
 def transformer_lens(model):
     """{'cfg', 'state_dict', 'gate_bias'}: keywords for HookedTransformerConfig, and the weights under
-    nanoGPT's names, which TransformerLens'
-    own convert_nanogpt_weights takes."""
+    nanoGPT's names, which TransformerLens' own convert_nanogpt_weights takes.
+    """
     c = model.config
     cfg = {
         "n_layers": c.n_layer,
@@ -48,7 +47,8 @@ def nanogpt(model):
     """Weights and model_args as in nanoGPT's ckpt.pt, and 'gate_bias'; no state of its optimizer, so its
     train.py cannot resume.
 
-    Raises UserError if the model does not tie its embeddings, as nanoGPT always does."""
+    Raises UserError if the model does not tie its embeddings, as nanoGPT always does.
+    """
     c = model.config
     if not c.tied:
         raise UserError("nanoGPT ties the embeddings always, and this model was made with tied=False")
@@ -65,8 +65,9 @@ def nanogpt(model):
 
 
 def export(run, kind, path):
-    """Write the model of a run's folder or checkpoint to path, as `kind`. Raises UserError, also rather than
-    overwrite anything.
+    """Write the model of a run's folder or checkpoint to path, as `kind`.
+
+    Raises UserError, also rather than overwrite anything.
     """
     if os.path.exists(path) and (kind != "hf" or not os.path.isdir(path) or os.listdir(path)):
         raise UserError(f"{path} exists already. Choose another name, or delete it first")

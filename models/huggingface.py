@@ -204,8 +204,9 @@ def convert(tensors, theirs, source):
 
 
 def write(folder, state, args):
-    """Write a folder that `transformers.GPT2LMHeadModel.from_pretrained` loads. state, args: as in
-    `convert`'s result.
+    """Write a folder that `transformers.GPT2LMHeadModel.from_pretrained` loads.
+
+    state, args: as in `convert`'s result.
     """
     if not args["bias"]:  # transformers' GPT-2 has biases always: ours that are not there are 0
         state = dict(state)

@@ -1,7 +1,7 @@
 """LoRA: train a low-rank change of some matrices instead of the matrices.
 
     y = W x + (alpha / r) B A x            W (out, in) frozen; A (r, in) random, B (out, r) zero at first, so
-    that training starts from the model as it is
+                                           that training starts from the model as it is
     y = (w + d) x / rms(x)                 a norm: w (C,) frozen, d (C,) zero at first
 
 For OLMo the paper trains such adapters: r (in + out) numbers per matrix instead of in * out. With r far below
@@ -139,13 +139,12 @@ KINDS = {nn.Linear: LoRALinear, nn.Embedding: LoRAEmbedding, nn.RMSNorm: LoRANor
 
 def add(model, rank, alpha, targets):
     """Freeze model and put an adapter beside every Linear, Embedding and RMSNorm layer whose name has one of
-    targets as its last part ('q_proj,k_proj,q_norm').
-    'all' stands for all but embeddings: 'all,embed_tokens' takes those of OLMo, too. Returns model, changed
-    in place.
+    targets as its last part ('q_proj,k_proj,q_norm'). 'all' stands for all but embeddings: 'all,embed_tokens'
+    takes those of OLMo, too. Returns model, changed in place.
 
     An output embedding that is the input's matrix gets the input's adapter as well. The adapters hold nothing
-    yet: their `initial` says what.
-    Raises UserError, naming the layers there are, if a target is the name of none.
+    yet: their `initial` says what. Raises UserError, naming the layers there are, if a target is the name of
+    none.
     """
     layers = {name: module for name, module in model.named_modules() if type(module) in KINDS}
     last_of = {name: name.rpartition(".")[2] for name in layers}
@@ -196,8 +195,9 @@ def state_of(model):
 
 @torch.no_grad()
 def merge(model):
-    """Add every adapter to its weight and remove it: an ordinary model that computes the same. Returns
-    model, changed in place.
+    """Add every adapter to its weight and remove it: an ordinary model that computes the same.
+
+    Returns model, changed in place.
     """
     layers = adapters_of(model)
     # a matrix that serves twice is changed once

@@ -1,19 +1,18 @@
 """OLMo with gated attention: the same gate on a modern transformer of 1B to 32B parameters, and Hugging
 Face's weights in.
 
-    generation 1     x = x + attn(norm(x));  x = x + mlp(norm(x))      LayerNorm without parameters before
-                     each read     OLMo 1
-    generation 2     x = x + norm(attn(x));  x = x + norm(mlp(x))      RMSNorm after each write, and of q and
-                     k          OLMo 2, OLMo 3
-    mlp(x)           down(silu(gate(x)) * up(x))                       SwiGLU; its `gate` has nothing to do
-    with ours
+    generation 1   x = x + attn(norm(x));  x = x + mlp(norm(x))    OLMo 1. LayerNorm without parameters before
+                                                                   each read
+    generation 2   x = x + norm(attn(x));  x = x + norm(mlp(x))    OLMo 2 and 3. RMSNorm after each write, and
+                                                                   of q and k
+    mlp(x)         down(silu(gate(x)) * up(x))                     SwiGLU; its `gate` is none of ours
 
 What differs from GPT-2 (model.py): positions are rotations of q and k (RoPE, below), there are no biases, k
 and v may have fewer heads than q (grouped queries), and generation 1 may clip q, k and v. What does not: the
 gate sees q and k as the softmax does, after norm and rotation.
 
-    RoPE: the pair (x_d, x_{d + D/2}) of position t is turned by the angle t theta^(-2d/D), so that q_i . k_j
-    depends on i - j alone
+    RoPE: the pair (x_d, x_{d + D/2}) of position t is turned by the angle t theta^(-2d/D): then q_i . k_j
+          depends on i - j alone
 
 Notable:
 - `OLMo.forward` takes and gives what `GPT.forward` does, with record, keep, linear penalty and noise:
@@ -23,8 +22,10 @@ Notable:
 - Weights are read one tensor at a time into an empty model: the peak is the model and one tensor (`read`,
   `huggingface.LazyTensors`).
 - OLMo 3 is generation 2 with stretched rotations (YaRN) in every fourth layer; the other layers look back
-  4,096 tokens at most, so that is how long a context may be here. Sources: OLMo (Groeneveld et al. 2024),
-  OLMo 2 (2025), RoPE (Su et al. 2021), YaRN (Peng et al. 2023); arXiv 2512.05865, its section on OLMo.
+  4,096 tokens at most, so that is how long a context may be here.
+
+Sources: OLMo (Groeneveld et al. 2024), OLMo 2 (2025), RoPE (Su et al. 2021), YaRN (Peng et al. 2023); arXiv
+2512.05865, its section on OLMo.
 
     python analyze.py plan --model=7b --gpus=8        memory and time, before you rent anything
 """
@@ -76,8 +77,8 @@ def rotations(config, T, device, stretched=False):
     layers in config.yarn['layers'].
 
     YaRN: dimensions that turn often within the original context keep their angle, those that turn less than
-    once are slowed down by `factor`, those in
-    between are interpolated; cos and sin are scaled, which makes the softmax sharper.
+    once are slowed down by `factor`, those in between are interpolated; cos and sin are scaled, which makes
+    the softmax sharper.
     """
     D = config.n_embd // config.n_head
     # radians per position (D/2,)
@@ -124,8 +125,9 @@ def rotate(x, rotation):
 
 
 def rms_norm_of_heads(x, norm):
-    """RMSNorm over the width of all heads together, heads apart: x (B, H, T, D). A norm of fewer heads
-    (grouped keys) serves its copies.
+    """RMSNorm over the width of all heads together, heads apart: x (B, H, T, D).
+
+    A norm of fewer heads (grouped keys) serves its copies.
     """
     weight = norm.weight.view(-1, 1, x.shape[-1])  # (heads of the norm, 1, D)
     weight = weight.repeat_interleave(x.shape[1] // weight.shape[0], dim=0)
@@ -208,7 +210,9 @@ class Block(nn.Module):
 
 
 class OLMo(nn.Module):
-    """OLMo 1, 2 or 3. `OLMo(OLMoConfig(...))` starts from a random initialisation;
+    """OLMo 1, 2 or 3.
+
+    `OLMo(OLMoConfig(...))` starts from a random initialisation;
     `checkpoint.load_checkpoint("allenai/OLMo-1B-hf")` brings the weights.
     """
 
@@ -242,8 +246,9 @@ class OLMo(nn.Module):
     attention_impl = "auto"  # who computes gated attention: see fast/dispatch.py
 
     def tie(self):
-        """If config.tied: let lm_head use the input embedding's own parameters. To be called again after one
-        of them has been replaced.
+        """If config.tied: let lm_head use the input embedding's own parameters.
+
+        To be called again after one of them has been replaced.
         """
         if self.config.tied:
             # the matrix, and its LoRA adapter
@@ -259,8 +264,9 @@ class OLMo(nn.Module):
         return [block.self_attn for block in self.blocks]
 
     def forward(self, idx, targets=None, keep=None, record=None, linear_penalty=False, noise=None):
-        """Takes and returns what `GPT.forward` in model.py does. Raises ValueError if idx is longer than
-        block_size.
+        """Takes and returns what `GPT.forward` in model.py does.
+
+        Raises ValueError if idx is longer than block_size.
         """
         B, T = idx.shape
         c = self.config
@@ -292,8 +298,8 @@ class OLMo(nn.Module):
         return logits, loss, torch.stack(densities).mean()
 
     def reading_and_writing(self, layer):
-        """As `GPT.reading_and_writing`: of a layer's heads, what v reads, (H, D, C), and what they write,
-        (H, C, D).
+        """As `GPT.reading_and_writing`: of a layer's heads, what v reads, (H, D, C), and what they write, (H,
+        C, D).
         """
         c, block = self.config, self.blocks[layer]
         reading = block.self_attn.v_proj.weight.view(c.n_kv_head, -1, c.n_embd).repeat_interleave(
@@ -427,8 +433,9 @@ def read(source):
 
 
 def write(folder, state, args):
-    """Write a folder that transformers' OlmoForCausalLM, Olmo2ForCausalLM or Olmo3ForCausalLM loads. state,
-    args: as in `read`'s result.
+    """Write a folder that transformers' OlmoForCausalLM, Olmo2ForCausalLM or Olmo3ForCausalLM loads.
+
+    state, args: as in `read`'s result.
     """
     y = args.get("yarn")
     kind = "olmo3" if y else "olmo" if args["generation"] == 1 else "olmo2"

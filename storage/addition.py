@@ -1,7 +1,7 @@
 """Addition as rows of tokens: what a sum looks like, and what its positions are called.
 
     5 3 + 2 1 = ? ? ? ? ?   ->   0 0 0 7 4          two digits; the answer's digits all at once, the highest
-    place first
+                            place first
 
 A model learns this task from one dataset and is asked sums of it by many tools, so what follows from `digits`
 and `answers` alone is here: the tokens, the rows, the way back to the numbers, and the names of the

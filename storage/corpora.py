@@ -38,8 +38,9 @@ def the_package_datasets(name):
 
 
 def encode(source, tokenizer, processes, held_out):
-    """Encode the column 'text' of a `datasets` dataset in parallel and split it. held_out: share of the
-    documents.
+    """Encode the column 'text' of a `datasets` dataset in parallel and split it.
+
+    held_out: share of the documents.
     """
     tokens = text.tokenizer(tokenizer)  # an error now rather than in a worker after an hour
     encoded = source.map(
@@ -111,8 +112,9 @@ DOLMA = "https://huggingface.co/datasets/allenai/dolma/raw/main/urls/v1_6-sample
 
 
 def dolma(folder, shards, tokenizer, processes):
-    """The first `shards` files, one document in 200 held out. The list of files is fetched first, then every
-    file from where it says, into folder.
+    """The first `shards` files, one document in 200 held out.
+
+    The list of files is fetched first, then every file from where it says, into folder.
     """
     datasets = the_package_datasets("dolma")
     text.tokenizer(tokenizer)  # an error now rather than after the downloads

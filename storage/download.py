@@ -64,8 +64,9 @@ def download(url, path, sha256_wanted=None, size=None):
 
 
 def _fetch(url, part, name):
-    """Append to `part` what is missing of url. Returns the size that the server announced for the whole
-    file, or None.
+    """Append to `part` what is missing of url.
+
+    Returns the size that the server announced for the whole file, or None.
     """
     have = os.path.getsize(part) if os.path.exists(part) else 0
     request = urllib.request.Request(

@@ -1,10 +1,8 @@
 """Text as tokens: tokenizers, where documents come from, and how they are split.
 
     bytes   256 tokens, the bytes of UTF-8; token 0, which no text contains, stands before every document
-    gpt2    50,257 tokens, OpenAI's byte pair encoding, through tiktoken; token 50256, <|endoftext|>, stands
-            before every document
-    olmo    50,280 tokens, and olmo2 100,278, through Hugging Face's tokenizers; their <|endoftext|> stands
-            before every document
+    gpt2    50,257 tokens, OpenAI's byte pair encoding, through tiktoken; <|endoftext|> stands before each
+    olmo    50,280 tokens, and olmo2 100,278, through Hugging Face's tokenizers; the same
 
 A held-out set is made of whole documents: had a document one half on each side, the model could remember
 names and phrases from the half that it trained on. Identical documents are taken once, so that none is on
@@ -42,8 +40,9 @@ ENDOFTEXT = "<|endoftext|>"
 
 
 def tokenizer(name):
-    """The Tokenizer called 'bytes', 'gpt2', 'olmo' or 'olmo2'. Raises UserError if there is none such, or
-    its vocabulary cannot be fetched.
+    """The Tokenizer called 'bytes', 'gpt2', 'olmo' or 'olmo2'.
+
+    Raises UserError if there is none such, or its vocabulary cannot be fetched.
     """
     if name == "bytes":
         return Tokenizer(
@@ -111,8 +110,9 @@ def dtype_for(vocab_size):
 
 
 def encode_document(text, tokens):
-    """The token ids of one document (bytes), the separator first: flat, `dtype_for` the vocabulary. tokens:
-    a Tokenizer.
+    """The token ids of one document (bytes), the separator first: flat, `dtype_for` the vocabulary.
+
+    tokens: a Tokenizer.
     """
     return np.concatenate([[tokens.separator], tokens.encode(text)]).astype(dtype_for(tokens.vocab_size))
 
@@ -136,8 +136,8 @@ def stdlib_documents():
     machine has.
 
     Without its tests, which some systems do not install; without packages that were installed later; and
-    without encodings/, tables of characters
-    rather than code, which are so alike that a held-out one would be known from the others.
+    without encodings/, tables of characters rather than code, which are so alike that a held-out one would be
+    known from the others.
     """
     root = sysconfig.get_path("stdlib")
     for folder, folders, files in os.walk(root):
@@ -169,8 +169,9 @@ def file_documents(paths):
 
 
 def is_held_out(text, share):
-    """Does a document (bytes) of a large collection belong to the held-out set? share: of the documents,
-    from 0 to 1.
+    """Does a document (bytes) of a large collection belong to the held-out set?
+
+    share: of the documents, from 0 to 1.
     """
     return int.from_bytes(hashlib.sha256(text).digest()[:8], "big") < share * 2**64
 

@@ -37,8 +37,8 @@ def workplace(tmp_path, monkeypatch):
 
 class Server:
     """Serves ./served on localhost, with ranges, and with the headers that Hugging Face's client wants to
-    see; cut_after: bytes after which the line
-    breaks; corrupt: one bit is wrong."""
+    see; cut_after: bytes after which the line breaks; corrupt: one bit is wrong.
+    """
 
     def __init__(self, root):
         self.root, self.cut_after, self.corrupt, self.requests = root, None, False, []
@@ -85,8 +85,9 @@ class Server:
 
 @pytest.fixture
 def echo(workplace):
-    """A task with a known circuit: of four tokens the last asks for the first. One edge of 10 in one head is
-    enough.
+    """A task with a known circuit: of four tokens the last asks for the first.
+
+    One edge of 10 in one head is enough.
     """
     import prepare_data
     from helpers import SMALL

@@ -53,8 +53,9 @@ def metrics(folder):
 
 
 def launch(processes, *arguments):
-    """train.py in so many processes, to its end, whether it meets its target or not; its output. torchrun is
-    `python -m torch.distributed.run`.
+    """train.py in so many processes, to its end, whether it meets its target or not; its output.
+
+    torchrun is `python -m torch.distributed.run`.
     """
     torchrun = (
         ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
@@ -83,8 +84,9 @@ def count_dataset():
 
 
 def theirs(kind, **settings):
-    """A random OlmoForCausalLM, Olmo2ForCausalLM, ... whose norms are random too, so that none can be
-    forgotten unseen.
+    """A random OlmoForCausalLM, Olmo2ForCausalLM, ...
+
+    whose norms are random too, so that none can be forgotten unseen.
     """
     import transformers
 

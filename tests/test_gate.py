@@ -24,9 +24,8 @@ def edge_by_edge(q, k, v, bias, temperature, noise, linear, dy, ddensity):
     """Gated attention and its gradients with Python loops over single edges. noise None: deterministic gates.
 
     The derivatives are written down by hand: dL/dA_ij = p_ij (dy_i . v_j); the straight-through dA/ds =
-    sigma'((s + n) / t) / t;
-    the softmax's dL/da_ij = p_ij (g_ij - sum_m p_im g_im) with g_ij = A_ij (dy_i . v_j); da_ij/dq_i = k_j /
-    sqrt(D).
+    sigma'((s + n) / t) / t; the softmax's dL/da_ij = p_ij (g_ij - sum_m p_im g_im) with g_ij = A_ij (dy_i .
+    v_j); da_ij/dq_i = k_j / sqrt(D).
     """
     B, H, T, D = q.shape
     y, dq, dk, dv, density = np.zeros(q.shape), np.zeros(q.shape), np.zeros(q.shape), np.zeros(q.shape), 0.0

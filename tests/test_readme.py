@@ -1,5 +1,5 @@
-"""What README.md and docs/ say is there: commands, links, functions, settings, pictures; and .ci/run runs
-the command that it gives.
+"""What README.md and docs/ say is there: commands, links, functions, settings, pictures; and .ci/run runs the
+command that it gives.
 """
 
 import ast

@@ -115,8 +115,8 @@ def test_two_phases_with_a_cap_of_lambda_each(echo, cycle_steps):
     assert [lams[step] for step in (20, 40, 60, 80)] == [4.0, 8.0, 4.0 if cycle_steps else 8.0, 8.0]
 
 def test_the_edge_that_a_cut_took_comes_back(echo):
-    """Cut at a price below the edge's worth: the old rules (temperature 1, one cap of lambda) lose the
-    needed edge for good, today's win it back.
+    """Cut at a price below the edge's worth: the old rules (temperature 1, one cap of lambda) lose the needed
+    edge for good, today's win it back.
     """
     (echo / "dense.py").write_text(
         (echo / "dense.py").read_text().replace("max_steps = 60", "max_steps = 300")
@@ -222,8 +222,8 @@ def test_a_run_that_is_stopped_and_killed_everywhere_ends_bit_for_bit_like_one_t
 
 
 def test_a_run_that_goes_back_and_is_killed_near_its_end_ends_like_one_that_is_not(echo, monkeypatch):
-    """The last evaluation is the best, the one before it goes back to an earlier best.pt: killed before
-    every rename of the last two.
+    """The last evaluation is the best, the one before it goes back to an earlier best.pt: killed before every
+    rename of the last two.
     """
     def judged(found, dense, target):  # as good as a coin, but the same for the same weights
         return int(found["val"]["loss"] * 1e7) % 5 < 2
@@ -418,8 +418,7 @@ def test_a_constraint_that_is_not_finite_stops_the_run_too(echo, monkeypatch):
 
 
 def test_a_best_checkpoint_that_was_not_written_any_more_is_written_later(echo):
-    """Killed between last.pt and best.pt, and gone on elsewhere, where the last digit of the loss is
-    another.
+    """Killed between last.pt and best.pt, and gone on elsewhere, where the last digit of the loss is another.
     """
     run("dense.py", max_steps=20)
     last = read_checkpoint("out/dense/last.pt")
@@ -496,8 +495,8 @@ def test_a_model_with_fewer_right_answers_does_not_meet_the_target():
 
 
 def test_the_closest_evaluation_is_told_by_what_was_counted_for_all():
-    """Where held-out answers are lost the training rows are not counted: that must not look closer than a
-    few training answers lost.
+    """Where held-out answers are lost the training rows are not counted: that must not look closer than a few
+    training answers lost.
     """
     def found(loss, **correct):
         return {
@@ -565,8 +564,8 @@ def test_learning_rate_warms_up_and_falls_to_its_minimum():
 
 @pytest.fixture
 def counting(workplace):
-    """A stream in which every token is the one before plus 1 or 2, by a coin that its position tosses: a
-    loss above 0, a few edges needed.
+    """A stream in which every token is the one before plus 1 or 2, by a coin that its position tosses: a loss
+    above 0, a few edges needed.
     """
     tokens = (np.cumsum(np.random.default_rng(0).integers(1, 3, 6000)) % 10).astype(np.uint16)
     prepare_data.write_dataset(

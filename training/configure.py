@@ -72,8 +72,8 @@ def read_config_file(path, config_class, limits, inside=()):
 
 
 def beside(path, base):
-    """Where a base lies: as it is written, from the current folder; else in the folder of the file that
-    names it.
+    """Where a base lies: as it is written, from the current folder; else in the folder of the file that names
+    it.
     """
     neighbour = os.path.join(os.path.dirname(path), os.path.basename(base))
     return base if os.path.exists(base) or not os.path.exists(neighbour) else neighbour
@@ -81,6 +81,7 @@ def beside(path, base):
 
 def lines_of(path):
     """[(name, syntax tree of its value, where it stands)] of the lines `name = value` in a config file.
+
     Raises UserError.
     """
     try:

@@ -22,16 +22,12 @@ def evaluate(model, data, split, batch_size=1000, max_batches=0):
     example once, or the first max_batches batches.
 
     Rows are taken as they are, a stream is cut into windows of block_size that do not overlap. With
-    max_batches the examples
-    are spread evenly over the split, because its first documents need not be like the others.
-    Returns a dict of plain numbers: loss, accuracy (None for a stream), correct and examples (numbers of
-    rows),
-    open, total, fraction, per_head [n_layer][H] open fractions, by_distance [T] open fractions of the edges
-    that reach
-    0, 1, 2, ... positions back, by_edge [n_layer][H][T][T] the share of rows in which an edge is open (query
-    by key; None
-    for a stream, where positions mean nothing, and for a dense model). Leaves the model in the mode in which
-    it was.
+    max_batches the examples are spread evenly over the split, because its first documents need not be like
+    the others. Returns a dict of plain numbers: loss, accuracy (None for a stream), correct and examples
+    (numbers of rows), open, total, fraction, per_head [n_layer][H] open fractions, by_distance [T] open
+    fractions of the edges that reach 0, 1, 2, ... positions back, by_edge [n_layer][H][T][T] the share of
+    rows in which an edge is open (query by key; None for a stream, where positions mean nothing, and for a
+    dense model). Leaves the model in the mode in which it was.
     """
     config, device = model.config, next(model.parameters()).device
     rows = data.meta["kind"] == "rows"

@@ -48,8 +48,8 @@ FRAME, FIRST, LAST = 200, 1000, 4000  # milliseconds that a frame stands
 
 
 def edge_list(by_edge):
-    """by_edge (n_layer, H, T, T), shares -> [[layer, head, query, key, share], ...] of the edges that open
-    in any sum.
+    """by_edge (n_layer, H, T, T), shares -> [[layer, head, query, key, share], ...] of the edges that open in
+    any sum.
     """
     shares = np.asarray(by_edge)
     return [[*at, round(float(shares[tuple(at)]), 4)] for at in np.argwhere(shares > 0).tolist()]
@@ -101,8 +101,9 @@ def kept_frame(frames):
 
 
 def film(folder, task, config, max_steps):
-    """Draw flow.png and flow.gif of a run from its edges.jsonl; nothing if it has none. Arguments as of
-    FlowLog.
+    """Draw flow.png and flow.gif of a run from its edges.jsonl; nothing if it has none.
+
+    Arguments as of FlowLog.
     """
     path = os.path.join(folder, "edges.jsonl")
     frames = read_metrics(path) if os.path.exists(path) else []
@@ -186,8 +187,9 @@ class Canvas:
             self.text(pen, LEFT + 62 * head, self.height - 34, f"head {head}", 12, HEAD_COLORS[head], "lm")
 
     def draw(self, frame, is_kept=False):
-        """A frame as an RGB image, (height, width). frame: a line of edges.jsonl; is_kept: the film's last,
-        whose model is kept.
+        """A frame as an RGB image, (height, width).
+
+        frame: a line of edges.jsonl; is_kept: the film's last, whose model is kept.
         """
         image = self.ground.copy()
         pen = ImageDraw.Draw(image)
@@ -237,8 +239,8 @@ def save_picture(path, image):
 
 
 def palette_of(n_head):
-    """The colours of all frames of a film, as an image for `quantize`: greys, and every head's colour in
-    four shades.
+    """The colours of all frames of a film, as an image for `quantize`: greys, and every head's colour in four
+    shades.
     """
     greys = [(level,) * 3 for level in (255, 222, 180, 120, 70, 20)]
     shades = [faded(color, share) for color in HEAD_COLORS[:n_head] for share in (1, 0.66, 0.33, 0)]
@@ -248,8 +250,9 @@ def palette_of(n_head):
 
 
 def animation(pictures, palette):
-    """Images of one size as the bytes of a GIF that repeats for ever. As sharp as MOST_BYTES allow: smaller,
-    and at last with fewer frames.
+    """Images of one size as the bytes of a GIF that repeats for ever.
+
+    As sharp as MOST_BYTES allow: smaller, and at last with fewer frames.
     """
     for scale in (1, 0.85, 0.7, 0.55):
         size = [round(side * scale) for side in pictures[0].size]

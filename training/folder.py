@@ -32,8 +32,7 @@ def claim_folder(config, given):
     """Find out what config.out_dir holds; return the checkpoint to go on from, or None to start at step 0.
 
     config  changed in place: what was not given is taken over from the run in the folder, 'resume' gives way
-            to the
-            run's own init_from
+            to the run's own init_from
     given   names of the settings that were set
     Raises UserError rather than mixing two runs in one folder.
     """
@@ -80,6 +79,7 @@ def require_new(folder, resume):
 
 def settings_of(folder):
     """The settings of the run in a folder, as a dict; those that it does not name have their defaults.
+
     Raises UserError.
     """
     path = os.path.join(folder, "config.json")
@@ -92,8 +92,8 @@ def settings_of(folder):
 
 
 def settle(folder, finished):
-    """What the end of a run left as best.pt.next or closest.pt.next takes its place if last.pt is at the
-    end, too; else it goes, for the end will come again.
+    """What the end of a run left as best.pt.next or closest.pt.next takes its place if last.pt is at the end,
+    too; else it goes, for the end will come again.
     """
     for name in ("best.pt", "closest.pt"):
         waiting = os.path.join(folder, name + ".next")
@@ -107,8 +107,9 @@ def settle(folder, finished):
 
 @contextlib.contextmanager
 def alone_in(folder):
-    """`with alone_in(folder):` no other run trains there; process 0 sees to it. The folder is made if there
-    is none. Raises UserError.
+    """`with alone_in(folder):` no other run trains there; process 0 sees to it.
+
+    The folder is made if there is none. Raises UserError.
     """
     with contextlib.ExitStack() as stack:
         try:
@@ -137,8 +138,9 @@ def read_metrics(path):
 
 
 class MetricsLog:
-    """metrics.jsonl, one line per evaluation. Lines of steps after keep_until, which a killed run wrote, are
-    dropped.
+    """metrics.jsonl, one line per evaluation.
+
+    Lines of steps after keep_until, which a killed run wrote, are dropped.
     """
 
     def __init__(self, path, keep_until):

@@ -16,7 +16,7 @@ and the keys' bias is such a constant. We choose it so that the gate starts as a
 weight p_ij:
 
     a_ij + q_i . c / sqrt(D) + b  ~  log(p_ij / p0) = a_ij - logsumexp_j(a_i.) - log p0       open where p_ij
-    > p0
+                                  > p0
     c = argmin mean_i weight_i (q_i . c / sqrt(D) - w_i)^2 + ridge |c|^2         w_i = -logsumexp_j(a_i.) -
     log p0 - b
 
@@ -80,8 +80,9 @@ def fold_shift(model, idx, open_above, fold=True, ridge=1e-2, too_low=100.0):
 
 
 def shift_of(q, k, open_above, bias, fold, ridge, too_low):
-    """The regression, for all heads of a layer: c (H, D), or (H, 1) without fold. q (B, H, T, D), k the same
-    or with fewer heads.
+    """The regression, for all heads of a layer: c (H, D), or (H, 1) without fold.
+
+    q (B, H, T, D), k the same or with fewer heads.
     """
     B, H, T, D = q.shape
     causal = torch.ones(T, T, dtype=torch.bool, device=q.device).tril()

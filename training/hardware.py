@@ -46,8 +46,9 @@ PEAK_FLOPS = {
 
 
 def pick_device(name):
-    """The torch device for the setting 'auto', 'cpu', 'mps', 'cuda' or 'cuda:N', as a string. Raises
-    UserError if there is none such.
+    """The torch device for the setting 'auto', 'cpu', 'mps', 'cuda' or 'cuda:N', as a string.
+
+    Raises UserError if there is none such.
     """
     if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", name):
         raise UserError(f"device={name}: it is 'auto', 'cpu', 'mps', 'cuda' or 'cuda:N'")
@@ -78,9 +79,9 @@ def precision(name, device, cache=True):
     choice in words.
 
     'auto' is bfloat16 where the hardware multiplies it natively: GPUs since Ampere, CPUs with AMX (Intel's
-    since 2023); else float32.
-    cache=False: autocast does not keep its bfloat16 copies of the weights until the context ends. There is no
-    float16: its gradients underflow without a loss scaler, and bfloat16 needs none.
+    since 2023); else float32. cache=False: autocast does not keep its bfloat16 copies of the weights until
+    the context ends. There is no float16: its gradients underflow without a loss scaler, and bfloat16 needs
+    none.
     """
     kind = device.split(":")[0]
     if name == "auto":
@@ -96,8 +97,9 @@ def precision(name, device, cache=True):
 
 
 def compiles(setting, device, pays_on_cpu):
-    """Shall torch.compile be used? setting 'on', 'off', or 'auto': on a GPU; on a CPU if it pays there and a
-    C++ compiler is at hand.
+    """Shall torch.compile be used?
+
+    setting 'on', 'off', or 'auto': on a GPU; on a CPU if it pays there and a C++ compiler is at hand.
     """
     compiler = any(shutil.which(name) for name in (os.environ.get("CXX", "c++"), "g++", "clang++", "cl"))
     return (
@@ -221,8 +223,9 @@ class Speed:
             torch.cuda.reset_peak_memory_stats(self.device)
 
     def read(self):
-        """What was measured since the last call, as a dict; null where there is nothing to tell. Call it
-        while paused.
+        """What was measured since the last call, as a dict; null where there is nothing to tell.
+
+        Call it while paused.
         """
         speed = self.tokens_per_step * self.steps / self.seconds if self.steps else None
         found = {

@@ -2,9 +2,8 @@
 
     last.pt      the run itself, to go on from
     best.pt      of a gated run the evaluation with the FEWEST open edges among those that meet the target,
-                 not the last
-                 one; of a dense run the one with the lowest held-out loss, or, with a ready_loss, the one
-                 found ready
+                 not the last one; of a dense run the one with the lowest held-out loss, or, with a
+                 ready_loss, the one found ready
     closest.pt   of a run in which none has met the target: the one that came closest. Never the untrained
                  start
 
@@ -36,8 +35,7 @@ from training.verdict import distance_from_target, is_ready, meets_target
 
 
 class Judge:
-    """`judge(step)` evaluates; `is_over` says whether that was the end. run: a `Run`; progress: a
-    `Progress`.
+    """`judge(step)` evaluates; `is_over` says whether that was the end. run: a `Run`; progress: a `Progress`.
     """
 
     def __init__(self, run, progress):
@@ -53,8 +51,9 @@ class Judge:
             self.open_logs()
 
     def open_logs(self):
-        """config.json, metrics.jsonl and, for sums, the flow picture. What a killed run wrote after last.pt
-        is dropped.
+        """config.json, metrics.jsonl and, for sums, the flow picture.
+
+        What a killed run wrote after last.pt is dropped.
         """
         c = self.config
         settle(c.out_dir, finished=False)
@@ -100,8 +99,9 @@ class Judge:
     # --- judging --------------------------------------------------------------------------------------------
 
     def is_promising(self, val):
-        """Can this become the best evaluation, after what the held-out rows say? Else the others need not be
-        counted.
+        """Can this become the best evaluation, after what the held-out rows say?
+
+        Else the others need not be counted.
         """
         if not self.config.gated:
             return val["correct"] == val["examples"]
@@ -133,8 +133,9 @@ class Judge:
         return [f"{which}.pt"]
 
     def was_judged_before(self, step, score, before):
-        """Is this the evaluation from which a run goes on? Another device or number of processes may round
-        otherwise.
+        """Is this the evaluation from which a run goes on?
+
+        Another device or number of processes may round otherwise.
         """
         return step == self.start and all(math.isclose(*pair, rel_tol=1e-6) for pair in zip(score, before))
 
@@ -187,8 +188,9 @@ class Judge:
             settle(self.config.out_dir, finished=True)
 
     def save(self, name, step):
-        """Write a checkpoint. All processes call it; process 0 writes, of a sharded run every process its
-        part.
+        """Write a checkpoint.
+
+        All processes call it; process 0 writes, of a sharded run every process its part.
         """
         run, c, is_last = self.run, self.config, name == "last.pt"
         state = asdict(self.state) | {"step": step, "seconds": self.seconds()}

@@ -101,8 +101,9 @@ def refuse_own_folder(folder, config):
 
 
 def find_dense(source, config, given, setting):
-    """The checkpoint that `source`, the value of init_from or target_from, names. A config file's run has
-    been trained before. Raises UserError.
+    """The checkpoint that `source`, the value of init_from or target_from, names.
+
+    A config file's run has been trained before. Raises UserError.
     """
     is_config = source.endswith(".py")
     if is_elsewhere(source) or os.path.isfile(source) and not is_config:
@@ -121,8 +122,8 @@ def find_dense(source, config, given, setting):
 
 
 def require_ready(checkpoint, path):
-    """Raise UserError if a dense run that was to be trained until it is ready (ready_loss) has not got
-    there: what a child is to keep would be an unfinished model's loss.
+    """Raise UserError if a dense run that was to be trained until it is ready (ready_loss) has not got there:
+    what a child is to keep would be an unfinished model's loss.
     """
     ready_loss = checkpoint.get("config", {}).get("ready_loss")
     if ready_loss and not checkpoint.get("ready"):
@@ -301,8 +302,9 @@ def cut_if_sharded(c, device, model):
 
 
 def prepare(c, device, model):
-    """What is done to the run's model while it is empty: adapters, precision, recomputation, parts. Returns
-    model, changed in place.
+    """What is done to the run's model while it is empty: adapters, precision, recomputation, parts.
+
+    Returns model, changed in place.
     """
     if c.lora_rank:
         if not lora.adapters_of(model):  # a new run's

@@ -1,7 +1,7 @@
 """What a waiting person sees: one line that knows the whole job, not only the run that trains right now.
 
     part 2 of 2, out/addition  61%|######    | 2750/4500, 0:58 left, loss 0.0021 (target 0.0014), 9,998 of
-    10,000 right, 12.4 of 264 edges open, ...
+                               10,000 right, 12.4 of 264 edges open, ...
 
 A *job* is what one command trains: a gated run whose parent is a config file makes two parts, with a control
 as target three. The time left is that of all parts:
@@ -126,9 +126,11 @@ class Progress:
             self.bar.update()
 
     def evaluated(self, found, target=None, best=None, lam=None):
-        """Show an evaluation. found: {split: what `evaluate` returns}; best: [open edges, loss] of what would
-        be kept now, or None;
-        target (nats) and lam: of a gated run."""
+        """Show an evaluation.
+
+        found: {split: what `evaluate` returns}; best: [open edges, loss] of what would be kept now, or None;
+        target (nats) and lam: of a gated run.
+        """
         if self.now == self.start:
             # an evaluation before the first step tells nothing about the speed
             self.began = time.perf_counter()

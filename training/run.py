@@ -203,8 +203,9 @@ class Run:
     # --- what the loop asks for -----------------------------------------------------------------------------
 
     def constraint(self, step, noisy):
-        """Lambda's measurement: the loss of a step's batch under the gates that count, nats. noisy: does
-        training sample them?
+        """Lambda's measurement: the loss of a step's batch under the gates that count, nats.
+
+        noisy: does training sample them?
         """
         c = self.config
         if noisy and c.constraint_gates == "sampled":
@@ -219,8 +220,9 @@ class Run:
         return measured
 
     def parts(self, step):
-        """This process's micro-batches of a step, (x, y) each, (B, T). DDP averages gradients after the last
-        alone.
+        """This process's micro-batches of a step, (x, y) each, (B, T).
+
+        DDP averages gradients after the last alone.
         """
         last = len(self.batches.ours) - 1
         for i, batch in enumerate(self.batches.at(step)):

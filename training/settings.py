@@ -1,12 +1,10 @@
-"""Every setting of a run: its default, its unit, its meaning, what values make sense, and what may change
-while a run goes on.
+"""Every setting of a run: its default, its unit, its meaning; what makes sense, what may change later.
 
-    python train.py --help                                             prints the dataclass below
-    python train.py config/x.py --key=value                            a config file's lines win over the
-    defaults, the command line over both
+    python train.py --help                      prints the dataclass below
+    python train.py config/x.py --key=value     a config file's lines win over the defaults, the command line
+                                                over both
 
-This file knows the settings by name and computes nothing; configure.py reads and checks values and knows no
-name; train.py uses them.
+This file knows the settings by name and computes nothing. configure.py reads and checks values.
 """
 
 import math
@@ -20,8 +18,9 @@ from training.configure import read_config_file
 
 @dataclass
 class Config:
-    """Every setting: default, unit, meaning. A config file's lines `name = value` win over it, the command
-    line over both.
+    """Every setting: default, unit, meaning.
+
+    A config file's lines `name = value` win over it, the command line over both.
     """
 
     # where a run starts, what it reads, where it ends up

@@ -1,12 +1,10 @@
 """A model that no GPU can hold alone: every process keeps a share of each tensor (FSDP2), and a run's
 checkpoint is written in shares, too.
 
-    parallel = 'ddp'     every process holds the whole model, gradients and optimizer; gradients are averaged
-    hardware.py
-    parallel = 'fsdp'    parameters, gradients and optimizer are cut into as many parts as there are
-    processes; a block is put together
-                         just before it computes, on all processes at once, and let go afterwards
-                         this file
+    parallel = 'ddp'     every process holds the whole model, gradients and optimizer; gradients are averaged:
+                         hardware.py
+    parallel = 'fsdp'    parameters, gradients and optimizer are cut into one part for each process;
+                         a block is put together just before it computes, on all at once: this file
 
 Both compute the same (tests/training/test_sharding.py). PyTorch's `fully_shard` does the work; parameters are
 then DTensors, tensors that know that they are parts.
@@ -23,8 +21,9 @@ Notable:
   ever holds a whole model's gradients.
 - No mixed-precision policy: parameters travel in the precision in which they are kept, autocast does the
   rest, and the model is judged in it. Autocast's bfloat16 copies of float32 weights are kept for the backward
-  pass, whole; `recompute_activations` avoids that, and so does `base_dtype` under LoRA. Sources: Zhao et al.
-  2023 (FSDP), the documentation of torch.distributed.fsdp.fully_shard.
+  pass, whole; `recompute_activations` avoids that, and so does `base_dtype` under LoRA.
+
+Sources: Zhao et al. 2023 (FSDP), the documentation of torch.distributed.fsdp.fully_shard.
 """
 
 import os
@@ -65,8 +64,9 @@ def whole(tensor):
 
 
 def whole_state(state):
-    """A state dict of whole tensors on the CPU: process 0 gets it, the others an empty one. One tensor at a
-    time is put together.
+    """A state dict of whole tensors on the CPU: process 0 gets it, the others an empty one.
+
+    One tensor at a time is put together.
     """
     gathered = {}
     for name, tensor in state.items():

@@ -35,9 +35,10 @@ MISSED = 2  # the exit status of train.py where a run at its end is not what it 
 
 
 def meets_target(found, dense, target_loss):
-    """Is the gated model as good as the dense one? Its held-out loss is at most the target and, where answers
-    are right or
-    wrong (rows), on both splits no fewer of them are right. found, dense: {split: what `evaluate` returns}.
+    """Is the gated model as good as the dense one?
+
+    Its held-out loss is at most the target and, where answers are right or wrong (rows), on both splits no
+    fewer of them are right. found, dense: {split: what `evaluate` returns}.
     """
     return found["val"]["loss"] <= target_loss and all(
         found[split]["correct"] >= dense[split]["correct"]
@@ -47,8 +48,10 @@ def meets_target(found, dense, target_loss):
 
 
 def is_ready(found, ready_loss):
-    """Is a dense model ready to be a parent? All its answers are right, where they are right or wrong, and
-    its held-out loss is at most ready_loss (nats).
+    """Is a dense model ready to be a parent?
+
+    All its answers are right, where they are right or wrong, and its held-out loss is at most ready_loss
+    (nats).
     """
     val = found["val"]
     answers = [f for f in found.values() if f["accuracy"] is not None]
@@ -87,8 +90,9 @@ class Learning(NamedTuple):
 
 
 def learning(metrics):
-    """Learning at the end of a run, or None if it has too few evaluations to tell. metrics: the lines of
-    metrics.jsonl.
+    """Learning at the end of a run, or None if it has too few evaluations to tell.
+
+    metrics: the lines of metrics.jsonl.
     """
     end = metrics[-1]["step"]
     before = [m["val_loss"] for m in metrics if m["step"] <= 0.75 * end][-1:]
@@ -100,8 +104,9 @@ def learning(metrics):
 
 
 def still_learning(metrics):
-    """Did a run end before its held-out loss had settled? False also where there are too few evaluations to
-    tell.
+    """Did a run end before its held-out loss had settled?
+
+    False also where there are too few evaluations to tell.
     """
     found = learning(metrics)
     return found is not None and found.fall > max(found.noise, SETTLED)
@@ -112,8 +117,9 @@ def still_learning(metrics):
 
 
 def headline(report, config, metrics):
-    """The first line of a report. report: that of report.py so far; config: of config.json; metrics: lines
-    of metrics.jsonl.
+    """The first line of a report.
+
+    report: that of report.py so far; config: of config.json; metrics: lines of metrics.jsonl.
     """
     if report["sparse"]:
         return headline_of_gated(report, config, metrics)
@@ -253,8 +259,9 @@ def advice_for_missed(report, config, metrics, parent):
 
 
 def was_lost_late(report, config, metrics):
-    """Was a gated run much closer to its target in the first three quarters than at its end? By held-out
-    loss, or by answers (one in a hundred).
+    """Was a gated run much closer to its target in the first three quarters than at its end?
+
+    By held-out loss, or by answers (one in a hundred).
     """
     closest = next((m for m in metrics if m["step"] == report["step"]), None)
     if closest is None or closest["step"] > 0.75 * metrics[-1]["step"]:
@@ -266,8 +273,8 @@ def was_lost_late(report, config, metrics):
 
 
 def cap_of(config, step):
-    """The name of the setting that caps lambda at a step: edges are cut at a low price of a nat, and
-    repaired at a high one. config: a dict.
+    """The name of the setting that caps lambda at a step: edges are cut at a low price of a nat, and repaired
+    at a high one. config: a dict.
     """
     cutting = is_cutting(step, config["linear_penalty_steps"], config.get("cycle_steps", 0))
     return "lambda_max" if cutting or not config.get("repair_lambda_max") else "repair_lambda_max"

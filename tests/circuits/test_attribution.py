@@ -92,8 +92,9 @@ class ByHand:
         return (x - mean) / torch.sqrt(var + 1e-5) * ln.weight + ln.bias
 
     def run(self, tokens, moved=None, other=None):
-        """Logits (T, V) of one prompt, and all writes. moved {(writer, reader): how far this edge is moved
-        towards `other`, another run's writes}.
+        """Logits (T, V) of one prompt, and all writes.
+
+        moved {(writer, reader): how far this edge is moved towards `other`, another run's writes}.
         """
         T, D, moved = len(tokens), C // H, moved or {}
         writes = [self.t.wte.weight[tokens] + self.t.wpe.weight[:T]]

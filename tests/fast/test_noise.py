@@ -1,4 +1,5 @@
 """The counter-based noise: does it look like independent uniform numbers, whichever way one cuts it?
+
 Thresholds are 5 standard deviations.
 """
 
@@ -20,8 +21,9 @@ def u():
 
 
 def standard_deviations(x, y):
-    """How far the correlation of two arrays is from 0, in standard deviations of what chance does. Centred
-    for uniform numbers, whose variance is 1/12.
+    """How far the correlation of two arrays is from 0, in standard deviations of what chance does.
+
+    Centred for uniform numbers, whose variance is 1/12.
     """
     x, y = x - 0.5, y - 0.5
     return abs((x * y).mean().item()) * 12 * x.numel() ** 0.5
@@ -81,8 +83,8 @@ def test_heads_are_independent_and_so_are_neighbouring_seeds(u):
 
 
 def test_layers_steps_and_processes_draw_different_seeds():
-    """A layer's seed comes from torch's generator, which train.py seeds for every step and micro-batch;
-    these are dealt out to processes.
+    """A layer's seed comes from torch's generator, which train.py seeds for every step and micro-batch; these
+    are dealt out to processes.
     """
 
     class Data:

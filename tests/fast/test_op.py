@@ -126,8 +126,9 @@ def test_any_shape(impl, B, H, T, D, option, bias, seed):
 @pytest.mark.parametrize("impl", ["tiled", "triton"])
 @pytest.mark.parametrize("sample", [True, False])
 def test_heads_without_an_open_edge_rows_with_one_and_scores_that_are_huge(impl, sample):
-    """Head 0: all shut. Head 1: every query reads itself alone, in a tile otherwise shut. Head 2: scores of
-    100 and more.
+    """Head 0: all shut. Head 1: every query reads itself alone, in a tile otherwise shut.
+
+    Head 2: scores of 100 and more.
     """
     T, D = 80, 64
     q, k, v, dy = make(1, 3, T, D, torch.float32)
@@ -333,8 +334,8 @@ def test_what_the_fast_forms_cannot_do_is_done_by_the_formula():
 
 @pytest.mark.parametrize("impl", ["tiled", "triton"])
 def test_a_shut_head_writes_nothing_and_still_hears_that_it_is_missed(impl):
-    """Straight-through: dv is 0, yet q and k get a gradient by sigmoid'(s), though none of its edges is
-    open. Deterministic gates pass on none.
+    """Straight-through: dv is 0, yet q and k get a gradient by sigmoid'(s), though none of its edges is open.
+    Deterministic gates pass on none.
     """
     q, k, v, dy = make(1, 1, 40, 16, torch.float32)
     for sample in (True, False):

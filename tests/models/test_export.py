@@ -1,5 +1,5 @@
-"""The way out: transformers and TransformerLens compute our logits; with the few lines of docs/export.md
-also those of a gated model.
+"""The way out: transformers and TransformerLens compute our logits; with the few lines of docs/export.md also
+those of a gated model.
 """
 
 import os

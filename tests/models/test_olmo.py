@@ -1,5 +1,5 @@
-"""OLMo: models that the transformers package writes are computed alike by ours, and back; the gate, the
-hooks and the trainer's arguments as in GPT-2.
+"""OLMo: models that the transformers package writes are computed alike by ours, and back; the gate, the hooks
+and the trainer's arguments as in GPT-2.
 """
 
 import json
@@ -195,7 +195,8 @@ def test_loading_needs_the_model_and_little_more(workplace):
     """A process of its own, whose high-water mark is read: 1.2 times the parameters at most, from several
     shards, in float32 from bfloat16.
 
-    A tiny model first: what Python and torch load when they build one is not the model's memory."""
+    A tiny model first: what Python and torch load when they build one is not the model's memory.
+    """
     theirs(
         "Olmo",
         hidden_size=512,

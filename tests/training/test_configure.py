@@ -118,8 +118,9 @@ def test_the_projects_own_config_files_are_right(name, monkeypatch):
 
 
 def test_a_child_and_its_control_differ_in_the_gates_alone(monkeypatch):
-    """Or the control would control nothing. config/stdlib_strict.py is config/stdlib.py but for its parent
-    and the price that a nat has.
+    """Or the control would control nothing.
+
+    config/stdlib_strict.py is config/stdlib.py but for its parent and the price that a nat has.
     """
     monkeypatch.chdir(REPOSITORY)
     child, control, strict = (

@@ -219,8 +219,9 @@ def test_a_folder_that_last_pt_names_is_never_written_again():
 
 
 def test_a_sharded_run_that_was_stopped_is_no_model_yet(parent):
-    """SIGTERM after some steps: last.pt names a folder. To read weights from it would give none; to go on
-    does.
+    """SIGTERM after some steps: last.pt names a folder.
+
+    To read weights from it would give none; to go on does.
     """
     command = [
         sys.executable,
