@@ -1,7 +1,7 @@
 """Take a model elsewhere: to transformers, TransformerLens or nanoGPT.
 
-    python analyze.py export out/run --to hf PATH                 a folder of transformers, for GPT2LMHeadModel,
-                                                                  OlmoForCausalLM, ... from_pretrained(PATH)
+    python analyze.py export out/run --to hf PATH                 a folder of transformers: GPT2LMHeadModel
+                                                                  or OlmoForCausalLM from_pretrained(PATH)
     python analyze.py export out/run --to transformer_lens PATH   a file: {'cfg', 'state_dict'} for
                                                                   TransformerLens 2 and 3
     python analyze.py export out/run --to nanogpt PATH            a file for nanoGPT's model.py and sample.py:
