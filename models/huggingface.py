@@ -157,9 +157,11 @@ def read_tensors(path):
     """{name: tensor} of a .bin or .safetensors file."""
     if not os.path.exists(path):
         raise UserError(f"there is no {path}")
+    is_safetensors = path.endswith(".safetensors")
+    load_file = safetensors().torch.load_file if is_safetensors else None
     try:
-        if path.endswith(".safetensors"):
-            return safetensors().torch.load_file(path)
+        if is_safetensors:
+            return load_file(path)
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # of many types: most mean that the file is not what it should be
         damaged = f"({type(error).__name__}): it is truncated or damaged. Delete it and bring it again"

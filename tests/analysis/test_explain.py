@@ -6,6 +6,7 @@ import torch
 
 import prepare_data
 from analysis import explain
+from analysis.conditions import by_threshold
 from analysis.explain import (
     accuracy,
     algorithm,
@@ -72,7 +73,7 @@ def test_planted_conditions_of_three_digits_are_named(truth, words):
 def test_thresholds_counted_in_one_go_are_what_they_say():
     rng = np.random.default_rng(1)
     value, is_open = rng.integers(12, size=500), rng.random(500) < 0.4
-    for words, agreement in explain.by_threshold(is_open, "x", value):
+    for words, agreement in by_threshold(is_open, "x", value):
         truth = eval(words.replace(" = ", " == ").replace(" is odd", " % 2 == 1"), {"x": value})
         assert agreement == (truth == is_open).mean()
 
