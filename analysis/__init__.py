@@ -1,6 +1,6 @@
 """What a run became: every question that analyze.py answers.
 
-1. report.py   numbers and pictures of a run; figures.py draws
+1. report.py   numbers and pictures of a run; figures.py and circuit_figures.py draw
 2. explain.py  when every edge of an addition model opens, and what for; ask.py: one sum
 3. seeds.py    the same run with many seeds
 4. sample.py   text, and what every token read; benchmark.py: standard benchmarks

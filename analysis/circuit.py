@@ -11,7 +11,7 @@ import os
 
 import torch
 
-from analysis import figures
+from analysis import circuit_figures, figures
 from circuits import compare
 from circuits.graph import Graph
 from models.checkpoint import checkpoint_named, model_of, read_checkpoint, tokenizer_of
@@ -96,11 +96,12 @@ def draw(found, dense, sparse, tokenizer, folder):
     """The three figures of a Comparison."""
     task = found.result["task"]
     path = os.path.join(folder, f"circuit-{task}")
-    figures.circuit_curves(path + ".png", task, found.result)
+    circuit_figures.circuit_curves(path + ".png", task, found.result)
     graph = Graph(sparse.config.n_layer, sparse.config.n_head)
     kept = kept_edges(graph, found)
     title = f"{task}: the {len(kept)} edges that explain {100 * found.share:.0f} % in the sparse model"
-    figures.circuit_graph(path + "-graph.png", graph.writer_names() + ["output"], graph.H, kept, title)
+    names = graph.writer_names() + ["output"]
+    circuit_figures.circuit_graph(path + "-graph.png", names, graph.H, kept, title)
     heads = strongest_heads(graph, kept)
     if not heads:
         return

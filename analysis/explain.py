@@ -21,7 +21,7 @@ import torch
 from tqdm import tqdm
 
 import prepare_data
-from analysis import figures
+from analysis import circuit_figures
 from analysis.conditions import PLACES, carry_words, conditions, describe
 from models.checkpoint import checkpoint_named, model_of, read_checkpoint
 from storage.addition import addition_pairs, addition_rows, addition_task, token_names
@@ -254,7 +254,7 @@ def explain_run(run):
         lines = [name, when(edge), damage(edge, intact, task, model.config.n_head)]
         drawn.append({**edge, "text": "\n    ".join(lines)})
     path = os.path.join(run, "explain.png")
-    figures.explanation(path, token_names(task), model.config.n_layer, drawn, title)
+    circuit_figures.explanation(path, token_names(task), model.config.n_layer, drawn, title)
 
 
 def add_arguments(parser):

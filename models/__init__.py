@@ -2,7 +2,7 @@
 
 1. checkpoint.py   a model on disk, in and out, whoever wrote it
 2. huggingface.py  what transformers wrote, GPT-2 among it
-3. olmo.py         OLMo with the same gates
+3. olmo.py         OLMo with the same gates; olmo_files.py: its files on Hugging Face
 4. lora.py         adapters, for models too large to train whole
 5. export.py       to transformers, TransformerLens and nanoGPT
 

@@ -4,8 +4,8 @@
     with more beside it
 
 Reads our checkpoints, nanoGPT's and those of the paper's authors; OpenAI's GPT-2 by name and what
-transformers wrote (huggingface.py); OLMo by name or folder (olmo.py); LoRA adapters, with the base that they
-name (lora.py).
+transformers wrote (huggingface.py); OLMo by name or folder (olmo_files.py); LoRA adapters,
+with the base that they name (lora.py).
 
 Notable:
 - A file is written under a temporary name, flushed, then renamed: whatever happens, the path holds the old
@@ -25,7 +25,7 @@ import torch
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from model import GPT, GPTConfig
-from models import huggingface, lora, olmo
+from models import huggingface, lora, olmo, olmo_files
 from storage.files import UserError
 
 
@@ -52,17 +52,17 @@ def save_checkpoint(path, checkpoint):
 
 def is_elsewhere(source):
     """Is `source` a model's name on Hugging Face, or a folder or file that transformers wrote?"""
-    return olmo.is_olmo(source) or huggingface.is_huggingface(source)
+    return olmo_files.is_olmo(source) or huggingface.is_huggingface(source)
 
 
 def read_checkpoint(path):
     """The dict {'model', 'model_args', ...} of a checkpoint: ours, nanoGPT's, or Hugging Face's in that
-    layout (see huggingface.py, olmo.py).
+    layout (see huggingface.py, olmo_files.py).
 
     Raises UserError if it is missing, truncated or no checkpoint.
     """
-    if olmo.is_olmo(path):
-        return olmo.read(path)
+    if olmo_files.is_olmo(path):
+        return olmo_files.read(path)
     if huggingface.is_huggingface(path):
         return huggingface.read(path)
     if not os.path.exists(path):
@@ -238,7 +238,7 @@ def tokenizer_of(checkpoint):
         return checkpoint["data"]["tokenizer"]
     vocab_size = checkpoint["model_args"].get("vocab_size", 0)
     if "architecture" in checkpoint["model_args"]:  # an OLMo of Hugging Face's
-        return olmo.tokenizer_for(vocab_size)
+        return olmo_files.tokenizer_for(vocab_size)
     # 50304: padded to a multiple of 64, as nanoGPT does
     return "gpt2" if vocab_size in (50257, 50304) else None
 

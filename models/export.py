@@ -17,7 +17,7 @@ shows the few lines for each package, and tests prove them.
 import os
 from dataclasses import asdict
 
-from models import huggingface, olmo
+from models import huggingface, olmo, olmo_files
 from models.checkpoint import checkpoint_named, load_checkpoint, save_checkpoint
 from storage.files import UserError
 
@@ -80,7 +80,7 @@ def export(run, kind, path):
         )
     if kind == "hf":
         try:
-            (olmo if is_olmo else huggingface).write(path, model.state_dict(), asdict(model.config))
+            (olmo_files if is_olmo else huggingface).write(path, model.state_dict(), asdict(model.config))
         except OSError as error:
             raise UserError(str(error)) from error
     else:

@@ -1,4 +1,5 @@
-"""Models as Hugging Face stores them: files and downloads for all, and GPT-2's format; OLMo's is in olmo.py.
+"""Models as Hugging Face stores them: files and downloads for all, and GPT-2's format (OLMo's:
+olmo_files.py).
 
 Which of their names and matrices are which of ours is said in model.py, at OpenAI's weights.
 

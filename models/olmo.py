@@ -19,8 +19,8 @@ Notable:
   train.py, evaluate.py, circuits/attribution.py and the figures do not know which of the two they hold.
 - Parameter names are those of transformers (`model.layers.0.self_attn.q_proj.weight`): its checkpoints are
   ours.
-- Weights are read one tensor at a time into an empty model: the peak is the model and one tensor (`read`,
-  `huggingface.LazyTensors`).
+- Weights are read one tensor at a time into an empty model: the peak is the model and one tensor
+  (olmo_files.py).
 - OLMo 3 is generation 2 with stretched rotations (YaRN) in every fourth layer; the other layers look back
   4,096 tokens at most, so that is how long a context may be here.
 
@@ -31,7 +31,6 @@ Sources: OLMo (Groeneveld et al. 2024), OLMo 2 (2025), RoPE (Su et al. 2021), Ya
 """
 
 import math
-import os
 from dataclasses import dataclass
 
 import torch
@@ -39,8 +38,6 @@ from torch import nn
 from torch.nn import functional as F
 
 from gate import bias_by_layer, gated_attention
-from models import huggingface
-from storage.files import UserError
 
 
 @dataclass
@@ -323,163 +320,3 @@ class OLMo(nn.Module):
             6 * (sum(p.numel() for p in self.parameters()) - embeddings)
             + 12 * self.config.n_layer * self.config.n_embd * context
         )
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Hugging Face's format: config.json in, config.json out; the tensors' names are ours
-
-
-GENERATIONS = {"olmo": 1, "olmo2": 2, "olmo3": 2}  # their model_type
-NAMES = {
-    "block_size": "max_position_embeddings",
-    "vocab_size": "vocab_size",
-    "n_layer": "num_hidden_layers",
-    "n_head": "num_attention_heads",
-    "n_embd": "hidden_size",
-    "n_hidden": "intermediate_size",
-}
-
-
-def tokenizer_for(vocab_size):
-    """The tokenizer, 'olmo' or 'olmo2', with a vocabulary of this size, which may be padded to a multiple of
-    128; None for other sizes.
-    """
-    return "olmo" if 50280 <= vocab_size <= 50304 else "olmo2" if 100278 <= vocab_size <= 100352 else None
-
-
-def is_olmo(source):
-    """Does `source` name an OLMo on Hugging Face ('allenai/OLMo-2-0425-1B'), or a folder that holds one as
-    transformers writes it?
-    """
-    folder = os.path.join(source, "config.json")
-    if os.path.exists(folder):
-        return huggingface.read_json(folder).get("model_type") in GENERATIONS
-    return source.lower().startswith("allenai/olmo") and not os.path.exists(source)
-
-
-def config_of(theirs, source):
-    """model_args for their config.json (a dict). Raises UserError, naming what we cannot compute."""
-    kind = theirs.get("model_type")
-    if kind not in GENERATIONS:
-        raise UserError(f"{source} is a model of type {kind!r}; olmo.py computes {', '.join(GENERATIONS)}")
-    missing = [name for name in NAMES.values() if name not in theirs]
-    if missing:
-        raise UserError(f"{source}: config.json has no {', '.join(missing)}")
-    # transformers 5; before it rope_theta and rope_scaling stood alone
-    rope = theirs.get("rope_parameters") or {}
-    rope = (
-        rope
-        if "full_attention" in rope
-        else {"full_attention": rope | (theirs.get("rope_scaling") or {}), "sliding_attention": rope}
-    )
-    full = rope["full_attention"]
-    thetas = {part.get("rope_theta", theirs.get("rope_theta")) for part in rope.values()} - {None}
-    different = [
-        f"{key}={theirs[key]!r}"
-        for key, value in (("attention_bias", False), ("hidden_act", "silu"))
-        if theirs.get(key, value) != value
-    ]
-    different += [f"rope_theta={sorted(thetas)}"] * (len(thetas) > 1)
-    stretch = full.get("rope_type", full.get("type", "default"))
-    different += [f"rope_type={stretch!r}"] * (
-        stretch not in (("default", "yarn") if kind == "olmo3" else ("default",))
-    )
-    if different:
-        raise UserError(f"{source} is no OLMo that olmo.py can compute: {', '.join(different)}")
-    args = {ours: theirs[name] for ours, name in NAMES.items()}
-    args |= {
-        "architecture": "olmo",
-        "generation": GENERATIONS[kind],
-        "n_kv_head": theirs.get("num_key_value_heads") or args["n_head"],
-        "tied": theirs.get("tie_word_embeddings", False),
-        "clip_qkv": theirs.get("clip_qkv"),
-        "norm_eps": theirs.get("rms_norm_eps", 1e-5),
-        "rope_theta": float(thetas.pop() if thetas else 500000.0 if kind == "olmo3" else 10000.0),
-    }
-    args |= huggingface.gate_of(theirs)
-    if kind == "olmo3":
-        args["block_size"] = min(args["block_size"], theirs.get("sliding_window") or args["block_size"])
-        if stretch == "yarn":
-            layers = theirs.get("layer_types") or [
-                "full_attention" if (i + 1) % 4 == 0 else "sliding_attention" for i in range(args["n_layer"])
-            ]
-            args["yarn"] = {
-                "layers": [i for i, kind in enumerate(layers) if kind == "full_attention"],
-                "factor": full["factor"],
-                "original": full["original_max_position_embeddings"],
-                "attention_factor": full.get("attention_factor") or 0.1 * math.log(full["factor"]) + 1,
-                "beta_fast": full.get("beta_fast") or 32,
-                "beta_slow": full.get("beta_slow") or 1,
-            }
-    return args
-
-
-def read(source):
-    """{'model': LazyTensors, 'model_args'} of a folder of transformers, or of a name on Hugging Face,
-    downloaded through huggingface_hub.
-
-    Raises UserError. The checkpoint's tensors are read when they are asked for; `checkpoint.model_of` puts
-    them into an empty model one by one.
-    """
-    local = os.path.isdir(source)
-    folder = source if local else huggingface.fetch(source, ["config.json"])
-    # refused, if it must be, before gigabytes are here
-    args = config_of(huggingface.read_json(os.path.join(folder, "config.json")), source)
-    folder = source if local else huggingface.fetch(source, ["*.safetensors", "*.safetensors.index.json"])
-    tensors = huggingface.LazyTensors(folder)
-    if args["tied"]:
-        tensors.alias("lm_head.weight", "model.embed_tokens.weight")
-    return {"model": tensors, "model_args": args}
-
-
-def write(folder, state, args):
-    """Write a folder that transformers' OlmoForCausalLM, Olmo2ForCausalLM or Olmo3ForCausalLM loads.
-
-    state, args: as in `read`'s result.
-    """
-    y = args.get("yarn")
-    kind = "olmo3" if y else "olmo" if args["generation"] == 1 else "olmo2"
-    rope = {"rope_type": "default", "rope_theta": args["rope_theta"]}
-    config = {
-        "model_type": kind,
-        "architectures": [
-            {"olmo": "OlmoForCausalLM", "olmo2": "Olmo2ForCausalLM", "olmo3": "Olmo3ForCausalLM"}[kind]
-        ],
-        **{theirs: args[ours] for ours, theirs in NAMES.items()},
-        "num_key_value_heads": args["n_kv_head"],
-        "tie_word_embeddings": args["tied"],
-        "hidden_act": "silu",
-        "attention_bias": False,
-        "rope_theta": args["rope_theta"],
-        "rope_parameters": rope,
-        "pad_token_id": None,
-        # <|endoftext|>
-        "eos_token_id": {"olmo": 50279, "olmo2": 100257}.get(tokenizer_for(args["vocab_size"])),
-    }
-    config |= {"clip_qkv": args["clip_qkv"]} if kind == "olmo" else {"rms_norm_eps": args["norm_eps"]}
-    if y:
-        config |= {
-            "sliding_window": args["block_size"],
-            "layer_types": [
-                "full_attention" if i in y["layers"] else "sliding_attention" for i in range(args["n_layer"])
-            ],
-            "rope_parameters": {
-                "sliding_attention": rope,
-                "full_attention": rope
-                | {
-                    "rope_type": "yarn",
-                    "factor": y["factor"],
-                    "original_max_position_embeddings": y["original"],
-                    "attention_factor": y["attention_factor"],
-                    "beta_fast": y["beta_fast"],
-                    "beta_slow": y["beta_slow"],
-                },
-            },
-        }
-    if args["gated"]:
-        config["gate_bias"] = args["gate_bias"]  # transformers keeps what it does not know
-    huggingface.write_folder(
-        folder,
-        {name: tensor for name, tensor in state.items() if not (args["tied"] and name == "lm_head.weight")},
-        config,
-    )

@@ -18,7 +18,7 @@ from circuits.tasks import Pair
 from conftest import REPOSITORY
 from gate import gated_attention
 from helpers import theirs
-from models import olmo
+from models import olmo, olmo_files
 from models.checkpoint import load_checkpoint, model_of, read_checkpoint
 from models.olmo import OLMo, OLMoConfig
 from storage.files import UserError
@@ -80,7 +80,7 @@ def test_what_transformers_writes_gives_its_logits_and_goes_back_unchanged(workp
     loaded = model_of(checkpoint, "hf")
     assert_same_logits(loaded, model)
     assert_same_logits(load_checkpoint("hf", gated=True, gate_bias=100.0), model)  # all edges open
-    olmo.write("back", loaded.state_dict(), vars(loaded.config))
+    olmo_files.write("back", loaded.state_dict(), vars(loaded.config))
     again = (
         getattr(
             transformers,
@@ -139,8 +139,8 @@ def test_wrong_files_are_named(workplace):
     fails(f"{shard} cannot be read .*truncated or damaged")
     os.remove(f"hf/{shard}")
     fails(f"there is no hf/{shard}")
-    with pytest.raises(olmo.UserError, match="a model of type 'llama'; olmo.py computes olmo, olmo2, olmo3"):
-        olmo.config_of({"model_type": "llama"}, "x")
+    with pytest.raises(UserError, match="a model of type 'llama'; olmo.py computes olmo, olmo2, olmo3"):
+        olmo_files.config_of({"model_type": "llama"}, "x")
 
 
 def test_a_name_is_downloaded_once_through_the_hubs_own_client(workplace, server):

@@ -1,0 +1,168 @@
+"""The pictures of circuits: when every edge opens, how much of a model a task needs, and the circuit as a
+graph.
+
+Functions take plain lists and write a PNG, as those of figures.py, whose ground they draw on.
+"""
+
+import matplotlib
+
+from analysis.figures import GREY, HEAD_COLORS, draw_streams, plt, save
+
+
+def explanation(path, tokens, n_layer, edges, title):
+    """Every edge that ever opens, numbered, beside what is known about it.
+
+    edges: a list of dicts with layer, head, query, key, share (of prompts on which it is open, 0 to 1) and
+    text (its line).
+    """
+    figure, (left, right) = plt.subplots(
+        1, 2, figsize=(12, max(4.2, 0.5 * len(edges) + 1.4)), width_ratios=[6, 7], layout="constrained"
+    )
+    draw_streams(left, tokens, [""] * len(tokens), n_layer)
+    for number, edge in enumerate(edges, 1):
+        always = edge["share"] == 1
+        x, y = [edge["key"], edge["query"]], [edge["layer"], edge["layer"] + 1]
+        left.plot(
+            x,
+            y,
+            color=HEAD_COLORS[edge["head"] % 10],
+            lw=0.8 + 1.4 * edge["share"],
+            ls="-" if always else (0, (4, 1.5)),
+            zorder=1,
+        )
+        at = (0.3, 0.5, 0.7)[number % 3]  # numbers of neighbouring edges at different heights
+        left.text(
+            x[0] + at * (x[1] - x[0]),
+            y[0] + at,
+            number,
+            fontsize=9,
+            ha="center",
+            va="center",
+            zorder=2,
+            bbox=dict(boxstyle="circle,pad=0.15", fc="white", ec=GREY),
+        )
+    left.set_title("solid: open on every sum; dashed: on some", fontsize=10)
+    right.axis("off")
+    right.set(xlim=(0, 1), ylim=(len(edges) + 0.5, -0.5))
+    for number, edge in enumerate(edges, 1):
+        right.text(
+            0, number - 0.5, f"{number:2d}  {edge['text']}", fontsize=8.5, family="monospace", va="center"
+        )
+    figure.suptitle(title, fontsize=12)
+    save(figure, path)
+
+
+def circuit_curves(path, task, result):
+    """Explained effect against heads kept, and against edges kept on a log axis; dense and sparse in one
+    axis, and how many times fewer at 90 %. result: compare.py's dict.
+    """
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    for ax, by, what in (
+        (axes[0], "by_heads", "heads kept"),
+        (axes[1], "by_edges", "edges between components kept"),
+    ):
+        at = {}
+        for model, color in (("dense", "tab:gray"), ("sparse", "tab:red")):
+            curve = result[model][by]
+            ax.plot(curve["n"], curve["explained"], "o-", color=color, ms=3, lw=1.5, label=model)
+            ax.fill_between(curve["n"], curve["low"], curve["high"], color=color, alpha=0.15, lw=0)
+            at[model] = curve["needed"]["0.9"]
+        ax.axhline(0.9, color=GREY, lw=0.8, ls=":", zorder=0)
+        if at["dense"] and at["sparse"]:
+            ax.annotate(
+                "", (at["sparse"], 0.9), (at["dense"], 0.9), arrowprops={"arrowstyle": "->", "color": "black"}
+            )
+            times = at["dense"] / at["sparse"]
+            middle = (
+                (at["dense"] * at["sparse"]) ** 0.5 if by == "by_edges" else (at["dense"] + at["sparse"]) / 2
+            )
+            ax.text(
+                middle,
+                1.12,
+                f"{times:.1f}x fewer" if times >= 1 else f"{1 / times:.1f}x more",
+                ha="center",
+                va="bottom",
+                fontsize=9,
+            )
+            ax.plot([middle, middle], [0.9, 1.11], color="black", lw=0.5)
+        ax.set(xlabel=what, ylabel="explained effect", ylim=(-0.15, 1.2))
+        ax.grid(alpha=0.25)
+    axes[0].xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
+    axes[1].set_xscale("log")
+    axes[1].xaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 5)))
+    axes[1].xaxis.set_major_formatter(
+        matplotlib.ticker.FuncFormatter(lambda n, _: f"{n:.0f}" if n < 1000 else f"{n / 1000:.0f}k")
+    )
+    axes[1].xaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
+    axes[0].legend(frameon=False, loc="lower right")
+    figure.suptitle(
+        f"{task}: how much of the model does the task need? (bands: 95 %, over prompts)", fontsize=11
+    )
+    save(figure, path)
+
+
+def circuit_graph(path, names, n_head, edges, title, most=60):
+    """A circuit as a layered graph, the embedding below, the output above.
+
+    names of components in the order of writers, the output last; edges [(from, to, part, score)], part being
+    q, k, v or ''. Only the strongest `most` are drawn, and the title says so.
+    """
+    shown = sorted(edges, key=lambda edge: -abs(edge[3]))[:most]
+    used = sorted({end for edge in shown for end in edge[:2]})
+    rows = {}
+    for node in used:  # embedding; per layer heads, then the MLP; output
+        layer, place = divmod(node - 1, n_head + 1)
+        rows.setdefault(
+            -1.0 if node == 0 else 1e9 if node == len(names) - 1 else layer + 0.5 * (place == n_head), []
+        ).append(node)
+    position, widest = {}, max(2.0, max(map(len, rows.values())) / 2)
+    for height, row in enumerate(rows[key] for key in sorted(rows)):
+        for i, node in enumerate(row):
+            # MLPs stand on the right, so that edges past them stay visible
+            aside = node > 0 and (node - 1) % (n_head + 1) == n_head and node < len(names) - 1
+            position[node] = (widest if aside else ((i + 0.5) / len(row) - 0.5) * 2 * widest), height
+    figure, ax = plt.subplots(figsize=(3 + 2.1 * widest, max(3.5, 0.9 * len(rows))), layout="constrained")
+    colors, largest = (
+        {"q": "tab:blue", "k": "tab:green", "v": "tab:red", "": "0.4"},
+        max(abs(edge[3]) for edge in shown),
+    )
+    for start, end, part, score in shown:
+        (x0, y0), (x1, y1) = position[start], position[end]
+        ax.annotate(
+            "",
+            (x1, y1 - 0.14),
+            (x0, y0 + 0.14),
+            arrowprops={
+                "arrowstyle": "-|>",
+                "color": colors[part],
+                "lw": 0.8 + 3 * abs(score) / largest,
+                "alpha": 0.75,
+                "shrinkA": 0,
+                "shrinkB": 0,
+                "connectionstyle": f"arc3,rad={0.0 if abs(x1 - x0) > 0.1 or y1 - y0 < 1.5 else 0.2}",
+            },
+        )
+    for node, (x, y) in position.items():
+        ax.text(
+            x,
+            y,
+            names[node],
+            ha="center",
+            va="center",
+            fontsize=9,
+            bbox={"boxstyle": "round,pad=0.25", "fc": "white", "ec": "0.5"},
+            zorder=3,
+        )
+    for part, color in colors.items():
+        ax.plot(
+            [], [], color=color, lw=2, label=f"read as {part}" if part else "read by an MLP or the output"
+        )
+    ax.plot([], [], " ", label="thicker: larger |score|")
+    ax.set(xlim=(-widest - 0.1, widest + 0.6), ylim=(-0.5, len(rows) - 0.5))
+    ax.axis("off")
+    ax.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
+    ax.set_title(
+        title + (f"; the strongest {most} of {len(edges)} are drawn" if len(edges) > most else ""),
+        fontsize=10,
+    )
+    save(figure, path)
