@@ -122,3 +122,32 @@ def server(workplace):
     yield server
     server.http.shutdown()
     server.http.server_close()
+
+
+@pytest.fixture
+def counting(workplace):
+    """A stream in which every token is the one before plus 1 or 2, by a coin that its position tosses: a loss
+    above 0, a few edges needed.
+    """
+    import prepare_data
+    from helpers import SMALL
+
+    tokens = (np.cumsum(np.random.default_rng(0).integers(1, 3, 6000)) % 10).astype(np.uint16)
+    prepare_data.write_dataset(
+        "data/count", tokens[:5000], tokens[5000:], kind="stream", vocab_size=10, tokenizer="digits"
+    )
+    shared = {k: v for k, v in SMALL.items() if k not in ("block_size", "n_layer", "n_head", "n_embd")} | {
+        "dataset": "count",
+        "eval_batches": 1,
+        "eval_batch_size": 50,
+    }
+    shape = {k: SMALL[k] for k in ("n_layer", "n_head", "n_embd")} | {"block_size": 8}
+    (workplace / "dense.py").write_text("".join(f"{k} = {v!r}\n" for k, v in (shared | shape).items()))
+    (workplace / "control.py").write_text(
+        "init_from = 'dense.py'\n" + "".join(f"{k} = {v!r}\n" for k, v in shared.items())
+    )
+    (workplace / "sparse.py").write_text(
+        (workplace / "control.py").read_text()
+        + "gated = True\nopen_above = 0.02\nconstraint_paired = True\nloss_slack = 0.02\n"
+    )
+    return workplace

@@ -1,17 +1,22 @@
 """What several tests need: small runs, small datasets, another package's models."""
 
+import contextlib
+import io
 import json
 import os
 import subprocess
 import sys
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
 import prepare_data
 from conftest import REPOSITORY
+from models.checkpoint import read_checkpoint
 from train import train
-from training.settings import make_config
+from training.configure import parse_command_line
+from training.settings import Config, limits, make_config
 from training.verdict import MISSED
 
 SMALL = {
@@ -52,16 +57,37 @@ def metrics(folder):
         return [json.loads(line) for line in f]
 
 
+class Done(NamedTuple):
+    """What a program left, as subprocess.run tells it."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+def call(main, *arguments):
+    """Run a program's main(arguments) as a shell would, but here: torch need not be imported again."""
+    out, err, status = io.StringIO(), io.StringIO(), 0
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            main(list(arguments))
+        except SystemExit as stop:
+            status = stop.code or 0
+    if isinstance(status, str):  # sys.exit("error: ...")
+        err.write(status + "\n")
+        status = 1
+    return Done(status, out.getvalue(), err.getvalue())
+
+
 def launch(processes, *arguments):
     """train.py in so many processes, to its end, whether it meets its target or not; its output.
 
-    torchrun is `python -m torch.distributed.run`.
+    One process is this one. torchrun is `python -m torch.distributed.run`.
     """
-    torchrun = (
-        ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-        if processes > 1
-        else []
-    )
+    if processes == 1:
+        train(*make_config(*parse_command_line(arguments, Config, limits())))
+        return None
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     done = subprocess.run(
         [sys.executable, *torchrun, os.path.join(REPOSITORY, "train.py"), *arguments],
         capture_output=True,
@@ -101,3 +127,11 @@ def theirs(kind, **settings):
 
 def decoded(split, data):
     return bytes(np.asarray(split).astype(np.uint8)).split(b"\0")[1:]
+
+
+def parameters(folder, name="last.pt"):
+    return read_checkpoint(f"{folder}/{name}")["model"]
+
+
+def same(a, b):
+    return all(torch.equal(a[key], b[key]) for key in a)

@@ -1,8 +1,6 @@
 """From a finished run to numbers and pictures, through the command line."""
 
 import json
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -13,7 +11,7 @@ import analyze as analyze_file
 import prepare_data
 from analysis import figures
 from analysis import report as report_module
-from conftest import REPOSITORY
+from helpers import call
 from model import GPT, GPTConfig
 from models.checkpoint import checkpoint_of, load_checkpoint, read_checkpoint, save_checkpoint
 from prepare_data import load
@@ -41,9 +39,9 @@ def folder(tmp_path_factory):
 
 
 def analyze(folder, *arguments):
-    return subprocess.run(
-        [sys.executable, f"{REPOSITORY}/analyze.py", *arguments], cwd=folder, capture_output=True, text=True
-    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        return call(analyze_file.main, *arguments)
 
 
 def test_report(folder, monkeypatch):

@@ -10,7 +10,7 @@ import pytest
 
 import prepare_data
 from conftest import REPOSITORY
-from helpers import decoded
+from helpers import call, decoded
 from prepare_data import load, write_dataset
 from storage.addition import ADDITION_TOKENS, addition_pairs, addition_rows, addition_task
 from storage.files import UserError
@@ -125,15 +125,14 @@ def test_an_unknown_dataset_is_named(workplace):
 
 
 def test_command_line(workplace):
-    run = [sys.executable, f"{REPOSITORY}/prepare_data.py"]
-    done = subprocess.run([*run, "addition"], capture_output=True, text=True)
+    done = call(prepare_data.main, "addition")
     assert done.returncode == 0 and "train (8000, 2, 11)" in done.stdout
-    done = subprocess.run([*run, "addition", "--digits=3"], capture_output=True, text=True)
+    done = call(prepare_data.main, "addition", "--digits=3")
     assert (
         done.returncode == 0
         and "data/addition3: rows, train (16000, 2, 13), val (4000, 2, 13)" in done.stdout
     )
-    done = subprocess.run([*run, "nothing"], capture_output=True, text=True)
+    done = call(prepare_data.main, "nothing")
     assert done.returncode != 0 and "addition" in done.stderr and "Traceback" not in done.stderr
     for arguments, message in (
         (["addition", "--tokenizer=gpt2"], "addition takes no --tokenizer"),
@@ -145,7 +144,7 @@ def test_command_line(workplace):
         (["fineweb", "--shards=120"], "--shards must be 1 to 103"),
         (["fineweb", "--shards=0"], "--shards must be 1 to 103"),
     ):
-        done = subprocess.run([*run, *arguments], capture_output=True, text=True)
+        done = call(prepare_data.main, *arguments)
         assert done.returncode == 1 and message in done.stderr
 
 

@@ -4,37 +4,22 @@ lost.
 
 import json
 import os
-import signal
-import subprocess
-import sys
-import time
 
 import numpy as np
 import pytest
 import torch
 
 import prepare_data
-from conftest import REPOSITORY
-from helpers import SMALL, metrics, run
+from helpers import SMALL, metrics, parameters, run, same
 from model import GPT
-from models.checkpoint import load_checkpoint, load_weights, read_checkpoint, save_checkpoint
+from models.checkpoint import load_checkpoint, load_weights, read_checkpoint
 from storage.files import UserError
 from train import get_lr
 from training import judge
-from training.batches import Batches
 from training.distillation import divergence
 from training.evaluate import evaluate_splits
-from training.folder import StopRequest
 from training.settings import Config
 from training.verdict import distance_from_target, meets_target
-
-
-def parameters(folder, name="last.pt"):
-    return read_checkpoint(f"{folder}/{name}")["model"]
-
-
-def same(a, b):
-    return all(torch.equal(a[key], b[key]) for key in a)
 
 
 def test_a_circuit_of_a_few_edges_is_found(echo):
@@ -114,6 +99,7 @@ def test_two_phases_with_a_cap_of_lambda_each(echo, cycle_steps):
     lams = {line["step"]: line["lambda"] for line in metrics("out/sparse")}
     assert [lams[step] for step in (20, 40, 60, 80)] == [4.0, 8.0, 4.0 if cycle_steps else 8.0, 8.0]
 
+
 def test_the_edge_that_a_cut_took_comes_back(echo):
     """Cut at a price below the edge's worth: the old rules (temperature 1, one cap of lambda) lose the needed
     edge for good, today's win it back.
@@ -147,289 +133,9 @@ def test_the_edge_that_a_cut_took_comes_back(echo):
     assert any(line["passes"] for line in metrics(new) if line["step"] >= 700)
 
 
-
 def test_seeds_reach_the_parent(echo):
     assert run("sparse.py", max_steps=20, seed=2) == "out/sparse-seed2"
     assert json.load(open("out/dense-seed2/config.json"))["seed"] == 2
-
-
-class Killed(BaseException):
-    """Stands for kill -9: nothing catches it, nothing is saved."""
-
-
-@pytest.mark.parametrize(
-    "config, settings",
-    [
-        ("dense.py", {"dropout": 0.1}),
-        ("sparse.py", {"attention_impl": "tiled"}),
-        ("sparse.py", {"constraint_gates": "sampled"}),
-    ],
-)
-def test_a_run_that_is_stopped_and_killed_everywhere_ends_bit_for_bit_like_one_that_is_not(
-    echo, config, settings, monkeypatch
-):
-    """Stopped after steps 1 and 33 (no evaluation steps), and killed before and after every single file that
-    it renames.
-    """
-    run(config, out_dir="out/whole", **settings)
-    again = {"out_dir": "out/again", **settings}
-
-    for steps in (1, 32):
-        with monkeypatch.context() as patch:
-            countdown = iter([False] * (steps - 1) + [True])
-            patch.setattr(
-                StopRequest,
-                "asked",
-                property(lambda self: next(countdown), lambda self, value: None),
-                raising=False,
-            )
-            with pytest.raises(SystemExit, match="To go on: python train.py"):
-                run(config, **again)
-    assert read_checkpoint("out/again/last.pt")["step"] == 33
-    run(config, **again)
-    finish = [("out/whole", "out/again")]
-
-    real = os.replace
-    for place in range(1, 40):
-        calls = []
-
-        def deadly(source, target):
-            calls.append(target)
-            if len(calls) == place and place % 2:
-                raise Killed
-            real(source, target)
-            if len(calls) == place:
-                raise Killed
-
-        again["out_dir"] = f"out/killed{place}"
-        with monkeypatch.context() as patch:
-            patch.setattr(os, "replace", deadly)
-            try:
-                run(config, **again)
-                break  # fewer files than that
-            except Killed:
-                finish.append(("out/whole", again["out_dir"]))
-        run(config, **again)
-    assert len(finish) > 8
-    for a, b in finish:
-        assert same(parameters(a), parameters(b)) and same(
-            parameters(a, "best.pt"), parameters(b, "best.pt")
-        ), b
-        for x, y in zip(metrics(a), metrics(b), strict=True):
-            assert {k: v for k, v in x.items() if k not in ("seconds", "tokens_per_second")} == {
-                k: v for k, v in y.items() if k not in ("seconds", "tokens_per_second")
-            }
-
-
-def test_a_run_that_goes_back_and_is_killed_near_its_end_ends_like_one_that_is_not(echo, monkeypatch):
-    """The last evaluation is the best, the one before it goes back to an earlier best.pt: killed before every
-    rename of the last two.
-    """
-    def judged(found, dense, target):  # as good as a coin, but the same for the same weights
-        return int(found["val"]["loss"] * 1e7) % 5 < 2
-
-    monkeypatch.setattr(judge, "meets_target", judged)
-    settings = {
-        "average_decay": 0.9,
-        "cycle_steps": 5,
-        "linear_penalty_steps": 2,
-        "max_steps": 40,
-        "eval_interval": 5,
-        "lambda_init": 1.0,
-        "seed": 2,
-        "init_from": run("dense.py", seed=2),
-    }
-    real, renamed = os.replace, []
-
-    def watched(source, target):
-        real(source, target)
-        renamed.append(os.path.basename(target))
-
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "replace", watched)
-        run("sparse.py", out_dir="out/whole", **settings)
-    lines = metrics("out/whole")
-    assert (
-        lines[-2]["goes_back"] and lines[-1]["passes"] and read_checkpoint("out/whole/best.pt")["step"] == 40
-    )
-    assert renamed[-3:] == ["best.pt.next", "last.pt", "best.pt"]
-
-    for place in range(len(renamed) - 5, len(renamed)):
-        done = []
-
-        def deadly(source, target):
-            if len(done) == place:
-                raise Killed
-            real(source, target)
-            done.append(target)
-
-        again = f"out/killed{place}"
-        with monkeypatch.context() as patch:
-            patch.setattr(os, "replace", deadly)
-            with pytest.raises(Killed):
-                run("sparse.py", out_dir=again, **settings)
-        run("sparse.py", out_dir=again, **settings)
-        for name in ("last.pt", "best.pt"):
-            assert same(parameters("out/whole", name), parameters(again, name)), (place, name)
-        assert not [name for name in os.listdir(again) if name.endswith(".next")]
-
-
-def start(*arguments):
-    return subprocess.Popen(
-        [sys.executable, f"{REPOSITORY}/train.py", *arguments],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
-
-
-def wait_for(condition, process, seconds=60):
-    for _ in range(seconds * 50):
-        if condition():
-            return
-        assert process.poll() is None, process.communicate()[1]
-        time.sleep(0.02)
-    raise AssertionError("waited in vain")
-
-
-def test_kill_minus_nine_and_ctrl_c_leave_a_run_that_continues(echo):
-    expected = run("sparse.py", max_steps=1000, eval_interval=50, out_dir="out/whole")
-    command = ["sparse.py", "--max_steps=1000", "--eval_interval=50", "--out_dir=out/killed"]
-    for number, evaluations in ((signal.SIGKILL, 2), (signal.SIGINT, 4), (signal.SIGTERM, 6)):
-        process = start(*command)
-        wait_for(
-            lambda: (
-                os.path.exists("out/killed/metrics.jsonl")
-                and len(open("out/killed/metrics.jsonl").readlines()) >= evaluations
-            ),
-            process,
-        )
-        process.send_signal(number)
-        _, errors = process.communicate(timeout=60)
-        assert process.returncode != 0 and "Traceback" not in errors
-        if number != signal.SIGKILL:
-            assert f"To go on: python train.py {' '.join(command)}" in errors
-    with open("out/killed/metrics.jsonl", "a") as f:
-        f.write('{"step": 4')  # what a kill in the middle of a line leaves
-    process = start(*command)
-    out, errors = process.communicate(timeout=120)
-    assert process.returncode == 0, errors
-    assert "open edges" in out  # the report's table at the end
-    assert same(parameters(expected), parameters("out/killed"))
-    assert [m["step"] for m in metrics("out/killed")] == list(range(0, 1001, 50))
-    report = json.load(open("out/killed/report.json"))
-    assert report["step"] == read_checkpoint("out/killed/best.pt")["step"]
-
-
-def test_a_finished_run_says_so_and_other_settings_are_refused(echo, capsys):
-    run("dense.py")
-    run("dense.py")
-    run("dense.py", lambda_max=8.0)  # no business of a dense run's
-    assert capsys.readouterr().out.count("out/dense is finished (60 steps)") == 2
-    with pytest.raises(
-        UserError, match="learning_rate 0.003 there, 0.001 here.*--out_dir=out/NEW.*--init_from=resume"
-    ):
-        run("dense.py", learning_rate=1e-3)
-    run("dense.py", init_from="resume", max_steps=80)
-    assert "changed settings: max_steps 60 there, 80 here" in capsys.readouterr().out
-    assert read_checkpoint("out/dense/last.pt")["step"] == 80
-    with pytest.raises(UserError, match="holds a run with another model or target"):
-        run("dense.py", init_from="resume", n_layer=3)
-    with pytest.raises(
-        UserError, match="holds a run with another model or target .*average_decay 0.0 there, 0.9 here"
-    ):
-        run("dense.py", init_from="resume", max_steps=100, average_decay=0.9)
-
-
-def test_a_run_that_cannot_start_from_its_parent_says_why(echo):
-    run("dense.py", max_steps=1)
-    with pytest.raises(UserError, match="n_layer=4, but out/dense/best.pt has n_layer=2"):
-        run("sparse.py", init_from="out/dense", n_layer=4)
-    with pytest.raises(UserError, match="no best.pt or last.pt in out/gone"):
-        run("sparse.py", init_from="out/gone")
-    run("sparse.py", init_from="out/dense", max_steps=1)
-    for target in ({}, {"target_from": "out/dense"}):
-        with pytest.raises(UserError, match="init_from=out/sparse is a gated run"):
-            run("sparse.py", init_from="out/sparse", out_dir="out/twice", **target)
-    # of another shape, but of the same rows: may set the target
-    run("dense.py", max_steps=1, n_embd=8, n_head=1, seed=2, out_dir="out/narrow")
-    run("sparse.py", max_steps=1, init_from="out/dense", target_from="out/narrow", out_dir="out/of-narrow")
-    with pytest.raises(UserError, match="a row of data/echo has 4 tokens, the model's block_size is 3"):
-        run("dense.py", block_size=3, out_dir="out/short")
-    with pytest.raises(UserError, match="was trained on tokens of 'echo', the data has those of 'addition'"):
-        run("sparse.py", init_from="out/dense", dataset="addition", out_dir="out/other")
-    # as nanoGPT's, say
-    torch.save(
-        {key: value for key, value in read_checkpoint("out/dense/last.pt").items() if key != "data"},
-        "unnamed.pt",
-    )
-    with pytest.raises(UserError, match="the model knows 9 tokens, data/addition has 13"):
-        run("sparse.py", init_from="unnamed.pt", dataset="addition", out_dir="out/other")
-
-
-def test_a_truncated_checkpoint_is_named_and_nothing_is_overwritten(echo):
-    run("dense.py", max_steps=20)
-    content = (echo / "out/dense/last.pt").read_bytes()
-    (echo / "out/dense/last.pt").write_bytes(content[:1000])
-    with pytest.raises(UserError, match="out/dense/last.pt cannot be read"):
-        run("dense.py", max_steps=20)
-    assert (echo / "out/dense/last.pt").read_bytes() == content[:1000]
-
-
-def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(echo, monkeypatch):
-    real = GPT.forward
-    calls = []
-
-    def overflowing(self, idx, targets=None, **options):
-        logits, loss, density = real(self, idx, targets, **options)
-        calls.append(self.training)
-        return logits, loss * float("nan") if sum(calls) == 30 else loss, density
-
-    monkeypatch.setattr(GPT, "forward", overflowing)
-    with pytest.raises(
-        UserError, match="the loss is nan, .* at step 29.*last.pt still holds.*--learning_rate="
-    ):
-        run("dense.py")
-    assert read_checkpoint("out/dense/last.pt")["step"] == 20
-    offending = json.load(open("out/dense/offending_batch.json"))
-    assert (
-        offending["step"] == 29
-        and offending["indices"] == np.random.default_rng((1, False, 29)).integers(0, 400, 32).tolist()
-    )
-    assert all(p.isfinite().all() for p in parameters("out/dense").values())
-
-
-def test_a_constraint_that_is_not_finite_stops_the_run_too(echo, monkeypatch):
-    """To Python max(-1, nan) is -1: lambda would take it for a loss far below its target."""
-    measured = Batches.mean_loss
-    monkeypatch.setattr(
-        Batches,
-        "mean_loss",
-        lambda self, step, model, *rest, **options: (
-            float("nan")
-            if step == 25 and model.config.gated
-            else measured(self, step, model, *rest, **options)
-        ),
-    )
-    with pytest.raises(UserError, match="the constraint nan at step 25"):
-        run("sparse.py", constraint_interval=1)
-    assert read_checkpoint("out/sparse/last.pt")["step"] == 20
-
-
-def test_a_best_checkpoint_that_was_not_written_any_more_is_written_later(echo):
-    """Killed between last.pt and best.pt, and gone on elsewhere, where the last digit of the loss is another.
-    """
-    run("dense.py", max_steps=20)
-    last = read_checkpoint("out/dense/last.pt")
-    last["best"][1] *= 1 - 1e-9
-    save_checkpoint("out/dense/last.pt", last)
-    os.remove("out/dense/best.pt")
-    run("dense.py", init_from="resume", max_steps=40, learning_rate=3.0)
-    assert (
-        read_checkpoint("out/dense/best.pt")["step"] == 20
-        and metrics("out/dense")[-1]["val_loss"] > last["best"][1] + 0.1
-    )
 
 
 def test_a_stream_of_tokens_trains_too(workplace):
@@ -511,47 +217,6 @@ def test_the_closest_evaluation_is_told_by_what_was_counted_for_all():
     assert met < in_training < too_large < held_out and not any(met)
 
 
-def test_folders_are_not_mixed_up(echo):
-    with pytest.raises(UserError, match="own folder and its parent's"):
-        run("sparse.py", out_dir="out/dense")
-    assert not os.path.exists("out")
-    run("dense.py")
-    os.remove("out/dense/last.pt")
-    with pytest.raises(UserError, match="best.pt but no last.pt"):
-        run("dense.py", learning_rate=1e-4)
-    (echo / "dense.py").write_text((echo / "dense.py").read_text() + "beta1 = 0.8\n")
-    os.remove("out/dense/best.pt")
-    run("dense.py")
-    (echo / "dense.py").write_text((echo / "dense.py").read_text().replace("0.8", "0.7"))
-    with pytest.raises(UserError, match="the parent, dense.py: out/dense holds a run with other settings"):
-        run("sparse.py")
-    with open("out/dense/config.json", "w") as f:
-        f.write("[1]")
-    with pytest.raises(UserError, match="out/dense/config.json is missing or damaged"):
-        run("dense.py")
-
-
-def test_resume_takes_over_what_was_not_typed_and_applies_what_was(echo):
-    run("dense.py", max_steps=20)
-    run(None, init_from="resume", out_dir="out/dense", max_steps=40, weight_decay=0.2, beta2=0.5)
-    config = json.load(open("out/dense/config.json"))
-    assert (config["max_steps"], config["batch_size"], config["init_from"]) == (40, 32, "scratch")
-    groups = read_checkpoint("out/dense/last.pt")["optimizer"]["param_groups"]
-    assert [g["weight_decay"] for g in groups] == [0.2, 0.0] and groups[0]["betas"] == (0.9, 0.5)
-
-
-def test_a_resumed_run_may_get_a_lower_cap_and_a_parent_keeps_its_own_files_settings(echo):
-    (echo / "dense.py").write_text((echo / "dense.py").read_text() + "dtype = 'bfloat16'\n")
-    run("sparse.py", max_steps=1)
-    assert (
-        json.load(open("out/dense/config.json"))["dtype"] == "bfloat16"
-        and json.load(open("out/sparse/config.json"))["dtype"] == "float32"
-    )
-    # measured at step 4
-    run(None, init_from="resume", out_dir="out/sparse", max_steps=6, lambda_init=2.0, lambda_max=2.0)
-    assert metrics("out/sparse")[-1]["lambda"] <= 2
-
-
 def test_learning_rate_warms_up_and_falls_to_its_minimum():
     c = Config(learning_rate=1.0, min_lr=0.1, warmup_steps=10, max_steps=110)
     assert get_lr(0, c) == 0.1 and get_lr(9, c) == 1.0 and get_lr(10, c) == 1.0
@@ -560,32 +225,6 @@ def test_learning_rate_warms_up_and_falls_to_its_minimum():
 
 # ------------------------------------------------------------------------------------------------------------
 # text: the hand-over, a teacher, another target, a control
-
-
-@pytest.fixture
-def counting(workplace):
-    """A stream in which every token is the one before plus 1 or 2, by a coin that its position tosses: a loss
-    above 0, a few edges needed.
-    """
-    tokens = (np.cumsum(np.random.default_rng(0).integers(1, 3, 6000)) % 10).astype(np.uint16)
-    prepare_data.write_dataset(
-        "data/count", tokens[:5000], tokens[5000:], kind="stream", vocab_size=10, tokenizer="digits"
-    )
-    shared = {k: v for k, v in SMALL.items() if k not in ("block_size", "n_layer", "n_head", "n_embd")} | {
-        "dataset": "count",
-        "eval_batches": 1,
-        "eval_batch_size": 50,
-    }
-    shape = {k: SMALL[k] for k in ("n_layer", "n_head", "n_embd")} | {"block_size": 8}
-    (workplace / "dense.py").write_text("".join(f"{k} = {v!r}\n" for k, v in (shared | shape).items()))
-    (workplace / "control.py").write_text(
-        "init_from = 'dense.py'\n" + "".join(f"{k} = {v!r}\n" for k, v in shared.items())
-    )
-    (workplace / "sparse.py").write_text(
-        (workplace / "control.py").read_text()
-        + "gated = True\nopen_above = 0.02\nconstraint_paired = True\nloss_slack = 0.02\n"
-    )
-    return workplace
 
 
 def test_a_control_goes_on_from_the_parent_in_another_order_and_can_set_the_target(counting):
@@ -626,30 +265,6 @@ def test_the_paired_constraint_is_free_of_the_batchs_luck(counting):
         )
     )[-1]
     assert abs(unpaired["constraint_loss"] - line["constraint_loss"]) > 1e-3
-
-
-def test_what_the_target_hangs_on_cannot_change_on_the_way(counting):
-    run("sparse.py", max_steps=10)
-    for changed in ({"open_above": 0.5}, {"constraint_margin": 0.3}, {"target_from": "out/nowhere"}):
-        with pytest.raises(UserError, match="another model or target"):
-            run("sparse.py", init_from="resume", max_steps=20, **changed)
-    parent = read_checkpoint("out/dense/best.pt")
-    # the parent becomes another behind its child's back, at the same step
-    next(iter(parent["model"].values()))[0, 0] += 1
-    save_checkpoint("out/dense/best.pt", parent)
-    with pytest.raises(
-        UserError, match="out/dense/best.pt holds other weights now than when out/sparse was begun"
-    ):
-        run("sparse.py", init_from="resume", max_steps=20)
-
-
-def test_an_evaluation_that_is_not_finite_leaves_the_last_good_checkpoint(counting):
-    with pytest.raises(
-        UserError, match="is nan at step|is inf at step|is nan, the gradient|is inf, the gradient"
-    ):
-        run("dense.py", learning_rate=1e30, eval_interval=1, max_steps=20, warmup_steps=0, grad_clip=0.0)
-    assert all(p.isfinite().all() for p in parameters("out/dense").values())
-    assert all(np.isfinite(m["val_loss"]) for m in metrics("out/dense"))
 
 
 def test_the_last_steps_without_noise(counting, monkeypatch):
@@ -695,19 +310,6 @@ def test_divergence_is_the_textbook_sum():
     assert divergence(teacher, teacher, targets).item() == pytest.approx(0, abs=1e-6)
 
 
-def test_other_data_than_the_run_began_with_is_refused(counting):
-    run("dense.py", max_steps=20)
-    tokens = np.zeros(5000, np.uint16)
-    prepare_data.write_dataset("data/count", tokens, tokens, kind="stream", vocab_size=10, tokenizer="digits")
-    with pytest.raises(UserError, match="data/count is not the data that out/dense was begun with"):
-        run("dense.py", init_from="resume", max_steps=40)
-    prepare_data.write_dataset(
-        "data/count", tokens, tokens, kind="stream", vocab_size=10, tokenizer="letters"
-    )
-    with pytest.raises(UserError, match="was trained on tokens of 'digits', the data has those of 'letters'"):
-        run("sparse.py", init_from="out/dense")
-
-
 def test_a_checkpoint_of_transformers_is_a_parent_and_resumes(counting):
     """What init_from='gpt2' does, with a tiny folder in GPT-2's place."""
     transformers = pytest.importorskip("transformers", reason="pip install -r tests/requirements.txt")
@@ -746,6 +348,7 @@ def test_bfloat16_trains_and_is_judged_in_float32(counting):
     assert half[-1]["tokens_per_second"] > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("impl", ["plain", "tiled"])
 def test_torch_compile_gives_the_same_run(counting, impl):
     run("sparse.py", max_steps=20, attention_impl=impl)
@@ -767,8 +370,8 @@ def test_the_ways_of_computing_attention_train_alike_and_the_choice_is_printed(c
         found[impl] = metrics(
             run(
                 "sparse.py",
-                max_steps=10,
-                noise_free_steps=10,
+                max_steps=2,
+                noise_free_steps=2,
                 attention_impl=impl,
                 device=device,
                 out_dir=f"out/{impl}",
@@ -779,32 +382,6 @@ def test_the_ways_of_computing_attention_train_alike_and_the_choice_is_printed(c
         assert found[impl]["val_loss"] == pytest.approx(found["plain"]["val_loss"], abs=1e-3) and found[impl][
             "open"
         ] == pytest.approx(found["plain"]["open"], abs=0.5)
-
-
-def test_triton_without_a_gpu_is_refused_before_anything_is_built(counting, monkeypatch):
-    run("dense.py", max_steps=5)
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    with pytest.raises(UserError, match="attention_impl='triton' needs a GPU"):
-        run("sparse.py", attention_impl="triton", device="cpu", init_from="out/dense")
-    assert not os.path.exists("out/sparse")
-
-
-def test_an_unready_parent_is_refused_and_a_ready_one_stops(echo):
-    """ready_loss: trained until all answers are right and the loss is low; until then no child starts from
-    it.
-    """
-    dense = (echo / "dense.py").read_text()
-    (echo / "dense.py").write_text(dense + "ready_loss = 0.05\n")
-    with pytest.raises(
-        UserError,
-        match="out/dense/best.pt is no parent yet: .*ready_loss=0.05.*--init_from=resume --max_steps=120",
-    ):
-        run("sparse.py")
-    run("dense.py", init_from="resume", max_steps=2000, learning_rate=1e-2)
-    last = read_checkpoint("out/dense/last.pt")
-    assert last["ready"] and last["step"] < 2000 and metrics("out/dense")[-1]["val_loss"] <= 0.05
-    run("sparse.py", init_from="out/dense", max_steps=20)
-    assert metrics("out/sparse")[-1]["step"] == 20
 
 
 def test_the_average_of_the_weights_is_what_is_judged_and_kept(echo):

@@ -99,6 +99,7 @@ def likelihoods(answers):
     return torch.tensor(questions, dtype=torch.float)
 
 
+@pytest.mark.slow
 def test_scores_are_those_of_the_harness_own_model(workplace, tasks):
     """Every answer's log-probability, perplexity and text, through transformers and through ours."""
     tokenizers = pytest.importorskip("tokenizers")
@@ -124,6 +125,7 @@ def test_scores_are_those_of_the_harness_own_model(workplace, tasks):
     assert said[0] == said[1]
 
 
+@pytest.mark.slow
 def test_dense_beside_sparse(workplace, tasks, capsys):
     shape = {"block_size": 64, "vocab_size": 256, "n_layer": 1, "n_head": 2, "n_embd": 16}
     os.makedirs("out/sparse")
@@ -153,6 +155,7 @@ def test_dense_beside_sparse(workplace, tasks, capsys):
     assert table == harness.benchmark(models, text.tokenizer("bytes"), "mine", 20, tasks)
 
 
+@pytest.mark.slow
 def test_of_a_run_with_adapters_both_are_one_model(workplace, tasks, monkeypatch):
     """An OLMo of half precision with adapters, the commonest run. It is loaded once, as it was judged.
 

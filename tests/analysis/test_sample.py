@@ -1,15 +1,13 @@
 """Text from a model, and what every token read."""
 
 import os
-import subprocess
-import sys
 
 import pytest
 import torch
 
 import analyze
 from analysis import sample
-from conftest import REPOSITORY
+from helpers import call
 from model import GPT, GPTConfig
 from models.checkpoint import checkpoint_of, save_checkpoint
 from storage import text
@@ -90,11 +88,10 @@ def run(workplace):
 
 def test_command_line(run, capsys):
     flags = ["--prompt=def f(", "--tokens=5", "--device=cpu"]
-    command = [sys.executable, f"{REPOSITORY}/analyze.py", "sample", run, *flags]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = call(analyze.main, "sample", run, *flags)
     assert done.returncode == 0 and done.stdout.startswith("def f("), done.stderr
-    assert subprocess.run(command, capture_output=True, text=True).stdout == done.stdout  # a seed
-    done = subprocess.run([*command, "--edges"], capture_output=True, text=True)
+    assert call(analyze.main, "sample", run, *flags).stdout == done.stdout  # a seed
+    done = call(analyze.main, "sample", run, *flags, "--edges")
     assert done.stdout.count(" edges\n") == 5 and sample.NEW not in done.stdout  # no colours into a pipe
 
 

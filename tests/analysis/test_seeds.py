@@ -2,31 +2,13 @@
 
 import json
 import os
-import subprocess
-import sys
 
 import pytest
 
 from analysis import seeds
 from analyze import main
-from conftest import REPOSITORY
-from helpers import run
+from helpers import call, run
 from storage.files import UserError
-
-
-def analyze(*arguments):
-    return subprocess.run(
-        [sys.executable, f"{REPOSITORY}/analyze.py", "seeds", *arguments], capture_output=True, text=True
-    )
-
-
-def status(arguments):
-    """The exit status of `analyze.py` with these arguments."""
-    try:
-        main(arguments)
-    except SystemExit as stop:
-        return stop.code
-    return 0
 
 
 def test_numbers_and_ranges():
@@ -94,7 +76,7 @@ def test_seeds_are_trained_skipped_and_compared(echo):
     with open("sparse.py", "a") as f:
         f.write("loss_slack = 0.5\ndevice = 'cpu'\n")  # easily met
     run("sparse.py", seed=2, max_steps=60)  # trained, and not reported yet
-    done = analyze("sparse.py", "--seeds=1-2", "--jobs=2")
+    done = call(main, "seeds", "sparse.py", "--seeds=1-2", "--jobs=2")
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert lines[0].split()[:2] == ["seed", "target"] and [line.split()[:2] for line in lines[1:3]] == [
@@ -122,25 +104,20 @@ def test_seeds_are_trained_skipped_and_compared(echo):
     assert found["summary"]["met"] == found["summary"]["of"] == 2 and os.path.exists("out/sparse-seed2.log")
 
     before = os.stat("out/sparse-seed2.log").st_size
-    # skipped
-    assert (
-        status(["seeds", "sparse.py", "--seeds=2"]) == 0 and os.stat("out/sparse-seed2.log").st_size == before
-    )
+    assert call(main, "seeds", "sparse.py", "--seeds=2").returncode == 0
+    assert os.stat("out/sparse-seed2.log").st_size == before  # skipped
     # with the time that the command took when it ran
     assert json.load(open("out/sparse-seeds.json"))["rows"] == [row]
 
 
-def test_a_seed_that_fails_or_misses_stays_in_the_table(echo, capsys):
+@pytest.mark.slow
+def test_a_seed_that_fails_or_misses_stays_in_the_table(echo):
     os.makedirs("out/sparse-learning_rate=0.5-loss_slack=0.0-max_steps=20")
     with open("out/sparse-learning_rate=0.5-loss_slack=0.0-max_steps=20/last.pt", "w") as f:
         f.write("no checkpoint")
-    assert (
-        status(
-            ["seeds", "sparse.py", "--seeds=1,2", "--learning_rate=0.5", "--max_steps=20", "--loss_slack=0.0"]
-        )
-        == 1
-    )
-    said = capsys.readouterr().out
+    settings = ["--learning_rate=0.5", "--max_steps=20", "--loss_slack=0.0"]
+    status, said, _ = call(main, "seeds", "sparse.py", "--seeds=1,2", *settings)
+    assert status == 1
     first, second = said.splitlines()[1:3]
     assert (
         first.split()[:2] == ["1", "FAILED"]
@@ -155,10 +132,12 @@ def test_a_seed_that_fails_or_misses_stays_in_the_table(echo, capsys):
     )
 
 
-def test_a_shape_reaches_the_parent_and_a_change_of_settings_is_not_taken_for_finished(echo, capsys):
+@pytest.mark.slow
+def test_a_shape_reaches_the_parent_and_a_change_of_settings_is_not_taken_for_finished(echo):
     with open("sparse.py", "a") as f:
         f.write("loss_slack = 0.5\ndevice = 'cpu'\n")
-    assert status(["seeds", "sparse.py", "--seeds=4", "--n_head=4", "--explain"]) == 0
+    done = call(main, "seeds", "sparse.py", "--seeds=4", "--n_head=4", "--explain")
+    assert done.returncode == 0
     assert (
         json.load(open("out/dense-n_head=4-seed4/config.json"))["n_head"]
         == json.load(open("out/sparse-n_head=4-seed4/config.json"))["n_head"]
@@ -167,7 +146,7 @@ def test_a_shape_reaches_the_parent_and_a_change_of_settings_is_not_taken_for_fi
     assert json.load(open("out/sparse-n_head=4-seeds.json"))["rows"][0]["parent_steps"] == 60
     assert (
         "out/sparse-n_head=4-seed4 is a gated run on echo: explain counts over sums"
-        in capsys.readouterr().out
+        in done.stdout
     )
     assert all(seeds.is_finished(*each) for each in seeds.runs_for("sparse.py", {"n_head": 4}, 4))
     with open("sparse.py", "a") as f:

@@ -4,8 +4,6 @@ seed, refusals that name what fits.
 
 import collections
 import os
-import subprocess
-import sys
 
 import pytest
 
@@ -13,6 +11,7 @@ import analyze
 from circuits import tasks
 from circuits.tasks import LOGIT, TASKS, fitting, make_pairs, vocabulary
 from conftest import REPOSITORY
+from helpers import call
 from storage.addition import ADDITION_TOKENS, addition_rows
 from storage.files import UserError
 
@@ -190,11 +189,7 @@ def test_a_pair_of_unequal_length_is_named(monkeypatch):
 
 def test_the_command_prints_pairs_and_what_there_is():
     def command(*arguments):
-        return subprocess.run(
-            [sys.executable, os.path.join(REPOSITORY, "analyze.py"), "tasks", *arguments],
-            capture_output=True,
-            text=True,
-        )
+        return call(analyze.main, "tasks", *arguments)
 
     assert "bracket" in command().stdout
     printed = command("quote", "--n=3").stdout

@@ -99,6 +99,7 @@ def test_widths_and_lengths(impl, T, D):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("impl", ["tiled", "triton"])
 @hypothesis.settings(
     max_examples=12, deadline=None, derandomize=True, suppress_health_check=list(hypothesis.HealthCheck)
@@ -230,7 +231,7 @@ def test_torch_accepts_the_operators_on_views_of_a_projection_as_in_model_py(imp
     )
 
 
-@pytest.mark.parametrize("impl", ["tiled", "triton"])
+@pytest.mark.parametrize("impl", ["tiled", pytest.param("triton", marks=pytest.mark.slow)])
 def test_inside_a_compiled_model_without_a_graph_break_under_autocast_and_checkpointing(impl):
     torch._dynamo.reset()
     device = DEVICE[impl]
@@ -410,6 +411,7 @@ print("compiled")
 """
 
 
+@pytest.mark.slow
 def test_the_kernels_compile_to_machine_code_and_fit_into_small_gpus(tmp_path):
     """The interpreter runs what a compiler may refuse. Triton brings its own compiler, which needs no GPU."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"} | {

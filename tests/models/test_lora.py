@@ -288,6 +288,7 @@ def test_it_goes_on_exactly(olmo, monkeypatch):
     assert all(torch.equal(whole["model"][name], parts["model"][name]) for name in whole["model"])
 
 
+@pytest.mark.slow
 def test_compiled_it_is_the_same_run(olmo):
     """One model runs with and without adapters and gates, and the compiler has to tell them apart."""
     theirs("Olmo", vocab_size=10, num_hidden_layers=1).save_pretrained("hf")

@@ -10,8 +10,9 @@ import pytest
 import torch
 from PIL import Image
 
+import analyze
 from conftest import REPOSITORY
-from helpers import run
+from helpers import call, run
 from models.checkpoint import load_checkpoint
 from prepare_data import load
 from storage.addition import AdditionTask
@@ -113,13 +114,9 @@ def test_the_loop_does_without_matplotlib():
     assert subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY).returncode == 0
 
 
-def test_the_report_makes_the_film(folder):
-    done = subprocess.run(
-        [sys.executable, f"{REPOSITORY}/analyze.py", "report", "out/whole"],
-        cwd=folder,
-        capture_output=True,
-        text=True,
-    )
+def test_the_report_makes_the_film(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    done = call(analyze.main, "report", "out/whole")
     assert done.returncode == 0, done.stderr
     lines = stored(folder / "out/whole")
     with Image.open(folder / "out/whole/flow.gif") as film:

@@ -94,6 +94,7 @@ def evaluate_of(run):
     return evaluate(load_checkpoint(f"{run}/last.pt"), prepare_data.load("count"), "val", 7, 5)["loss"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("adapters", [[], LORA], ids=["all weights", "LoRA"])
 def test_two_processes_with_half_a_model_each_do_what_one_does(parent, adapters):
     launch(1, *GATED, *adapters, "--out_dir=out/one")
@@ -128,6 +129,7 @@ def test_two_processes_with_half_a_model_each_do_what_one_does(parent, adapters)
     assert all(torch.allclose(a[name], b[name], atol=1e-4) for name in a)
 
 
+@pytest.mark.slow
 def test_the_closest_checkpoint_of_a_sharded_run_that_misses_its_target_is_whole(parent):
     """All gates are shut, and the learning rate makes it worse: the closest evaluation is one in the middle.
     """
@@ -150,6 +152,7 @@ def test_the_closest_checkpoint_of_a_sharded_run_that_misses_its_target_is_whole
     )
 
 
+@pytest.mark.slow
 def test_what_large_models_use_all_at_once(parent):
     """FSDP, blocks compiled and recomputed, adapters on frozen weights in half precision that are their own
     teacher: config/olmo_7b.py and more.
@@ -172,6 +175,7 @@ def test_what_large_models_use_all_at_once(parent):
             assert a[key] == b[key] or a[key] == pytest.approx(b[key], abs=5e-3), (a["step"], key)
 
 
+@pytest.mark.slow
 def test_a_sharded_run_that_is_killed_ends_like_one_that_is_not(parent):
     """kill -9 to all processes, at some moment after the first checkpoint, three times."""
     command = [
@@ -257,6 +261,7 @@ def test_a_sharded_run_that_was_stopped_is_no_model_yet(parent):
         load_checkpoint("out/run/last.pt")
 
 
+@pytest.mark.slow
 def test_a_checkpoint_without_its_shards_is_named(parent):
     launch(2, *RUN, *SHAPE, "--parallel=fsdp", "--out_dir=out/run")
     def resumed():

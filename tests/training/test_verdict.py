@@ -10,9 +10,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import analyze
 from conftest import REPOSITORY
-from helpers import run
+from helpers import call, run
 from models.checkpoint import read_checkpoint
+from train import main
 from training import verdict
 from training.settings import Config
 from training.verdict import advice, headline, learning, still_learning
@@ -193,9 +195,9 @@ def test_headlines():
     )
 
 
-def command(*arguments, script="train.py"):
+def command(*arguments):
     return subprocess.run(
-        [sys.executable, f"{REPOSITORY}/{script}", *arguments],
+        [sys.executable, f"{REPOSITORY}/train.py", *arguments],
         capture_output=True,
         text=True,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
@@ -232,14 +234,15 @@ def test_a_run_that_missed_says_so_first_draws_its_closest_and_exits_with_2(echo
         and Image.open("out/sparse/training.png").width > 200
         and os.path.exists("out/sparse/gates.png")
     )
-    assert command(*impossible).returncode == 2  # it is finished, and still has missed
-    again = command("report", "out/sparse", "out/dense", script="analyze.py")
+    assert call(main, *impossible).returncode == 2  # it is finished, and still has missed
+    again = call(analyze.main, "report", "out/sparse", "out/dense")
     assert again.returncode == 0 and again.stdout.startswith(
         "MISSED: no evaluation of out/sparse met its target"
     )
     assert again.stdout.splitlines()[1].startswith("out/dense: held-out loss")
 
 
+@pytest.mark.slow
 def test_an_unready_dense_run_exits_with_2_and_a_ready_one_with_0(echo):
     done = command("dense.py", "--ready_loss=0.01", "--device=cpu")
     assert (
@@ -261,6 +264,7 @@ def test_an_unready_dense_run_exits_with_2_and_a_ready_one_with_0(echo):
     assert json.load(open("out/dense/report.json"))["ready"] is True
 
 
+@pytest.mark.slow
 def test_the_other_processes_of_a_run_that_missed_come_to_their_end(echo):
     run("dense.py")
     done = subprocess.run(

@@ -1,0 +1,173 @@
+"""What cannot work is refused early, in words, and nothing is lost."""
+
+import json
+import os
+
+import numpy as np
+import pytest
+import torch
+
+import prepare_data
+from helpers import metrics, parameters, run
+from model import GPT
+from models.checkpoint import read_checkpoint, save_checkpoint
+from storage.files import UserError
+from training.batches import Batches
+
+
+def test_a_run_that_cannot_start_from_its_parent_says_why(echo):
+    run("dense.py", max_steps=1)
+    with pytest.raises(UserError, match="n_layer=4, but out/dense/best.pt has n_layer=2"):
+        run("sparse.py", init_from="out/dense", n_layer=4)
+    with pytest.raises(UserError, match="no best.pt or last.pt in out/gone"):
+        run("sparse.py", init_from="out/gone")
+    run("sparse.py", init_from="out/dense", max_steps=1)
+    for target in ({}, {"target_from": "out/dense"}):
+        with pytest.raises(UserError, match="init_from=out/sparse is a gated run"):
+            run("sparse.py", init_from="out/sparse", out_dir="out/twice", **target)
+    # of another shape, but of the same rows: may set the target
+    run("dense.py", max_steps=1, n_embd=8, n_head=1, seed=2, out_dir="out/narrow")
+    run("sparse.py", max_steps=1, init_from="out/dense", target_from="out/narrow", out_dir="out/of-narrow")
+    with pytest.raises(UserError, match="a row of data/echo has 4 tokens, the model's block_size is 3"):
+        run("dense.py", block_size=3, out_dir="out/short")
+    with pytest.raises(UserError, match="was trained on tokens of 'echo', the data has those of 'addition'"):
+        run("sparse.py", init_from="out/dense", dataset="addition", out_dir="out/other")
+    # as nanoGPT's, say
+    torch.save(
+        {key: value for key, value in read_checkpoint("out/dense/last.pt").items() if key != "data"},
+        "unnamed.pt",
+    )
+    with pytest.raises(UserError, match="the model knows 9 tokens, data/addition has 13"):
+        run("sparse.py", init_from="unnamed.pt", dataset="addition", out_dir="out/other")
+
+
+def test_a_truncated_checkpoint_is_named_and_nothing_is_overwritten(echo):
+    run("dense.py", max_steps=20)
+    content = (echo / "out/dense/last.pt").read_bytes()
+    (echo / "out/dense/last.pt").write_bytes(content[:1000])
+    with pytest.raises(UserError, match="out/dense/last.pt cannot be read"):
+        run("dense.py", max_steps=20)
+    assert (echo / "out/dense/last.pt").read_bytes() == content[:1000]
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(echo, monkeypatch):
+    real = GPT.forward
+    calls = []
+
+    def overflowing(self, idx, targets=None, **options):
+        logits, loss, density = real(self, idx, targets, **options)
+        calls.append(self.training)
+        return logits, loss * float("nan") if sum(calls) == 30 else loss, density
+
+    monkeypatch.setattr(GPT, "forward", overflowing)
+    with pytest.raises(
+        UserError, match="the loss is nan, .* at step 29.*last.pt still holds.*--learning_rate="
+    ):
+        run("dense.py")
+    assert read_checkpoint("out/dense/last.pt")["step"] == 20
+    offending = json.load(open("out/dense/offending_batch.json"))
+    assert (
+        offending["step"] == 29
+        and offending["indices"] == np.random.default_rng((1, False, 29)).integers(0, 400, 32).tolist()
+    )
+    assert all(p.isfinite().all() for p in parameters("out/dense").values())
+
+
+def test_a_constraint_that_is_not_finite_stops_the_run_too(echo, monkeypatch):
+    """To Python max(-1, nan) is -1: lambda would take it for a loss far below its target."""
+    measured = Batches.mean_loss
+    monkeypatch.setattr(
+        Batches,
+        "mean_loss",
+        lambda self, step, model, *rest, **options: (
+            float("nan")
+            if step == 25 and model.config.gated
+            else measured(self, step, model, *rest, **options)
+        ),
+    )
+    with pytest.raises(UserError, match="the constraint nan at step 25"):
+        run("sparse.py", constraint_interval=1)
+    assert read_checkpoint("out/sparse/last.pt")["step"] == 20
+
+
+def test_folders_are_not_mixed_up(echo):
+    with pytest.raises(UserError, match="own folder and its parent's"):
+        run("sparse.py", out_dir="out/dense")
+    assert not os.path.exists("out")
+    run("dense.py")
+    os.remove("out/dense/last.pt")
+    with pytest.raises(UserError, match="best.pt but no last.pt"):
+        run("dense.py", learning_rate=1e-4)
+    (echo / "dense.py").write_text((echo / "dense.py").read_text() + "beta1 = 0.8\n")
+    os.remove("out/dense/best.pt")
+    run("dense.py")
+    (echo / "dense.py").write_text((echo / "dense.py").read_text().replace("0.8", "0.7"))
+    with pytest.raises(UserError, match="the parent, dense.py: out/dense holds a run with other settings"):
+        run("sparse.py")
+    with open("out/dense/config.json", "w") as f:
+        f.write("[1]")
+    with pytest.raises(UserError, match="out/dense/config.json is missing or damaged"):
+        run("dense.py")
+
+
+def test_what_the_target_hangs_on_cannot_change_on_the_way(counting):
+    run("sparse.py", max_steps=10)
+    for changed in ({"open_above": 0.5}, {"constraint_margin": 0.3}, {"target_from": "out/nowhere"}):
+        with pytest.raises(UserError, match="another model or target"):
+            run("sparse.py", init_from="resume", max_steps=20, **changed)
+    parent = read_checkpoint("out/dense/best.pt")
+    # the parent becomes another behind its child's back, at the same step
+    next(iter(parent["model"].values()))[0, 0] += 1
+    save_checkpoint("out/dense/best.pt", parent)
+    with pytest.raises(
+        UserError, match="out/dense/best.pt holds other weights now than when out/sparse was begun"
+    ):
+        run("sparse.py", init_from="resume", max_steps=20)
+
+
+def test_an_evaluation_that_is_not_finite_leaves_the_last_good_checkpoint(counting):
+    with pytest.raises(
+        UserError, match="is nan at step|is inf at step|is nan, the gradient|is inf, the gradient"
+    ):
+        run("dense.py", learning_rate=1e30, eval_interval=1, max_steps=20, warmup_steps=0, grad_clip=0.0)
+    assert all(p.isfinite().all() for p in parameters("out/dense").values())
+    assert all(np.isfinite(m["val_loss"]) for m in metrics("out/dense"))
+
+
+def test_other_data_than_the_run_began_with_is_refused(counting):
+    run("dense.py", max_steps=20)
+    tokens = np.zeros(5000, np.uint16)
+    prepare_data.write_dataset("data/count", tokens, tokens, kind="stream", vocab_size=10, tokenizer="digits")
+    with pytest.raises(UserError, match="data/count is not the data that out/dense was begun with"):
+        run("dense.py", init_from="resume", max_steps=40)
+    prepare_data.write_dataset(
+        "data/count", tokens, tokens, kind="stream", vocab_size=10, tokenizer="letters"
+    )
+    with pytest.raises(UserError, match="was trained on tokens of 'digits', the data has those of 'letters'"):
+        run("sparse.py", init_from="out/dense")
+
+
+def test_triton_without_a_gpu_is_refused_before_anything_is_built(counting, monkeypatch):
+    run("dense.py", max_steps=5)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(UserError, match="attention_impl='triton' needs a GPU"):
+        run("sparse.py", attention_impl="triton", device="cpu", init_from="out/dense")
+    assert not os.path.exists("out/sparse")
+
+
+def test_an_unready_parent_is_refused_and_a_ready_one_stops(echo):
+    """ready_loss: trained until all answers are right and the loss is low; until then no child starts from
+    it.
+    """
+    dense = (echo / "dense.py").read_text()
+    (echo / "dense.py").write_text(dense + "ready_loss = 0.05\n")
+    with pytest.raises(
+        UserError,
+        match="out/dense/best.pt is no parent yet: .*ready_loss=0.05.*--init_from=resume --max_steps=120",
+    ):
+        run("sparse.py")
+    run("dense.py", init_from="resume", max_steps=2000, learning_rate=1e-2)
+    last = read_checkpoint("out/dense/last.pt")
+    assert last["ready"] and last["step"] < 2000 and metrics("out/dense")[-1]["val_loss"] <= 0.05
+    run("sparse.py", init_from="out/dense", max_steps=20)
+    assert metrics("out/sparse")[-1]["step"] == 20

@@ -1,0 +1,243 @@
+"""A run that is stopped, killed or gone on with ends like one that is not."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from conftest import REPOSITORY
+from helpers import metrics, parameters, run, same
+from models.checkpoint import read_checkpoint, save_checkpoint
+from storage.files import UserError
+from training import judge
+from training.folder import StopRequest
+
+
+class Killed(BaseException):
+    """Stands for kill -9: nothing catches it, nothing is saved."""
+
+
+@pytest.mark.parametrize(
+    "config, settings",
+    [
+        ("dense.py", {"dropout": 0.1}),
+        ("sparse.py", {"attention_impl": "tiled"}),
+        ("sparse.py", {"constraint_gates": "sampled"}),
+    ],
+)
+def test_a_run_that_is_stopped_and_killed_everywhere_ends_bit_for_bit_like_one_that_is_not(
+    echo, config, settings, monkeypatch
+):
+    """Stopped after steps 1 and 33 (no evaluation steps), and killed before and after every single file that
+    it renames.
+    """
+    run(config, out_dir="out/whole", **settings)
+    again = {"out_dir": "out/again", **settings}
+
+    for steps in (1, 32):
+        with monkeypatch.context() as patch:
+            countdown = iter([False] * (steps - 1) + [True])
+            patch.setattr(
+                StopRequest,
+                "asked",
+                property(lambda self: next(countdown), lambda self, value: None),
+                raising=False,
+            )
+            with pytest.raises(SystemExit, match="To go on: python train.py"):
+                run(config, **again)
+    assert read_checkpoint("out/again/last.pt")["step"] == 33
+    run(config, **again)
+    finish = [("out/whole", "out/again")]
+
+    real = os.replace
+    for place in range(1, 40):
+        calls = []
+
+        def deadly(source, target):
+            calls.append(target)
+            if len(calls) == place and place % 2:
+                raise Killed
+            real(source, target)
+            if len(calls) == place:
+                raise Killed
+
+        again["out_dir"] = f"out/killed{place}"
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "replace", deadly)
+            try:
+                run(config, **again)
+                break  # fewer files than that
+            except Killed:
+                finish.append(("out/whole", again["out_dir"]))
+        run(config, **again)
+    assert len(finish) > 8
+    for a, b in finish:
+        assert same(parameters(a), parameters(b)) and same(
+            parameters(a, "best.pt"), parameters(b, "best.pt")
+        ), b
+        for x, y in zip(metrics(a), metrics(b), strict=True):
+            assert {k: v for k, v in x.items() if k not in ("seconds", "tokens_per_second")} == {
+                k: v for k, v in y.items() if k not in ("seconds", "tokens_per_second")
+            }
+
+
+def test_a_run_that_goes_back_and_is_killed_near_its_end_ends_like_one_that_is_not(echo, monkeypatch):
+    """The last evaluation is the best, the one before it goes back to an earlier best.pt: killed before every
+    rename of the last two.
+    """
+    def judged(found, dense, target):  # as good as a coin, but the same for the same weights
+        return int(found["val"]["loss"] * 1e7) % 5 < 2
+
+    monkeypatch.setattr(judge, "meets_target", judged)
+    settings = {
+        "average_decay": 0.9,
+        "cycle_steps": 5,
+        "linear_penalty_steps": 2,
+        "max_steps": 40,
+        "eval_interval": 5,
+        "lambda_init": 1.0,
+        "seed": 2,
+        "init_from": run("dense.py", seed=2),
+    }
+    real, renamed = os.replace, []
+
+    def watched(source, target):
+        real(source, target)
+        renamed.append(os.path.basename(target))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", watched)
+        run("sparse.py", out_dir="out/whole", **settings)
+    lines = metrics("out/whole")
+    assert (
+        lines[-2]["goes_back"] and lines[-1]["passes"] and read_checkpoint("out/whole/best.pt")["step"] == 40
+    )
+    assert renamed[-3:] == ["best.pt.next", "last.pt", "best.pt"]
+
+    for place in range(len(renamed) - 5, len(renamed)):
+        done = []
+
+        def deadly(source, target):
+            if len(done) == place:
+                raise Killed
+            real(source, target)
+            done.append(target)
+
+        again = f"out/killed{place}"
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "replace", deadly)
+            with pytest.raises(Killed):
+                run("sparse.py", out_dir=again, **settings)
+        run("sparse.py", out_dir=again, **settings)
+        for name in ("last.pt", "best.pt"):
+            assert same(parameters("out/whole", name), parameters(again, name)), (place, name)
+        assert not [name for name in os.listdir(again) if name.endswith(".next")]
+
+
+def start(*arguments):
+    return subprocess.Popen(
+        [sys.executable, f"{REPOSITORY}/train.py", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+
+
+def wait_for(condition, process, seconds=60):
+    for _ in range(seconds * 50):
+        if condition():
+            return
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.02)
+    raise AssertionError("waited in vain")
+
+
+@pytest.mark.slow
+def test_kill_minus_nine_and_ctrl_c_leave_a_run_that_continues(echo):
+    expected = run("sparse.py", max_steps=1000, eval_interval=50, out_dir="out/whole")
+    command = ["sparse.py", "--max_steps=1000", "--eval_interval=50", "--out_dir=out/killed"]
+    for number, evaluations in ((signal.SIGKILL, 2), (signal.SIGINT, 4), (signal.SIGTERM, 6)):
+        process = start(*command)
+        wait_for(
+            lambda: (
+                os.path.exists("out/killed/metrics.jsonl")
+                and len(open("out/killed/metrics.jsonl").readlines()) >= evaluations
+            ),
+            process,
+        )
+        process.send_signal(number)
+        _, errors = process.communicate(timeout=60)
+        assert process.returncode != 0 and "Traceback" not in errors
+        if number != signal.SIGKILL:
+            assert f"To go on: python train.py {' '.join(command)}" in errors
+    with open("out/killed/metrics.jsonl", "a") as f:
+        f.write('{"step": 4')  # what a kill in the middle of a line leaves
+    process = start(*command)
+    out, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    assert "open edges" in out  # the report's table at the end
+    assert same(parameters(expected), parameters("out/killed"))
+    assert [m["step"] for m in metrics("out/killed")] == list(range(0, 1001, 50))
+    report = json.load(open("out/killed/report.json"))
+    assert report["step"] == read_checkpoint("out/killed/best.pt")["step"]
+
+
+def test_a_finished_run_says_so_and_other_settings_are_refused(echo, capsys):
+    run("dense.py")
+    run("dense.py")
+    run("dense.py", lambda_max=8.0)  # no business of a dense run's
+    assert capsys.readouterr().out.count("out/dense is finished (60 steps)") == 2
+    with pytest.raises(
+        UserError, match="learning_rate 0.003 there, 0.001 here.*--out_dir=out/NEW.*--init_from=resume"
+    ):
+        run("dense.py", learning_rate=1e-3)
+    run("dense.py", init_from="resume", max_steps=80)
+    assert "changed settings: max_steps 60 there, 80 here" in capsys.readouterr().out
+    assert read_checkpoint("out/dense/last.pt")["step"] == 80
+    with pytest.raises(UserError, match="holds a run with another model or target"):
+        run("dense.py", init_from="resume", n_layer=3)
+    with pytest.raises(
+        UserError, match="holds a run with another model or target .*average_decay 0.0 there, 0.9 here"
+    ):
+        run("dense.py", init_from="resume", max_steps=100, average_decay=0.9)
+
+
+def test_a_best_checkpoint_that_was_not_written_any_more_is_written_later(echo):
+    """Killed between last.pt and best.pt, and gone on elsewhere, where the last digit of the loss is another.
+    """
+    run("dense.py", max_steps=20)
+    last = read_checkpoint("out/dense/last.pt")
+    last["best"][1] *= 1 - 1e-9
+    save_checkpoint("out/dense/last.pt", last)
+    os.remove("out/dense/best.pt")
+    run("dense.py", init_from="resume", max_steps=40, learning_rate=3.0)
+    assert (
+        read_checkpoint("out/dense/best.pt")["step"] == 20
+        and metrics("out/dense")[-1]["val_loss"] > last["best"][1] + 0.1
+    )
+
+
+def test_resume_takes_over_what_was_not_typed_and_applies_what_was(echo):
+    run("dense.py", max_steps=20)
+    run(None, init_from="resume", out_dir="out/dense", max_steps=40, weight_decay=0.2, beta2=0.5)
+    config = json.load(open("out/dense/config.json"))
+    assert (config["max_steps"], config["batch_size"], config["init_from"]) == (40, 32, "scratch")
+    groups = read_checkpoint("out/dense/last.pt")["optimizer"]["param_groups"]
+    assert [g["weight_decay"] for g in groups] == [0.2, 0.0] and groups[0]["betas"] == (0.9, 0.5)
+
+
+def test_a_resumed_run_may_get_a_lower_cap_and_a_parent_keeps_its_own_files_settings(echo):
+    (echo / "dense.py").write_text((echo / "dense.py").read_text() + "dtype = 'bfloat16'\n")
+    run("sparse.py", max_steps=1)
+    assert (
+        json.load(open("out/dense/config.json"))["dtype"] == "bfloat16"
+        and json.load(open("out/sparse/config.json"))["dtype"] == "float32"
+    )
+    # measured at step 4
+    run(None, init_from="resume", out_dir="out/sparse", max_steps=6, lambda_init=2.0, lambda_max=2.0)
+    assert metrics("out/sparse")[-1]["lambda"] <= 2
