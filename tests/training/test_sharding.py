@@ -177,7 +177,7 @@ def test_what_large_models_use_all_at_once(parent):
 
 @pytest.mark.slow
 def test_a_sharded_run_that_is_killed_ends_like_one_that_is_not(parent):
-    """kill -9 to all processes, at some moment after the first checkpoint, three times."""
+    """kill -9 to all processes, at some moment after the first checkpoint, twice."""
     command = [
         sys.executable,
         "-m",
@@ -190,7 +190,7 @@ def test_a_sharded_run_that_is_killed_ends_like_one_that_is_not(parent):
         "--parallel=fsdp",
     ]
     launch(2, *GATED, "--max_steps=30", "--parallel=fsdp", "--out_dir=out/whole")
-    for wanted in (2, 9, 17):
+    for wanted in (2, 17):
         process = subprocess.Popen(
             [*command, "--out_dir=out/again"],
             stdout=subprocess.DEVNULL,
