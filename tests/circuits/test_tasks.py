@@ -8,7 +8,7 @@ import os
 import pytest
 
 import analyze
-from circuits import tasks
+from circuits import prompts, tasks
 from circuits.tasks import LOGIT, TASKS, fitting, make_pairs, vocabulary
 from conftest import REPOSITORY
 from helpers import call
@@ -35,11 +35,9 @@ def decode(name):
         import tiktoken
 
         return tiktoken.get_encoding("gpt2").decode
-    return (
-        (lambda ids: bytes(ids).decode())
-        if name == "bytes"
-        else lambda ids: "".join(tasks.SYMBOLS[i] for i in ids)
-    )
+    if name == "bytes":
+        return lambda ids: bytes(ids).decode()
+    return lambda ids: "".join(ADDITION_TOKENS[i] for i in ids)
 
 
 @pytest.mark.parametrize("task, name", cases())
@@ -95,7 +93,7 @@ def test_words_that_split_are_left_out():
     def encode(text):
         return [0, 1] if "a" in text.lower() else [0]
 
-    assert tasks.one_token(["Bob", "Anna", "Tim"], encode) == ["Bob", "Tim"]
+    assert prompts.one_token(["Bob", "Anna", "Tim"], encode) == ["Bob", "Tim"]
 
 
 @pytest.mark.parametrize("name", [pytest.param("gpt2", marks=needs_gpt2), "bytes"])
@@ -142,7 +140,6 @@ def test_copy_is_induction_and_its_twin_has_nothing_to_copy():
 
 
 def test_sums_are_right_and_written_as_the_model_reads_them():
-    assert tuple(tasks.SYMBOLS) == tuple(ADDITION_TOKENS)
     show = decode("addition")
     for task in ("addition", "carry"):
         for pair in make_pairs(task, 100, 1, vocabulary("addition"))[0]:
@@ -209,7 +206,9 @@ def test_the_task_that_the_docs_add_works(monkeypatch):
         )
     assert len(code.splitlines()) <= 20
     monkeypatch.setattr(tasks, "TASKS", dict(TASKS))
-    exec(code, vars(tasks))
+    function, line = code.split("\n\n")
+    exec(function, vars(prompts))
+    exec(line, vars(tasks))
     pairs, metric = make_pairs("triple", 20, 1, vocabulary("bytes"))
     assert metric == "logit difference" and "triple" in fitting("bytes")
     for pair in pairs:
@@ -219,7 +218,7 @@ def test_the_task_that_the_docs_add_works(monkeypatch):
             and len(pair.clean) == len(pair.corrupted)
             and pair.right != pair.wrong
         )
-    del tasks.triple
+    del prompts.triple
 
 
 @needs_gpt2
