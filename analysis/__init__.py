@@ -4,7 +4,8 @@
 2. explain.py  when every edge of an addition model opens, and what for; ask.py: one sum
 3. seeds.py    the same run with many seeds
 4. sample.py   text, and what every token read; benchmark.py: standard benchmarks
-5. bench.py    how fast the gate is; split.py: where a run's seconds go; plan.py: memory and time for OLMo
+5. bench.py    how fast the gate is; bench_model.py: a whole model; stopwatch.py; split.py: where a run's
+               seconds go; plan.py: memory and time for OLMo
 
 Imports everything but train and analyze.
 """

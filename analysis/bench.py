@@ -13,39 +13,29 @@
                                                        (hrpan/splash_attention), in a folder or installed ('')
 
 Everything is written to out/bench/ as well: bench.json, and bench.png for --lengths. A time is the median of
---repeats calls, with the quartiles behind it. A ratio compares medians of one run, whose ways take turns, so
-that a noisy machine is noisy for all. Memory is what a call needs beyond its inputs, at its peak (on a CPU
-only Linux tells).
+--repeats calls, a ratio compares medians of one run (stopwatch.py). Whole models: bench_model.py.
 
 Notable: the open edges of a post-trained model lie together, near the diagonal, and so do the ones here. q
 and k are waves of the position: scores depend on the distance, and edges open up to some distance. Gates are
 sampled, as in training; far edges are shut beyond luck.
 """
 
-import ctypes
 import functools
 import json
 import math
 import os
 import statistics
 import sys
-import time
 
 import torch
 import torch._inductor.config
-from torch._dynamo.utils import counters
 from torch.nn import functional as F
 
+from analysis.bench_model import SHAPES, circuits, whole_model
+from analysis.stopwatch import measure, row_of
 from fast.dispatch import choose_impl
 from gate import gated_attention
-from model import GPT, GPTConfig
 from training import hardware
-from training.distillation import divergence
-
-SHAPES = {
-    "stdlib": dict(vocab_size=256, n_layer=4, n_head=16, n_embd=128, block_size=128),
-    "gpt2": dict(vocab_size=50304),
-}
 
 
 def make_inputs(B, H, T, D, share, dtype, device):
@@ -108,64 +98,6 @@ def ways(device, T, D, dtype, splash):
     return found
 
 
-def wait(device):
-    if device.startswith("cuda"):
-        torch.cuda.synchronize()
-
-
-def peak_memory(call, device):
-    """Bytes that a call needs at its peak beyond what is there before; None where nobody tells."""
-    wait(device)
-    if device.startswith("cuda"):
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        call()
-        return torch.cuda.max_memory_allocated() - before
-    if not sys.platform.startswith("linux"):
-        return None
-    # what an earlier call has freed is given back, so that it counts again
-    ctypes.CDLL("libc.so.6").malloc_trim(0)
-    with open("/proc/self/clear_refs", "w") as f:
-        f.write("5")  # resets VmHWM, the high-water mark
-    before = from_status("VmRSS")
-    call()
-    return max(0, from_status("VmHWM") - before)
-
-
-def from_status(key):
-    with open("/proc/self/status") as f:
-        return next(int(line.split()[1]) * 1024 for line in f if line.startswith(key + ":"))
-
-
-def measure(calls, device, repeats):
-    """{name: call} -> {name: (times in ms, sorted; peak bytes)}. Calls take turns.
-
-    A call that runs out of memory is left out.
-    """
-    results, memory = {}, {}
-    for name, call in calls.items():
-        try:
-            call()  # compiles
-            call()
-            memory[name] = peak_memory(call, device)
-            results[name] = []
-        except RuntimeError as error:  # torch.OutOfMemoryError is one; on a CPU the allocator names itself
-            if not isinstance(error, torch.OutOfMemoryError) and "DefaultCPUAllocator" not in str(error):
-                raise
-            print(f"{name}: out of memory")
-    # a GPU is given work ahead, as in training: else one would time Python
-    in_a_row = 1 if device == "cpu" else 10
-    for _ in range(repeats):
-        for name in results:
-            wait(device)
-            began = time.perf_counter()
-            for _ in range(in_a_row):
-                calls[name]()
-            wait(device)
-            results[name].append(1000 * (time.perf_counter() - began) / in_a_row)
-    return {name: (sorted(times), memory[name]) for name, times in results.items()}
-
-
 def attention(options, device, T, share):
     """Rows of the table for one length and one share of open edges."""
     dtype = getattr(torch, options.dtype)
@@ -199,19 +131,6 @@ def attention(options, device, T, share):
     return rows
 
 
-def row_of(T, share, way, times, memory, forward_ms=None, mfu=None):
-    """One line of the table and of bench.json.
-
-    share    of open edges; None for a whole model
-    times    in ms, sorted
-    memory   in bytes, or None
-    mfu      see `used`
-    """
-    return {"T": T, "open": share, "way": way, "forward_ms": forward_ms, "ms": statistics.median(times),
-            "quartiles_ms": [times[len(times) // 4], times[3 * len(times) // 4]],
-            "memory_mb": None if memory is None else memory / 1e6, "mfu": mfu}
-
-
 def floor_of(B, H, T, D, dtype, device):
     """What no kernel can avoid, in words.
 
@@ -227,109 +146,6 @@ def floor_of(B, H, T, D, dtype, device):
         words += (f"; at the data sheet's {peak / 1e12:.0f} TFLOP/s "
                   f"the products take {7 * product / peak * 1000:.3f} ms")
     return words
-
-
-def training_steps(options, device, name):
-    """{way: (training step, its FLOP)} of a whole model: forward, backward, AdamW, compiled.
-
-    The ways: dense; gated; gated with a dense teacher, as with train.py's distill_weight.
-    """
-    shape = SHAPES[name]
-    context = shape.get("block_size", 1024)
-    x = torch.randint(0, shape["vocab_size"], (options.B, context), device=device)
-    autocast, _ = hardware.precision("auto", device)
-
-    def built(gated, impl):
-        model = GPT(GPTConfig(**shape, gated=gated, gate_bias=options.gate_bias)).to(device)
-        model.attention_impl = impl
-        return model, torch.compile(model) if gated or device != "cpu" else model
-
-    def step_of(gated, impl, teacher=None):
-        model, network = built(gated, impl)
-        optimizer = torch.optim.AdamW(model.parameters(), fused=True)
-
-        def step():
-            with autocast():
-                logits, loss, density = network(x, x)
-                if teacher is not None:
-                    with torch.no_grad():
-                        taught = teacher(x)[0]
-                    loss = loss + divergence(logits, taught, x)
-            (loss + density).backward()
-            optimizer.step()
-            optimizer.zero_grad()
-
-        passes = 3 if teacher is None else 4  # a forward pass is a third of a step
-        return step, model.flops_per_token(context) / 3 * x.numel() * passes
-
-    config = GPTConfig(**shape)
-    matrices = config.n_layer * config.n_head * options.B * context**2 * 4  # bytes of T x T in float32
-    fast = "tiled" if device == "cpu" else "triton"
-    steps = {f"{name}, dense": step_of(False, "auto"), f"{name}, {fast}": step_of(True, fast)}
-    if 3 * matrices < options.most_memory * 1e9:
-        steps[f"{name}, plain"] = step_of(True, "plain")
-    _, teacher = built(False, "auto")
-    steps[f"{name}, {fast}, taught"] = step_of(True, fast, teacher)
-    return steps
-
-
-def whole_model(options, device, name):
-    """Rows of the table for a training step of a whole model."""
-    steps = training_steps(options, device, name)
-    counters["graph_break"].clear()
-    found = measure({way: step for way, (step, _) in steps.items()}, device, options.repeats)
-    print(f"graph breaks: {dict(counters['graph_break']) or 'none'}")
-    context = SHAPES[name].get("block_size", 1024)
-    rows = []
-    for way, (times, memory) in found.items():
-        _, flop = steps[way]
-        share_of_peak = used(flop, statistics.median(times), device)
-        rows.append(row_of(context, None, way, times, memory, mfu=share_of_peak))
-    return rows
-
-
-def used(flop, ms, device):
-    """Share of the data sheet's bf16 FLOP/s that a step gets; None where no data sheet is known.
-
-    flop: of the step, counted as for dense attention; ms: how long it took.
-    """
-    peak = hardware.peak_flops(device)
-    return flop / (ms / 1000) / peak if peak else None
-
-
-def circuits(device):
-    """Time and memory of circuits/attribution.py on a model of GPT-2's size, printed.
-
-    First the scores of all edges, then the explained effects of 30 circuits.
-    """
-    from circuits.attribution import attribute_edges, best_edges, effects, sizes
-    from circuits.graph import Graph
-    from circuits.tasks import LOGIT, Pair
-
-    torch.manual_seed(0)
-    model = GPT(GPTConfig(**SHAPES["gpt2"])).to(device).eval()
-    prompts = torch.randint(0, 50000, (2, 64, 20)).tolist()
-    pairs = [Pair(clean, other, [19], [[1]], [[2]]) for clean, other in zip(*prompts)]
-    graph, found = Graph(12, 12), {}
-
-    def score_edges():
-        found["scores"] = attribute_edges(model, pairs, LOGIT)
-
-    def measure_circuits():
-        of_all_sizes = [graph.on_paths(best_edges(found["scores"], graph.edges, n)) for n in sizes(32491)]
-        effects(model, pairs, LOGIT, of_all_sizes, batch_size=16)
-
-    time_call("scores of 32,491 edges (EAP), 64 pairs", score_edges, device)
-    time_call("30 circuits, 64 pairs", measure_circuits, device)
-
-
-def time_call(name, call, device):
-    """Print how long one call takes, and how much memory."""
-    began = time.perf_counter()
-    memory = peak_memory(call, device)
-    seconds = time.perf_counter() - began
-    beyond = "" if memory is None else f", {memory / 1e9:.2f} GB beyond the model"
-    print(f"{name}: {seconds:.1f} s{beyond}")
 
 
 def show(rows):

@@ -97,18 +97,8 @@ def gate_tile(left, right, i, j, scale, bias, row_codes, column_codes, NOISE: tl
 
 @triton.jit
 def gradient_tile(
-    s,
-    share,
-    odds,
-    gate,
-    p,
-    dy,
-    v,
-    delta,
-    dpenalty,
-    SAMPLE: tl.constexpr,
-    TEMPERATURE: tl.constexpr,
-    LINEAR: tl.constexpr,
+    s, share, odds, gate, p, dy, v, delta, dpenalty,
+    SAMPLE: tl.constexpr, TEMPERATURE: tl.constexpr, LINEAR: tl.constexpr,
 ):
     """e, the gradient of the scores of a tile, and p where gates are open.
 
@@ -131,32 +121,10 @@ def gradient_tile(
 # --- the three kernels --------------------------------------------------------------------------------------
 @triton.jit
 def forward_kernel(
-    q,
-    k,
-    v,
-    y,
-    lse,
-    penalty,
-    bias,
-    seed,
-    q_b,
-    q_h,
-    q_t,
-    k_b,
-    k_h,
-    k_t,
-    v_b,
-    v_h,
-    v_t,
-    H,
-    T,
-    scale,
-    D: tl.constexpr,
-    WIDTH: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    NOISE: tl.constexpr,
-    LINEAR: tl.constexpr,
+    q, k, v, y, lse, penalty, bias, seed,
+    q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, H, T, scale,
+    D: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    NOISE: tl.constexpr, LINEAR: tl.constexpr,
 ):
     # the longest rows first, so that none is left alone at the end
     head, tile = tl.program_id(0), tl.num_programs(1) - 1 - tl.program_id(1)
@@ -171,25 +139,16 @@ def forward_kernel(
 
     for start in range(0, tl.minimum((tile + 1) * ROWS, T), COLUMNS):
         j = start + tl.arange(0, COLUMNS)
+        k_there = (j < T)[None, :] & (d < D)[:, None]
+        v_there = (j < T)[:, None] & (d < D)[None, :]
         # (WIDTH, COLUMNS)
-        k_tile = tl.load(
-            k + b * k_b + h * k_h + j[None, :] * k_t + d[:, None], (j < T)[None, :] & (d < D)[:, None], 0.0
-        )
+        k_tile = tl.load(k + b * k_b + h * k_h + j[None, :] * k_t + d[:, None], k_there, 0.0)
         column_codes = codes(seed + 1, head, j) if NOISE else j
         # (COLUMNS, WIDTH); on its way early
-        v_tile = tl.load(
-            v + b * v_b + h * v_h + j[:, None] * v_t + d[None, :], (j < T)[:, None] & (d < D)[None, :], 0.0
-        )
+        v_tile = tl.load(v + b * v_b + h * v_h + j[:, None] * v_t + d[None, :], v_there, 0.0)
         a, s, share, _, gate = gate_tile(
-            q_tile,
-            k_tile,
-            i[:, None],
-            j[None, :],
-            scale,
-            head_bias,
-            row_codes[:, None],
-            column_codes[None, :],
-            NOISE,
+            q_tile, k_tile, i[:, None], j[None, :], scale, head_bias,
+            row_codes[:, None], column_codes[None, :], NOISE,
         )
         if LINEAR:
             share = tl.where(s > 0, 0.5 + s / 4, share)
@@ -212,37 +171,10 @@ def forward_kernel(
 
 @triton.jit
 def dq_kernel(
-    q,
-    k,
-    v,
-    y,
-    dy,
-    dq,
-    lse,
-    delta,
-    dpenalty,
-    bias,
-    seed,
-    q_b,
-    q_h,
-    q_t,
-    k_b,
-    k_h,
-    k_t,
-    v_b,
-    v_h,
-    v_t,
-    H,
-    T,
-    scale,
-    D: tl.constexpr,
-    WIDTH: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    SAMPLE: tl.constexpr,
-    TEMPERATURE: tl.constexpr,
-    NOISE: tl.constexpr,
-    LINEAR: tl.constexpr,
+    q, k, v, y, dy, dq, lse, delta, dpenalty, bias, seed,
+    q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, H, T, scale,
+    D: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    SAMPLE: tl.constexpr, TEMPERATURE: tl.constexpr, NOISE: tl.constexpr, LINEAR: tl.constexpr,
 ):
     head, tile = tl.program_id(0), tl.num_programs(1) - 1 - tl.program_id(1)
     b, h = (head // H).to(tl.int64), head % H
@@ -267,15 +199,8 @@ def dq_kernel(
         v_tile = tl.load(v + b * v_b + h * v_h + j[None, :] * v_t + d[:, None], there, 0.0)
         column_codes = codes(seed + 1, head, j) if NOISE else j
         a, s, share, odds, gate = gate_tile(
-            q_tile,
-            k_tile,
-            i[:, None],
-            j[None, :],
-            scale,
-            head_bias,
-            row_codes[:, None],
-            column_codes[None, :],
-            NOISE,
+            q_tile, k_tile, i[:, None], j[None, :], scale, head_bias,
+            row_codes[:, None], column_codes[None, :], NOISE,
         )
         p = exp(a - lse_i[:, None])
         e, _ = gradient_tile(
@@ -288,37 +213,10 @@ def dq_kernel(
 
 @triton.jit
 def dkdv_kernel(
-    q,
-    k,
-    v,
-    dy,
-    dk,
-    dv,
-    lse,
-    delta,
-    dpenalty,
-    bias,
-    seed,
-    q_b,
-    q_h,
-    q_t,
-    k_b,
-    k_h,
-    k_t,
-    v_b,
-    v_h,
-    v_t,
-    H,
-    T,
-    scale,
-    D: tl.constexpr,
-    WIDTH: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    SAMPLE: tl.constexpr,
-    TEMPERATURE: tl.constexpr,
-    NOISE: tl.constexpr,
-    LINEAR: tl.constexpr,
+    q, k, v, dy, dk, dv, lse, delta, dpenalty, bias, seed,
+    q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, H, T, scale,
+    D: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    SAMPLE: tl.constexpr, TEMPERATURE: tl.constexpr, NOISE: tl.constexpr, LINEAR: tl.constexpr,
 ):
     head, tile = tl.program_id(0), tl.program_id(1)  # the first keys are read by the most queries
     b, h = (head // H).to(tl.int64), head % H
@@ -340,15 +238,8 @@ def dkdv_kernel(
         lse_i, delta_i = tl.load(lse + row, i < T, 0.0), tl.load(delta + row, i < T, 0.0)
         row_codes = codes(seed, head, i) if NOISE else i
         a, s, share, odds, gate = gate_tile(
-            k_tile,
-            q_tile,
-            i[None, :],
-            j[:, None],
-            scale,
-            head_bias,
-            row_codes[None, :],
-            column_codes[:, None],
-            NOISE,
+            k_tile, q_tile, i[None, :], j[:, None], scale, head_bias,
+            row_codes[None, :], column_codes[:, None], NOISE,
         )
         p = exp(a - lse_i[None, :])
         e, open_p = gradient_tile(
@@ -406,10 +297,8 @@ def forward(q, k, v, bias, seed, sample, temperature, linear_penalty, tile=None)
     B, H, T, D = q.shape
     options |= launch_for(forward_kernel, q, tile)
     tiles = triton.cdiv(T, options["ROWS"])
-    y, lse = (
-        torch.empty_like(v, memory_format=torch.contiguous_format),
-        q.new_empty(B, H, T, dtype=torch.float32),
-    )
+    y = torch.empty_like(v, memory_format=torch.contiguous_format)
+    lse = q.new_empty(B, H, T, dtype=torch.float32)
     penalty = q.new_empty(B * H, tiles, dtype=torch.float32)
     with torch.cuda.device_of(q):  # the kernel runs where q is, which need not be the current GPU
         forward_kernel[(B * H, tiles)](

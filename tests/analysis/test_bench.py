@@ -9,8 +9,9 @@ import sys
 import pytest
 import torch
 
-from analysis import bench, split
-from analysis.bench import make_inputs, peak_memory, training_steps
+from analysis import bench_model, split
+from analysis.bench import make_inputs
+from analysis.stopwatch import peak_memory
 from conftest import REPOSITORY
 from gate import gated_attention
 from training.settings import make_config
@@ -53,9 +54,10 @@ def test_a_small_run(workplace):
 
 def test_the_steps_of_a_model_count_what_they_compute(monkeypatch):
     shape = dict(vocab_size=50, n_layer=2, n_head=2, n_embd=16, block_size=64)
-    monkeypatch.setitem(bench.SHAPES, "tiny", shape)
+    monkeypatch.setitem(bench_model.SHAPES, "tiny", shape)
     with torch.compiler.set_stance("force_eager"):
-        steps = training_steps(argparse.Namespace(B=2, gate_bias=3.0, most_memory=8.0), "cpu", "tiny")
+        options = argparse.Namespace(B=2, gate_bias=3.0, most_memory=8.0)
+        steps = bench_model.training_steps(options, "cpu", "tiny")
         for step, _ in steps.values():
             step()
     flop = {way: flop for way, (_, flop) in steps.items()}
