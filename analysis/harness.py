@@ -46,7 +46,8 @@ class Harness(TemplateLM):
         found = [None] * len(requests)
         # alike lengths share a batch; the largest first
         order = sorted(range(len(requests)), key=lambda i: -len(requests[i][1] + requests[i][2]))
-        for first in tqdm(range(0, len(order), self.batch_size), desc="answers", disable=disable_tqdm):
+        firsts = range(0, len(order), self.batch_size)
+        for first in tqdm(firsts, desc="answers", disable=disable_tqdm or None):
             batch = order[first:first + self.batch_size]
             for i, answer in zip(batch, self.score_batch([requests[i] for i in batch])):
                 found[i] = answer
@@ -86,7 +87,7 @@ class Harness(TemplateLM):
     def generate_until(self, requests, disable_tqdm=False):
         """Greedy text, up to the first of the request's stop strings."""
         texts = []
-        for request in tqdm(requests, desc="texts", disable=disable_tqdm):
+        for request in tqdm(requests, desc="texts", disable=disable_tqdm or None):
             context, options = request.args
             stops, most = options.get("until") or [], options.get("max_gen_toks", 256)
             texts.append(self.continue_text(context, stops, most))

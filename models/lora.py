@@ -22,8 +22,7 @@ Notable:
 - A frozen matrix keeps its name in the model; its adapter stands beside it: `...q_proj.weight`,
   `...q_proj.lora_a`, `...q_proj.lora_b`.
 - `merge` adds (alpha / r) B A to W, and d to w: then the model is an ordinary one again, and the outputs are
-  the same up to rounding. Source: Hu et al. 2021; A's initialisation is that of the authors' loralib. This
-  file imports no other file of ours.
+  the same up to rounding. Source: Hu et al. 2021; A's initialisation is that of the authors' loralib.
 """
 
 import contextlib

@@ -8,7 +8,7 @@ parts.
     dolma         what OLMo 1's training data was drawn from: a sample of version 1.6, 10 billion tokens in
                   103 files   (Soldaini et al. 2024)
 
-Each function returns what `prepare_data.write_dataset` takes: {'train', 'val'}, iterators of arrays of token
+Each function returns what `dataset.write_dataset` takes: {'train', 'val'}, iterators of arrays of token
 ids, and the description.
 
 Notable: `datasets` does the parallel work and caches what is finished, so a run that was stopped goes on from
@@ -58,7 +58,8 @@ def encode(source, tokenizer, processes, held_out):
 
     def parts(split):
         rows = sides[split].select_columns("ids").with_format("numpy")
-        for i in tqdm(range(0, len(rows), 1000), desc=f"writing {split}", unit="thousand documents"):
+        firsts = range(0, len(rows), 1000)
+        for i in tqdm(firsts, desc=f"writing {split}", unit="thousand documents", disable=None):
             yield np.concatenate(list(rows[i:i + 1000]["ids"]))
 
     return {
@@ -181,13 +182,14 @@ def fineweb(folder, shards, tokenizer):
     # A document starts with <|endoftext|>. The first shard begins in the middle of one, the last of the
     # held-out ones: leave its rest away
     begin = int(np.flatnonzero(first == ENDOFTEXT)[0])
-    train = (
-        tokens
-        for i, path in enumerate(tqdm(paths[1:], desc="writing train", unit="shard"))
-        for tokens in [fineweb_tokens(path)[begin if i == 0 else 0 :]]
-    )
+
+    def train():
+        yield first[begin:]
+        for path in tqdm(paths[2:], desc="writing train", unit="shard", disable=None):
+            yield fineweb_tokens(path)
+
     return {
-        "train": train,
+        "train": train(),
         "val": np.asarray(fineweb_tokens(paths[0])),
         "kind": "stream",
         "vocab_size": 50257,

@@ -7,7 +7,7 @@ Checked against a sha256 where one is known, against the size otherwise: the one
 that the server announced.
 
 Notable: torch.hub's downloader begins from nothing when the line breaks, which hurts at 6 GB of gpt2-xl; this
-one asks the server for the rest (HTTP Range). This file imports no other file of ours.
+one asks the server for the rest (HTTP Range).
 """
 
 import http.client
@@ -23,9 +23,8 @@ from storage.files import UserError, sha256
 def download(url, path, sha256_wanted=None, size=None):
     """Bring url to path, unless it is there already. Returns path.
 
-    sha256_wanted, size   of the whole file, where known. Raises UserError, keeping what has come so far, if
-                          the line breaks
-    (the same command goes on from there); deleting it, if it is the wrong file.
+    sha256_wanted, size: of the whole file, where known. Raises UserError if the line breaks, keeping what has
+    come so far (the same command goes on from there), and if it is the wrong file, deleting it.
     """
     if os.path.exists(path) and (size is None or os.path.getsize(path) == size):
         return path
@@ -69,19 +68,19 @@ def _fetch(url, part, name):
     Returns the size that the server announced for the whole file, or None.
     """
     have = os.path.getsize(part) if os.path.exists(part) else 0
-    request = urllib.request.Request(
-        url,
-        headers={"User-Agent": "sparse-attention-post-training"}
-        | ({"Range": f"bytes={have}-"} if have else {}),
-    )
+    headers = {"User-Agent": "sparse-attention-post-training"}
+    if have:
+        headers["Range"] = f"bytes={have}-"
+    request = urllib.request.Request(url, headers=headers)
     with urllib.request.urlopen(request, timeout=60) as response:
         goes_on = response.status == 206
         length = response.headers.get("Content-Length")
-        size = int(length) + have * goes_on if length else None
-        with (
-            open(part, "ab" if goes_on else "wb") as f,
-            tqdm(total=size, initial=have * goes_on, desc=name, unit="B", unit_scale=True) as bar,
-        ):
+        begin = have if goes_on else 0
+        size = begin + int(length) if length else None
+        bar = tqdm(total=size, initial=begin, desc=name, unit="B", unit_scale=True, disable=None)
+        if bar.disable:  # nobody watches: one line in the log
+            print(f"downloading {url}" + (f", {size / 1e6:.1f} MB" if size else ""), flush=True)
+        with bar, open(part, "ab" if goes_on else "wb") as f:
             while block := response.read(1 << 20):
                 f.write(block)
                 bar.update(len(block))

@@ -9,7 +9,7 @@ names and phrases from the half that it trained on. Identical documents are take
 both sides.
 
 Notable: which side a document is on hangs on a hash of its text, not on its place in a list: the same files
-in any order, on any machine, are split alike. This file imports no other file of ours.
+in any order, on any machine, are split alike.
 """
 
 import hashlib

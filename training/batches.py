@@ -21,7 +21,7 @@ from training import hardware
 class Batches:
     """The training batches of a run.
 
-    data           a prepare_data.Dataset
+    data           a dataset.Dataset
     context        tokens of an example
     batch_size     examples per step, of all processes together
     micro_batches  into how many equal parts a step is cut; a multiple of the number of processes

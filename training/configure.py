@@ -8,7 +8,7 @@ is read, not run: lines `name = value` with plain Python values. An unknown name
 out of range stops before anything is built, and the message names the nearest setting that exists. One name
 is no setting: `base`, another config file, of which this one says only what differs.
 
-This file knows no setting by name; settings.py's dataclass is handed in. It imports no other file of ours.
+This file knows no setting by name; settings.py's dataclass is handed in.
 """
 
 import ast

@@ -18,7 +18,7 @@ from training import hardware
 
 @torch.no_grad()
 def evaluate(model, data, split, batch_size=1000, max_batches=0):
-    """Judge `model` (a GPT, an OLMo, or a lora.Base) on a split of `data` (a prepare_data.Dataset); every
+    """Judge `model` (a GPT, an OLMo, or a lora.Base) on a split of `data` (a dataset.Dataset); every
     example once, or the first max_batches batches.
 
     Rows are taken as they are, a stream is cut into windows of block_size that do not overlap. With

@@ -8,7 +8,7 @@ averaged by PyTorch's DistributedDataParallel; the few numbers that decisions ha
 measurement, "please stop") are averaged or summed here, so that all processes decide alike. Without torchrun
 every function does the obvious thing for one process.
 
-Notable: NCCL connects GPUs, Gloo connects CPUs. This file imports no other file of ours.
+Notable: NCCL connects GPUs, Gloo connects CPUs.
 """
 
 import contextlib

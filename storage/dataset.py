@@ -1,0 +1,136 @@
+"""A dataset on disk: two files of token ids and a description, written whole and checked when it is opened.
+
+    data/<name>/train.bin, val.bin     uint16, nothing but tokens; uint32 if the vocabulary is larger than
+                                       65,536 (--tokenizer=olmo2)
+    data/<name>/meta.json              kind, vocabulary, sizes, sha256 of both files
+
+There are two kinds, and everything that reads data knows only these:
+- rows:   the file is (N, 2, T): per row T tokens that go into the model, then T targets, 65535 where nothing
+          is asked. For tasks with a question and an answer.
+- stream: the file is one long run of tokens; a training example is any window of it, its targets the same
+          window one later. For text (text.py), every document with the tokenizer's separator before it.
+
+Notable: files are written under a temporary name and renamed, meta.json last, so that a folder with a
+meta.json is whole.
+"""
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+
+import numpy as np
+
+from storage.addition import IGNORE
+from storage.files import UserError, sha256, write_json
+from storage.text import dtype_for
+
+
+@dataclass
+class Dataset:
+    """A dataset opened for reading."""
+
+    name: str
+    meta: dict
+    train: np.ndarray  # a memory map: (N, 2, T) rows of uint16, or a flat stream of uint16 or uint32
+    val: np.ndarray
+    remedy: str  # the command that makes it again
+
+    def batch(self, split, indices, block_size):
+        """Inputs and targets, both (B, T) int64, -1 where nothing is asked.
+
+        indices (B,): rows of the split, or the first positions of windows of block_size tokens in a stream.
+        Raises UserError if a token is not in the vocabulary.
+        """
+        data = self.train if split == "train" else self.val
+        if self.meta["kind"] == "rows":
+            x, y = np.moveaxis(data[indices].astype(np.int64), 1, 0)
+            y[y == IGNORE] = -1
+        else:
+            windows = np.stack([data[i:i + block_size + 1] for i in indices]).astype(np.int64)
+            x, y = windows[:, :-1], windows[:, 1:]
+        highest = max(x.max(), y.max())
+        if highest >= self.meta["vocab_size"]:
+            raise UserError(f"data/{self.name}/{split}.bin holds token {highest}, but its vocabulary has "
+                            f"only {self.meta['vocab_size']}: it is damaged. Make it again: {self.remedy}")
+        return x, y
+
+    def starts(self, split, block_size):
+        """How many examples there are: every index in range(starts) is one that `batch` can read."""
+        data = self.train if split == "train" else self.val
+        if self.meta["kind"] == "rows":
+            return len(data)
+        if len(data) <= block_size:
+            raise UserError(f"data/{self.name}/{split}.bin has {len(data)} tokens, too few for "
+                            f"block_size={block_size}. Make block_size smaller")
+        return len(data) - block_size
+
+
+def open_dataset(folder, remedy):
+    """The Dataset in a folder. remedy: the command that makes it again, unless meta.json knows a better one.
+
+    Raises UserError if it is incomplete, of the wrong size or, for files up to 64 MB, of the wrong sha256.
+    """
+    again = f"Delete {folder} and make it again: "
+    try:
+        with open(os.path.join(folder, "meta.json")) as f:
+            meta = json.load(f)
+        dtype = dtype_for(meta["vocab_size"])
+        sizes = {split: dtype.itemsize * int(np.prod(meta["shape"][split])) for split in ("train", "val")}
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{folder}/meta.json is damaged. {again}{remedy}") from error
+    remedy = meta.get("made_by", remedy)
+    splits = {}
+    for split in ("train", "val"):
+        path = os.path.join(folder, f"{split}.bin")
+        size = os.path.getsize(path) if os.path.exists(path) else 0
+        if size != sizes[split]:
+            raise UserError(f"{path} has {size} bytes instead of {sizes[split]}: it is truncated. "
+                            f"{again}{remedy}")
+        if size <= 1 << 26 and sha256(path) != meta["sha256"][split]:
+            raise UserError(f"{path} has changed since it was made (wrong sha256). {again}{remedy}")
+        splits[split] = np.memmap(path, dtype=dtype, mode="r", shape=tuple(meta["shape"][split]))
+    return Dataset(os.path.basename(folder), meta, **splits, remedy=remedy)
+
+
+def write_dataset(folder, train, val, **meta):
+    """Write a dataset folder.
+
+    train, val: arrays of token ids, (N, 2, T) for kind='rows' or flat for kind='stream'; or, for a stream
+    that does not fit into memory, iterators of flat arrays. meta holds vocab_size at least. Raises UserError,
+    what was there before untouched, if the disk is full.
+    """
+    os.makedirs(folder, exist_ok=True)
+    paths = {split: os.path.join(folder, f"{split}.bin") for split in ("train", "val")}
+    meta |= {"shape": {}, "sha256": {}}
+    dtype = dtype_for(meta["vocab_size"])
+    for (split, path), data in zip(paths.items(), (train, val)):
+        try:
+            meta["shape"][split], meta["sha256"][split] = write_tokens(path + ".tmp", data, dtype)
+        except OSError as error:
+            for begun in paths.values():
+                if os.path.exists(begun + ".tmp"):
+                    os.remove(begun + ".tmp")
+            raise UserError(f"cannot write {path}: {error}. Free some space and type the same command "
+                            "again") from error
+    description = os.path.join(folder, "meta.json")
+    if os.path.exists(description):
+        os.remove(description)  # from here on the old dataset is not whole
+    for path in paths.values():
+        os.replace(path + ".tmp", path)
+    write_json(description, meta)
+
+
+def write_tokens(path, data, dtype):
+    """Write an array, or an iterator of flat arrays, to path. Returns its shape, a list, and its sha256."""
+    digest, tokens = hashlib.sha256(), 0
+    with open(path, "wb") as f:
+        for part in [data] if isinstance(data, np.ndarray) else data:
+            content = part.astype(dtype).tobytes()
+            f.write(content)
+            digest.update(content)
+            tokens += part.size
+        f.flush()
+        os.fsync(f.fileno())
+    shape = list(data.shape) if isinstance(data, np.ndarray) else [tokens]
+    return shape, digest.hexdigest()
