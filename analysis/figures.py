@@ -44,16 +44,8 @@ def draw_streams(ax, tokens, answers, n_layer):
     ax.vlines(range(T), 0, n_layer, color=GREY, lw=0.6, zorder=0)
     for i, (token, answer) in enumerate(zip(tokens, answers)):
         ax.text(i, -0.18, token, ha="center", va="top", fontsize=11, family="monospace")
-        ax.text(
-            i,
-            n_layer + 0.15,
-            answer,
-            ha="center",
-            va="bottom",
-            fontsize=11,
-            family="monospace",
-            weight="bold",
-        )
+        ax.text(i, n_layer + 0.15, answer, ha="center", va="bottom", fontsize=11, family="monospace",
+                weight="bold")
     ax.set(xlim=(-0.7, T - 0.3), ylim=(-0.75, n_layer + 0.75), xticks=[], yticks=np.arange(n_layer) + 0.5)
     ax.set_yticklabels([f"layer {layer}" for layer in range(n_layer)], fontsize=9)
     ax.tick_params(length=0)
@@ -75,13 +67,8 @@ def attention_flow(path, columns, rows):
              per model
     """
     n_layer = rows[0][1][0][0].shape[0]
-    figure, axes = plt.subplots(
-        len(rows),
-        len(columns),
-        figsize=(4.3 * len(columns), 3.5 * len(rows)),
-        squeeze=False,
-        layout="constrained",
-    )
+    size = (4.3 * len(columns), 3.5 * len(rows))
+    figure, axes = plt.subplots(len(rows), len(columns), figsize=size, squeeze=False, layout="constrained")
     for r, (label, panels) in enumerate(rows):
         for c, (weights, answers) in enumerate(panels):
             ax, (title, tokens) = axes[r, c], columns[c]
@@ -104,98 +91,88 @@ def training(path, metrics, kept_step=None, bounds=()):
     kept_step: of best.pt, or closest.pt; bounds: lambda's floor and cap.
     """
     gated = "lambda" in metrics[0]
-    figure, axes = plt.subplots(
-        3 if gated else 1,
-        1,
-        figsize=(7, 8 if gated else 3.4),
-        sharex=True,
-        squeeze=False,
-        layout="constrained",
-    )
+    figure, axes = plt.subplots(3 if gated else 1, 1, figsize=(7, 8 if gated else 3.4), sharex=True,
+                                squeeze=False, layout="constrained")
     axes = axes[:, 0]
-
-    def curve(ax, key, label, scale=1.0, **style):
-        points = [(m["step"], m[key] * scale) for m in metrics if m.get(key) is not None]
-        ax.plot(*zip(*points), label=label, **style) if points else None
-
-    curve(
-        axes[0],
-        "batch_loss",
-        "training batches" + (", gates as in training (running mean)" if gated else " (running mean)"),
-        color="tab:orange",
-    )
-    curve(axes[0], "val_loss", "held-out set" + (", deterministic gates" if gated else ""), color="tab:blue")
+    draw_loss(axes[0], metrics, gated)
     if gated:
-        axes[0].axhline(
-            metrics[0]["target_loss"],
-            color="tab:green",
-            ls="--",
-            label="target: dense loss on the held-out set + slack",
-        )
-        curve(
-            axes[0],
-            "constraint_loss",
-            "the constraint, on single training batches: what moves lambda",
-            color="tab:purple",
-            lw=0.6,
-            marker=".",
-            ms=4,
-        )
-        axes[0].axhline(
-            metrics[0]["constraint_target"],
-            color="tab:purple",
-            ls=":",
-            label="its target: dense loss on training batches + slack - margin",
-        )
-        curve(axes[1], "fraction", "all evaluations", 100, color="tab:blue")
-        passed = [(m["step"], 100 * m["fraction"]) for m in metrics if m["passes"]]
-        axes[1].plot(
-            *zip(*passed) if passed else ([], []), "o", ms=4, color="tab:green", label="meets the target"
-        )
-        for m in metrics:
-            if m["step"] == kept_step and kept_step > 0:
-                what, color = ("kept", "tab:red") if m["passes"] else ("target missed; closest", "tab:orange")
-                axes[1].plot(
-                    kept_step,
-                    100 * m["fraction"],
-                    "*",
-                    ms=14,
-                    color=color,
-                    label=f"{what}: step {kept_step}, {m['open']:.2f} edges",
-                )
-        axes[1].set(ylabel="open edges (%)")
-        axes[1].legend(fontsize=8)
-        curve(axes[2], "lambda", "lambda", color="tab:purple")
-        for bound, label in zip(bounds, ("floor", "cap")):
-            axes[2].axhline(bound, color=GREY, lw=1, ls="--", label=label)
-        back = [m["step"] for m in metrics if m.get("goes_back")]
+        draw_open_edges(axes[1], metrics, kept_step)
+        draw_lambda(axes[2], metrics, bounds)
         for ax in axes[1:]:
-            for step in back:
-                ax.axvline(
-                    step,
-                    color="tab:orange",
-                    lw=1,
-                    zorder=0,
-                    label="not repaired: back to the best so far" if step == back[0] else None,
-                )
-        axes[2].set(ylabel="lambda")
-        axes[2].legend(fontsize=8)
-    axes[0].set(ylabel="loss (nats)")
+            draw_returns(ax, metrics)
+            ax.legend(fontsize=8)
     # above the axes: every corner inside may hold a curve
     axes[0].legend(fontsize=8, loc="lower left", bbox_to_anchor=(0, 1))
     for ax in axes:
-        low, high = ax.dataLim.intervaly
-        if low > 0 and high > 10 * low:  # a logarithmic axis where there are decades to show
-            ax.set_yscale("log")
-            ax.yaxis.set_major_locator(
-                matplotlib.ticker.LogLocator(subs=(1, 2, 5) if high < 100 * low else (1,))
-            )
-            ax.yaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
-        ax.yaxis.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda y, _: f"{y:g}"))
-    axes[-1].set_xlabel("step")
-    for ax in axes:
+        logarithmic_if_wide(ax)
         ax.grid(alpha=0.3)
+    axes[-1].set_xlabel("step")
     save(figure, path)
+
+
+def curve(ax, metrics, key, label, scale=1.0, **style):
+    """A line of metrics.jsonl's `key` over the step, where it was measured."""
+    points = [(m["step"], m[key] * scale) for m in metrics if m.get(key) is not None]
+    if points:
+        ax.plot(*zip(*points), label=label, **style)
+
+
+def draw_loss(ax, metrics, gated):
+    """Losses in training and on the held-out set; with their targets, if the run is gated."""
+    in_training = "gates as in training (running mean)" if gated else "(running mean)"
+    comma = ", " if gated else " "
+    curve(ax, metrics, "batch_loss", f"training batches{comma}{in_training}", color="tab:orange")
+    held_out = "held-out set, deterministic gates" if gated else "held-out set"
+    curve(ax, metrics, "val_loss", held_out, color="tab:blue")
+    if gated:
+        ax.axhline(metrics[0]["target_loss"], color="tab:green", ls="--",
+                   label="target: dense loss on the held-out set + slack")
+        curve(ax, metrics, "constraint_loss", "the constraint, on single training batches: what moves lambda",
+              color="tab:purple", lw=0.6, marker=".", ms=4)
+        ax.axhline(metrics[0]["constraint_target"], color="tab:purple", ls=":",
+                   label="its target: dense loss on training batches + slack - margin")
+    ax.set(ylabel="loss (nats)")
+
+
+def draw_open_edges(ax, metrics, kept_step):
+    """Open edges, in percent: where the target was met, and which checkpoint was kept."""
+    curve(ax, metrics, "fraction", "all evaluations", 100, color="tab:blue")
+    passed = [(m["step"], 100 * m["fraction"]) for m in metrics if m["passes"]]
+    ax.plot(*zip(*passed) if passed else ([], []), "o", ms=4, color="tab:green", label="meets the target")
+    for m in metrics:
+        if m["step"] == kept_step and kept_step > 0:
+            what, color = ("kept", "tab:red") if m["passes"] else ("target missed; closest", "tab:orange")
+            ax.plot(kept_step, 100 * m["fraction"], "*", ms=14, color=color,
+                    label=f"{what}: step {kept_step}, {m['open']:.2f} edges")
+    ax.set(ylabel="open edges (%)")
+
+
+def draw_lambda(ax, metrics, bounds):
+    """Lambda between its floor and its cap."""
+    curve(ax, metrics, "lambda", "lambda", color="tab:purple")
+    for bound, label in zip(bounds, ("floor", "cap")):
+        ax.axhline(bound, color=GREY, lw=1, ls="--", label=label)
+    ax.set(ylabel="lambda")
+
+
+def draw_returns(ax, metrics):
+    """A vertical line wherever a cycle was not repaired and the run went back to its best."""
+    label = "not repaired: back to the best so far"
+    for m in metrics:
+        if m.get("goes_back"):
+            ax.axvline(m["step"], color="tab:orange", lw=1, zorder=0, label=label)
+            label = None  # one line of the legend
+
+
+def logarithmic_if_wide(ax):
+    """A logarithmic axis where there are decades to show."""
+    low, high = ax.dataLim.intervaly
+    if low > 0 and high > 10 * low:
+        ax.set_yscale("log")
+        labelled = (1, 2, 5) if high < 100 * low else (1,)
+        ax.yaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=labelled))
+        ax.yaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
+    ax.yaxis.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda y, _: f"{y:g}"))
 
 
 def open_by_head(path, per_head):
@@ -211,15 +188,9 @@ def open_by_head(path, per_head):
     for layer in range(n_layer):
         for head in range(H):
             value = fractions[layer, head]
-            ax.text(
-                head,
-                layer,
-                "off" if value == 0 else f"{100 * value:#.3g} %",
-                ha="center",
-                va="center",
-                fontsize=8,
-                color="white" if value > 0.05 else "black",
-            )
+            words = "off" if value == 0 else f"{100 * value:#.3g} %"
+            color = "white" if value > 0.05 else "black"
+            ax.text(head, layer, words, ha="center", va="center", fontsize=8, color=color)
     ax.set(xlabel="head", ylabel="layer", xticks=range(H), yticks=range(n_layer), title="open edges")
     bar = figure.colorbar(image, ax=ax, ticks=[1e-4, 1e-3, 1e-2, 1e-1, 1])
     bar.ax.set_yticklabels(["0.01 %", "0.1 %", "1 %", "10 %", "100 %"], fontsize=8)
@@ -240,23 +211,13 @@ def open_by_distance(path, by_distance, open_edges):
     share = fractions * (T - np.arange(T))
     half = int(np.searchsorted(np.cumsum(share), share.sum() / 2)) if share.sum() else 0
     ax.axvline(half + 1, color=GREY, lw=1)
-    ax.text(
-        half + 1,
-        45,
-        f" half of a sequence's {open_edges:.0f} open edges\n reach {half} or fewer back",
-        fontsize=8,
-        va="top",
-    )
+    words = f" half of a sequence's {open_edges:.0f} open edges\n reach {half} or fewer back"
+    ax.text(half + 1, 45, words, fontsize=8, va="top")
     ticks = [t for t in (0, 1, 3, 7, 15, 31, 63, 127, 255, 511, 1023) if t < T]
     lowest = 100 * fractions[fractions > 0].min(initial=1)
-    ax.set(
-        xscale="log",
-        yscale="log",
-        ylim=(min(0.9 * lowest, 50), 150),
-        xlabel="positions back (0: a token reads itself)",
-        ylabel="open edges (%)",
-        title="How far back do the edges reach?",
-    )
+    ax.set(xscale="log", yscale="log", ylim=(min(0.9 * lowest, 50), 150),
+           xlabel="positions back (0: a token reads itself)", ylabel="open edges (%)",
+           title="How far back do the edges reach?")
     ax.set_xticks([t + 1 for t in ticks], [str(t) for t in ticks])
     ax.minorticks_off()
     ax.yaxis.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda y, _: f"{y:g}"))
@@ -270,30 +231,18 @@ def gallery(path, titles, tokens, rows, what="The busiest heads of the sparse mo
 
     titles: one per head; tokens: T strings; rows [(label, [weights (T, T), one per head])].
     """
-    # $ would begin a formula
-    T, columns, tokens = (
-        len(tokens),
-        max(1, len(titles)),
-        [token.replace(" ", "·").replace("$", r"\$") for token in tokens],
-    )
+    T, columns = len(tokens), max(1, len(titles))
+    tokens = [token.replace(" ", "·").replace("$", r"\$") for token in tokens]  # $ would begin a formula
+    rotation = 90 if max(map(len, tokens)) > 1 else 0
     figure, axes = plt.subplots(
         len(rows), columns, figsize=(4.2 * columns, 4.4 * len(rows)), squeeze=False, layout="constrained"
     )
     for r, (label, maps) in enumerate(rows):
         for c, weights in enumerate(maps):
             ax = axes[r, c]
-            ax.imshow(
-                np.ma.masked_equal(weights, 0),
-                cmap="Blues",
-                norm=matplotlib.colors.PowerNorm(0.5, vmin=0, vmax=1),
-            )
-            ax.set_xticks(
-                range(T),
-                tokens,
-                fontsize=7,
-                family="monospace",
-                rotation=90 if max(map(len, tokens)) > 1 else 0,
-            )
+            ax.imshow(np.ma.masked_equal(weights, 0), cmap="Blues",
+                      norm=matplotlib.colors.PowerNorm(0.5, vmin=0, vmax=1))
+            ax.set_xticks(range(T), tokens, fontsize=7, family="monospace", rotation=rotation)
             ax.set_yticks(range(T), tokens, fontsize=7, family="monospace")
             ax.tick_params(length=0, pad=1)
             ax.set_title(titles[c] if r == 0 else "", fontsize=9)

@@ -16,41 +16,72 @@ import torch
 from training import hardware
 
 
+class EdgeCount:
+    """Open edges, summed over the sequences that a model has seen: model(..., record=count) calls it."""
+
+    def __init__(self, config, T, device, of_every_edge):
+        """of_every_edge: count every edge of every head, too; it must mean the same in all sequences."""
+        # mps has no float64
+        options = {"device": "cpu" if device.type == "mps" else device, "dtype": torch.float64}
+        self.config, self.T, self.device = config, T, device
+        self.by_head = torch.zeros(config.n_layer, config.n_head, **options)
+        self.reads = torch.zeros(T, T, **options)  # query by key, summed over layers and heads
+        self.by_edge = None
+        if of_every_edge and config.gated:
+            self.by_edge = torch.zeros(config.n_layer, config.n_head, T, T, **options)
+
+    def __call__(self, layer, gates):
+        opened = gates.open.sum(dim=0).to(self.reads)  # (H, T, T)
+        self.by_head[layer] += opened.sum(dim=(1, 2))
+        self.reads += opened.sum(dim=0)
+        if self.by_edge is not None:
+            self.by_edge[layer] += opened
+
+    def shares(self, sequences):
+        """The counts of all processes as shares of the edges there are: see `evaluate`, from `open` on.
+
+        sequences: how many were seen, by all processes together.
+        """
+        heads, T = self.by_head.numel(), self.T
+        pairs = T * (T + 1) // 2
+        per_head, by_distance, by_edge = torch.ones(self.by_head.shape), [1.0] * T, None
+        if self.config.gated:
+            reach = [self.reads.diagonal(-distance).sum().item() for distance in range(T)]
+            counted = hardware.total([*self.by_head.flatten().tolist(), *reach], self.device)
+            by_head, reach = counted[:heads], counted[heads:]
+            per_head = torch.tensor(by_head, dtype=torch.float64).view(self.by_head.shape) / sequences / pairs
+            by_distance = [reach[d] / sequences / heads / (T - d) for d in range(T)]
+        if self.by_edge is not None:
+            by_edge = torch.tensor(hardware.total(self.by_edge.flatten().tolist(), self.device))
+            by_edge = (by_edge.view(self.by_edge.shape) / sequences).tolist()
+        return {"open": per_head.sum().item() * pairs, "total": heads * pairs,
+                "fraction": per_head.mean().item(), "per_head": per_head.tolist(),
+                "by_distance": by_distance, "by_edge": by_edge}
+
+
 @torch.no_grad()
 def evaluate(model, data, split, batch_size=1000, max_batches=0):
-    """Judge `model` (a GPT, an OLMo, or a lora.Base) on a split of `data` (a dataset.Dataset); every
-    example once, or the first max_batches batches.
+    """Judge `model` (a GPT, an OLMo, or a lora.Base) on a split of `data` (a dataset.Dataset).
 
-    Rows are taken as they are, a stream is cut into windows of block_size that do not overlap. With
-    max_batches the examples are spread evenly over the split, because its first documents need not be like
-    the others. Returns a dict of plain numbers: loss, accuracy (None for a stream), correct and examples
-    (numbers of rows), open, total, fraction, per_head [n_layer][H] open fractions, by_distance [T] open
-    fractions of the edges that reach 0, 1, 2, ... positions back, by_edge [n_layer][H][T][T] the share of
-    rows in which an edge is open (query by key; None for a stream, where positions mean nothing, and for a
-    dense model). Leaves the model in the mode in which it was.
+    Every example once, or max_batches batches, spread evenly over the split, because its first documents need
+    not be like the others. Rows are taken as they are, a stream is cut into windows of block_size that do not
+    overlap. Leaves the model in the mode in which it was. Returns a dict of plain numbers:
+
+    loss               nats a target
+    accuracy           None for a stream
+    correct, examples  numbers of rows
+    open, total        edges a sequence
+    fraction           of edges that are open
+    per_head           [n_layer][H] the same by head
+    by_distance        [T] the same of the edges that reach 0, 1, 2, ... positions back
+    by_edge            [n_layer][H][T][T] the share of rows in which an edge is open, query by key; None for a
+                       stream, where positions mean nothing, and for a dense model
     """
     config, device = model.config, next(model.parameters()).device
     rows = data.meta["kind"] == "rows"
     T = data.train.shape[2] if rows else config.block_size
-    indices = list(range(0, data.starts(split, T), 1 if rows else T))
-    if max_batches:
-        wanted = min(len(indices), max_batches * batch_size)
-        indices = [indices[i * len(indices) // wanted] for i in range(wanted)]
-    pairs = T * (T + 1) // 2
-    # mps has no float64
-    counts_on = {"device": "cpu" if device.type == "mps" else device, "dtype": torch.float64}
-    open_edges = torch.zeros(config.n_layer, config.n_head, **counts_on)  # summed over sequences
-    reads = torch.zeros(T, T, **counts_on)  # query by key, summed over sequences, layers and heads
-    # summed over rows
-    by_edge = torch.zeros(config.n_layer, config.n_head, T, T, **counts_on) if rows and config.gated else None
-
-    def count(layer, gates):
-        by_head = gates.open.sum(dim=0).to(**counts_on)  # (H, T, T)
-        open_edges[layer] += by_head.sum(dim=(1, 2))
-        reads.add_(by_head.sum(dim=0))
-        if by_edge is not None:
-            by_edge[layer] += by_head
-
+    indices = examples_of(data, split, T, batch_size, max_batches)
+    count = EdgeCount(config, T, device, of_every_edge=rows)
     was_training = model.training
     model.eval()
     loss_sum = targets_seen = correct = 0
@@ -65,36 +96,23 @@ def evaluate(model, data, split, batch_size=1000, max_batches=0):
         targets_seen += asked.sum().item()
         correct += ((logits.argmax(-1) == y) | ~asked).all(dim=1).sum().item()
     model.train(was_training)
-    reach = [reads.diagonal(-distance).sum().item() for distance in range(T)]
-    loss_sum, targets_seen, correct, *counted = hardware.total(
-        [loss_sum, targets_seen, correct, *open_edges.flatten().tolist(), *reach], device
-    )
-    correct, heads = int(correct), config.n_layer * config.n_head
-    open_edges = torch.tensor(counted[:heads], dtype=torch.float64).view(config.n_layer, config.n_head)
-
-    per_head = (
-        open_edges / len(indices) / pairs if config.gated else torch.ones(config.n_layer, config.n_head)
-    )
-    by_distance = [
-        counted[heads + d] / len(indices) / heads / (T - d) if config.gated else 1.0 for d in range(T)
-    ]
-    total = heads * pairs
-    if by_edge is not None:
-        by_edge = torch.tensor(hardware.total(by_edge.flatten().tolist(), device)).view(by_edge.shape) / len(
-            indices
-        )
+    loss_sum, targets_seen, correct = hardware.total([loss_sum, targets_seen, correct], device)
     return {
         "loss": loss_sum / targets_seen,
         "accuracy": correct / len(indices) if rows else None,
-        "correct": correct,
+        "correct": int(correct),
         "examples": len(indices),
-        "open": per_head.sum().item() * pairs,
-        "total": total,
-        "fraction": per_head.mean().item(),
-        "per_head": per_head.tolist(),
-        "by_distance": by_distance,
-        "by_edge": None if by_edge is None else by_edge.tolist(),
-    }
+    } | count.shares(len(indices))
+
+
+def examples_of(data, split, T, batch_size, max_batches):
+    """Indices of what is judged, a list: rows, or the first positions of windows of T tokens."""
+    step = 1 if data.meta["kind"] == "rows" else T
+    indices = list(range(0, data.starts(split, T), step))
+    if max_batches:
+        wanted = min(len(indices), max_batches * batch_size)
+        indices = [indices[i * len(indices) // wanted] for i in range(wanted)]
+    return indices
 
 
 def evaluate_splits(model, data, batch_size, max_batches, worthwhile=None):
