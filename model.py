@@ -202,15 +202,9 @@ class GPT(nn.Module):
         x = self.transformer.drop(x)
         densities, biases = [], bias_by_layer(self.config, idx.device)
         for layer, block in enumerate(self.blocks):
-            x, density, gates = block(
-                x,
-                bias=biases[layer],
-                keep=None if keep is None else keep[layer],
-                return_gates=record is not None,
-                linear_penalty=linear_penalty,
-                noise=noise,
-                impl=self.attention_impl,
-            )
+            x, density, gates = block(x, bias=biases[layer], keep=None if keep is None else keep[layer],
+                                      return_gates=record is not None, linear_penalty=linear_penalty,
+                                      noise=noise, impl=self.attention_impl)
             densities.append(density)
             if record is not None:
                 record(layer, gates)

@@ -166,13 +166,8 @@ def ask(model, task, a, b, shut=()):
 def add_arguments(parser):
     parser.add_argument("run", metavar="RUN", help="a run on addition, such as out/addition")
     parser.add_argument("sum", nargs="*", help="such as 36+28")
-    parser.add_argument(
-        "--shut",
-        action="append",
-        default=[],
-        metavar="LAYER.QUERY.KEY",
-        help="cut this edge; may be given several times",
-    )
+    parser.add_argument("--shut", action="append", default=[], metavar="LAYER.QUERY.KEY",
+                        help="cut this edge; may be given several times")
 
 
 def run(options, settings):

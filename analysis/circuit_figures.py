@@ -22,25 +22,11 @@ def explanation(path, tokens, n_layer, edges, title):
     for number, edge in enumerate(edges, 1):
         always = edge["share"] == 1
         x, y = [edge["key"], edge["query"]], [edge["layer"], edge["layer"] + 1]
-        left.plot(
-            x,
-            y,
-            color=HEAD_COLORS[edge["head"] % 10],
-            lw=0.8 + 1.4 * edge["share"],
-            ls="-" if always else (0, (4, 1.5)),
-            zorder=1,
-        )
+        left.plot(x, y, color=HEAD_COLORS[edge["head"] % 10], lw=0.8 + 1.4 * edge["share"],
+                  ls="-" if always else (0, (4, 1.5)), zorder=1)
         at = (0.3, 0.5, 0.7)[number % 3]  # numbers of neighbouring edges at different heights
-        left.text(
-            x[0] + at * (x[1] - x[0]),
-            y[0] + at,
-            number,
-            fontsize=9,
-            ha="center",
-            va="center",
-            zorder=2,
-            bbox=dict(boxstyle="circle,pad=0.15", fc="white", ec=GREY),
-        )
+        left.text(x[0] + at * (x[1] - x[0]), y[0] + at, number, fontsize=9, ha="center", va="center",
+                  zorder=2, bbox=dict(boxstyle="circle,pad=0.15", fc="white", ec=GREY))
     left.set_title("solid: open on every sum; dashed: on some", fontsize=10)
     right.axis("off")
     right.set(xlim=(0, 1), ylim=(len(edges) + 0.5, -0.5))
@@ -76,14 +62,8 @@ def circuit_curves(path, task, result):
             middle = (
                 (at["dense"] * at["sparse"]) ** 0.5 if by == "by_edges" else (at["dense"] + at["sparse"]) / 2
             )
-            ax.text(
-                middle,
-                1.12,
-                f"{times:.1f}x fewer" if times >= 1 else f"{1 / times:.1f}x more",
-                ha="center",
-                va="bottom",
-                fontsize=9,
-            )
+            ax.text(middle, 1.12, f"{times:.1f}x fewer" if times >= 1 else f"{1 / times:.1f}x more",
+                    ha="center", va="bottom", fontsize=9)
             ax.plot([middle, middle], [0.9, 1.11], color="black", lw=0.5)
         ax.set(xlabel=what, ylabel="explained effect", ylim=(-0.15, 1.2))
         ax.grid(alpha=0.25)
@@ -143,16 +123,8 @@ def circuit_graph(path, names, n_head, edges, title, most=60):
             },
         )
     for node, (x, y) in position.items():
-        ax.text(
-            x,
-            y,
-            names[node],
-            ha="center",
-            va="center",
-            fontsize=9,
-            bbox={"boxstyle": "round,pad=0.25", "fc": "white", "ec": "0.5"},
-            zorder=3,
-        )
+        ax.text(x, y, names[node], ha="center", va="center", fontsize=9,
+                bbox={"boxstyle": "round,pad=0.25", "fc": "white", "ec": "0.5"}, zorder=3)
     for part, color in colors.items():
         ax.plot(
             [], [], color=color, lw=2, label=f"read as {part}" if part else "read by an MLP or the output"

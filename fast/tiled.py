@@ -171,21 +171,8 @@ def backward(dy, dpenalty, q, k, v, bias, seed, y, lse, sample, temperature, lin
     strip, position = compiled(backward_strip) if fuse else backward_strip, torch.arange(T)
     for h, i, j in strips(B * H, T):
         noise = (None, None) if rows is None else (rows[h, i], columns[h, j])
-        dq[h, i], for_k, for_v = strip(
-            dy[h, i],
-            dpenalty[h],
-            q[h, i],
-            k[h, j],
-            v[h, j],
-            bias[h],
-            position[i],
-            *noise,
-            lse[h, i],
-            delta[h, i],
-            sample,
-            temperature,
-            linear_penalty,
-        )
+        dq[h, i], for_k, for_v = strip(dy[h, i], dpenalty[h], q[h, i], k[h, j], v[h, j], bias[h], position[i],
+                                       *noise, lse[h, i], delta[h, i], sample, temperature, linear_penalty)
         dk[h, j] += for_k
         dv[h, j] += for_v
     return [x.view(B, H, T, D).to(dtype) for x, dtype in zip((dq / math.sqrt(D), dk, dv), dtypes)]

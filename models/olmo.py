@@ -275,16 +275,10 @@ class OLMo(nn.Module):
         plain, stretched = rotations(c, T, idx.device), c.yarn and rotations(c, T, idx.device, stretched=True)
         densities, biases = [], bias_by_layer(c, idx.device)
         for layer, block in enumerate(self.blocks):
-            x, density, gates = block(
-                x,
-                stretched if c.yarn and layer in c.yarn["layers"] else plain,
-                bias=biases[layer],
-                keep=None if keep is None else keep[layer],
-                return_gates=record is not None,
-                linear_penalty=linear_penalty,
-                noise=noise,
-                impl=self.attention_impl,
-            )
+            x, density, gates = block(x, stretched if c.yarn and layer in c.yarn["layers"] else plain,
+                                      bias=biases[layer], keep=None if keep is None else keep[layer],
+                                      return_gates=record is not None, linear_penalty=linear_penalty,
+                                      noise=noise, impl=self.attention_impl)
             densities.append(density)
             if record is not None:
                 record(layer, gates)

@@ -43,13 +43,8 @@ def encode(source, tokenizer, processes, held_out):
     held_out: share of the documents.
     """
     tokens = text.tokenizer(tokenizer)  # an error now rather than in a worker after an hour
-    encoded = source.map(
-        _encode_row,
-        fn_kwargs={"tokenizer": tokenizer, "held_out": held_out},
-        remove_columns=source.column_names,
-        num_proc=processes,
-        desc="encoding",
-    )
+    encoded = source.map(_encode_row, fn_kwargs={"tokenizer": tokenizer, "held_out": held_out},
+                         remove_columns=source.column_names, num_proc=processes, desc="encoding")
     is_held_out = np.asarray(encoded.with_format("numpy")["held_out"][:])
     sides = {
         "train": encoded.select(np.flatnonzero(~is_held_out)),

@@ -133,13 +133,10 @@ def counting(workplace):
     from helpers import SMALL
 
     tokens = (np.cumsum(np.random.default_rng(0).integers(1, 3, 6000)) % 10).astype(np.uint16)
-    prepare_data.write_dataset(
-        "data/count", tokens[:5000], tokens[5000:], kind="stream", vocab_size=10, tokenizer="digits"
-    )
+    prepare_data.write_dataset("data/count", tokens[:5000], tokens[5000:], kind="stream", vocab_size=10,
+                               tokenizer="digits")
     shared = {k: v for k, v in SMALL.items() if k not in ("block_size", "n_layer", "n_head", "n_embd")} | {
-        "dataset": "count",
-        "eval_batches": 1,
-        "eval_batch_size": 50,
+        "dataset": "count", "eval_batches": 1, "eval_batch_size": 50
     }
     shape = {k: SMALL[k] for k in ("n_layer", "n_head", "n_embd")} | {"block_size": 8}
     (workplace / "dense.py").write_text("".join(f"{k} = {v!r}\n" for k, v in (shared | shape).items()))

@@ -19,31 +19,12 @@ from training.configure import parse_command_line
 from training.settings import Config, limits, make_config
 from training.verdict import MISSED
 
-SMALL = {
-    "dataset": "echo",
-    "n_layer": 2,
-    "n_head": 2,
-    "n_embd": 16,
-    "block_size": 4,
-    "batch_size": 32,
-    "max_steps": 60,
-    "warmup_steps": 5,
-    "learning_rate": 3e-3,
-    "eval_interval": 20,
-    "eval_batch_size": 500,
-    "device": "cpu",
-}
-TINY = {
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "vocab_size": 50,
-    "max_position_embeddings": 64,
-    "pad_token_id": None,
-    "bos_token_id": None,
-    "eos_token_id": None,
-}
+SMALL = {"dataset": "echo", "n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": 4, "batch_size": 32,
+         "max_steps": 60, "warmup_steps": 5, "learning_rate": 3e-3, "eval_interval": 20,
+         "eval_batch_size": 500, "device": "cpu"}
+TINY = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4, "num_attention_heads": 4,
+        "vocab_size": 50, "max_position_embeddings": 64, "pad_token_id": None, "bos_token_id": None,
+        "eos_token_id": None}
 
 
 def run(path, **given):
@@ -88,13 +69,9 @@ def launch(processes, *arguments):
         train(*make_config(*parse_command_line(arguments, Config, limits())))
         return None
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    done = subprocess.run(
-        [sys.executable, *torchrun, os.path.join(REPOSITORY, "train.py"), *arguments],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        timeout=300,
-    )
+    done = subprocess.run([sys.executable, *torchrun, os.path.join(REPOSITORY, "train.py"), *arguments],
+                          capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
+                          timeout=300)
     # torchrun's own status is 1 then
     missed = done.returncode == MISSED or f"exitcode  : {MISSED} " in done.stderr
     assert done.returncode == 0 or missed, done.stderr
@@ -104,9 +81,8 @@ def launch(processes, *arguments):
 def count_dataset():
     """Tokens that go up by 1 or 2, at random."""
     tokens = (np.cumsum(np.random.default_rng(0).integers(1, 3, 3000)) % 10).astype(np.uint16)
-    prepare_data.write_dataset(
-        "data/count", tokens[:2000], tokens[2000:], kind="stream", vocab_size=10, tokenizer="digits"
-    )
+    prepare_data.write_dataset("data/count", tokens[:2000], tokens[2000:], kind="stream", vocab_size=10,
+                               tokenizer="digits")
 
 
 def theirs(kind, **settings):

@@ -50,10 +50,8 @@ def test_report(folder, monkeypatch):
     report = json.load(open(folder / "out/sparse/report.json"))
     monkeypatch.chdir(folder)
     again = evaluate(load_checkpoint("out/sparse/best.pt"), load("addition"), "val", 1000, 1)
-    assert (
-        report["sparse"]["val_loss"] == pytest.approx(again["loss"], rel=1e-6)
-        and report["sparse"]["accuracy"] == again["accuracy"]
-    )
+    assert report["sparse"]["val_loss"] == pytest.approx(again["loss"], rel=1e-6)
+    assert report["sparse"]["accuracy"] == again["accuracy"]
     assert report["edges"] == {key: pytest.approx(again[key]) for key in ("open", "total", "fraction")} | {
         key: again[key] for key in ("per_head", "by_distance")
     }
@@ -61,9 +59,9 @@ def test_report(folder, monkeypatch):
     dense = evaluate(load_checkpoint("out/dense/best.pt"), load("addition"), "val", 1000, 1)
     assert report["dense"]["val_loss"] == pytest.approx(dense["loss"], rel=1e-6)
     assert report["target_loss"] == report["dense"]["val_loss"] + 0.001 and report["heads_off"] == 0
-    assert (
-        report["seconds"]["dense"] > 0 and report["seconds"]["sparse"] > 0 and report["step"] in (0, 15, 30)
-    )
+    assert report["seconds"]["dense"] > 0
+    assert report["seconds"]["sparse"] > 0
+    assert report["step"] in (0, 15, 30)
     assert json.load(open(folder / "out/dense/report.json"))["sparse"] is None
     assert f"{again['open']:.2f} of 132" in done.stdout and "out/dense" in done.stdout
 
@@ -72,13 +70,10 @@ def test_a_run_at_its_start_is_pointed_out_and_not_drawn(folder, monkeypatch):
     monkeypatch.chdir(folder)
     train(*make_config("sparse.py", {"device": "cpu", "max_steps": 0, "out_dir": "out/untrained"}))
     done = analyze(folder, "report", "out/sparse", "out/untrained")
-    assert (
-        "NOT TRAINED: out/untrained is at its start" in done.stdout
-        and "NOT TRAINED: out/sparse" not in done.stdout
-    )
-    assert (folder / "out/untrained/training.png").exists() and not (
-        folder / "out/untrained/attention_flow.png"
-    ).exists()
+    assert "NOT TRAINED: out/untrained is at its start" in done.stdout
+    assert "NOT TRAINED: out/sparse" not in done.stdout
+    assert (folder / "out/untrained/training.png").exists()
+    assert not (folder / "out/untrained/attention_flow.png").exists()
 
 
 @pytest.fixture(scope="module")
@@ -106,23 +101,17 @@ def test_a_run_on_text(text_folder):
     done = analyze(text_folder, "report", "out/text")
     assert done.returncode == 0, done.stderr
     report = json.load(open(text_folder / "out/text/report.json"))
-    assert (
-        report["sparse"]["accuracy"] is None
-        and report["sparse"]["correct"] is None
-        and len(report["edges"]["by_distance"]) == 32
-    )
+    assert report["sparse"]["accuracy"] is None
+    assert report["sparse"]["correct"] is None
+    assert len(report["edges"]["by_distance"]) == 32
     assert f"{report['edges']['open'] / 32:.2f}" in done.stdout
     done = analyze(text_folder, "explain", "out/text")
     assert done.returncode == 1 and "explain counts over sums" in done.stderr
 
 
 def test_a_dollar_among_the_tokens_is_no_formula(tmp_path):
-    figures.gallery(
-        str(tmp_path / "dollar.png"),
-        ["head 0.0"],
-        ["a", "$$", "$x$"],
-        [("dense", [np.tril(np.ones((3, 3)))])],
-    )
+    figures.gallery(str(tmp_path / "dollar.png"), ["head 0.0"], ["a", "$$", "$x$"],
+                    [("dense", [np.tril(np.ones((3, 3)))])])
     assert (tmp_path / "dollar.png").exists()
 
 
@@ -158,9 +147,8 @@ def test_explain(folder):
     assert done.returncode == 1 and "edges open on one sum or another: that is not sparse" in done.stderr
     checkpoint = read_checkpoint(str(folder / "out/sparse/best.pt"))
     (folder / "out/few").mkdir()
-    config = GPTConfig(
-        block_size=11, vocab_size=13, n_layer=2, n_head=1, n_embd=8, gated=True, gate_bias=-1.5
-    )
+    config = GPTConfig(block_size=11, vocab_size=13, n_layer=2, n_head=1, n_embd=8, gated=True,
+                       gate_bias=-1.5)
     torch.manual_seed(1)
     model = GPT(config)
     for parameter in model.parameters():
@@ -172,9 +160,8 @@ def test_explain(folder):
     assert 0 < len(found["edges"]) <= 60
     assert len(found["edges"]) == sum(line.lstrip()[:1].isdigit() for line in done.stdout.splitlines()[2:])
     assert found["task"] == {"name": "addition", "digits": 2, "answers": 5} and found["sums"] == 10_000
-    assert (
-        f"algorithm: {found['algorithm']}" in done.stdout and f"{found['open']:.2f} open edges" in done.stdout
-    )
+    assert f"algorithm: {found['algorithm']}" in done.stdout
+    assert f"{found['open']:.2f} open edges" in done.stdout
     assert (folder / "out/few/explain.png").exists()
 
 
@@ -195,10 +182,8 @@ def test_other_data_than_the_runs_is_named(folder):
     (folder / "out/moved").mkdir()
     (folder / "out/moved/config.json").write_text((folder / "out/sparse/config.json").read_text())
     (folder / "out/moved/metrics.jsonl").write_text((folder / "out/sparse/metrics.jsonl").read_text())
-    save_checkpoint(
-        str(folder / "out/moved/best.pt"),
-        checkpoint | {"data": checkpoint["data"] | {"sha256": {"train": "", "val": ""}}},
-    )
+    save_checkpoint(str(folder / "out/moved/best.pt"),
+                    checkpoint | {"data": checkpoint["data"] | {"sha256": {"train": "", "val": ""}}})
     done = analyze(folder, "report", "out/moved")
     assert done.returncode == 1 and "is not the data that out/moved was trained and judged on" in done.stderr
 
@@ -207,11 +192,9 @@ def test_a_damaged_config_is_named(folder):
     (folder / "out/broken").mkdir()
     (folder / "out/broken/config.json").write_text("{")
     done = analyze(folder, "report", "out/broken")
-    assert (
-        done.returncode == 1
-        and "out/broken/config.json is damaged" in done.stderr
-        and "Traceback" not in done.stderr
-    )
+    assert done.returncode == 1
+    assert "out/broken/config.json is damaged" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize(

@@ -71,14 +71,12 @@ def test_equals_a_loop_over_single_edges(sample, linear, bias, temperature, T):
     q, k, v = qkv(T=T)
     noise = logistic_noise((2, 2, T, T)).double() if sample else None
     dy = torch.randn(q.shape, dtype=torch.float64)
-    y, density, _ = gated_attention(
-        q, k, v, torch.tensor(bias).view(2, 1, 1), temperature, sample, noise=noise, linear_penalty=linear
-    )
+    y, density, _ = gated_attention(q, k, v, torch.tensor(bias).view(2, 1, 1), temperature, sample,
+                                    noise=noise, linear_penalty=linear)
     ((y * dy).sum() + 7.0 * density).backward()
     arrays = [t.detach().numpy() for t in (q, k, v)]
-    expected = edge_by_edge(
-        *arrays, bias, temperature, noise.numpy() if sample else None, linear, dy.numpy(), 7.0
-    )
+    expected = edge_by_edge(*arrays, bias, temperature, noise.numpy() if sample else None, linear, dy.numpy(),
+                            7.0)
     for ours, by_hand in zip((y, density, q.grad, k.grad, v.grad), expected):
         np.testing.assert_allclose(ours.detach().numpy(), by_hand, rtol=1e-10, atol=1e-12)
 
@@ -194,14 +192,11 @@ def test_under_autocast_the_scores_stay_exact_and_the_output_has_the_values_type
     with torch.autocast("cpu", torch.bfloat16):
         y, density, gates = gated_attention(q, k, v, 0.3, dense=dense, return_gates=True)
         fast = gated_attention(q, k, v, 0.3, dense=dense)[0]
-    expected, exact_density, exact = gated_attention(
-        q.float(), k.float(), v.float(), 0.3, dense=dense, return_gates=True
-    )
-    assert (
-        torch.equal(gates.open, exact.open)
-        and torch.equal(gates.pattern, exact.pattern)
-        and density.float() == exact_density
-    )
+    expected, exact_density, exact = gated_attention(q.float(), k.float(), v.float(), 0.3, dense=dense,
+                                                     return_gates=True)
+    assert torch.equal(gates.open, exact.open)
+    assert torch.equal(gates.pattern, exact.pattern)
+    assert density.float() == exact_density
     assert y.dtype == fast.dtype == torch.bfloat16
     assert (y.float() - expected).abs().max() < 0.05 and (fast.float() - expected).abs().max() < 0.05
 
@@ -212,12 +207,10 @@ def test_without_noise_values_are_those_of_evaluation_and_gradients_those_of_tra
     y, density, _ = gated_attention(q, k, v, 0.3, sample=True, noise=0.0)
     judged, judged_density, _ = gated_attention(q, k, v, 0.3, sample=False)
     assert torch.equal(y, judged) and torch.equal(density, judged_density)
-    as_zeros, _, _ = gated_attention(
-        q, k, v, 0.3, sample=True, noise=torch.zeros(2, 2, 8, 8, dtype=torch.float64)
-    )
+    as_zeros, _, _ = gated_attention(q, k, v, 0.3, sample=True,
+                                     noise=torch.zeros(2, 2, 8, 8, dtype=torch.float64))
     ours, plain, frozen = (
         torch.autograd.grad(out.square().sum(), (q, k), retain_graph=True) for out in (y, as_zeros, judged)
     )
-    assert all(torch.allclose(a, b) for a, b in zip(ours, plain)) and not any(
-        torch.allclose(a, b) for a, b in zip(ours, frozen)
-    )
+    assert all(torch.allclose(a, b) for a, b in zip(ours, plain))
+    assert not any(torch.allclose(a, b) for a, b in zip(ours, frozen))

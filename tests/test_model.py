@@ -17,20 +17,10 @@ def tiny(**changes):
 
 def test_names_and_shapes_are_nanogpts():
     shapes = {name: tuple(p.shape) for name, p in tiny().named_parameters()}
-    layer = {
-        "ln_1.weight": (16,),
-        "ln_1.bias": (16,),
-        "attn.c_attn.weight": (48, 16),
-        "attn.c_attn.bias": (48,),
-        "attn.c_proj.weight": (16, 16),
-        "attn.c_proj.bias": (16,),
-        "ln_2.weight": (16,),
-        "ln_2.bias": (16,),
-        "mlp.c_fc.weight": (64, 16),
-        "mlp.c_fc.bias": (64,),
-        "mlp.c_proj.weight": (16, 64),
-        "mlp.c_proj.bias": (16,),
-    }
+    layer = {"ln_1.weight": (16,), "ln_1.bias": (16,), "attn.c_attn.weight": (48, 16),
+             "attn.c_attn.bias": (48,), "attn.c_proj.weight": (16, 16), "attn.c_proj.bias": (16,),
+             "ln_2.weight": (16,), "ln_2.bias": (16,), "mlp.c_fc.weight": (64, 16), "mlp.c_fc.bias": (64,),
+             "mlp.c_proj.weight": (16, 64), "mlp.c_proj.bias": (16,)}
     expected = {
         "transformer.wte.weight": (11, 16),
         "transformer.wpe.weight": (8, 16),
@@ -87,9 +77,8 @@ def test_forward_by_hand():
         z = norm(x, h + "ln_2") @ w[h + "mlp.c_fc.weight"].T + w[h + "mlp.c_fc.bias"]
         z = 0.5 * z * (1 + torch.tanh(math.sqrt(2 / math.pi) * (z + 0.044715 * z**3)))
         x = x + z @ w[h + "mlp.c_proj.weight"].T + w[h + "mlp.c_proj.bias"]
-    torch.testing.assert_close(
-        m(idx)[0], norm(x, "transformer.ln_f") @ w["lm_head.weight"].T, atol=1e-4, rtol=1e-4
-    )
+    torch.testing.assert_close(m(idx)[0], norm(x, "transformer.ln_f") @ w["lm_head.weight"].T, atol=1e-4,
+                               rtol=1e-4)
 
 
 def test_loss_ignores_positions_and_density_is_one_when_dense():

@@ -81,13 +81,8 @@ def test_batches_of_rows_and_of_a_stream(workplace):
     x, y = load("addition").batch("val", [5, 0], 11)
     assert x.shape == y.shape == (2, 11) and x.dtype == np.int64
     assert (y[:, :6] == -1).all() and (y[:, 6:] >= 0).all()
-    write_dataset(
-        "data/stream",
-        np.arange(100, dtype=np.uint16),
-        np.arange(20, dtype=np.uint16),
-        kind="stream",
-        vocab_size=100,
-    )
+    write_dataset("data/stream", np.arange(100, dtype=np.uint16), np.arange(20, dtype=np.uint16),
+                  kind="stream", vocab_size=100)
     data = load("stream")
     x, y = data.batch("train", [0, 91], 8)
     assert x.tolist() == [list(range(8)), list(range(91, 99))] and (y == x + 1).all()
@@ -112,9 +107,8 @@ def test_damage_is_named(workplace):
 
 
 def test_a_token_outside_the_vocabulary_is_named(workplace):
-    write_dataset(
-        "data/odd", np.full(50, 7, np.uint16), np.full(50, 7, np.uint16), kind="stream", vocab_size=7
-    )
+    write_dataset("data/odd", np.full(50, 7, np.uint16), np.full(50, 7, np.uint16), kind="stream",
+                  vocab_size=7)
     with pytest.raises(UserError, match="holds token 7, but its vocabulary has only 7"):
         load("odd").batch("train", [0], 8)
 
@@ -128,10 +122,8 @@ def test_command_line(workplace):
     done = call(prepare_data.main, "addition")
     assert done.returncode == 0 and "train (8000, 2, 11)" in done.stdout
     done = call(prepare_data.main, "addition", "--digits=3")
-    assert (
-        done.returncode == 0
-        and "data/addition3: rows, train (16000, 2, 13), val (4000, 2, 13)" in done.stdout
-    )
+    assert done.returncode == 0
+    assert "data/addition3: rows, train (16000, 2, 13), val (4000, 2, 13)" in done.stdout
     done = call(prepare_data.main, "nothing")
     assert done.returncode != 0 and "addition" in done.stderr and "Traceback" not in done.stderr
     for arguments, message in (
@@ -155,17 +147,14 @@ def test_command_line(workplace):
 def test_stdlib_is_whole_files_and_none_on_both_sides(workplace):
     data = load("stdlib")  # made on first use
     train, val = decoded(data.train, data), decoded(data.val, data)
-    assert (
-        len(train) == data.meta["documents"]["train"] > 300 and len(val) == data.meta["documents"]["val"] > 20
-    )
+    assert len(train) == data.meta["documents"]["train"] > 300
+    assert len(val) == data.meta["documents"]["val"] > 20
     assert not set(train) & set(val) and 0.05 < len(data.val) / len(data.train) < 0.2
     with open(json.__file__, "rb") as f:
         assert f.read() in train + val
-    assert (
-        data.meta["tokenizer"] == "bytes"
-        and data.meta["vocab_size"] == 256
-        and data.meta["python"] == sys.version.split()[0]
-    )
+    assert data.meta["tokenizer"] == "bytes"
+    assert data.meta["vocab_size"] == 256
+    assert data.meta["python"] == sys.version.split()[0]
 
 
 def test_your_own_files_in_bytes_and_in_gpt2_tokens(workplace, monkeypatch):
@@ -181,10 +170,8 @@ def test_your_own_files_in_bytes_and_in_gpt2_tokens(workplace, monkeypatch):
         pytest.skip("needs OpenAI's vocabulary: set TIKTOKEN_CACHE_DIR")
     prepare_data.main(["text", "--tokenizer=gpt2", *files])
     data = load("text-gpt2")
-    assert (
-        data.meta["vocab_size"] == 50257
-        and (np.asarray(data.train) == 50256).sum() == data.meta["documents"]["train"]
-    )
+    assert data.meta["vocab_size"] == 50257
+    assert (np.asarray(data.train) == 50256).sum() == data.meta["documents"]["train"]
     import tiktoken
 
     pieces = tiktoken.get_encoding("gpt2").decode(np.asarray(data.val).tolist()).split("<|endoftext|>")[1:]
@@ -223,9 +210,8 @@ def test_shakespeare_by_url(workplace, server, monkeypatch):
     server.cut_after = None
     prepare_data.main(["shakespeare"])
     data = load("shakespeare")
-    assert decoded(data.train, data)[0] + decoded(data.val, data)[0] == play and decoded(data.val, data)[
-        0
-    ].startswith(b"ROMEO")
+    assert decoded(data.train, data)[0] + decoded(data.val, data)[0] == play
+    assert decoded(data.val, data)[0].startswith(b"ROMEO")
 
 
 def test_a_vocabulary_that_cannot_be_fetched_says_what_to_do(workplace, monkeypatch):
@@ -259,11 +245,8 @@ def test_a_full_disk_leaves_the_old_dataset_whole(workplace, monkeypatch):
     )
     with pytest.raises(SystemExit, match="cannot write data/addition/val.bin.*No space left"):
         prepare_data.main(["addition"])
-    assert load("addition").meta == before and sorted(os.listdir("data/addition")) == [
-        "meta.json",
-        "train.bin",
-        "val.bin",
-    ]
+    assert load("addition").meta == before
+    assert sorted(os.listdir("data/addition")) == ["meta.json", "train.bin", "val.bin"]
 
 
 def test_processes_that_want_the_same_dataset_wait_for_the_first(workplace):
@@ -276,7 +259,5 @@ def test_processes_that_want_the_same_dataset_wait_for_the_first(workplace):
         for _ in range(3)
     ]
     said = [process.communicate()[0] for process in several]
-    assert (
-        all("(8000, 2, 11)" in words for words in said)
-        and sum("making data/addition" in words for words in said) == 1
-    )
+    assert all("(8000, 2, 11)" in words for words in said)
+    assert sum("making data/addition" in words for words in said) == 1

@@ -77,42 +77,10 @@ def test_every_setting_in_the_tables_exists():
     assert len(names) >= 10 and set(names) <= set(Config.__annotations__)
     flags = re.findall(r"--(\w+)=", "\n".join(map(read, PAGES)))
     # a typo, and other programs' flags
-    others = {
-        "learning_rte",
-        "seeds",
-        "jobs",
-        "threads",
-        "digits",
-        "T",
-        "nproc_per_node",
-        "nnodes",
-        "rdzv_backend",
-        "rdzv_id",
-        "rdzv_endpoint",
-        "tokenizer",
-        "file",
-        "shards",
-        "processes",
-        "prompt",
-        "tokens",
-        "temperature",
-        "open",
-        "model",
-        "splash",
-        "B",
-        "H",
-        "repeats",
-        "most_memory",
-        "task",
-        "shut",
-        "n",
-        "gpus",
-        "context",
-        "measured",
-        "include",
-        "limit",
-        "tasks",
-    }
+    others = {"learning_rte", "seeds", "jobs", "threads", "digits", "T", "nproc_per_node", "nnodes",
+              "rdzv_backend", "rdzv_id", "rdzv_endpoint", "tokenizer", "file", "shards", "processes",
+              "prompt", "tokens", "temperature", "open", "model", "splash", "B", "H", "repeats",
+              "most_memory", "task", "shut", "n", "gpus", "context", "measured", "include", "limit", "tasks"}
     assert set(flags) - others <= set(Config.__annotations__) | {"index"}
 
 
@@ -127,20 +95,13 @@ def test_requirements_are_the_five_and_the_pin():
         assert f.read().split() == ["torch==2.13.0", "tiktoken", "numpy", "tqdm", "matplotlib"]
 
 
-BELOW = {
-    "geco": [],
-    "fast": [],
-    "storage": [],
-    "gate": ["fast"],
-    "model": ["gate", "storage"],
-    "prepare_data": ["storage"],
-    "models": ["gate", "model", "storage"],
-    "circuits": ["gate", "models", "storage"],
-    "training": ["fast", "geco", "gate", "model", "prepare_data", "storage", "models"],
-    "analysis": ["fast", "gate", "model", "prepare_data", "storage", "models", "training", "circuits"],
-    "train": ["geco", "fast", "gate", "model", "prepare_data", "storage", "models", "training"],
-    "analyze": ["storage"],
-}
+BELOW = {"geco": [], "fast": [], "storage": [], "gate": ["fast"], "model": ["gate", "storage"],
+         "prepare_data": ["storage"], "models": ["gate", "model", "storage"],
+         "circuits": ["gate", "models", "storage"],
+         "training": ["fast", "geco", "gate", "model", "prepare_data", "storage", "models"],
+         "analysis": ["fast", "gate", "model", "prepare_data", "storage", "models", "training", "circuits"],
+         "train": ["geco", "fast", "gate", "model", "prepare_data", "storage", "models", "training"],
+         "analyze": ["storage"]}
 
 
 @pytest.mark.parametrize("room", BELOW)

@@ -29,9 +29,8 @@ def test_a_circuit_of_a_few_edges_is_found(echo):
     (echo / "dense.py").write_text(
         (echo / "dense.py").read_text().replace("max_steps = 60", "max_steps = 300")
     )
-    folder = run(
-        "sparse.py", max_steps=600, linear_penalty_steps=400, loss_slack=0.01, lambda_init=1.0, lambda_min=0.1
-    )
+    folder = run("sparse.py", max_steps=600, linear_penalty_steps=400, loss_slack=0.01, lambda_init=1.0,
+                 lambda_min=0.1)
     best = read_checkpoint(f"{folder}/best.pt")
     line = next(m for m in metrics(folder) if m["step"] == best["step"])
     assert line["passes"] and line["val_loss"] <= line["target_loss"] and line["accuracy"] == 1
@@ -64,38 +63,22 @@ def test_the_parent_is_trained_first_once_and_hands_over_its_weights(echo, capsy
     assert json.load(open("out/sparse/config.json"))["n_layer"] == 2  # shape taken over
     parent, child = read_checkpoint("out/dense/best.pt"), read_checkpoint("out/sparse/last.pt")
     assert child["dense"]["val"]["loss"] == pytest.approx(metrics("out/dense")[-1]["val_loss"], rel=1e-6)
-    assert (
-        child["parent"] == "out/dense/best.pt"
-        and child["target_loss"] == child["dense"]["val"]["loss"] + 0.001
-    )
+    assert child["parent"] == "out/dense/best.pt"
+    assert child["target_loss"] == child["dense"]["val"]["loss"] + 0.001
     assert parent["model_args"]["gated"] is False and child["model_args"]["gated"] is True
     run("sparse.py", max_steps=20, out_dir="out/second")
-    assert (
-        os.stat("out/dense/last.pt").st_mtime_ns == before
-        and "out/dense is finished" in capsys.readouterr().out
-    )
+    assert os.stat("out/dense/last.pt").st_mtime_ns == before
+    assert "out/dense is finished" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("cycle_steps", [0, 40])
 def test_two_phases_with_a_cap_of_lambda_each(echo, cycle_steps):
     """The first cap holds as long as the linear penalty, the second from then on, or until the next cycle."""
-    settings = {
-        "linear_penalty_steps": 20,
-        "lambda_init": 4.0,
-        "lambda_max": 4.0,
-        "repair_lambda_max": 8.0,
-        "lambda_rate": 1.0,
-        "loss_slack": 0.0,
-        "eval_interval": 4,
-        "max_steps": 80,
-    }
+    settings = {"linear_penalty_steps": 20, "lambda_init": 4.0, "lambda_max": 4.0, "repair_lambda_max": 8.0,
+                "lambda_rate": 1.0, "loss_slack": 0.0, "eval_interval": 4, "max_steps": 80}
     # a target it cannot meet: lambda wants to rise
-    run(
-        "sparse.py",
-        cycle_steps=cycle_steps,
-        target_from=run("dense.py", out_dir="out/better", max_steps=200),
-        **settings,
-    )
+    run("sparse.py", cycle_steps=cycle_steps,
+        target_from=run("dense.py", out_dir="out/better", max_steps=200), **settings)
     lams = {line["step"]: line["lambda"] for line in metrics("out/sparse")}
     assert [lams[step] for step in (20, 40, 60, 80)] == [4.0, 8.0, 4.0 if cycle_steps else 8.0, 8.0]
 
@@ -107,26 +90,12 @@ def test_the_edge_that_a_cut_took_comes_back(echo):
     (echo / "dense.py").write_text(
         (echo / "dense.py").read_text().replace("max_steps = 60", "max_steps = 300")
     )
-    overshoot = {
-        "seed": 2,
-        "density_weight": 60.0,
-        "linear_penalty_steps": 300,
-        "max_steps": 1000,
-        "loss_slack": 0.01,
-        "constraint_scale": 0.01,
-        "lambda_init": 4.0,
-        "lambda_max": 4.0,
-        "eval_interval": 50,
-    }
+    overshoot = {"seed": 2, "density_weight": 60.0, "linear_penalty_steps": 300, "max_steps": 1000,
+                 "loss_slack": 0.01, "constraint_scale": 0.01, "lambda_init": 4.0, "lambda_max": 4.0,
+                 "eval_interval": 50}
     old = run("sparse.py", out_dir="out/old", **overshoot)
-    new = run(
-        "sparse.py",
-        out_dir="out/new",
-        gate_temperature=3.0,
-        repair_lambda_max=30.0,
-        average_decay=0.9,
-        **overshoot,
-    )
+    new = run("sparse.py", out_dir="out/new", gate_temperature=3.0, repair_lambda_max=30.0, average_decay=0.9,
+              **overshoot)
     lost = [line["accuracy"] < 0.9 for line in metrics(new) if line["step"] == 300]
     assert lost == [True]
     assert not any(line["passes"] for line in metrics(old) if line["step"] >= 700)
@@ -195,9 +164,8 @@ def test_a_model_with_fewer_right_answers_does_not_meet_the_target():
     assert not meets_target(found(1.2, {"train": 10, "val": 5}), dense, 1.1)
     assert not meets_target(found(0.9, {"train": 9, "val": 5}), dense, 1.1)
     assert not meets_target(found(0.9, {"train": 10, "val": 4}), dense, 1.1)
-    assert meets_target(
-        found(1.1, {"train": 0, "val": 0}, None), found(1.0, {"train": 0, "val": 0}, None), 1.1
-    )
+    assert meets_target(found(1.1, {"train": 0, "val": 0}, None), found(1.0, {"train": 0, "val": 0}, None),
+                        1.1)
 
 
 def test_the_closest_evaluation_is_told_by_what_was_counted_for_all():
@@ -230,10 +198,8 @@ def test_learning_rate_warms_up_and_falls_to_its_minimum():
 def test_a_control_goes_on_from_the_parent_in_another_order_and_can_set_the_target(counting):
     run("sparse.py", target_from="control.py", max_steps=20)
     control, sparse = read_checkpoint("out/control/last.pt"), read_checkpoint("out/sparse/last.pt")
-    assert (
-        control["parent"] == sparse["parent"] == "out/dense/best.pt"
-        and sparse["reference"] == "out/control/best.pt"
-    )
+    assert control["parent"] == sparse["parent"] == "out/dense/best.pt"
+    assert sparse["reference"] == "out/control/best.pt"
     assert sparse["target_loss"] == pytest.approx(min(m["val_loss"] for m in metrics("out/control")) + 0.02)
     # it starts where the parent ended
     assert metrics("out/control")[0]["val_loss"] == pytest.approx(
@@ -285,10 +251,8 @@ def test_the_last_steps_without_noise(counting, monkeypatch):
 def test_a_teacher_changes_the_gradient_and_only_the_gradient(counting):
     with_teacher = metrics(run("sparse.py", max_steps=20, distill_weight=2.0, out_dir="out/taught"))
     without = metrics(run("sparse.py", max_steps=20, out_dir="out/untaught"))
-    assert (
-        with_teacher[0]["constraint_target"] == without[0]["constraint_target"]
-        and with_teacher[0]["target_loss"] == without[0]["target_loss"]
-    )
+    assert with_teacher[0]["constraint_target"] == without[0]["constraint_target"]
+    assert with_teacher[0]["target_loss"] == without[0]["target_loss"]
     assert not same(parameters("out/taught"), parameters("out/untaught"))
     teacher = load_checkpoint("out/dense/best.pt")
     x, _ = prepare_data.load("count").batch("val", range(0, 400, 8), 8)
@@ -326,11 +290,9 @@ def test_a_checkpoint_of_transformers_is_a_parent_and_resumes(counting):
     run("sparse.py", init_from="hf", max_steps=20, gate_bias=5.0, batch_size=8)
     run("sparse.py", init_from="resume", max_steps=30)
     saved = read_checkpoint("out/sparse/last.pt")
-    assert (
-        saved["step"] == 30
-        and saved["parent"] == saved["reference"] == "hf"
-        and saved["model_args"]["n_embd"] == 16
-    )
+    assert saved["step"] == 30
+    assert saved["parent"] == saved["reference"] == "hf"
+    assert saved["model_args"]["n_embd"] == 16
 
 
 def test_bfloat16_trains_and_is_judged_in_float32(counting):
@@ -341,9 +303,8 @@ def test_bfloat16_trains_and_is_judged_in_float32(counting):
     )
     # before training they are one model, and the judge is one
     assert exact[0]["val_loss"] == half[0]["val_loss"]
-    assert half[-1]["val_loss"] != exact[-1]["val_loss"] and half[-1]["val_loss"] == pytest.approx(
-        exact[-1]["val_loss"], abs=0.05
-    )
+    assert half[-1]["val_loss"] != exact[-1]["val_loss"]
+    assert half[-1]["val_loss"] == pytest.approx(exact[-1]["val_loss"], abs=0.05)
     assert all(p.dtype == torch.float32 for p in parameters("out/bfloat16").values())
     assert half[-1]["tokens_per_second"] > 0
 
@@ -379,9 +340,8 @@ def test_the_ways_of_computing_attention_train_alike_and_the_choice_is_printed(c
         )[-1]
         assert f"attention {impl}" in capsys.readouterr().out
     for impl in ("tiled", "triton"):
-        assert found[impl]["val_loss"] == pytest.approx(found["plain"]["val_loss"], abs=1e-3) and found[impl][
-            "open"
-        ] == pytest.approx(found["plain"]["open"], abs=0.5)
+        assert found[impl]["val_loss"] == pytest.approx(found["plain"]["val_loss"], abs=1e-3)
+        assert found[impl]["open"] == pytest.approx(found["plain"]["open"], abs=0.5)
 
 
 def test_the_average_of_the_weights_is_what_is_judged_and_kept(echo):
@@ -424,15 +384,8 @@ def test_a_cycle_that_was_not_repaired_starts_again_from_the_last_state_that_met
     monkeypatch.setattr(
         judge, "load_weights", lambda model, weights: starts.append(weights) or load_weights(model, weights)
     )
-    folder = run(
-        "sparse.py",
-        init_from=parent,
-        cycle_steps=40,
-        linear_penalty_steps=10,
-        max_steps=80,
-        lambda_init=1.0,
-        lambda_min=0.2,
-    )
+    folder = run("sparse.py", init_from=parent, cycle_steps=40, linear_penalty_steps=10, max_steps=80,
+                 lambda_init=1.0, lambda_min=0.2)
     assert [line["passes"] for line in metrics(folder)] == [False, True, False, False, True]
     assert [line["goes_back"] for line in metrics(folder)] == [False, False, True, False, False]
     assert len(starts) == 1 and read_checkpoint(f"{folder}/best.pt")["step"] in (20, 80)

@@ -104,15 +104,10 @@ class Progress:
 
     def __enter__(self):
         self.began = time.perf_counter()
-        self.bar = tqdm(
-            total=self.config.max_steps,
-            initial=self.start,
-            desc=self.job.name(self.config.out_dir),
-            file=self.stream,
-            dynamic_ncols=True,
-            disable=self.silent or not self.is_terminal,
-            bar_format="{desc} {percentage:3.0f}%|{bar:10}| {n_fmt}/{total_fmt}{postfix}",
-        )
+        self.bar = tqdm(total=self.config.max_steps, initial=self.start,
+                        desc=self.job.name(self.config.out_dir), file=self.stream, dynamic_ncols=True,
+                        disable=self.silent or not self.is_terminal,
+                        bar_format="{desc} {percentage:3.0f}%|{bar:10}| {n_fmt}/{total_fmt}{postfix}")
         return self
 
     def __exit__(self, *exception):

@@ -110,13 +110,8 @@ def test_scores_are_those_of_the_harness_own_model(workplace, tasks):
         answers[name] = lm_eval.simple_evaluate(lm, tasks=["mine", "rolling", "texts"], task_manager=manager,
                                                 bootstrap_iters=10)
     own, other = answers["own"], answers["harness"]
-    metrics = [
-        ("mine", "acc,none"),
-        ("mine", "acc_norm,none"),
-        ("mine", "acc_stderr,none"),
-        ("rolling", "word_perplexity,none"),
-        ("texts", "exact_match,none"),
-    ]
+    metrics = [("mine", "acc,none"), ("mine", "acc_norm,none"), ("mine", "acc_stderr,none"),
+               ("rolling", "word_perplexity,none"), ("texts", "exact_match,none")]
     for task, metric in metrics:
         wanted = pytest.approx(other["results"][task][metric], rel=1e-3)
         assert own["results"][task][metric] == wanted, (task, metric)

@@ -177,20 +177,9 @@ BROKEN = {"digits": [1.0, 1.0, 0.95, 0.55, 1.0], "sum": 0.5}
 
 def an_edge(condition=None, share=0.45, shut=BROKEN, **more):
     agreement = 0.987 if condition else 0.8
-    return {
-        "layer": 1,
-        "head": 0,
-        "query": 8,
-        "key": 6,
-        "open_on": int(10_000 * share),
-        "share": share,
-        "condition": condition,
-        "agreement": agreement,
-        "baseline": 0.55,
-        "accuracy_when_shut": shut,
-        "twin": None,
-        **more,
-    }
+    return {"layer": 1, "head": 0, "query": 8, "key": 6, "open_on": int(10_000 * share), "share": share,
+            "condition": condition, "agreement": agreement, "baseline": 0.55, "accuracy_when_shut": shut,
+            "twin": None, **more}
 
 
 ALWAYS = an_edge(share=1.0)

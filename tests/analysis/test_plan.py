@@ -98,14 +98,9 @@ def test_the_command(capsys, workplace):
     assert "30 % of the peak measured in out/run" in capsys.readouterr().out
     with open("out/run/metrics.jsonl", "w") as f:
         f.write(json.dumps({"mfu": None}) + "\n")
-    wrong = [
-        (["--measured=out/run"], "no mfu"),
-        (["--measured=out/gone"], "No such file"),
-        (["--gpus=0"], "at least 1"),
-        (["--model=1b", "--gpus=64"], "does not divide into 64"),
-        (["--context=4096"], "context of 2,048"),
-        (["--micro_batch=2"], "Did you mean micro_batch_size"),
-    ]
+    wrong = [(["--measured=out/run"], "no mfu"), (["--measured=out/gone"], "No such file"),
+             (["--gpus=0"], "at least 1"), (["--model=1b", "--gpus=64"], "does not divide into 64"),
+             (["--context=4096"], "context of 2,048"), (["--micro_batch=2"], "Did you mean micro_batch_size")]
     for flags, message in wrong:
         with pytest.raises(SystemExit, match=message):
             analyze.main(["plan", *flags])

@@ -12,11 +12,9 @@ from storage.files import UserError
 
 
 def test_numbers_and_ranges():
-    assert (
-        seeds.parse_seeds("21-23") == [21, 22, 23]
-        and seeds.parse_seeds("1,5,9") == [1, 5, 9]
-        and seeds.parse_seeds("7,2-3") == [7, 2, 3]
-    )
+    assert seeds.parse_seeds("21-23") == [21, 22, 23]
+    assert seeds.parse_seeds("1,5,9") == [1, 5, 9]
+    assert seeds.parse_seeds("7,2-3") == [7, 2, 3]
     for wrong in ("", "a", "1-", "-3", "1,,2", "5-3", "1,1"):
         with pytest.raises(UserError, match="--seeds="):
             seeds.parse_seeds(wrong)
@@ -42,9 +40,8 @@ def test_what_one_seed_runs(echo):
     assert seeds.runs_for("sparse.py", {"loss_slack": 0.01}, 3) == [
         ("sparse.py", {"loss_slack": 0.01, "seed": 3, "out_dir": "out/sparse-loss_slack=0.01-seed3"})
     ]
-    parent, child = seeds.runs_for(
-        "sparse.py", {"n_head": 4, "dataset": "echo", "loss_slack": 0.01, "device": "cpu"}, 3
-    )
+    parent, child = seeds.runs_for("sparse.py",
+                                   {"n_head": 4, "dataset": "echo", "loss_slack": 0.01, "device": "cpu"}, 3)
     assert parent == (
         "dense.py",
         {
@@ -79,28 +76,20 @@ def test_seeds_are_trained_skipped_and_compared(echo):
     done = call(main, "seeds", "sparse.py", "--seeds=1-2", "--jobs=2")
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
-    assert lines[0].split()[:2] == ["seed", "target"] and [line.split()[:2] for line in lines[1:3]] == [
-        ["1", "met"],
-        ["2", "met"],
-    ]
-    assert (
-        lines[3].startswith("met 2 of 2; open edges of those: min ")
-        and ", median " in lines[3]
-        and "seconds of training" in lines[3]
-    )
+    assert lines[0].split()[:2] == ["seed", "target"]
+    assert [line.split()[:2] for line in lines[1:3]] == [["1", "met"], ["2", "met"]]
+    assert lines[3].startswith("met 2 of 2; open edges of those: min ")
+    assert ", median " in lines[3]
+    assert "seconds of training" in lines[3]
     found = json.load(open("out/sparse-seeds.json"))
     report = json.load(open("out/sparse-seed2/report.json"))
     row = found["rows"][1]
-    assert (
-        row["open"] == report["edges"]["open"]
-        and row["parent_loss"] == report["dense"]["val_loss"]
-        and row["parent_steps"] == 60
-    )
-    assert (
-        row["seconds"] == report["seconds"]
-        and row["correct"] == report["sparse"]["correct"]
-        and row["wall_seconds"] > 0
-    )
+    assert row["open"] == report["edges"]["open"]
+    assert row["parent_loss"] == report["dense"]["val_loss"]
+    assert row["parent_steps"] == 60
+    assert row["seconds"] == report["seconds"]
+    assert row["correct"] == report["sparse"]["correct"]
+    assert row["wall_seconds"] > 0
     assert found["summary"]["met"] == found["summary"]["of"] == 2 and os.path.exists("out/sparse-seed2.log")
 
     before = os.stat("out/sparse-seed2.log").st_size
@@ -119,17 +108,15 @@ def test_a_seed_that_fails_or_misses_stays_in_the_table(echo):
     status, said, _ = call(main, "seeds", "sparse.py", "--seeds=1,2", *settings)
     assert status == 1
     first, second = said.splitlines()[1:3]
-    assert (
-        first.split()[:2] == ["1", "FAILED"]
-        and "error: " in first
-        and second.split()[:2] == ["2", "MISSED"]
-        and "step 20: " in second
-    )
+    assert first.split()[:2] == ["1", "FAILED"]
+    assert "error: " in first
+    assert second.split()[:2] == ["2", "MISSED"]
+    assert "step 20: " in second
     assert "met 0 of 2; seconds of training" in said
     rows = json.load(open("out/sparse-learning_rate=0.5-loss_slack=0.0-max_steps=20-seeds.json"))["rows"]
-    assert (
-        "config.json is missing or damaged" in rows[0]["failed"] and not rows[1]["met"] and rows[1]["closest"]
-    )
+    assert "config.json is missing or damaged" in rows[0]["failed"]
+    assert not rows[1]["met"]
+    assert rows[1]["closest"]
 
 
 @pytest.mark.slow
@@ -144,10 +131,7 @@ def test_a_shape_reaches_the_parent_and_a_change_of_settings_is_not_taken_for_fi
         == 4
     )
     assert json.load(open("out/sparse-n_head=4-seeds.json"))["rows"][0]["parent_steps"] == 60
-    assert (
-        "out/sparse-n_head=4-seed4 is a gated run on echo: explain counts over sums"
-        in done.stdout
-    )
+    assert "out/sparse-n_head=4-seed4 is a gated run on echo: explain counts over sums" in done.stdout
     assert all(seeds.is_finished(*each) for each in seeds.runs_for("sparse.py", {"n_head": 4}, 4))
     with open("sparse.py", "a") as f:
         f.write("beta1 = 0.8\n")
@@ -155,32 +139,11 @@ def test_a_shape_reaches_the_parent_and_a_change_of_settings_is_not_taken_for_fi
 
 
 def test_explain_adds_the_algorithm():
-    row = {
-        "seed": 3,
-        "failed": None,
-        "met": True,
-        "parent_loss": 0.001,
-        "parent_steps": 2000,
-        "open": 6.5,
-        "total": 264,
-        "correct": 10000,
-        "examples": 10000,
-        "seconds": {"dense": 57.2, "sparse": 151.0},
-        "wall_seconds": None,
-        "closest": None,
-        "algorithm": "carry edge",
-    }
-    assert seeds.cells(row) == [
-        "3",
-        "met",
-        "0.0010 (2000 steps)",
-        "6.50 of 264",
-        "10,000 of 10,000",
-        "57",
-        "151",
-        "-",
-        "carry edge",
-    ]
+    row = {"seed": 3, "failed": None, "met": True, "parent_loss": 0.001, "parent_steps": 2000, "open": 6.5,
+           "total": 264, "correct": 10000, "examples": 10000, "seconds": {"dense": 57.2, "sparse": 151.0},
+           "wall_seconds": None, "closest": None, "algorithm": "carry edge"}
+    assert seeds.cells(row) == ["3", "met", "0.0010 (2000 steps)", "6.50 of 264", "10,000 of 10,000", "57",
+                                "151", "-", "carry edge"]
     failed = {"seed": 4, "failed": "error: no", "met": False, "wall_seconds": 3.2}
     assert (
         seeds.in_words(seeds.summary([row, failed]))
@@ -188,14 +151,5 @@ def test_explain_adds_the_algorithm():
            "median 208, max 208"
     )
     assert seeds.table([row, failed]).splitlines()[2].split() == [
-        "4",
-        "FAILED",
-        "-",
-        "-",
-        "-",
-        "-",
-        "-",
-        "3",
-        "error:",
-        "no",
+        "4", "FAILED", "-", "-", "-", "-", "-", "3", "error:", "no"
     ]

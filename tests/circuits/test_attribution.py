@@ -129,9 +129,8 @@ class ByHand:
             writes += heads
             biases = biases + block.attn.c_proj.bias
             x = self.norm(read(layer * (3 * H + 1) + 3 * H), block.ln_2)
-            hidden = torch.nn.functional.gelu(
-                x @ block.mlp.c_fc.weight.T + block.mlp.c_fc.bias, approximate="tanh"
-            )
+            hidden = torch.nn.functional.gelu(x @ block.mlp.c_fc.weight.T + block.mlp.c_fc.bias,
+                                              approximate="tanh")
             writes.append(hidden @ block.mlp.c_proj.weight.T + block.mlp.c_proj.bias)
         x = self.norm(read(L * (3 * H + 1)), self.t.ln_f)
         return x @ self.model.lm_head.weight.T, writes
@@ -151,16 +150,12 @@ def test_the_graph_of_gpt2_has_as_many_edges_as_the_literature_counts():
     graph = Graph(12, 12)
     assert (graph.W, graph.R, int(graph.edges.sum())) == (157, 445, 32491)
     names, readers = graph.writer_names(), graph.reader_names()
-    assert (
-        (len(names), len(readers)) == (157, 445)
-        and names[graph.writer("heads", 3)][5] == "3.5"
-        and names[graph.writer("mlp", 3)] == ["mlp 3"]
-    )
-    assert (
-        readers[graph.reader("k", 3)][5] == "3.5 k"
-        and readers[graph.reader("mlp", 3)] == ["mlp 3"]
-        and readers[graph.reader("final", None)] == ["output"]
-    )
+    assert (len(names), len(readers)) == (157, 445)
+    assert names[graph.writer("heads", 3)][5] == "3.5"
+    assert names[graph.writer("mlp", 3)] == ["mlp 3"]
+    assert readers[graph.reader("k", 3)][5] == "3.5 k"
+    assert readers[graph.reader("mlp", 3)] == ["mlp 3"]
+    assert readers[graph.reader("final", None)] == ["output"]
     assert (
         all(
             names[graph.owner(i)] == readers[i].split(" k")[0].split(" q")[0].split(" v")[0]
@@ -211,11 +206,9 @@ def test_all_edges_explain_everything_and_none_nothing(model, pairs, metric):
     shares, low, high = explained(
         *effects(model, pairs, metric, [graph.edges, torch.zeros_like(graph.edges)], batch_size=2)
     )
-    assert (
-        shares == pytest.approx([1, 0], abs=1e-5)
-        and low == pytest.approx([1, 0], abs=1e-5)
-        and high == pytest.approx([1, 0], abs=1e-5)
-    )
+    assert shares == pytest.approx([1, 0], abs=1e-5)
+    assert low == pytest.approx([1, 0], abs=1e-5)
+    assert high == pytest.approx([1, 0], abs=1e-5)
 
 
 def slope(model, value):
@@ -234,11 +227,9 @@ def test_attribution_is_the_derivative_of_the_metric_by_how_far_an_edge_is_moved
     """ALL edges."""
     graph, pair, hand = Graph(L, H), pairs[0], ByHand(model)
     scores, (_, other) = attribute_edges(model, [pair], metric), hand.run(torch.tensor(pair.corrupted))
-    assert (
-        (scores[~graph.edges] == 0).all()
-        and scores.abs().max() > 1e-3
-        and not any(attention.training for attention in model.attentions)
-    )
+    assert (scores[~graph.edges] == 0).all()
+    assert scores.abs().max() > 1e-3
+    assert not any(attention.training for attention in model.attentions)
     for writer, reader in graph.edges.nonzero().tolist():
         found = slope(
             model,
@@ -313,12 +304,9 @@ def interpolated(hand, pair, way, clean, corrupted, edge, step):
     clean) of its writer.
     """
     changed = copy.copy(hand)  # the same network, whose embedding of position i is row i of a table
-    changed.t = SimpleNamespace(
-        h=hand.t.h,
-        ln_f=hand.t.ln_f,
-        wte=SimpleNamespace(weight=corrupted[0] + way * (clean[0] - corrupted[0])),
-        wpe=SimpleNamespace(weight=torch.zeros_like(hand.t.wpe.weight)),
-    )
+    changed.t = SimpleNamespace(h=hand.t.h, ln_f=hand.t.ln_f,
+                                wte=SimpleNamespace(weight=corrupted[0] + way * (clean[0] - corrupted[0])),
+                                wpe=SimpleNamespace(weight=torch.zeros_like(hand.t.wpe.weight)))
     positions = torch.arange(len(pair.clean))
     _, plain = changed.run(positions)
     # moving towards it by `step` adds step (corrupted - clean)
@@ -336,13 +324,9 @@ def test_patching_components_is_transformer_lens_activation_patching(workplace, 
     analyze.main(["export", "ours.pt", "--to", "transformer_lens", "lens.pt"])
     saved = torch.load("lens.pt", weights_only=True)
     other = lens.HookedTransformer(lens.HookedTransformerConfig(**saved["cfg"], device="cpu")).eval()
-    other.load_and_process_state_dict(
-        convert_nanogpt_weights(saved["state_dict"], other.cfg),
-        fold_ln=False,
-        center_writing_weights=False,
-        center_unembed=False,
-        fold_value_biases=False,
-    )
+    other.load_and_process_state_dict(convert_nanogpt_weights(saved["state_dict"], other.cfg), fold_ln=False,
+                                      center_writing_weights=False, center_unembed=False,
+                                      fold_value_biases=False)
     same = [pair for pair in pairs if len(pair.clean) == len(pairs[0].clean)]
     clean, corrupted = (
         torch.tensor([getattr(pair, which) for pair in same]) for which in ("clean", "corrupted")
@@ -356,16 +340,9 @@ def test_patching_components_is_transformer_lens_activation_patching(workplace, 
 
         base = measure(other(clean))
         heads = patching.get_act_patch_attn_head_out_all_pos(other, clean, cache, measure) - base
-        mlps = patching.generic_activation_patch(
-            other,
-            clean,
-            cache,
-            measure,
-            patching.layer_pos_patch_setter,
-            "mlp_out",
-            index_df=None,
-            index_axis_names=("layer", "pos"),
-        )
+        mlps = patching.generic_activation_patch(other, clean, cache, measure,
+                                                 patching.layer_pos_patch_setter, "mlp_out", index_df=None,
+                                                 index_axis_names=("layer", "pos"))
     ours, graph = patch_components(model, same, LOGIT), Graph(L, H)
     for layer in range(L):
         assert torch.allclose(ours[graph.writer("heads", layer)], heads[layer].float(), atol=1e-4)
@@ -383,9 +360,8 @@ def test_patching_components_is_transformer_lens_activation_patching(workplace, 
                     - base
                 ).item()
             )
-    assert [ours[graph.writer("mlp", layer)].item() for layer in range(L)] == pytest.approx(
-        whole, abs=1e-4
-    ) and mlps.shape == (L, len(same[0].clean))
+    assert [ours[graph.writer("mlp", layer)].item() for layer in range(L)] == pytest.approx(whole, abs=1e-4)
+    assert mlps.shape == (L, len(same[0].clean))
     assert heads.abs().max() > 1e-3
 
 
@@ -409,9 +385,8 @@ def test_gates_are_computed_anew_in_a_patched_run(pairs):
     model(clean, record=look)
     now = patched(model, clean, Cut(graph, keep, watch.writes), record=look)
     assert torch.equal(seen[0], seen[2]) and not torch.equal(seen[1], seen[3])
-    frozen = patched(
-        model, clean, Cut(graph, keep, watch.writes), keep=torch.stack([seen[0], seen[1]]).bool()
-    )
+    frozen = patched(model, clean, Cut(graph, keep, watch.writes),
+                     keep=torch.stack([seen[0], seen[1]]).bool())
     assert (now - frozen).abs().max() > 1e-3
     hand = ByHand(model)
     _, other = hand.run(torch.tensor(pair.corrupted))
@@ -462,9 +437,8 @@ def test_heads_that_never_open_are_out_of_the_graph(pairs):
     edges = circuit.without_dead_heads(graph, dead)
     gone = graph.edges & ~edges
     head = graph.writer("heads", 1).start
-    assert set(gone.nonzero()[:, 0].tolist()) >= {head} and int(gone.sum()) == int(
-        graph.edges[head].sum()
-    ) + 3 * graph.before("q", 1)
+    assert set(gone.nonzero()[:, 0].tolist()) >= {head}
+    assert int(gone.sum()) == int(graph.edges[head].sum()) + 3 * graph.before("q", 1)
     _, _, values = effects(model, pairs, LOGIT, [graph.edges, edges])
     assert torch.allclose(values[0], values[1], atol=1e-9)
 
@@ -478,17 +452,13 @@ def test_best_edges_are_the_largest_in_size():
 
 
 def test_curves_are_read_off_on_a_logarithmic_axis():
-    assert (
-        sizes(32491)[:4] == [1, 2, 3, 4]
-        and sizes(32491)[-1] == 32491
-        and len(sizes(32491)) > 25
-        and sizes(3) == [1, 2, 3]
-    )
-    assert (
-        needed([1, 10, 100], [0.0, 0.5, 1.0], 0.75) == pytest.approx(10**1.5)
-        and needed([1, 10], [0.95, 1], 0.9) == 1
-        and needed([1, 10], [0.1, 0.2], 0.9) is None
-    )
+    assert sizes(32491)[:4] == [1, 2, 3, 4]
+    assert sizes(32491)[-1] == 32491
+    assert len(sizes(32491)) > 25
+    assert sizes(3) == [1, 2, 3]
+    assert needed([1, 10, 100], [0.0, 0.5, 1.0], 0.75) == pytest.approx(10**1.5)
+    assert needed([1, 10], [0.95, 1], 0.9) == 1
+    assert needed([1, 10], [0.1, 0.2], 0.9) is None
     assert needed([1, 10], [math.nan, math.nan], 0.9) is None
     # what was enough by luck does not count
     assert needed([1, 10, 100, 1000], [0.0, 0.95, 0.5, 1.0], 0.75) == pytest.approx(10**2.5)
@@ -521,9 +491,8 @@ def test_prefix_matching_and_copying_by_their_definitions(model):
     generator = torch.Generator().manual_seed(0)
     first = torch.rand(2, V, generator=generator).argsort(dim=1)[:, :length]
     with torch.no_grad():
-        model(
-            torch.cat([first, first], 1), record=lambda layer, gates: seen.append(gates.open * gates.pattern)
-        )
+        model(torch.cat([first, first], 1), record=lambda layer,
+              gates: seen.append(gates.open * gates.pattern))
     for layer in range(L):
         for head in range(H):
             weights = [

@@ -40,10 +40,8 @@ def runs(workplace):
         for parameter in model.parameters():
             parameter.data += 0.2 * torch.randn_like(parameter)
         os.makedirs(f"out/{name}")
-        save_checkpoint(
-            f"out/{name}/best.pt",
-            checkpoint_of(model, data={"tokenizer": "addition" if name == "sums" else "bytes"}),
-        )
+        save_checkpoint(f"out/{name}/best.pt",
+                        checkpoint_of(model, data={"tokenizer": "addition" if name == "sums" else "bytes"}))
     return workplace
 
 
@@ -70,9 +68,8 @@ def test_circuit_prints_a_table_and_leaves_numbers_and_pictures(runs, capsys, ta
     for model in ("dense", "sparse"):
         for by in ("by_heads", "by_edges"):
             curve = result[model][by]
-            assert len(curve["n"]) == len(curve["explained"]) == len(curve["low"]) == len(
-                curve["high"]
-            ) and curve["n"] == sorted(curve["n"])
+            assert len(curve["n"]) == len(curve["explained"]) == len(curve["low"]) == len(curve["high"])
+            assert curve["n"] == sorted(curve["n"])
             assert curve["explained"][-1] == pytest.approx(1, abs=1e-4)  # all of it explains everything
     for name in ("", "-graph", "-gallery"):
         assert os.path.getsize(f"out/sparse/circuit-{task}{name}.png") > 3000
@@ -109,8 +106,7 @@ def test_mistakes_are_named(runs, arguments, words):
     blind = read_checkpoint("out/sparse/best.pt")
     os.makedirs("out/none-open")
     # no head opens: clean and corrupted end alike
-    save_checkpoint(
-        "out/none-open/best.pt", blind | {"model_args": blind["model_args"] | {"gate_bias": -100.0}}
-    )
+    save_checkpoint("out/none-open/best.pt",
+                    blind | {"model_args": blind["model_args"] | {"gate_bias": -100.0}})
     with pytest.raises(SystemExit, match=words):
         analyze.main(["circuit", *arguments])

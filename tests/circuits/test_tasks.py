@@ -64,11 +64,9 @@ def test_in_ioi_only_the_giver_changes_and_both_orders_are_there():
         for pair in make_pairs(task, 100, 1, vocabulary("gpt2"))[0]:
             changed = [i for i, (a, b) in enumerate(zip(pair.clean, pair.corrupted)) if a != b]
             (giver,), (receiver,), text = pair.wrong[0], pair.right[0], show(pair.clean)
-            assert (
-                len(changed) == 1
-                and pair.clean[changed[0]] == giver
-                and pair.corrupted[changed[0]] not in pair.clean
-            )
+            assert len(changed) == 1
+            assert pair.clean[changed[0]] == giver
+            assert pair.corrupted[changed[0]] not in pair.clean
             assert pair.clean.count(giver) == 2 and pair.clean.count(receiver) == 1 and text.endswith(" to")
             orders[task, pair.clean.index(giver) < pair.clean.index(receiver)] += 1
             assert task == "ioi" or len(pair.clean) > 45
@@ -106,9 +104,8 @@ def test_docstring_asks_for_the_third_argument_and_the_twin_never_names_it(name)
         arguments = clean[clean.index("(") + 1:clean.index(")")].removeprefix("self, ").split(", ")
         answer = show(pair.right[0]).strip()
         assert arguments[2] == answer if name == "gpt2" else arguments[2][0] == answer
-        assert clean.split(":param ")[1].startswith(arguments[0]) and clean.split(":param ")[2].startswith(
-            arguments[1]
-        )
+        assert clean.split(":param ")[1].startswith(arguments[0])
+        assert clean.split(":param ")[2].startswith(arguments[1])
         assert arguments[2] not in corrupted.split(")")[0]
 
 
@@ -116,18 +113,14 @@ def test_bytes_tasks_close_what_was_opened():
     show = decode("bytes")
     for pair in make_pairs("bracket", 50, 1, vocabulary("bytes"))[0]:
         opened = [c for c in show(pair.clean) if c in "(["]
-        assert (
-            len(opened) == 2
-            and opened[0] != opened[1]
-            and opened[1] + show(pair.right[0]) in ("()", "[]")
-            and opened[0] + show(pair.wrong[0]) in ("()", "[]")
-        )
+        assert len(opened) == 2
+        assert opened[0] != opened[1]
+        assert opened[1] + show(pair.right[0]) in ("()", "[]")
+        assert opened[0] + show(pair.wrong[0]) in ("()", "[]")
         assert [c for c in show(pair.corrupted) if c in "(["] == opened[::-1]
     for pair in make_pairs("quote", 50, 1, vocabulary("bytes"))[0]:
-        assert (
-            show(pair.clean).count(show(pair.right[0])) == 1
-            and show(pair.corrupted).count(show(pair.wrong[0])) == 1
-        )
+        assert show(pair.clean).count(show(pair.right[0])) == 1
+        assert show(pair.corrupted).count(show(pair.wrong[0])) == 1
 
 
 def test_copy_is_induction_and_its_twin_has_nothing_to_copy():
@@ -154,11 +147,9 @@ def test_sums_are_right_and_written_as_the_model_reads_them():
                 sums.append((a, b))
             if task == "carry":
                 (a, b), (c, d) = sums
-                assert (
-                    (a // 10, b // 10, (a + b) % 10) == (c // 10, d // 10, (c + d) % 10)
-                    and a + b == c + d + 10
-                    and a + b < 100
-                )
+                assert (a // 10, b // 10, (a + b) % 10) == (c // 10, d // 10, (c + d) % 10)
+                assert a + b == c + d + 10
+                assert a + b < 100
 
 
 def test_a_task_that_does_not_fit_names_those_that_do():
@@ -173,9 +164,8 @@ def test_a_task_that_does_not_fit_names_those_that_do():
 
 
 def test_a_pair_of_unequal_length_is_named(monkeypatch):
-    monkeypatch.setitem(
-        tasks.TASKS, "uneven", (lambda vocabulary, n, random: iter([([1], [1, 2], 3, 4)]), ("bytes",), LOGIT)
-    )
+    monkeypatch.setitem(tasks.TASKS, "uneven",
+                        (lambda vocabulary, n, random: iter([([1], [1, 2], 3, 4)]), ("bytes",), LOGIT))
     with pytest.raises(
         UserError,
         match="uneven: the clean and the corrupted prompt of a pair must differ and have the same number of "
@@ -191,10 +181,8 @@ def test_the_command_prints_pairs_and_what_there_is():
     assert "bracket" in command().stdout
     printed = command("quote", "--n=3").stdout
     assert printed.count("clean ") == printed.count("corrupted ") == printed.count("right ") == 3
-    assert (
-        "--n must be at least 1" in command("quote", "--n=-1").stderr
-        and "invalid choice: 'olmo'" in command("ioi", "--vocabulary=olmo").stderr
-    )
+    assert "--n must be at least 1" in command("quote", "--n=-1").stderr
+    assert "invalid choice: 'olmo'" in command("ioi", "--vocabulary=olmo").stderr
     refused = command("ioi", "--vocabulary=bytes")
     assert refused.returncode == 1 and "What fits it" in refused.stderr
 
@@ -213,11 +201,9 @@ def test_the_task_that_the_docs_add_works(monkeypatch):
     assert metric == "logit difference" and "triple" in fitting("bytes")
     for pair in pairs:
         prompt = bytes(pair.clean).decode()
-        assert (
-            prompt.count(chr(pair.right[0][0])) == 3
-            and len(pair.clean) == len(pair.corrupted)
-            and pair.right != pair.wrong
-        )
+        assert prompt.count(chr(pair.right[0][0])) == 3
+        assert len(pair.clean) == len(pair.corrupted)
+        assert pair.right != pair.wrong
     del prompts.triple
 
 

@@ -38,17 +38,8 @@ def plain(q, k, v, dy, bias, seed, sample, temperature, linear, dpenalty=7.0):
     """y, density, dq, dk, dv of the formula in float64."""
     q, k, v = (x.double().requires_grad_() for x in (q, k, v))
     noise = 0.0 if seed is None else edge_noise(seed, *q.shape[:3]).double()
-    y, density, _ = gated_attention(
-        q,
-        k,
-        v,
-        bias.double()[:, None, None],
-        temperature,
-        sample,
-        noise=noise,
-        linear_penalty=linear,
-        impl="plain",
-    )
+    y, density, _ = gated_attention(q, k, v, bias.double()[:, None, None], temperature, sample, noise=noise,
+                                    linear_penalty=linear, impl="plain")
     return y, density, *torch.autograd.grad((y * dy.double()).sum() + dpenalty * density, (q, k, v))
 
 
@@ -67,13 +58,8 @@ def fast(impl, q, k, v, dy, bias, seed, sample, temperature, linear, dpenalty=7.
 def agree(ours, theirs, tolerance):
     for name, a, b in zip(("y", "density", "dq", "dk", "dv"), ours, theirs):
         assert a.shape == b.shape and torch.isfinite(a).all(), name
-        torch.testing.assert_close(
-            a.double(),
-            b,
-            atol=tolerance * max(1.0, b.abs().max().item()),
-            rtol=0,
-            msg=lambda text: f"{name}: {text}",
-        )
+        torch.testing.assert_close(a.double(), b, atol=tolerance * max(1.0, b.abs().max().item()), rtol=0,
+                                   msg=lambda text: f"{name}: {text}")
 
 
 @pytest.mark.parametrize("sample, noise, temperature, linear", OPTIONS)
@@ -82,11 +68,8 @@ def test_values_and_gradients_agree_with_the_plain_formula(impl, sample, noise, 
     bias = torch.tensor([-2.0, 0.5, 3.0])
     seed = new_seed() if noise and sample else None
     inputs = make(2, 3, 70, 32, torch.float32)
-    agree(
-        fast(impl, *inputs, bias, seed, sample, temperature, linear),
-        plain(*inputs, bias, seed, sample, temperature, linear),
-        1e-5,
-    )
+    agree(fast(impl, *inputs, bias, seed, sample, temperature, linear),
+          plain(*inputs, bias, seed, sample, temperature, linear), 1e-5)
 
 
 @pytest.mark.parametrize("D", [32, 64, 128])
@@ -94,9 +77,8 @@ def test_values_and_gradients_agree_with_the_plain_formula(impl, sample, noise, 
 @pytest.mark.parametrize("impl", ["tiled", "triton"])
 def test_widths_and_lengths(impl, T, D):
     inputs, bias, seed = make(1, 2, T, D, torch.float32), torch.tensor([1.0, -1.0]), new_seed()
-    agree(
-        fast(impl, *inputs, bias, seed, True, 1.0, False), plain(*inputs, bias, seed, True, 1.0, False), 1e-5
-    )
+    agree(fast(impl, *inputs, bias, seed, True, 1.0, False), plain(*inputs, bias, seed, True, 1.0, False),
+          1e-5)
 
 
 @pytest.mark.slow
@@ -117,11 +99,8 @@ def test_any_shape(impl, B, H, T, D, option, bias, seed):
     sample, noise, temperature, linear = option
     inputs, bias = make(B, H, T, D, torch.float32), torch.full((H,), bias)
     seed = torch.tensor(seed) if noise and sample else None
-    agree(
-        fast(impl, *inputs, bias, seed, sample, temperature, linear),
-        plain(*inputs, bias, seed, sample, temperature, linear),
-        3e-5,
-    )
+    agree(fast(impl, *inputs, bias, seed, sample, temperature, linear),
+          plain(*inputs, bias, seed, sample, temperature, linear), 3e-5)
 
 
 @pytest.mark.parametrize("impl", ["tiled", "triton"])
@@ -155,11 +134,8 @@ def test_half_precision_stays_within_its_rounding(impl, dtype, bias):
     rounding what goes into the products.
     """
     inputs, bias, seed = make(1, 2, 96, 64, dtype), torch.full((2,), bias), new_seed()
-    agree(
-        fast(impl, *inputs, bias, seed, True, 1.0, False, dpenalty=7 * 96 * 97),
-        plain(*inputs, bias, seed, True, 1.0, False, dpenalty=7 * 96 * 97),
-        2e-2,
-    )
+    agree(fast(impl, *inputs, bias, seed, True, 1.0, False, dpenalty=7 * 96 * 97),
+          plain(*inputs, bias, seed, True, 1.0, False, dpenalty=7 * 96 * 97), 2e-2)
 
 
 def test_half_precision_does_not_lose_what_many_small_weights_say_together():
@@ -169,9 +145,8 @@ def test_half_precision_does_not_lose_what_many_small_weights_say_together():
     q, k, v, dy = make(1, 1, 256, 32, torch.float16)
     q[..., 0], k[..., 0], k[:, :, 0, 0], v[:, :, 0] = 6.0, 0.0, 11.5 * 32**0.5 / 6, 0.0
     bias = torch.full((1,), 40.0)
-    ours, theirs = (
-        fast("triton", q, k, v, dy, bias, None, False, 1.0, False, 0.0),
-        plain(q, k, v, dy, bias, None, False, 1.0, False, 0.0),
+    ours, theirs = fast("triton", q, k, v, dy, bias, None, False, 1.0, False, 0.0), plain(
+        q, k, v, dy, bias, None, False, 1.0, False, 0.0
     )
     for a, b in zip(ours[2:], theirs[2:]):
         assert (a.double() - b).norm() < 0.02 * b.norm()
@@ -224,11 +199,9 @@ def test_torch_accepts_the_operators_on_views_of_a_projection_as_in_model_py(imp
     dy = torch.randn(B, 40, 2, 16).transpose(1, 2)
     seed = seed.cpu()
     strided = fast(impl, q.detach(), k.detach(), v.detach(), dy, bias.cpu(), seed, True, 1.0, False)
-    agree(
-        strided,
-        plain(q.detach().cpu(), k.detach().cpu(), v.detach().cpu(), dy, bias.cpu(), seed, True, 1.0, False),
-        1e-5,
-    )
+    agree(strided,
+          plain(q.detach().cpu(), k.detach().cpu(), v.detach().cpu(), dy, bias.cpu(), seed, True, 1.0, False),
+          1e-5)
 
 
 @pytest.mark.parametrize("impl", ["tiled", pytest.param("triton", marks=pytest.mark.slow)])
@@ -308,14 +281,11 @@ def test_what_the_fast_forms_cannot_do_is_done_by_the_formula():
     assert gates.open.shape == (1, 2, 80, 80)
     torch.testing.assert_close(y, gated_attention(q, k, v, 0.0, impl="tiled")[0])
     keep = torch.ones(80, 80).tril(-1).bool()
-    torch.testing.assert_close(
-        gated_attention(q, k, v, 0.0, keep=keep, impl="tiled")[0],
-        gated_attention(q, k, v, 0.0, keep=keep, impl="plain")[0],
-    )
+    torch.testing.assert_close(gated_attention(q, k, v, 0.0, keep=keep, impl="tiled")[0],
+                               gated_attention(q, k, v, 0.0, keep=keep, impl="plain")[0])
     bias = torch.randn(2, 80, 80, dtype=torch.float64)  # varies inside a head
-    torch.testing.assert_close(
-        gated_attention(q, k, v, bias, impl="tiled")[0], gated_attention(q, k, v, bias, impl="plain")[0]
-    )
+    torch.testing.assert_close(gated_attention(q, k, v, bias, impl="tiled")[0],
+                               gated_attention(q, k, v, bias, impl="plain")[0])
     learned = torch.zeros(2, 1, 1, dtype=torch.float64, requires_grad=True)
     assert (
         torch.autograd.grad(gated_attention(q, k, v, learned, sample=True, impl="tiled")[1], learned)[0]
@@ -323,14 +293,11 @@ def test_what_the_fast_forms_cannot_do_is_done_by_the_formula():
         .max()
         > 0
     )
-    assert not torch.equal(
-        gated_attention(q, k, v, -1.0, sample=True, noise=0.5, impl="tiled")[0],
-        gated_attention(q, k, v, -1.0, sample=True, noise=0.0, impl="tiled")[0],
-    )
+    assert not torch.equal(gated_attention(q, k, v, -1.0, sample=True, noise=0.5, impl="tiled")[0],
+                           gated_attention(q, k, v, -1.0, sample=True, noise=0.0, impl="tiled")[0])
     for bias in (torch.tensor(0.3), torch.tensor([0.3, -0.2])[:, None, None]):
-        torch.testing.assert_close(
-            gated_attention(q, k, v, bias, impl="tiled")[0], gated_attention(q, k, v, bias, impl="plain")[0]
-        )
+        torch.testing.assert_close(gated_attention(q, k, v, bias, impl="tiled")[0],
+                                   gated_attention(q, k, v, bias, impl="plain")[0])
 
 
 @pytest.mark.parametrize("impl", ["tiled", "triton"])
@@ -340,9 +307,8 @@ def test_a_shut_head_writes_nothing_and_still_hears_that_it_is_missed(impl):
     """
     q, k, v, dy = make(1, 1, 40, 16, torch.float32)
     for sample in (True, False):
-        y, _, dq, dk, dv = fast(
-            impl, q, k, v, dy, torch.tensor([-12.0]), None, sample, 1.0, False, dpenalty=0.0
-        )
+        y, _, dq, dk, dv = fast(impl, q, k, v, dy, torch.tensor([-12.0]), None, sample, 1.0, False,
+                                dpenalty=0.0)
         assert (y == 0).all() and (dv == 0).all()
         assert ((dq != 0).any() and (dk != 0).any()) == sample
 
@@ -415,8 +381,7 @@ print("compiled")
 def test_the_kernels_compile_to_machine_code_and_fit_into_small_gpus(tmp_path):
     """The interpreter runs what a compiler may refuse. Triton brings its own compiler, which needs no GPU."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"} | {
-        "PYTHONPATH": REPOSITORY,
-        "TRITON_CACHE_DIR": str(tmp_path),
+        "PYTHONPATH": REPOSITORY, "TRITON_CACHE_DIR": str(tmp_path)
     }
     done = subprocess.run([sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True)
     assert done.stdout.endswith("compiled\n"), done.stderr[-3000:]

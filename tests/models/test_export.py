@@ -134,9 +134,8 @@ def test_transformers_dense_and_with_the_gate_put_back(run):
     exec(readme_lines("AttentionInterface").replace("out/stdlib/hf", "hf"), names)
     assert (names["model"](IDX).logits - gated).abs().max() < 1e-4
     # with transformers' cache of keys and values
-    longer = names["model"].generate(
-        IDX, attention_mask=torch.ones_like(IDX), max_new_tokens=3, do_sample=False, pad_token_id=0
-    )
+    longer = names["model"].generate(IDX, attention_mask=torch.ones_like(IDX), max_new_tokens=3,
+                                     do_sample=False, pad_token_id=0)
     for t in range(12, 15):
         assert torch.equal(run(longer[:, :t])[0][:, -1].argmax(-1), longer[:, t])
 
@@ -184,19 +183,10 @@ def test_nanogpt(workplace, capsys):
     save_checkpoint("ours.pt", checkpoint_of(model))
     analyze.main(["export", "ours.pt", "--to", "nanogpt", "ckpt.pt"])
     found = read_checkpoint("ckpt.pt")
-    assert set(found["model_args"]) == {
-        "n_layer",
-        "n_head",
-        "n_embd",
-        "block_size",
-        "bias",
-        "vocab_size",
-        "dropout",
-    }
-    assert (
-        torch.equal(load_checkpoint("ckpt.pt")(IDX)[0], model(IDX)[0])
-        and "exact GELU" not in capsys.readouterr().out
-    )
+    assert set(found["model_args"]) == {"n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size",
+                                        "dropout"}
+    assert torch.equal(load_checkpoint("ckpt.pt")(IDX)[0], model(IDX)[0])
+    assert "exact GELU" not in capsys.readouterr().out
     save_checkpoint("ours.pt", checkpoint_of(random_model(tied=False)))
     with pytest.raises(SystemExit, match="ties the embeddings"):
         analyze.main(["export", "ours.pt", "--to", "nanogpt", "untied.pt"])

@@ -64,10 +64,8 @@ def test_the_full_124M_gives_its_logits_also_as_shards(workplace):
     model.save_pretrained("hf", max_shard_size="100MB")
     assert os.path.exists("hf/model.safetensors.index.json")
     ours = load_checkpoint("hf")
-    assert (
-        sum(p.numel() for p in ours.parameters()) == 124_439_808
-        and tokenizer_of(read_checkpoint("hf")) == "gpt2"
-    )
+    assert sum(p.numel() for p in ours.parameters()) == 124_439_808
+    assert tokenizer_of(read_checkpoint("hf")) == "gpt2"
     assert_same_logits(ours, model, T=64)
 
 
@@ -117,10 +115,8 @@ def test_wrong_files_are_named(workplace):
         "transformer.h.1.mlp.c_fc.bias is missing",
     )
     fails(state | {"transformer.h.0.gate": torch.zeros(3)}, "transformer.h.0.gate is extra")
-    fails(
-        state | {"transformer.h.0.mlp.c_fc.weight": torch.zeros(3, 4)},
-        r"c_fc.weight is \(4, 3\), the model's is \(128, 32\)",
-    )
+    fails(state | {"transformer.h.0.mlp.c_fc.weight": torch.zeros(3, 4)},
+          r"c_fc.weight is \(4, 3\), the model's is \(128, 32\)")
     fails({"a": torch.zeros(3)}, "holds no GPT-2: wte.weight")
     fails(state, "model_type='llama'", model_type="llama")
     fails(state, "scale_attn_by_inverse_layer_idx=True", scale_attn_by_inverse_layer_idx=True)
@@ -202,15 +198,8 @@ def test_nanogpt_and_the_authors_checkpoints(workplace):
     """nanoGPT's names and exact GELU, torch.compile's prefix, the mask of its old versions, a vocabulary
     padded to 50304.
     """
-    args = {
-        "n_layer": 1,
-        "n_head": 2,
-        "n_embd": 8,
-        "block_size": 4,
-        "bias": False,
-        "vocab_size": 50304,
-        "dropout": 0.0,
-    }
+    args = {"n_layer": 1, "n_head": 2, "n_embd": 8, "block_size": 4, "bias": False, "vocab_size": 50304,
+            "dropout": 0.0}
     ours = GPT(GPTConfig(**args, gelu="none")).eval()
     state = {f"_orig_mod.{name}": tensor for name, tensor in ours.state_dict().items()}
     state["_orig_mod.transformer.h.0.attn.bias"] = torch.ones(1, 1, 4, 4)

@@ -55,18 +55,10 @@ def run(request, workplace):
     base, targets = request.param
     save_checkpoint("base.pt", checkpoint_of(base, step=7))
     settings = {"rank": 3, "alpha": 6.0, "targets": targets}
-    model = model_of(
-        read_checkpoint("base.pt"),
-        "base.pt",
-        prepare=lambda model: lora.add(model, **settings),
-        gated=True,
-        gate_bias=0.1,
-    )
-    return (
-        base.eval(),
-        model,
-        {"lora": settings, "base": "base.pt", "base_fingerprint": fingerprint(read_checkpoint("base.pt"))},
-    )
+    model = model_of(read_checkpoint("base.pt"), "base.pt", prepare=lambda model: lora.add(model, **settings),
+                     gated=True, gate_bias=0.1)
+    return base.eval(), model, {"lora": settings, "base": "base.pt",
+                                "base_fingerprint": fingerprint(read_checkpoint("base.pt"))}
 
 
 def zero_at_first(layer):
@@ -83,9 +75,8 @@ def moved(model):
 
 def test_adapters_start_as_nothing_and_train_alone(run):
     _, model, _ = run
-    assert torch.equal(
-        model(IDX)[0], model_of(read_checkpoint("base.pt"), "base.pt", gated=True, gate_bias=0.1)(IDX)[0]
-    )
+    assert torch.equal(model(IDX)[0],
+                       model_of(read_checkpoint("base.pt"), "base.pt", gated=True, gate_bias=0.1)(IDX)[0])
     trained = {name for name, p in model.named_parameters(remove_duplicate=False) if p.requires_grad}
     assert trained == set(lora.state_of(model)) and len(trained) == sum(
         1 if isinstance(layer, lora.LoRANorm) else 2 for layer in lora.adapters_of(model).values()
@@ -93,11 +84,9 @@ def test_adapters_start_as_nothing_and_train_alone(run):
     _, loss, density = model.train()(IDX, IDX)
     (loss + density).backward()
     for layer in lora.adapters_of(model).values():
-        assert (
-            layer.weight.grad is None
-            and zero_at_first(layer).grad.abs().sum() > 0
-            and (isinstance(layer, lora.LoRANorm) or layer.scale == 2.0)
-        )
+        assert layer.weight.grad is None
+        assert zero_at_first(layer).grad.abs().sum() > 0
+        assert isinstance(layer, lora.LoRANorm) or layer.scale == 2.0
 
 
 def test_merged_is_unmerged(run):
@@ -121,9 +110,9 @@ def test_switched_off_it_is_the_dense_base_and_leaves_no_trace(run):
     teacher = lora.Base(model)
     assert not teacher.config.gated and next(teacher.parameters()) is next(model.parameters())
     assert torch.equal(teacher(IDX)[0], base(IDX)[0]) and teacher.eval() is teacher and not teacher.training
-    assert (
-        model.config.gated and model.training and all(layer.on for layer in lora.adapters_of(model).values())
-    )
+    assert model.config.gated
+    assert model.training
+    assert all(layer.on for layer in lora.adapters_of(model).values())
     assert not torch.equal(model.eval()(IDX)[0], base(IDX)[0])
 
 
@@ -131,12 +120,10 @@ def test_only_the_adapters_are_saved_and_they_know_their_base(run, workplace):
     base, model, about = run
     moved(model)
     save_checkpoint("adapters.pt", checkpoint_of(model, **about))
-    assert os.path.getsize("adapters.pt") < 0.6 * os.path.getsize("base.pt") and set(
-        read_checkpoint("adapters.pt")["model"]
-    ) == set(lora.state_of(model))
-    merged, beside = (
-        load_checkpoint("adapters.pt"),
-        model_of(read_checkpoint("adapters.pt"), "adapters.pt", merged=False),
+    assert os.path.getsize("adapters.pt") < 0.6 * os.path.getsize("base.pt")
+    assert set(read_checkpoint("adapters.pt")["model"]) == set(lora.state_of(model))
+    merged, beside = load_checkpoint("adapters.pt"), model_of(
+        read_checkpoint("adapters.pt"), "adapters.pt", merged=False
     )
     assert not lora.adapters_of(merged) and lora.adapters_of(beside) and merged.config.gated
     for again, saved in ((merged, lora.merge(copy.deepcopy(model))), (beside, model)):
@@ -195,10 +182,8 @@ def test_what_gets_an_adapter():
     assert len(blocks) == 7 + 4 and with_adapters("all")[1] == blocks | {"model.norm"}
     for targets in ("lm_head", "embed_tokens"):  # one matrix, one change of it
         model, names = with_adapters(targets)
-        assert (
-            names == {"lm_head", "model.embed_tokens"}
-            and model.lm_head.lora_b is model.model.embed_tokens.lora_b
-        )
+        assert names == {"lm_head", "model.embed_tokens"}
+        assert model.lm_head.lora_b is model.model.embed_tokens.lora_b
         assert len([p for p in model.parameters() if p.requires_grad]) == 2
         assert len(with_adapters(targets, tied=False)[1]) == 1
     with pytest.raises(
@@ -213,25 +198,10 @@ def test_what_gets_an_adapter():
 # A run
 
 
-RUN = {
-    "init_from": "hf",
-    "dataset": "count",
-    "gated": True,
-    "block_size": 8,
-    "lora_rank": 2,
-    "batch_size": 8,
-    "max_steps": 12,
-    "warmup_steps": 2,
-    "learning_rate": 3e-3,
-    "eval_interval": 6,
-    "eval_batch_size": 7,
-    "eval_batches": 3,
-    "open_above": 0.02,
-    "distill_weight": 0.5,
-    "constraint_paired": True,
-    "linear_penalty_steps": 4,
-    "device": "cpu",
-}
+RUN = {"init_from": "hf", "dataset": "count", "gated": True, "block_size": 8, "lora_rank": 2, "batch_size": 8,
+       "max_steps": 12, "warmup_steps": 2, "learning_rate": 3e-3, "eval_interval": 6, "eval_batch_size": 7,
+       "eval_batches": 3, "open_above": 0.02, "distill_weight": 0.5, "constraint_paired": True,
+       "linear_penalty_steps": 4, "device": "cpu"}
 
 
 @pytest.fixture
@@ -253,17 +223,14 @@ def test_a_run_with_adapters_on_an_olmo_from_hugging_face(olmo, capsys):
     assert set(last["model"]) == {
         f"model.layers.{i}.self_attn.{name}_proj.lora_{ab}" for i in range(4) for name in "qk" for ab in "ab"
     }
-    assert (
-        last["base"] == "hf"
-        and last["model_args"]["block_size"] == 8
-        and len(last["model_args"]["gate_bias"]) == 4
-    )
+    assert last["base"] == "hf"
+    assert last["model_args"]["block_size"] == 8
+    assert len(last["model_args"]["gate_bias"]) == 4
     assert os.path.getsize("out/lora/last.pt") < 0.3 * os.path.getsize("hf/model.safetensors")
     teacher = load_checkpoint("hf", block_size=8)
     data = prepare_data.load("count")
-    assert lines[0]["target_loss"] == pytest.approx(
-        evaluate(teacher, data, "val", 7, 3)["loss"] + 0.001, abs=1e-6
-    )
+    assert lines[0]["target_loss"] == pytest.approx(evaluate(teacher, data, "val", 7, 3)["loss"] + 0.001,
+                                                    abs=1e-6)
     child = load_checkpoint("out/lora/last.pt")
     assert evaluate(child, data, "val", 7, 3)["loss"] == pytest.approx(lines[-1]["val_loss"], abs=1e-5)
     assert lines[-1]["density"] < lines[1]["density"] and lines[-1]["lambda"] != lines[0]["lambda"]
@@ -293,10 +260,9 @@ def test_compiled_it_is_the_same_run(olmo):
     """One model runs with and without adapters and gates, and the compiler has to tell them apart."""
     theirs("Olmo", vocab_size=10, num_hidden_layers=1).save_pretrained("hf")
     settings = {"max_steps": 4, "eval_interval": 2, "noise_free_steps": 2}
-    plain, compiled = (
-        run_it(out_dir="out/plain", **settings)[1],
-        run_it(out_dir="out/compiled", compile="on", **settings)[1],
-    )
+    plain, compiled = run_it(out_dir="out/plain", **settings)[1], run_it(
+        out_dir="out/compiled", compile="on", **settings
+    )[1]
     for a, b in zip(plain, compiled):
         for key in ("val_loss", "density", "constraint_loss", "target_loss", "batch_loss"):
             assert a[key] == b[key] or a[key] == pytest.approx(b[key], abs=1e-5), key

@@ -36,13 +36,10 @@ YARN = {
     },
 }
 KINDS = [
-    ("Olmo", {}),
-    ("Olmo", {"clip_qkv": 0.05, "tie_word_embeddings": True}),
+    ("Olmo", {}), ("Olmo", {"clip_qkv": 0.05, "tie_word_embeddings": True}),
     ("Olmo", {"num_key_value_heads": 2, "rope_parameters": {"rope_type": "default", "rope_theta": 500.0}}),
-    ("Olmo2", {}),
-    ("Olmo2", {"num_key_value_heads": 2, "tie_word_embeddings": True, "rms_norm_eps": 1e-3}),
-    ("Olmo3", YARN),
-    ("Olmo3", {"sliding_window": 32, "num_key_value_heads": 1}),
+    ("Olmo2", {}), ("Olmo2", {"num_key_value_heads": 2, "tie_word_embeddings": True, "rms_norm_eps": 1e-3}),
+    ("Olmo3", YARN), ("Olmo3", {"sliding_window": 32, "num_key_value_heads": 1})
 ]
 
 
@@ -98,15 +95,8 @@ def test_what_transformers_writes_gives_its_logits_and_goes_back_unchanged(workp
 def test_half_size_models_of_both_generations(workplace):
     """Half of OLMo-1B in every direction: 8 layers, 1,024 wide, heads of width 128, the real vocabulary."""
     for kind, vocabulary in (("Olmo", 50304), ("Olmo2", 100352)):
-        model = theirs(
-            kind,
-            hidden_size=1024,
-            intermediate_size=4096,
-            num_hidden_layers=8,
-            num_attention_heads=8,
-            vocab_size=vocabulary,
-            tie_word_embeddings=True,
-        )
+        model = theirs(kind, hidden_size=1024, intermediate_size=4096, num_hidden_layers=8,
+                       num_attention_heads=8, vocab_size=vocabulary, tie_word_embeddings=True)
         model.save_pretrained("hf", max_shard_size="200MB")
         assert_same_logits(load_checkpoint("hf"), model)
         for file in os.listdir("hf"):
@@ -167,18 +157,12 @@ def test_a_name_is_downloaded_once_through_the_hubs_own_client(workplace, server
         "try: print(load_checkpoint(sys.argv[1])(torch.arange(20)[None])[0].sum().item())\n"
         "except UserError as error: print('error:', error)"
     )
-    env = os.environ | {
-        "HF_ENDPOINT": server.url,
-        "HF_HOME": "cache",
-        "PYTHONPATH": REPOSITORY,
-        "HF_HUB_DISABLE_XET": "1",
-        "HF_HUB_OFFLINE": "0",
-    }
+    env = os.environ | {"HF_ENDPOINT": server.url, "HF_HOME": "cache", "PYTHONPATH": REPOSITORY,
+                        "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0"}
 
     def ask(**changes):
-        done = subprocess.run(
-            [sys.executable, "-c", code, name], env=env | changes, capture_output=True, text=True
-        )
+        done = subprocess.run([sys.executable, "-c", code, name], env=env | changes, capture_output=True,
+                              text=True)
         assert done.returncode == 0, done.stderr
         return done.stdout
 
@@ -215,9 +199,8 @@ def test_loading_needs_the_model_and_little_more(workplace):
         "load_checkpoint('tiny'); before = most(); m = load_checkpoint('hf'); print((most() - before) / "
         "sum(4 * p.numel() for p in m.parameters()))"
     )
-    found = subprocess.run(
-        [sys.executable, "-c", code, REPOSITORY], capture_output=True, text=True, check=True
-    ).stdout
+    found = subprocess.run([sys.executable, "-c", code, REPOSITORY], capture_output=True, text=True,
+                           check=True).stdout
     assert 0.8 < float(found) < 1.2
 
 
@@ -235,11 +218,9 @@ def test_the_gate_is_the_one_of_gate_py_on_rotated_and_normed_queries(generation
     wanted = (scores + torch.tensor([0.1, -0.2, 0.0, 0.4])[:, None, None] > 0) & torch.ones(
         16, 16
     ).tril().bool()
-    assert (
-        seen["k"].shape == (2, 2, 16, 8)
-        and torch.equal(gates[1], wanted.float())
-        and 0.05 < wanted.float().mean() < 0.5
-    )
+    assert seen["k"].shape == (2, 2, 16, 8)
+    assert torch.equal(gates[1], wanted.float())
+    assert 0.05 < wanted.float().mean() < 0.5
 
 
 def test_training_arguments_do_what_they_do_in_gpt2():
@@ -261,12 +242,9 @@ def test_training_arguments_do_what_they_do_in_gpt2():
         ours(n_kv_head=3)
 
 
-HOOKED = [
-    {"generation": 1, "clip_qkv": 0.3},
-    {"generation": 2},
-    {"generation": 2, "n_kv_head": 4, "gated": True, "gate_bias": [[0.5, -0.2, 0.0, 0.3]] * 2},
-    {"generation": 1, "gated": True, "gate_bias": 0.1},
-]
+HOOKED = [{"generation": 1, "clip_qkv": 0.3}, {"generation": 2},
+          {"generation": 2, "n_kv_head": 4, "gated": True, "gate_bias": [[0.5, -0.2, 0.0, 0.3]] * 2},
+          {"generation": 1, "gated": True, "gate_bias": 0.1}]
 
 
 def lively(**changes):
@@ -285,10 +263,8 @@ def test_hooks_see_every_read_and_write_and_change_nothing_by_looking(changes):
     finals = []
     watch.read = lambda name, layer, x: (finals.append(x) if name == "final" else None, x)[1]
     assert (patched(model, idx, watch) - model(idx)[0]).abs().max() < 1e-5
-    assert (
-        watch.writes.shape == (3, graph.W, 16, 32)
-        and (watch.writes.sum(dim=1) - finals[0]).abs().max() < 1e-5
-    )
+    assert watch.writes.shape == (3, graph.W, 16, 32)
+    assert (watch.writes.sum(dim=1) - finals[0]).abs().max() < 1e-5
 
 
 @pytest.mark.parametrize("changes", HOOKED)
@@ -302,14 +278,11 @@ def test_circuits_work_on_it_unchanged(changes):
         Pair(*(torch.randint(0, 11, (6,)).tolist() for _ in range(2)), [5], [[1]], [[2]]) for _ in range(3)
     ]
     graph = Graph(2, 4)
-    clean, corrupted, values = effects(
-        model, pairs, "logit difference", [graph.edges, torch.zeros_like(graph.edges)]
-    )
-    assert (
-        torch.allclose(values[0], clean)
-        and torch.allclose(values[1], corrupted)
-        and (clean - corrupted).abs().max() > 1e-3
-    )
+    clean, corrupted, values = effects(model, pairs, "logit difference",
+                                       [graph.edges, torch.zeros_like(graph.edges)])
+    assert torch.allclose(values[0], clean)
+    assert torch.allclose(values[1], corrupted)
+    assert (clean - corrupted).abs().max() > 1e-3
     # straight through the gates, too: with one token a pattern is always 1, and q and k matter for the gate
     # alone
     if model.config.gated:
@@ -367,21 +340,15 @@ def test_copying_scores_by_hand(generation):
     found = copying_scores(model)
     for layer, head in ((0, 1), (1, 3)):
         attention, block = model.attentions[layer], model.blocks[layer]
-        value, output = (
-            attention.v_proj.weight.view(2, 8, 32)[head // 2],
-            attention.o_proj.weight[:, 8 * head : 8 * head + 8],
-        )
+        value = attention.v_proj.weight.view(2, 8, 32)[head // 2]
+        output = attention.o_proj.weight[:, 8 * head:8 * head + 8]
+        unembed = model.lm_head.weight
         if generation == 2:
-            output, unembed = (
-                block.post_attention_layernorm.weight[:, None] * output,
-                model.lm_head.weight * model.model.norm.weight,
-            )
-        else:
-            unembed = model.lm_head.weight
+            output = block.post_attention_layernorm.weight[:, None] * output
+            unembed = unembed * model.model.norm.weight
         values = torch.linalg.eigvals(unembed @ output @ value @ model.model.embed_tokens.weight.T)
-        assert found[layer, head].item() == pytest.approx(
-            (values.sum().real / values.abs().sum()).item(), abs=1e-4
-        )
+        assert found[layer, head].item() == pytest.approx((values.sum().real / values.abs().sum()).item(),
+                                                          abs=1e-4)
 
 
 @pytest.mark.parametrize("gated", [False, True])
@@ -418,15 +385,9 @@ def test_the_fast_forms_take_olmos_shapes(impl):
     for how in ("plain", impl):
         inputs = [x.clone().requires_grad_() for x in (q, k, v)]
         rotation = olmo.rotations(config, T, "cpu")
-        y, density, _ = gated_attention(
-            olmo.rotate(inputs[0], rotation),
-            olmo.rotate(inputs[1], rotation),
-            inputs[2],
-            torch.tensor([0.5, -0.5, 0.0, 1.0])[:, None, None],
-            sample=True,
-            noise=0.0,
-            impl=how,
-        )
+        y, density, _ = gated_attention(olmo.rotate(inputs[0], rotation), olmo.rotate(inputs[1], rotation),
+                                        inputs[2], torch.tensor([0.5, -0.5, 0.0, 1.0])[:, None, None],
+                                        sample=True, noise=0.0, impl=how)
         (y.square().sum() + 100 * density).backward()
         results.append([y.detach(), density.detach(), *(x.grad for x in inputs)])
     for plain, fast in zip(*results):

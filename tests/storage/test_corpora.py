@@ -95,24 +95,14 @@ def hub(workplace, server, monkeypatch):
         "".join(f"{server.url}/dolma/part-{number}.json.gz\n" for number in range(2))
     )
     bpe = tokenizers.ByteLevelBPETokenizer()
-    bpe.train_from_iterator(
-        ["Document of part naïve. def f(x): return x"] * 10,
-        vocab_size=300,
-        min_frequency=1,
-        special_tokens=["<|endoftext|>"],
-    )
+    bpe.train_from_iterator(["Document of part naïve. def f(x): return x"] * 10, vocab_size=300,
+                            min_frequency=1, special_tokens=["<|endoftext|>"])
     for name in ("OLMo-1B-hf", "OLMo-2-0425-1B"):
         (root / f"allenai/{name}/resolve/main").mkdir(parents=True)
         bpe.save(str(root / f"allenai/{name}/resolve/main/tokenizer.json"))
-    return os.environ | {
-        "HF_ENDPOINT": server.url,
-        "HF_HOME": str(workplace / "cache"),
-        "PYTHONPATH": REPOSITORY,
-        "HF_HUB_DISABLE_XET": "1",
-        "HF_HUB_OFFLINE": "0",
-        "TRANSFORMERS_OFFLINE": "0",
-        "HF_DATASETS_OFFLINE": "0",
-    }
+    return os.environ | {"HF_ENDPOINT": server.url, "HF_HOME": str(workplace / "cache"),
+                         "PYTHONPATH": REPOSITORY, "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0",
+                         "TRANSFORMERS_OFFLINE": "0", "HF_DATASETS_OFFLINE": "0"}
 
 
 def dolma(env, *flags):
@@ -120,21 +110,18 @@ def dolma(env, *flags):
         "import sys, prepare_data; from storage import corpora; "
         f"corpora.DOLMA = {env['HF_ENDPOINT']!r} + '/urls.txt'; prepare_data.main(sys.argv[1:])"
     )
-    return subprocess.run(
-        [sys.executable, "-c", code, "dolma", *flags], env=env, capture_output=True, text=True
-    )
+    return subprocess.run([sys.executable, "-c", code, "dolma", *flags], env=env, capture_output=True,
+                          text=True)
 
 
 def test_dolma_in_olmos_tokens(hub, server):
     done = dolma(hub, "--shards=2", "--processes=2")
     assert done.returncode == 0, done.stderr
     data = load("dolma")
-    assert (
-        data.meta["tokenizer"] == "olmo"
-        and 256 < data.meta["vocab_size"] <= 300
-        and sum(data.meta["documents"].values()) == 2000
-        and 1 <= data.meta["documents"]["val"] <= 30
-    )
+    assert data.meta["tokenizer"] == "olmo"
+    assert 256 < data.meta["vocab_size"] <= 300
+    assert sum(data.meta["documents"].values()) == 2000
+    assert 1 <= data.meta["documents"]["val"] <= 30
     assert (np.asarray(data.train) == 0).sum() == data.meta["documents"]["train"]
     asked = len(server.requests)
     # the tokenizer's date is asked for, no file is fetched again
@@ -161,22 +148,17 @@ def test_olmos_tokenizers_come_from_the_hub_once(hub, server):
     )
     done = subprocess.run([sys.executable, "-c", code], env=hub, capture_output=True, text=True)
     assert done.stdout.strip() == "<|endoftext|>Document naïve 0 uint16 False", done.stderr
-    offline = subprocess.run(
-        [sys.executable, "-c", code], env=hub | {"HF_HUB_OFFLINE": "1"}, capture_output=True, text=True
-    )
+    offline = subprocess.run([sys.executable, "-c", code], env=hub | {"HF_HUB_OFFLINE": "1"},
+                             capture_output=True, text=True)
     assert offline.stdout == done.stdout
     empty = subprocess.run(
         [sys.executable, os.path.join(REPOSITORY, "prepare_data.py"), "stdlib", "--tokenizer=olmo"],
-        env=hub | {"HF_HOME": "nowhere", "HF_HUB_OFFLINE": "1"},
-        capture_output=True,
-        text=True,
+        env=hub | {"HF_HOME": "nowhere", "HF_HUB_OFFLINE": "1"}, capture_output=True, text=True
     )
-    assert (
-        empty.returncode == 1
-        and "the vocabulary of allenai/OLMo-1B-hf cannot be fetched" in empty.stderr
-        and "HF_HOME" in empty.stderr
-        and "Traceback" not in empty.stderr
-    )
+    assert empty.returncode == 1
+    assert "the vocabulary of allenai/OLMo-1B-hf cannot be fetched" in empty.stderr
+    assert "HF_HOME" in empty.stderr
+    assert "Traceback" not in empty.stderr
 
 
 def test_missing_packages_say_what_to_install(workplace, monkeypatch):
@@ -193,14 +175,11 @@ def test_missing_packages_say_what_to_install(workplace, monkeypatch):
 
 def test_a_large_vocabulary_takes_four_bytes(workplace):
     tokens = np.array([0, 70_000, 100_351, 5], dtype=np.uint32)
-    prepare_data.write_dataset(
-        "data/big", tokens, tokens[:2], kind="stream", vocab_size=100_352, tokenizer="olmo2"
-    )
+    prepare_data.write_dataset("data/big", tokens, tokens[:2], kind="stream", vocab_size=100_352,
+                               tokenizer="olmo2")
     data = load("big")
-    assert (
-        data.train.dtype == np.uint32
-        and data.train.tolist() == tokens.tolist()
-        and os.path.getsize("data/big/train.bin") == 16
-    )
+    assert data.train.dtype == np.uint32
+    assert data.train.tolist() == tokens.tolist()
+    assert os.path.getsize("data/big/train.bin") == 16
     x, y = data.batch("train", [0], 3)
     assert x.tolist() == [[0, 70_000, 100_351]] and y.tolist() == [[70_000, 100_351, 5]]

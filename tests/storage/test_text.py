@@ -25,9 +25,8 @@ def test_gpt2s_tokens():
     tokens = text.tokenizer("gpt2")
     # and the marker in a text is a text
     assert tokens.encode(b"Hello world<|endoftext|>")[:2] == [15496, 995]
-    assert 50256 not in tokens.encode(b"<|endoftext|>") and text.encode_document(
-        b"Hello", tokens
-    ).tolist() == [50256, 15496]
+    assert 50256 not in tokens.encode(b"<|endoftext|>")
+    assert text.encode_document(b"Hello", tokens).tolist() == [50256, 15496]
     assert tokens.decode([15496, 995]) == "Hello world"
 
 

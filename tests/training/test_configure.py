@@ -19,9 +19,8 @@ def parse(*arguments):
 
 
 def test_values_and_words():
-    path, given = parse(
-        "config/x.py", "--learning_rate=2e-3", "--device=cpu", "--gated=True", "--seed=3", "--weight_decay=1"
-    )
+    path, given = parse("config/x.py", "--learning_rate=2e-3", "--device=cpu", "--gated=True", "--seed=3",
+                        "--weight_decay=1")
     assert path == "config/x.py"
     assert given == {"learning_rate": 2e-3, "device": "cpu", "gated": True, "seed": 3, "weight_decay": 1.0}
     assert type(given["weight_decay"]) is float
@@ -110,9 +109,8 @@ def test_out_dir_is_named_after_file_and_seed(workplace):
 def test_the_projects_own_config_files_are_right(name, monkeypatch):
     monkeypatch.chdir(REPOSITORY)
     config, _ = make_config(f"config/{name}.py", {})
-    assert config.out_dir == f"out/{name}" and config.gated == (
-        name.split("_")[-1] not in ("dense", "control")
-    )
+    assert config.out_dir == f"out/{name}"
+    assert config.gated == (name.split("_")[-1] not in ("dense", "control"))
     check_together(config)
     if name == "gpt2":  # one file for one GPU and for eight
         assert config.batch_size % (8 * config.micro_batch_size) == 0
@@ -158,9 +156,8 @@ def test_the_whole_program_answers_in_two_lines(workplace, arguments):
 
 
 def test_help_lists_every_setting():
-    done = subprocess.run(
-        [sys.executable, f"{REPOSITORY}/train.py", "--help"], capture_output=True, text=True
-    )
+    done = subprocess.run([sys.executable, f"{REPOSITORY}/train.py", "--help"], capture_output=True,
+                          text=True)
     assert done.returncode == 0 and all(f"    {key}: " in done.stdout for key in Config.__annotations__)
 
 
@@ -175,11 +172,8 @@ def test_a_config_file_says_what_differs_from_its_base(workplace):
     write("large.py", "n_head = 4\nbase = 'middle.py'\n")
     assert read_config_file("large.py", Config, limits()) == {"n_layer": 3, "learning_rate": 0.1, "n_head": 4}
     config, given = make_config("large.py", {"n_layer": 5})
-    assert (config.n_layer, config.n_head, config.learning_rate) == (
-        5,
-        4,
-        0.1,
-    ) and config.out_dir == os.path.normpath("out/large")
+    assert (config.n_layer, config.n_head, config.learning_rate) == (5, 4, 0.1)
+    assert config.out_dir == os.path.normpath("out/large")
     assert given == {"n_layer", "learning_rate", "n_head"}
 
 

@@ -26,14 +26,11 @@ def test_counts_on_rows(workplace):
         F.cross_entropy(logits[:, 6:].flatten(0, 1), y[:, 6:].flatten()).item(), rel=1e-5
     )
     right = (logits[:, 6:].argmax(-1) == y[:, 6:]).all(1)
-    assert (
-        found["correct"] == right.sum()
-        and found["accuracy"] == right.float().mean().item()
-        and found["examples"] == 2000
-    )
-    assert found["total"] == 2 * 2 * 66 and found["open"] == pytest.approx(
-        sum(g.sum().item() for g in layers) / 2000
-    )
+    assert found["correct"] == right.sum()
+    assert found["accuracy"] == right.float().mean().item()
+    assert found["examples"] == 2000
+    assert found["total"] == 2 * 2 * 66
+    assert found["open"] == pytest.approx(sum(g.sum().item() for g in layers) / 2000)
     assert found["fraction"] == pytest.approx(found["open"] / found["total"])
     gates = torch.stack(layers)  # (n_layer, B, H, T, T)
     assert found["by_distance"] == pytest.approx(
@@ -54,7 +51,6 @@ def test_a_stream_is_cut_into_windows_and_a_dense_model_is_all_open(workplace):
     assert found["by_distance"] == [1.0] * 8
     some = evaluate(model, prepare_data.load("s"), "val", batch_size=5, max_batches=1)
     spread = torch.tensor([0, 2, 4, 7, 9])  # five of twelve windows, from all over the text
-    assert some["examples"] == 5 and some["loss"] == pytest.approx(
-        model(x[spread], y[spread])[1].item(), rel=1e-5
-    )
+    assert some["examples"] == 5
+    assert some["loss"] == pytest.approx(model(x[spread], y[spread])[1].item(), rel=1e-5)
     assert evaluate(model, prepare_data.load("s"), "val", batch_size=5, max_batches=9)["examples"] == 12

@@ -22,17 +22,8 @@ from training.evaluate import evaluate
 from training.folder import StopRequest
 from training.settings import make_config
 
-LINE = {
-    "step": 300,
-    "open": 12.4,
-    "total": 264,
-    "correct": 9998,
-    "examples": 10000,
-    "lambda": 3.5,
-    "passes": True,
-    "held_out_only": False,
-    "kept": None,
-}
+LINE = {"step": 300, "open": 12.4, "total": 264, "correct": 9998, "examples": 10000, "lambda": 3.5,
+        "passes": True, "held_out_only": False, "kept": None}
 
 
 class Shape:
@@ -88,9 +79,8 @@ def test_every_evaluation_stores_which_edges_are_open(folder, monkeypatch):
     shares = np.zeros((2, 1, 11, 11))
     for *at, share in lines[-1]["edges"]:
         shares[tuple(at)] = share
-    assert shares == pytest.approx(np.array(found["by_edge"]), abs=1e-4) and shares.sum() == pytest.approx(
-        lines[-1]["open"], abs=0.01
-    )
+    assert shares == pytest.approx(np.array(found["by_edge"]), abs=1e-4)
+    assert shares.sum() == pytest.approx(lines[-1]["open"], abs=0.01)
     assert (
         np.triu(shares, 1).sum() == 0
         and found["by_edge"]

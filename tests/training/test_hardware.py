@@ -16,31 +16,11 @@ from storage.files import UserError
 from training import hardware
 from training.folder import alone_in
 
-SETTINGS = [
-    "--dataset=count",
-    "--n_layer=2",
-    "--n_head=2",
-    "--n_embd=16",
-    "--block_size=8",
-    "--batch_size=16",
-    "--learning_rate=3e-3",
-    "--eval_interval=1",
-    "--eval_batch_size=7",
-    "--eval_batches=5",
-    "--warmup_steps=2",
-    "--max_steps=20",
-    "--dropout=0.1",
-    "--device=cpu",
-]
-GATED = [
-    "--init_from=out/dense",
-    "--gated=True",
-    "--distill_weight=0.5",
-    "--constraint_paired=True",
-    "--open_above=0.02",
-    "--linear_penalty_steps=10",
-    "--attention_impl=tiled",
-]
+SETTINGS = ["--dataset=count", "--n_layer=2", "--n_head=2", "--n_embd=16", "--block_size=8",
+            "--batch_size=16", "--learning_rate=3e-3", "--eval_interval=1", "--eval_batch_size=7",
+            "--eval_batches=5", "--warmup_steps=2", "--max_steps=20", "--dropout=0.1", "--device=cpu"]
+GATED = ["--init_from=out/dense", "--gated=True", "--distill_weight=0.5", "--constraint_paired=True",
+         "--open_above=0.02", "--linear_penalty_steps=10", "--attention_impl=tiled"]
 
 
 def test_two_processes_do_what_one_does_with_accumulation(workplace):
@@ -68,41 +48,19 @@ def test_two_processes_do_what_one_does_with_accumulation(workplace):
     a, b = (read_checkpoint(f"out/{name}/last.pt")["model"] for name in ("one", "two"))
     assert all(torch.allclose(a[name], b[name], atol=1e-4) for name in a)
     # and a run of two processes goes on as one, with the same micro-batches or none
-    launch(
-        1,
-        *shape,
-        *GATED,
-        "--micro_batch_size=16",
-        "--out_dir=out/two",
-        "--init_from=resume",
-        "--max_steps=24",
-    )
+    launch(1, *shape, *GATED, "--micro_batch_size=16", "--out_dir=out/two", "--init_from=resume",
+           "--max_steps=24")
     assert read_checkpoint("out/two/last.pt")["step"] == 24
 
 
 def test_a_scheduler_that_stops_everybody_at_once_loses_nothing(workplace):
     """SIGTERM to torchrun and to both its workers, as Slurm sends it."""
     count_dataset()
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node=2",
-        os.path.join(REPOSITORY, "train.py"),
-        *SETTINGS,
-        "--eval_interval=1000000",
-        "--max_steps=1000000",
-        "--out_dir=out/run",
-    ]
-    process = subprocess.Popen(
-        command,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        start_new_session=True,
-    )
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+               os.path.join(REPOSITORY, "train.py"), *SETTINGS, "--eval_interval=1000000",
+               "--max_steps=1000000", "--out_dir=out/run"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                               env=os.environ | {"OMP_NUM_THREADS": "1"}, start_new_session=True)
     for _ in range(600):
         if os.path.exists("out/run/best.pt"):
             break
@@ -111,10 +69,8 @@ def test_a_scheduler_that_stops_everybody_at_once_loses_nothing(workplace):
     os.killpg(process.pid, signal.SIGTERM)
     _, errors = process.communicate(timeout=60)
     step = read_checkpoint("out/run/last.pt")["step"]
-    assert (
-        step > 0
-        and f"stopped and saved after {step} steps. To go on: torchrun --nproc_per_node=2 train.py" in errors
-    )
+    assert step > 0
+    assert f"stopped and saved after {step} steps. To go on: torchrun --nproc_per_node=2 train.py" in errors
     assert errors.count("stopped and saved") == 1
 
 
@@ -126,11 +82,9 @@ def test_settings_in_words(monkeypatch):
     with context():
         assert name == "float32" and (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.float32
     assert hardware.precision("auto", "mps")[1] == "float32"
-    assert (
-        hardware.compiles("auto", "cuda:0", False)
-        and hardware.compiles("on", "cpu", False)
-        and not hardware.compiles("off", "cuda", True)
-    )
+    assert hardware.compiles("auto", "cuda:0", False)
+    assert hardware.compiles("on", "cpu", False)
+    assert not hardware.compiles("off", "cuda", True)
     assert not hardware.compiles("auto", "cpu", False)
     with pytest.raises(UserError, match="device=cuda:99.*--device=cpu"):
         hardware.pick_device("cuda:99")
@@ -158,19 +112,8 @@ def test_peak_flops_are_those_of_the_very_gpu(monkeypatch):
     ):
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, name=name: name)
         found[name] = hardware.peak_flops("cuda:0")
-    assert list(found.values()) == [
-        989e12,
-        756e12,
-        989e12,
-        312e12,
-        None,
-        362e12,
-        121e12,
-        165e12,
-        835e12,
-        None,
-        None,
-    ]
+    assert list(found.values()) == [989e12, 756e12, 989e12, 312e12, None, 362e12, 121e12, 165e12, 835e12,
+                                    None, None]
     assert hardware.peak_flops("cpu") is None
 
 
@@ -192,11 +135,9 @@ def test_two_runs_in_one_folder_are_refused(workplace):
 
 
 def test_one_process_is_its_own_average():
-    assert (
-        hardware.total([1.5, 2]) == hardware.total([1.5, 2], torch.device("mps")) == [1.5, 2.0]
-        and hardware.rank() == 0
-        and hardware.world() == 1
-    )
+    assert hardware.total([1.5, 2]) == hardware.total([1.5, 2], torch.device("mps")) == [1.5, 2.0]
+    assert hardware.rank() == 0
+    assert hardware.world() == 1
     hardware.wait_for_all()
 
 

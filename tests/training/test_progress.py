@@ -66,21 +66,16 @@ def test_a_pipe_gets_one_plain_line_an_evaluation(echo, capsys):
 def test_a_run_whose_parent_is_finished_says_so(echo, capsys):
     run("sparse.py", max_steps=20)
     said = capsys.readouterr().out
-    assert (
-        "part 1 of 2, out/dense (then out/sparse): dense" in said and "part 2 of 2, out/sparse: gated" in said
-    )
+    assert "part 1 of 2, out/dense (then out/sparse): dense" in said
+    assert "part 2 of 2, out/sparse: gated" in said
     run("sparse.py", init_from="resume", max_steps=40)  # the parent is not even looked at
     said = capsys.readouterr()
-    assert (
-        "part 2 of 2, out/sparse (out/dense is finished): gated" in said.out
-        and "part 2 of 2, out/sparse: step 40 of 40" in said.err
-    )
+    assert "part 2 of 2, out/sparse (out/dense is finished): gated" in said.out
+    assert "part 2 of 2, out/sparse: step 40 of 40" in said.err
     run("sparse.py", max_steps=20, out_dir="out/second")
     said = capsys.readouterr()
-    assert (
-        "part 1 of 2, out/dense is finished (60 steps)" in said.out
-        and "part 2 of 2, out/second: step 20 of 20" in said.err
-    )
+    assert "part 1 of 2, out/dense is finished (60 steps)" in said.out
+    assert "part 2 of 2, out/second: step 20 of 20" in said.err
     run("sparse.py", max_steps=20, out_dir="out/third", init_from="out/dense")
     assert "\nout/third: step 20 of 20" in capsys.readouterr().err  # a job of one part does not count parts
 
@@ -150,13 +145,11 @@ def test_a_terminal_gets_a_bar_that_moves():
             progress.step()
         progress.evaluated(found(correct=10), target=0.4, best=[12.4, 0.4], lam=2.0)
     last = stream.getvalue().split("\r")[-1]
-    assert (
-        "part 2 of 2, out/sparse" in last
-        and "50/200" in last
-        and "10 of 10 held-out right" in last
-        and "best 12.4" in last
-        and last.count("\n") == 1
-    )
+    assert "part 2 of 2, out/sparse" in last
+    assert "50/200" in last
+    assert "10 of 10 held-out right" in last
+    assert "best 12.4" in last
+    assert last.count("\n") == 1
 
 
 def test_other_processes_are_silent(monkeypatch):

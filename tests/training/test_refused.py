@@ -66,10 +66,8 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpo
         run("dense.py")
     assert read_checkpoint("out/dense/last.pt")["step"] == 20
     offending = json.load(open("out/dense/offending_batch.json"))
-    assert (
-        offending["step"] == 29
-        and offending["indices"] == np.random.default_rng((1, False, 29)).integers(0, 400, 32).tolist()
-    )
+    assert offending["step"] == 29
+    assert offending["indices"] == np.random.default_rng((1, False, 29)).integers(0, 400, 32).tolist()
     assert all(p.isfinite().all() for p in parameters("out/dense").values())
 
 
@@ -140,9 +138,8 @@ def test_other_data_than_the_run_began_with_is_refused(counting):
     prepare_data.write_dataset("data/count", tokens, tokens, kind="stream", vocab_size=10, tokenizer="digits")
     with pytest.raises(UserError, match="data/count is not the data that out/dense was begun with"):
         run("dense.py", init_from="resume", max_steps=40)
-    prepare_data.write_dataset(
-        "data/count", tokens, tokens, kind="stream", vocab_size=10, tokenizer="letters"
-    )
+    prepare_data.write_dataset("data/count", tokens, tokens, kind="stream", vocab_size=10,
+                               tokenizer="letters")
     with pytest.raises(UserError, match="was trained on tokens of 'digits', the data has those of 'letters'"):
         run("sparse.py", init_from="out/dense")
 

@@ -22,35 +22,13 @@ from training import sharding
 from training.evaluate import evaluate
 from training.sharding import folder_for
 
-SHAPE = [
-    "--architecture=olmo2",
-    "--n_layer=2",
-    "--n_head=4",
-    "--n_kv_head=2",
-    "--n_embd=32",
-    "--block_size=8",
-]
-RUN = [
-    "--dataset=count",
-    "--batch_size=16",
-    "--micro_batch_size=4",
-    "--learning_rate=3e-3",
-    "--eval_interval=1",
-    "--eval_batch_size=7",
-    "--eval_batches=5",
-    "--warmup_steps=2",
-    "--max_steps=10",
-    "--device=cpu",
-]
-GATED = [
-    *RUN,
-    "--init_from=out/dense",
-    "--gated=True",
-    "--open_above=0.02",
-    "--distill_weight=0.5",
-    "--constraint_paired=True",
-    "--linear_penalty_steps=5",
-]
+SHAPE = ["--architecture=olmo2", "--n_layer=2", "--n_head=4", "--n_kv_head=2", "--n_embd=32",
+         "--block_size=8"]
+RUN = ["--dataset=count", "--batch_size=16", "--micro_batch_size=4", "--learning_rate=3e-3",
+       "--eval_interval=1", "--eval_batch_size=7", "--eval_batches=5", "--warmup_steps=2", "--max_steps=10",
+       "--device=cpu"]
+GATED = [*RUN, "--init_from=out/dense", "--gated=True", "--open_above=0.02", "--distill_weight=0.5",
+         "--constraint_paired=True", "--linear_penalty_steps=5"]
 # in blocks and outside; matrices, norms, and the embedding, which serves twice
 LORA = ["--lora_rank=2", "--lora_targets=q_proj,k_proj,down_proj,q_norm,norm,embed_tokens"]
 
@@ -112,19 +90,11 @@ def test_two_processes_with_half_a_model_each_do_what_one_does(parent, adapters)
     )
     # two wrote, one goes on; and the other way round
     for run, processes, more in (("two", 1, []), ("one", 2, ["--parallel=fsdp"])):
-        launch(
-            processes,
-            *GATED,
-            *adapters,
-            f"--out_dir=out/{run}",
-            "--init_from=resume",
-            "--max_steps=14",
-            *more,
-        )
+        launch(processes, *GATED, *adapters, f"--out_dir=out/{run}", "--init_from=resume", "--max_steps=14",
+               *more)
     assert_same("out/one", "out/two")
-    assert not [name for name in os.listdir("out/two") if name.startswith("shards")] and os.path.exists(
-        "out/one/shards-14"
-    )
+    assert not [name for name in os.listdir("out/two") if name.startswith("shards")]
+    assert os.path.exists("out/one/shards-14")
     a, b = (load_checkpoint(f"out/{run}/best.pt").state_dict() for run in ("one", "two"))
     assert all(torch.allclose(a[name], b[name], atol=1e-4) for name in a)
 
@@ -133,16 +103,8 @@ def test_two_processes_with_half_a_model_each_do_what_one_does(parent, adapters)
 def test_the_closest_checkpoint_of_a_sharded_run_that_misses_its_target_is_whole(parent):
     """All gates are shut, and the learning rate makes it worse: the closest evaluation is one in the middle.
     """
-    launch(
-        2,
-        *GATED,
-        "--open_above=0",
-        "--gate_bias=-20",
-        "--learning_rate=10.0",
-        "--max_steps=4",
-        "--parallel=fsdp",
-        "--out_dir=out/missed",
-    )
+    launch(2, *GATED, "--open_above=0", "--gate_bias=-20", "--learning_rate=10.0", "--max_steps=4",
+           "--parallel=fsdp", "--out_dir=out/missed")
     assert not os.path.exists("out/missed/best.pt")
     step = read_checkpoint("out/missed/closest.pt")["step"]
     assert 0 < step < 4
@@ -159,9 +121,8 @@ def test_what_large_models_use_all_at_once(parent):
     """
     settings = [*GATED, *LORA, "--base_dtype=bfloat16", "--max_steps=2"]
     launch(1, *settings, "--out_dir=out/one")
-    launch(
-        2, *settings, "--out_dir=out/two", "--parallel=fsdp", "--recompute_activations=True", "--compile=on"
-    )
+    launch(2, *settings, "--out_dir=out/two", "--parallel=fsdp", "--recompute_activations=True",
+           "--compile=on")
     for a, b in zip(metrics("out/one"), metrics("out/two")):
         for key in (
             "val_loss",
@@ -178,26 +139,13 @@ def test_what_large_models_use_all_at_once(parent):
 @pytest.mark.slow
 def test_a_sharded_run_that_is_killed_ends_like_one_that_is_not(parent):
     """kill -9 to all processes, at some moment after the first checkpoint, twice."""
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node=2",
-        os.path.join(REPOSITORY, "train.py"),
-        *GATED,
-        "--max_steps=30",
-        "--parallel=fsdp",
-    ]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+               os.path.join(REPOSITORY, "train.py"), *GATED, "--max_steps=30", "--parallel=fsdp"]
     launch(2, *GATED, "--max_steps=30", "--parallel=fsdp", "--out_dir=out/whole")
     for wanted in (2, 17):
-        process = subprocess.Popen(
-            [*command, "--out_dir=out/again"],
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-            start_new_session=True,
-        )
+        process = subprocess.Popen([*command, "--out_dir=out/again"], stdout=subprocess.DEVNULL,
+                                   stderr=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"},
+                                   start_new_session=True)
         for _ in range(600):
             if os.path.exists(f"out/again/shards-{wanted}") or process.poll() is not None:
                 break
@@ -216,10 +164,8 @@ def test_a_sharded_run_that_is_killed_ends_like_one_that_is_not(parent):
 
 
 def test_a_folder_that_last_pt_names_is_never_written_again():
-    assert (
-        folder_for(6, None) == folder_for(6, "shards-4") == folder_for(6, "shards-6-again") == "shards-6"
-        and folder_for(6, "shards-6") == "shards-6-again"
-    )
+    assert folder_for(6, None) == folder_for(6, "shards-4") == folder_for(6, "shards-6-again") == "shards-6"
+    assert folder_for(6, "shards-6") == "shards-6-again"
 
 
 def test_a_sharded_run_that_was_stopped_is_no_model_yet(parent):
@@ -227,28 +173,11 @@ def test_a_sharded_run_that_was_stopped_is_no_model_yet(parent):
 
     To read weights from it would give none; to go on does.
     """
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node=2",
-        os.path.join(REPOSITORY, "train.py"),
-        *RUN,
-        *SHAPE,
-        "--max_steps=100000",
-        "--eval_interval=50000",
-        "--parallel=fsdp",
-        "--out_dir=out/run",
-    ]
-    process = subprocess.Popen(
-        command,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        start_new_session=True,
-    )
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+               os.path.join(REPOSITORY, "train.py"), *RUN, *SHAPE, "--max_steps=100000",
+               "--eval_interval=50000", "--parallel=fsdp", "--out_dir=out/run"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+                               env=os.environ | {"OMP_NUM_THREADS": "1"}, start_new_session=True)
     for _ in range(600):
         if os.path.exists("out/run/best.pt"):
             break

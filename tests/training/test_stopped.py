@@ -76,9 +76,8 @@ def test_a_run_that_is_stopped_and_killed_everywhere_ends_bit_for_bit_like_one_t
         run(config, **again)
     assert len(finish) > 8
     for a, b in finish:
-        assert same(parameters(a), parameters(b)) and same(
-            parameters(a, "best.pt"), parameters(b, "best.pt")
-        ), b
+        assert same(parameters(a), parameters(b)), b
+        assert same(parameters(a, "best.pt"), parameters(b, "best.pt")), b
         for x, y in zip(metrics(a), metrics(b), strict=True):
             assert {k: v for k, v in x.items() if k not in ("seconds", "tokens_per_second")} == {
                 k: v for k, v in y.items() if k not in ("seconds", "tokens_per_second")
@@ -93,16 +92,8 @@ def test_a_run_that_goes_back_and_is_killed_near_its_end_ends_like_one_that_is_n
         return int(found["val"]["loss"] * 1e7) % 5 < 2
 
     monkeypatch.setattr(judge, "meets_target", judged)
-    settings = {
-        "average_decay": 0.9,
-        "cycle_steps": 5,
-        "linear_penalty_steps": 2,
-        "max_steps": 40,
-        "eval_interval": 5,
-        "lambda_init": 1.0,
-        "seed": 2,
-        "init_from": run("dense.py", seed=2),
-    }
+    settings = {"average_decay": 0.9, "cycle_steps": 5, "linear_penalty_steps": 2, "max_steps": 40,
+                "eval_interval": 5, "lambda_init": 1.0, "seed": 2, "init_from": run("dense.py", seed=2)}
     real, renamed = os.replace, []
 
     def watched(source, target):
@@ -113,9 +104,9 @@ def test_a_run_that_goes_back_and_is_killed_near_its_end_ends_like_one_that_is_n
         patch.setattr(os, "replace", watched)
         run("sparse.py", out_dir="out/whole", **settings)
     lines = metrics("out/whole")
-    assert (
-        lines[-2]["goes_back"] and lines[-1]["passes"] and read_checkpoint("out/whole/best.pt")["step"] == 40
-    )
+    assert lines[-2]["goes_back"]
+    assert lines[-1]["passes"]
+    assert read_checkpoint("out/whole/best.pt")["step"] == 40
     assert renamed[-3:] == ["best.pt.next", "last.pt", "best.pt"]
 
     for place in range(len(renamed) - 5, len(renamed)):
@@ -139,13 +130,8 @@ def test_a_run_that_goes_back_and_is_killed_near_its_end_ends_like_one_that_is_n
 
 
 def start(*arguments):
-    return subprocess.Popen(
-        [sys.executable, f"{REPOSITORY}/train.py", *arguments],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
+    return subprocess.Popen([sys.executable, f"{REPOSITORY}/train.py", *arguments], stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
 
 
 def wait_for(condition, process, seconds=60):
@@ -216,10 +202,8 @@ def test_a_best_checkpoint_that_was_not_written_any_more_is_written_later(echo):
     save_checkpoint("out/dense/last.pt", last)
     os.remove("out/dense/best.pt")
     run("dense.py", init_from="resume", max_steps=40, learning_rate=3.0)
-    assert (
-        read_checkpoint("out/dense/best.pt")["step"] == 20
-        and metrics("out/dense")[-1]["val_loss"] > last["best"][1] + 0.1
-    )
+    assert read_checkpoint("out/dense/best.pt")["step"] == 20
+    assert metrics("out/dense")[-1]["val_loss"] > last["best"][1] + 0.1
 
 
 def test_resume_takes_over_what_was_not_typed_and_applies_what_was(echo):
@@ -234,10 +218,8 @@ def test_resume_takes_over_what_was_not_typed_and_applies_what_was(echo):
 def test_a_resumed_run_may_get_a_lower_cap_and_a_parent_keeps_its_own_files_settings(echo):
     (echo / "dense.py").write_text((echo / "dense.py").read_text() + "dtype = 'bfloat16'\n")
     run("sparse.py", max_steps=1)
-    assert (
-        json.load(open("out/dense/config.json"))["dtype"] == "bfloat16"
-        and json.load(open("out/sparse/config.json"))["dtype"] == "float32"
-    )
+    assert json.load(open("out/dense/config.json"))["dtype"] == "bfloat16"
+    assert json.load(open("out/sparse/config.json"))["dtype"] == "float32"
     # measured at step 4
     run(None, init_from="resume", out_dir="out/sparse", max_steps=6, lambda_init=2.0, lambda_max=2.0)
     assert metrics("out/sparse")[-1]["lambda"] <= 2

@@ -67,9 +67,8 @@ def test_still_learning_is_a_fall_that_noise_does_not_explain(losses, expected):
 
 
 def test_the_fall_is_counted_from_three_quarters_of_the_run():
-    assert learning(lines(FALLING)).fall == pytest.approx(0.2) and learning(
-        lines(FALLING)
-    ).noise == pytest.approx(0, abs=1e-9)
+    assert learning(lines(FALLING)).fall == pytest.approx(0.2)
+    assert learning(lines(FALLING)).noise == pytest.approx(0, abs=1e-9)
 
 
 @pytest.mark.parametrize(
@@ -142,14 +141,10 @@ def test_advice_fits_the_cause(what, metrics, found, words):
 
 def test_a_parent_that_was_still_learning_is_named_first():
     first, second = advice(report(400, 0, 0.1), CONFIG, lines(FLAT), (lines(FALLING), "out/dense"))
-    assert (
-        first.startswith("Its parent was still learning")
-        and "--init_from=resume --out_dir=out/dense --max_steps=800" in first
-    )
-    assert (
-        "--loss_slack" in second
-        and advice(report(), CONFIG, lines(FLAT), (lines(FLAT), "out/dense"))[0] != first
-    )
+    assert first.startswith("Its parent was still learning")
+    assert "--init_from=resume --out_dir=out/dense --max_steps=800" in first
+    assert "--loss_slack" in second
+    assert advice(report(), CONFIG, lines(FLAT), (lines(FLAT), "out/dense"))[0] != first
 
 
 def test_headlines():
@@ -171,14 +166,11 @@ def test_headlines():
         "out/x was STILL LEARNING at its end: held-out loss 0.5000, 90 of 100 answers right. The loss fell "
         "by 0.2 nats"
     )
-    assert (
-        "python train.py --init_from=resume --out_dir=out/x --max_steps=800"
-        in advice(dense, config, lines(FALLING))[0]
-    )
-    assert (
-        headline(dense, config, lines(FLAT)).startswith("out/x has settled")
-        and advice(dense, config, lines(FLAT)) == []
-    )
+    assert "python train.py --init_from=resume --out_dir=out/x --max_steps=800" in advice(
+        dense, config, lines(FALLING)
+    )[0]
+    assert headline(dense, config, lines(FLAT)).startswith("out/x has settled")
+    assert advice(dense, config, lines(FLAT)) == []
     text = dense | {"dense": {"val_loss": 2.0, "correct": None}}
     assert (
         headline(text, config, lines([1, 1]))
@@ -189,75 +181,49 @@ def test_headlines():
         "NOT READY: out/x is no parent yet"
     )
     assert "--max_steps=800" in advice(dense | {"ready": False}, config, lines(FLAT))[0]
-    assert (
-        "is ready to be a parent" in headline(dense | {"ready": True}, config, lines(FLAT))
-        and advice(dense | {"ready": True}, config, lines(FALLING)) == []
-    )
+    assert "is ready to be a parent" in headline(dense | {"ready": True}, config, lines(FLAT))
+    assert advice(dense | {"ready": True}, config, lines(FALLING)) == []
 
 
 def command(*arguments):
-    return subprocess.run(
-        [sys.executable, f"{REPOSITORY}/train.py", *arguments],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
+    return subprocess.run([sys.executable, f"{REPOSITORY}/train.py", *arguments], capture_output=True,
+                          text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
 
 
 def test_a_run_that_missed_says_so_first_draws_its_closest_and_exits_with_2(echo):
     # steps so large that what the parent knows is lost
-    impossible = [
-        "sparse.py",
-        "--constraint_margin=0.0",
-        "--loss_slack=0.0",
-        "--learning_rate=0.5",
-        "--device=cpu",
-    ]
+    impossible = ["sparse.py", "--constraint_margin=0.0", "--loss_slack=0.0", "--learning_rate=0.5",
+                  "--device=cpu"]
     done = command(*impossible)
     assert done.returncode == verdict.MISSED == 2, done.stderr
     found = json.load(open("out/sparse/report.json"))
     closest = read_checkpoint("out/sparse/closest.pt")
     first = done.stdout[done.stdout.index("MISSED"):].splitlines()[0]
-    assert (
-        first == found["headline"]
-        and f"The closest, of step {closest['step']}: " in first
-        and closest["step"] > 0
-    )
-    assert (
-        found["closest"]["answers_lost"] + found["closest"]["nats_too_many"] > 0
-        and not found["meets_target"]
-        and found["step"] == closest["step"]
-    )
+    assert first == found["headline"]
+    assert f"The closest, of step {closest['step']}: " in first
+    assert closest["step"] > 0
+    assert found["closest"]["answers_lost"] + found["closest"]["nats_too_many"] > 0
+    assert not found["meets_target"]
+    assert found["step"] == closest["step"]
     assert found["advice"] and all(f"out/sparse: {sentence}" in done.stdout for sentence in found["advice"])
-    assert (
-        not os.path.exists("out/sparse/best.pt")
-        and Image.open("out/sparse/training.png").width > 200
-        and os.path.exists("out/sparse/gates.png")
-    )
+    assert not os.path.exists("out/sparse/best.pt")
+    assert Image.open("out/sparse/training.png").width > 200
+    assert os.path.exists("out/sparse/gates.png")
     assert call(main, *impossible).returncode == 2  # it is finished, and still has missed
     again = call(analyze.main, "report", "out/sparse", "out/dense")
-    assert again.returncode == 0 and again.stdout.startswith(
-        "MISSED: no evaluation of out/sparse met its target"
-    )
+    assert again.returncode == 0
+    assert again.stdout.startswith("MISSED: no evaluation of out/sparse met its target")
     assert again.stdout.splitlines()[1].startswith("out/dense: held-out loss")
 
 
 @pytest.mark.slow
 def test_an_unready_dense_run_exits_with_2_and_a_ready_one_with_0(echo):
     done = command("dense.py", "--ready_loss=0.01", "--device=cpu")
-    assert (
-        done.returncode == 2
-        and "NOT READY: out/dense is no parent yet" in done.stdout
-        and "--init_from=resume --out_dir=out/dense --max_steps=120" in done.stdout
-    )
-    done = command(
-        "dense.py",
-        "--init_from=resume",
-        "--ready_loss=5.0",
-        "--max_steps=1000",
-        "--learning_rate=0.01",
-        "--device=cpu",
-    )
+    assert done.returncode == 2
+    assert "NOT READY: out/dense is no parent yet" in done.stdout
+    assert "--init_from=resume --out_dir=out/dense --max_steps=120" in done.stdout
+    done = command("dense.py", "--init_from=resume", "--ready_loss=5.0", "--max_steps=1000",
+                   "--learning_rate=0.01", "--device=cpu")
     assert done.returncode == 0 and "out/dense is ready to be a parent" in done.stdout, (
         done.stdout + done.stderr
     )
@@ -287,9 +253,7 @@ def test_the_other_processes_of_a_run_that_missed_come_to_their_end(echo):
         timeout=120,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
-    assert (
-        done.returncode == 1
-        and "exitcode  : 2" in done.stderr
-        and "MISSED: no evaluation of out/sparse" in done.stdout
-    )
+    assert done.returncode == 1
+    assert "exitcode  : 2" in done.stderr
+    assert "MISSED: no evaluation of out/sparse" in done.stdout
     assert os.path.exists("out/sparse/report.json")
