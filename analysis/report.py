@@ -28,6 +28,9 @@ SUMS = [(6253, 1421, "no carry"),
         (5743, 8659, "carry into the {highest}")]
 
 
+COUNTED = ("open", "total", "fraction", "per_head", "by_distance")  # of the edges: see evaluate.py
+
+
 def read_json(path):
     if not os.path.exists(path):
         raise UserError(f"{os.path.dirname(path)} is no run's folder: it has no {os.path.basename(path)}. "
@@ -43,11 +46,9 @@ def model_judged(checkpoint, path):
     """The model as its run judged it: adapters beside the frozen weights, and those in the run's precision.
     """
     def prepare(model):
-        return (
-            lora.freeze_in(model, getattr(torch, checkpoint["config"]["base_dtype"]))
-            if "lora" in checkpoint
-            else model
-        )
+        if "lora" not in checkpoint:
+            return model
+        return lora.freeze_in(model, getattr(torch, checkpoint["config"]["base_dtype"]))
 
     return model_of(checkpoint, path, hardware.pick_device("auto"), prepare, merged=False)
 
@@ -87,11 +88,14 @@ def report(run):
         )
     judged = evaluate_splits(model, data, config["eval_batch_size"], config["eval_batches"])
 
-    gated, seconds, parent = model.config.gated, metrics[-1]["seconds"], None
+    gated, parent = model.config.gated, None
+    seconds = {"dense": metrics[-1]["seconds"], "sparse": None}
     if gated:
+        seconds = {"dense": None, "sparse": metrics[-1]["seconds"]}
         folder = os.path.dirname(checkpoint["parent"])
         if os.path.exists(os.path.join(folder, "metrics.jsonl")):
             parent = read_metrics(os.path.join(folder, "metrics.jsonl")), folder
+            seconds["dense"] = parent[0][-1]["seconds"]
     result = {
         "run": run,
         "seed": config["seed"],
@@ -105,18 +109,13 @@ def report(run):
         "closest": None,
         "ready": bool(checkpoint.get("ready")) if config["ready_loss"] and not gated else None,
         "still_learning": None if gated else verdict.still_learning(metrics),
-        "edges": {
-            key: judged["val"][key] for key in ("open", "total", "fraction", "per_head", "by_distance")
-        },
+        "edges": {key: judged["val"][key] for key in COUNTED},
         "heads_off": sum(fraction == 0 for layer in judged["val"]["per_head"] for fraction in layer),
-        "seconds": {"dense": parent[0][-1]["seconds"] if parent else None, "sparse": seconds}
-        if gated
-        else {"dense": seconds, "sparse": None},
+        "seconds": seconds,
     }
     if not result["meets_target"]:
-        held_out, nats, training = verdict.distance_from_target(
-            judged, checkpoint["dense"], checkpoint["target_loss"]
-        )
+        dense, target = checkpoint["dense"], checkpoint["target_loss"]
+        held_out, nats, training = verdict.distance_from_target(judged, dense, target)
         result["closest"] = {"answers_lost": held_out + training, "nats_too_many": nats}
     result["headline"] = verdict.headline(result, config, metrics)
     result["advice"] = verdict.advice(result, config, metrics, parent)
@@ -131,23 +130,18 @@ def draw(result, config, metrics, checkpoint, model, data):
     result: the report; model: that of the checkpoint, which is drawn.
     """
     run, edges = result["run"], result["edges"]
-    figures.training(
-        os.path.join(run, "training.png"),
-        metrics,
-        checkpoint["step"],
-        (config["lambda_min"], max(config["lambda_max"], config.get("repair_lambda_max", 0)))
-        if config["gated"]
-        else (),
-    )
+    bounds = ()
+    if config["gated"]:
+        bounds = config["lambda_min"], max(config["lambda_max"], config.get("repair_lambda_max", 0))
+    figures.training(os.path.join(run, "training.png"), metrics, checkpoint["step"], bounds)
     if not model.config.gated or not checkpoint["step"]:
         return  # all edges are open
     figures.open_by_head(os.path.join(run, "gates.png"), edges["per_head"])
     figures.open_by_distance(os.path.join(run, "distance.png"), edges["by_distance"], edges["open"])
-    dense_model = (
-        lora.Base(model)
-        if checkpoint.get("base") == checkpoint["parent"]
-        else parent_of(checkpoint["parent"], run)
-    )
+    if checkpoint.get("base") == checkpoint["parent"]:
+        dense_model = lora.Base(model)
+    else:
+        dense_model = parent_of(checkpoint["parent"], run)
     label = "sparse" if result["meets_target"] else f"target missed,\nclosest: step {checkpoint['step']}"
     task = addition_task(data.meta)
     if task:
@@ -172,58 +166,40 @@ def summary(judged):
     }
 
 
+def cells(r):
+    """{name of a line: what it says of one report}; "-" where there is nothing to say."""
+    judged, edges = r["sparse"] or r["dense"], r["edges"]
+    seconds = ["-" if s is None else f"{s:.0f}" for s in r["seconds"].values()]
+    sparse = target = right = "-"
+    if r["sparse"]:
+        sparse = f"{r['sparse']['val_loss']:.4f}"
+        target = f"{r['target_loss']:.4f}" + ("" if r["meets_target"] else " MISSED")
+    if judged["correct"] is not None:
+        right = f"{judged['correct']} of {judged['examples']}"
+    return {
+        "": r["run"],
+        "held-out loss, dense": f"{r['dense']['val_loss']:.4f}",
+        "held-out loss, sparse": sparse,
+        "target": target,
+        "rows right": right,
+        "open edges": f"{edges['open']:.2f} of {edges['total']} ({100 * edges['fraction']:.2f} %)",
+        "open edges per token": f"{edges['open'] / len(edges['by_distance']):.2f}",
+        "heads off": f"{r['heads_off']} of {sum(map(len, edges['per_head']))}",
+        "checkpoint of step": str(r["step"]),
+        "seconds, dense + sparse": " + ".join(seconds),
+    }
+
+
 def table(reports):
     """The reports as text, one column per run."""
-    def sparse_or_dense(r):
-        return r["sparse"] or r["dense"]
-
-    rows = [
-        ("", [r["run"] for r in reports]),
-        ("held-out loss, dense", [f"{r['dense']['val_loss']:.4f}" for r in reports]),
-        (
-            "held-out loss, sparse",
-            [f"{r['sparse']['val_loss']:.4f}" if r["sparse"] else "-" for r in reports],
-        ),
-        (
-            "target",
-            [
-                f"{r['target_loss']:.4f}" + ("" if r["meets_target"] else " MISSED") if r["sparse"] else "-"
-                for r in reports
-            ],
-        ),
-        (
-            "rows right",
-            [
-                f"{sparse_or_dense(r)['correct']} of {sparse_or_dense(r)['examples']}"
-                if sparse_or_dense(r)["correct"] is not None
-                else "-"
-                for r in reports
-            ],
-        ),
-        (
-            "open edges",
-            [
-                f"{r['edges']['open']:.2f} of {r['edges']['total']} ({100 * r['edges']['fraction']:.2f} %)"
-                for r in reports
-            ],
-        ),
-        (
-            "open edges per token",
-            [f"{r['edges']['open'] / len(r['edges']['by_distance']):.2f}" for r in reports],
-        ),
-        ("heads off", [f"{r['heads_off']} of {sum(map(len, r['edges']['per_head']))}" for r in reports]),
-        ("checkpoint of step", [str(r["step"]) for r in reports]),
-        (
-            "seconds, dense + sparse",
-            [" + ".join("-" if s is None else f"{s:.0f}" for s in r["seconds"].values()) for r in reports],
-        ),
-    ]
-    rows = [row for row in rows if set(row[1]) != {"-"}]  # nothing to say in any of the runs
-    widths = [max(len(cells[i]) for _, cells in rows) for i in range(len(reports))]
-    return "\n".join(
-        "  ".join([f"{name:24}", *(cell.rjust(width) for cell, width in zip(cells, widths))])
-        for name, cells in rows
-    )
+    columns = [cells(r) for r in reports]
+    widths = [max(map(len, column.values())) for column in columns]
+    lines = []
+    for name in columns[0]:
+        said = [column[name] for column in columns]
+        if set(said) != {"-"}:  # nothing to say in any of the runs
+            lines.append("  ".join([f"{name:24}", *(cell.rjust(width) for cell, width in zip(said, widths))]))
+    return "\n".join(lines)
 
 
 def print_reports(reports):
@@ -253,6 +229,14 @@ def example_sums(task):
     return [(a % end, b % end, kind.format(highest=highest)) for a, b, kind in SUMS]
 
 
+def weights_of(model, tokens):
+    """What every edge carries for tokens (B, T): a list of n_layer arrays (B, H, T, T), 0 where shut."""
+    layers = []
+    model(torch.from_numpy(tokens),
+          record=lambda layer, gates: layers.append((gates.open * gates.pattern).numpy()))
+    return layers
+
+
 @torch.no_grad()
 def attention_flow(run, model, dense_model, task, label):
     """attention_flow.png: three sums through the dense parent (if it is still there) and the sparse model,
@@ -268,14 +252,8 @@ def attention_flow(run, model, dense_model, task, label):
         models.insert(0, ("dense", dense_model))
     rows = []
     for name, net in models:
-        layers = []
-
-        def remember(layer, gates):
-            layers.append((gates.open * gates.pattern).numpy())
-
-        logits, _, _ = net(torch.from_numpy(questions), record=remember)
-        answers = logits.argmax(-1).numpy()
-        weights = np.stack(layers, axis=1)  # (sums, n_layer, H, T, T)
+        answers = net(torch.from_numpy(questions))[0].argmax(-1).numpy()
+        weights = np.stack(weights_of(net, questions), axis=1)  # (sums, n_layer, H, T, T)
         said = [[""] * task.first + symbols(answer[task.first:]) for answer in answers]
         rows.append((name, list(zip(weights, said))))
     figures.attention_flow(os.path.join(run, "attention_flow.png"), columns, rows)
@@ -292,21 +270,15 @@ def gallery(run, model, dense_model, data, per_head, label, heads=4, length=36):
     begin = line_ends[0] + 1 if line_ends else 0  # from the beginning of a line
     snippet = slice(begin, begin + min(length, model.config.block_size))
     fractions = np.array(per_head)
-    busiest = sorted(np.ndindex(fractions.shape), key=lambda at: -fractions[at])[
-        : min(heads, (fractions > 0).sum())
-    ]
+    busiest = sorted(np.ndindex(fractions.shape), key=lambda at: -fractions[at])
+    busiest = busiest[:min(heads, (fractions > 0).sum())]
     rows = []
     for which, net in (("dense", dense_model), (label, model)):
         if net:
-            layers = []
-            net(
-                torch.from_numpy(ids[snippet])[None],
-                record=lambda layer, gates: layers.append((gates.open * gates.pattern)[0].numpy()),
-            )
-            rows.append((which, [layers[layer][head] for layer, head in busiest]))
-    titles = [
-        f"layer {layer}, head {head}: {100 * fractions[layer, head]:.2g} % open" for layer, head in busiest
-    ]
+            weights = weights_of(net, ids[None, snippet])
+            rows.append((which, [weights[layer][0, head] for layer, head in busiest]))
+    titles = [f"layer {layer}, head {head}: {100 * fractions[layer, head]:.2g} % open"
+              for layer, head in busiest]
     figures.gallery(os.path.join(run, "gallery.png"), titles, pieces[snippet], rows)
 
 

@@ -47,11 +47,9 @@ def vocabulary_of(name, size):
     if name in ("olmo", "olmo2"):
         tokens = text.tokenizer(name)
         return Vocabulary(name, size, lambda words: [int(i) for i in tokens.encode(words.encode())])
-    return (
-        vocabulary(name)
-        if name in ("gpt2", "bytes", "addition")
-        else Vocabulary(name or "of its own", size, None)
-    )
+    if name in ("gpt2", "bytes", "addition"):
+        return vocabulary(name)
+    return Vocabulary(name or "of its own", size, None)
 
 
 def measure(model, pairs_to_score, pairs_to_test, metric, steps):

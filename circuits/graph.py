@@ -49,12 +49,11 @@ class Graph:
         """The slice of readers that `hooks.read(name, layer, ...)` asks for."""
         if name == "final":
             return slice(self.R - 1, self.R)
-        first = (
-            layer * (3 * self.H + 1) + "qkv".find(name) * self.H
-            if name != "mlp"
-            else layer * (3 * self.H + 1) + 3 * self.H
-        )
-        return slice(first, first + (1 if name == "mlp" else self.H))
+        first = layer * (3 * self.H + 1)
+        if name == "mlp":
+            return slice(first + 3 * self.H, first + 3 * self.H + 1)
+        first += "qkv".index(name) * self.H
+        return slice(first, first + self.H)
 
     def before(self, name, layer):
         """How many writers have written when this reader reads: the first so many."""

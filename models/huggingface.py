@@ -171,17 +171,10 @@ def read_tensors(path):
 
 def cause_of(error):
     """Why a file could not be read, in brackets, if the file itself may be sound; else None."""
-    # torch raises RuntimeErrors
-    no_memory = (
-        isinstance(error, MemoryError) or "allocate memory" in str(error) or "not enough memory" in str(error)
-    )
-    return (
-        "(there is not enough memory for it)"
-        if no_memory
-        else f"({error})"
-        if isinstance(error, OSError)
-        else None
-    )
+    says = str(error)  # torch raises RuntimeErrors
+    if isinstance(error, MemoryError) or "allocate memory" in says or "not enough memory" in says:
+        return "(there is not enough memory for it)"
+    return f"({error})" if isinstance(error, OSError) else None
 
 
 def gate_of(theirs):
@@ -193,15 +186,12 @@ def convert(tensors, theirs, source):
     """Their tensors and config (a dict, may be empty) -> {'model', 'model_args'}."""
     different = [f"{key}={theirs[key]!r}" for key, value in FIXED.items() if theirs.get(key, value) != value]
     activation = theirs.get("activation_function", "gelu_new")
-    if (
-        different
-        or activation not in GELU
-        or theirs.get("n_inner") not in (None, 4 * theirs.get("n_embd", 0))
-    ):
-        raise UserError(
-            f"{source} is no GPT-2 that model.py can compute: "
-            f"{', '.join(different) or 'n_inner or activation_function ' + str(activation)}"
-        )
+    if activation not in GELU:
+        different.append(f"activation_function={activation!r}")
+    if theirs.get("n_inner") not in (None, 4 * theirs.get("n_embd", 0)):
+        different.append(f"n_inner={theirs['n_inner']!r}")
+    if different:
+        raise UserError(f"{source} is no GPT-2 that model.py can compute: {', '.join(different)}")
     args = {key: theirs[key] for key in ("n_layer", "n_head") if key in theirs}
     return from_openai(tensors, source, **args, gelu=GELU[activation], **gate_of(theirs))
 
@@ -212,11 +202,11 @@ def write(folder, state, args):
     state, args: as in `convert`'s result.
     """
     if not args["bias"]:  # transformers' GPT-2 has biases always: ours that are not there are 0
-        state = dict(state)
-        for name in [
-            name for name in state if name.endswith(".weight") and (CONV1D.search(name) or ".ln_" in name)
-        ]:
-            state[name.replace(".weight", ".bias")] = torch.zeros(state[name].shape[0])
+        biases = {}
+        for name, weight in state.items():
+            if name.endswith(".weight") and (CONV1D.search(name) or ".ln_" in name):
+                biases[name.replace(".weight", ".bias")] = torch.zeros(weight.shape[0])
+        state = state | biases
     tensors = {
         name: tensor.t().contiguous() if CONV1D.search(name) else tensor.contiguous()
         for name, tensor in state.items()

@@ -180,23 +180,26 @@ class MLP(nn.Module):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
+def norm_of(config):
+    """Of the residual stream: OLMo 1's has no parameters, those of OLMo 2 and 3 a scale."""
+    if config.generation == 1:
+        return nn.LayerNorm(config.n_embd, eps=1e-5, elementwise_affine=False)
+    return nn.RMSNorm(config.n_embd, eps=config.norm_eps)
+
+
 class Block(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.self_attn = Attention(config)
         self.mlp = MLP(config)
-        # before both; it holds nothing
-        self.before = (
-            nn.LayerNorm(config.n_embd, eps=1e-5, elementwise_affine=False)
-            if config.generation == 1
-            else nn.Identity()
-        )
-        self.post_attention_layernorm = (
-            nn.RMSNorm(config.n_embd, eps=config.norm_eps) if config.generation == 2 else nn.Identity()
-        )
-        self.post_feedforward_layernorm = (
-            nn.RMSNorm(config.n_embd, eps=config.norm_eps) if config.generation == 2 else nn.Identity()
-        )
+        if config.generation == 1:
+            self.before = norm_of(config)  # before both; it holds nothing
+            self.post_attention_layernorm = nn.Identity()
+            self.post_feedforward_layernorm = nn.Identity()
+        else:
+            self.before = nn.Identity()
+            self.post_attention_layernorm = norm_of(config)
+            self.post_feedforward_layernorm = norm_of(config)
 
     def forward(self, x, rotation, **gate_options):
         """x (B, T, C) -> the residual stream after both writes; density; gates."""
@@ -215,25 +218,18 @@ class OLMo(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        if (
-            config.n_embd % config.n_head
-            or config.n_head % config.n_kv_head
-            or config.n_embd // config.n_head % 2
-        ):
+        odd = config.n_embd % config.n_head or config.n_embd // config.n_head % 2
+        if odd or config.n_head % config.n_kv_head:
             raise ValueError(
                 f"n_embd={config.n_embd} must be an even multiple of n_head={config.n_head}, and n_head a "
                 f"multiple of n_kv_head={config.n_kv_head}"
             )
         self.config = config
-        self.model = nn.ModuleDict(
-            dict(
-                embed_tokens=nn.Embedding(config.vocab_size, config.n_embd),
-                layers=nn.ModuleList(Block(config) for _ in range(config.n_layer)),
-                norm=nn.LayerNorm(config.n_embd, eps=1e-5, elementwise_affine=False)
-                if config.generation == 1
-                else nn.RMSNorm(config.n_embd, eps=config.norm_eps),
-            )
-        )
+        self.model = nn.ModuleDict(dict(
+            embed_tokens=nn.Embedding(config.vocab_size, config.n_embd),
+            layers=nn.ModuleList(Block(config) for _ in range(config.n_layer)),
+            norm=norm_of(config),
+        ))
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.tie()
         for p in self.parameters():

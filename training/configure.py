@@ -98,11 +98,10 @@ def lines_of(path):
         where = f"in {path}, line {node.lineno}"
         if is_docstring(node):
             continue
-        if not (
-            isinstance(node, ast.Assign) and len(node.targets) == 1 and isinstance(node.targets[0], ast.Name)
-        ):
+        targets = node.targets if isinstance(node, ast.Assign) else []
+        if len(targets) != 1 or not isinstance(targets[0], ast.Name):
             raise UserError(f"{where}: a config file holds comments and lines `name = value`, nothing else")
-        lines.append((node.targets[0].id, node.value, where))
+        lines.append((targets[0].id, node.value, where))
     return lines
 
 
@@ -141,15 +140,12 @@ def check(key, value, where, config_class, limits):
     types = config_class.__annotations__
     if key not in types:
         near = difflib.get_close_matches(key, types, n=1, cutoff=0.5)
-        raise UserError(
-            f"unknown setting {key} {where}."
-            + (f" Did you mean {near[0]}?" if near else "")
-            + (
-                " `python train.py --help` lists all settings"
-                if len(types) > 10
-                else f" There are {', '.join(types)}"
-            )
-        )
+        message = f"unknown setting {key} {where}."
+        if near:
+            message += f" Did you mean {near[0]}?"
+        few = len(types) <= 10
+        message += f" There are {', '.join(types)}" if few else " `python train.py --help` lists all settings"
+        raise UserError(message)
     wanted = types[key]
     if wanted is float and type(value) is int:
         value = float(value)

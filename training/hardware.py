@@ -61,12 +61,9 @@ def pick_device(name):
         name = "cuda" if torch.cuda.is_available() else "cpu"  # mps only on request: nobody has tried it
     if name == "cuda" and "LOCAL_RANK" in os.environ:
         name = f"cuda:{os.environ['LOCAL_RANK']}"  # under torchrun every process has a GPU of its own
-    if (
-        name.startswith("cuda")
-        and int(name[5:] or 0) >= torch.cuda.device_count()
-        or name == "mps"
-        and not torch.backends.mps.is_available()
-    ):
+    no_such_gpu = name.startswith("cuda") and int(name[5:] or 0) >= torch.cuda.device_count()
+    no_mps = name == "mps" and not torch.backends.mps.is_available()
+    if no_such_gpu or no_mps:
         raise UserError(
             f"device={name}: this machine or this build of torch has none. Leave --device away, use "
             "--device=cpu, or start fewer processes"
@@ -85,15 +82,15 @@ def precision(name, device, cache=True):
     """
     kind = device.split(":")[0]
     if name == "auto":
-        native = (
-            torch.cuda.is_bf16_supported(including_emulation=False)
-            if kind == "cuda"
-            else kind == "cpu" and torch.cpu._is_amx_tile_supported()
-        )
+        native = False
+        if kind == "cuda":
+            native = torch.cuda.is_bf16_supported(including_emulation=False)
+        elif kind == "cpu":
+            native = torch.cpu._is_amx_tile_supported()
         name = "bfloat16" if native else "float32"
-    return functools.partial(
-        torch.autocast, kind, dtype=torch.bfloat16, enabled=name == "bfloat16", cache_enabled=cache
-    ), name
+    autocast = functools.partial(torch.autocast, kind, dtype=torch.bfloat16, enabled=name == "bfloat16",
+                                 cache_enabled=cache)
+    return autocast, name
 
 
 def compiles(setting, device, pays_on_cpu):
@@ -101,26 +98,22 @@ def compiles(setting, device, pays_on_cpu):
 
     setting 'on', 'off', or 'auto': on a GPU; on a CPU if it pays there and a C++ compiler is at hand.
     """
-    compiler = any(shutil.which(name) for name in (os.environ.get("CXX", "c++"), "g++", "clang++", "cl"))
-    return (
-        setting == "on"
-        or setting == "auto"
-        and (device.startswith("cuda") or device == "cpu" and pays_on_cpu and compiler)
-    )
+    if setting != "auto":
+        return setting == "on"
+    if device.startswith("cuda"):
+        return True
+    compilers = (os.environ.get("CXX", "c++"), "g++", "clang++", "cl")
+    return device == "cpu" and pays_on_cpu and any(shutil.which(name) for name in compilers)
 
 
 def peak_flops(device):
     """bf16 FLOP/s that the device could do at best, or None where nobody has written it down (PEAK_FLOPS)."""
-    if device.startswith("cuda"):
-        name = torch.cuda.get_device_name(device)
-        return next(
-            (
-                flops
-                for part, flops in PEAK_FLOPS.items()
-                if re.search(rf"\b{part}\b(?! (Ti|D|Laptop))", name)
-            ),
-            None,
-        )
+    if not device.startswith("cuda"):
+        return None
+    name = torch.cuda.get_device_name(device)
+    for part, flops in PEAK_FLOPS.items():
+        if re.search(rf"\b{part}\b(?! (Ti|D|Laptop))", name):
+            return flops
     return None
 
 

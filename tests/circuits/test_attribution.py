@@ -28,8 +28,8 @@ from circuits.attribution import (
 )
 from circuits.graph import Cut, Graph, Watch
 from circuits.patching import patched
+from circuits.prompts import copy as copying
 from circuits.tasks import LOGIT, PROBABILITY, Pair, vocabulary
-from circuits.tasks import copy as copying
 from model import GPT, GPTConfig
 from models.checkpoint import checkpoint_of, save_checkpoint
 

@@ -120,7 +120,7 @@ def test_wrong_files_are_named(workplace):
     fails({"a": torch.zeros(3)}, "holds no GPT-2: wte.weight")
     fails(state, "model_type='llama'", model_type="llama")
     fails(state, "scale_attn_by_inverse_layer_idx=True", scale_attn_by_inverse_layer_idx=True)
-    fails(state, "activation_function relu", activation_function="relu")
+    fails(state, "activation_function='relu'", activation_function="relu")
     with open("bad/config.json", "w") as f:
         f.write("{")
     with pytest.raises(UserError, match="bad/config.json is damaged"):
