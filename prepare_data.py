@@ -163,6 +163,11 @@ OFFLINE = {"addition": ("addition", {}),
            "stdlib": ("stdlib", {}),
            "stdlib-gpt2": ("stdlib", {"tokenizer": "gpt2"})}
 OFFLINE |= {f"addition{d}": ("addition", {"digits": d}) for d in range(1, MOST_DIGITS + 1) if d != 2}
+# what was made for a dataset: a config, and what must be said beside it
+MADE_FOR = {"addition": "config/addition.py", "addition3": "config/addition3.py",
+            "stdlib": "config/stdlib.py", "stdlib-gpt2": "config/gpt2_smoke.py",
+            "openwebtext": "config/gpt2.py", "fineweb": "config/gpt2.py --dataset=fineweb",
+            "dolma": "config/olmo_1b.py"}
 # made for this tokenizer, and named without it; others for bytes
 STANDARD = {"openwebtext": "gpt2", "fineweb": "gpt2", "dolma": "olmo"}
 
@@ -208,6 +213,18 @@ def refuse_what_does_not_fit(options):
         raise UserError("--processes must be at least 1")
 
 
+def what_next(name, data):
+    """What to type when dataset `name` is made: the run that was made for it, or one of its kind."""
+    if name in MADE_FOR:
+        return f"python train.py {MADE_FOR[name]}"
+    config, shape = "stdlib", ""
+    if data.meta["kind"] == "rows":
+        config, shape = "addition", f" --block_size={data.train.shape[2]}"
+    parent, child = f"out/{name}_dense", f"out/{name}_sparse"
+    return (f"python train.py config/{config}_dense.py --dataset={name}{shape} --out_dir={parent}, then "
+            f"python train.py config/{config}.py --dataset={name} --init_from={parent} --out_dir={child}")
+
+
 def main(arguments):
     options = command_line().parse_args(arguments)
     try:
@@ -227,6 +244,7 @@ def main(arguments):
         sys.exit(f"error: {error}")
     print(f"{folder}: {data.meta['kind']}, train {data.train.shape}, val {data.val.shape}, "
           f"vocabulary of {data.meta['vocab_size']}")
+    print(f"train on it: {what_next(name, data)}")
 
 
 if __name__ == "__main__":

@@ -14,6 +14,8 @@ from helpers import call, decoded
 from prepare_data import load, write_dataset
 from storage.addition import ADDITION_TOKENS, addition_pairs, addition_rows, addition_task
 from storage.files import UserError
+from training.configure import parse_command_line
+from training.settings import Config, limits, make_config
 
 
 def text(tokens):
@@ -194,6 +196,27 @@ def test_bad_files_are_named(workplace):
         load("openwebtext")
     assert prepare_data.how_to_make("addition3") == "python prepare_data.py addition --digits=3"
     assert prepare_data.how_to_make("stdlib-gpt2") == "python prepare_data.py stdlib --tokenizer=gpt2"
+
+
+def test_what_to_type_next_is_said_and_can_be_typed(workplace, monkeypatch):
+    (workplace / "mine.txt").write_text("To be, or not to be.\n\n" * 300)
+    said = call(prepare_data.main, "text", "--file=mine.txt").stdout
+    parent, child = said.splitlines()[-1].removeprefix("train on it: ").split(", then ")
+    monkeypatch.chdir(REPOSITORY)
+    for command in (parent, child, *(f"python train.py {made}" for made in prepare_data.MADE_FOR.values())):
+        path, given = parse_command_line(command.removeprefix("python train.py ").split(), Config, limits())
+        config, _ = make_config(path, given)
+        assert config.dataset in ("text", *prepare_data.MADE_FOR)
+    assert "--init_from=out/text_dense" in child
+
+
+def test_the_dataset_that_the_docs_make_is_one(workplace):
+    with open(os.path.join(REPOSITORY, "docs/text.md"), encoding="utf-8") as f:
+        code = f.read().split("```python\n")[1].partition("```")[0]
+    exec(code, {})
+    x, y = load("subtraction").batch("val", range(161), 3)
+    assert (y[:, :2] == -1).all()
+    assert (y[:, 2] == (x[:, 0] - x[:, 1]) % 31).all()
 
 
 def test_shakespeare_by_url(workplace, server, monkeypatch):
