@@ -50,7 +50,8 @@ def gated_attention(q, k, v, bias=3.0, temperature=1.0, sample=False, *, dense=F
                   sigmoid(s) again
     noise         n when sampling: None draws it; a tensor (B, H, T, T) is taken as it is; 0.0 leaves it out:
                   then values are those of evaluation, gradients those of training
-    keep          bool, broadcasts to (B, H, T, T): an edge that is False here is shut. The penalty ignores it
+    keep          ([B,] [H,] T, T) bool: an edge that is False here is shut. The penalty ignores it. A float
+                  multiplies the gate, so that a gradient by edges can be had
     return_gates  True: the third value is a `Gates`, else it is None
     impl          'plain', 'tiled', 'triton' or 'auto': fast/dispatch.py
 
@@ -58,10 +59,9 @@ def gated_attention(q, k, v, bias=3.0, temperature=1.0, sample=False, *, dense=F
     the gates. Raises ValueError if the arguments do not fit together.
     """
     k, v = shared_among_heads(k, q), shared_among_heads(v, q)
-    check(q, k, v, temperature)
-    fast = dispatch.attention(
-        q, k, v, bias, temperature, sample, dense, linear_penalty, noise, keep, return_gates, impl
-    )
+    check(q, k, v, temperature, keep)
+    fast, noise = dispatch.attention(q, k, v, bias, temperature, sample, dense, linear_penalty, noise,
+                                     plain=keep is not None or return_gates, impl=impl)
     if fast is not None:
         return *fast, None
 
@@ -117,7 +117,7 @@ def shared_among_heads(x, q):
     return x
 
 
-def check(q, k, v, temperature):
+def check(q, k, v, temperature, keep=None):
     """Raise ValueError if the arguments of `gated_attention` do not fit together."""
     if q.dim() != 4 or not q.shape == k.shape == v.shape:
         raise ValueError(
@@ -126,6 +126,19 @@ def check(q, k, v, temperature):
         )
     if temperature <= 0:
         raise ValueError(f"temperature must be above 0, not {temperature}")
+    B, H, T, _ = q.shape
+    if keep is not None and tuple(keep.shape) not in ((T, T), (H, T, T), (1, H, T, T), (B, H, T, T)):
+        raise ValueError(f"keep must be ([B,] [H,] T, T), here B={B}, H={H}, T={T}, not {tuple(keep.shape)}")
+
+
+def keep_by_layer(config, keep):
+    """For every layer its part of GPT.forward's keep, or None. Raises ValueError if there is no such part."""
+    if keep is None:
+        return [None] * config.n_layer
+    if keep.dim() < 4 or len(keep) != config.n_layer:
+        raise ValueError(f"keep must be (n_layer, H, T, T) or (n_layer, B, H, T, T) with n_layer="
+                         f"{config.n_layer}, not {tuple(keep.shape)}")
+    return keep.unbind(0)
 
 
 def bias_by_layer(config, device):

@@ -59,7 +59,10 @@ class GECO:
         self.violation = 0.0  # C, the smoothed violation, between -1 and 1
 
     def update(self, loss):
-        """Dual ascent on a measured loss (a float, nats). Returns the new lambda."""
+        """Dual ascent on a measured loss (a float, nats). Returns the new lambda; ValueError if loss is NaN.
+        """
+        if math.isnan(loss):  # would count as satisfied
+            raise ValueError("the measured loss is NaN")
         now = min(1.0, max(-1.0, (loss - self.target) / self.scale))
         self.violation = self.alpha * self.violation + (1 - self.alpha) * now
         self.lam = min(self.lambda_max, max(self.lambda_min, self.lam * math.exp(self.rate * self.violation)))

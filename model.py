@@ -31,7 +31,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from gate import bias_by_layer, gated_attention
+from gate import bias_by_layer, gated_attention, keep_by_layer
 from storage.download import download
 from storage.files import UserError
 
@@ -180,7 +180,8 @@ class GPT(nn.Module):
         """idx (B, T) token ids; targets (B, T) the token to predict at each position, -1 where nothing is
         asked.
 
-        keep    bool, (n_layer, H, T, T) or (n_layer, B, H, T, T): an edge that is False here is forced shut
+        keep    bool, (n_layer, H, T, T) or (n_layer, B, H, T, T): an edge that is False here is forced shut;
+                or float, for gradients by edges
         record  called as record(layer, gates) for every layer, gates a `gate.Gates`: what is open, what is
                 attended to
         noise   of the gates in training mode; 0.0 leaves it out: gates are those of evaluation, with the
@@ -200,9 +201,10 @@ class GPT(nn.Module):
             )
         x = self.transformer.wte(idx) + self.transformer.wpe(torch.arange(T, device=idx.device))  # (B, T, C)
         x = self.transformer.drop(x)
-        densities, biases = [], bias_by_layer(self.config, idx.device)
+        biases, kept = bias_by_layer(self.config, idx.device), keep_by_layer(self.config, keep)
+        densities = []
         for layer, block in enumerate(self.blocks):
-            x, density, gates = block(x, bias=biases[layer], keep=None if keep is None else keep[layer],
+            x, density, gates = block(x, bias=biases[layer], keep=kept[layer],
                                       return_gates=record is not None, linear_penalty=linear_penalty,
                                       noise=noise, impl=self.attention_impl)
             densities.append(density)

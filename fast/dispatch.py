@@ -8,7 +8,8 @@
 `auto` takes the fastest that fits: from a context of 64 on, triton on a GPU and tiled on a CPU.
 
 Notable: the fast forms know no `keep`, no `return_gates`, no tensor of noise and no bias that varies inside a
-head. What asks for one of these gets the plain formula, and nobody else in the project has to know.
+head. What asks for one of these gets the plain formula, and nobody else in the project has to know: it gets
+the noise that the fast form would have made, so that looking at the gates changes nothing.
 """
 
 import importlib.util
@@ -19,38 +20,37 @@ from torch.nn import functional as F
 
 SHORT = 64  # tokens; below, the plain formula is as fast as any
 WIDEST = 128  # head that the Triton kernels take
+LARGE = 1e30  # a gate bias that decides by itself
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
-def attention(q, k, v, bias, temperature, sample, dense, linear_penalty, noise, keep, return_gates, impl):
+def attention(q, k, v, bias, temperature, sample, dense, linear_penalty, noise, plain, impl):
     """`gate.gated_attention` by the fastest form that knows all that is asked. Arguments as there, k and v
-    with as many heads as q.
+    with as many heads as q; plain: only the plain formula can do it.
 
-    Returns (y, density), or None: then the plain formula has to do it.
+    Returns (y, density), or None where the plain formula has to do it; and the noise that it shall use.
     """
-    if keep is not None or return_gates:
-        return None
     if dense:
-        return dense_attention(q, k, v)
+        return None if plain else dense_attention(q, k, v), noise
     if torch.is_tensor(noise) or noise not in (None, 0):
-        return None
+        return None, noise
     B, H, T, D = q.shape
     impl = choose_impl(impl, q.device.type, T, D, q.dtype)
-    if impl == "plain":
-        return None
     head_bias = bias_of_heads(bias, H, q.device, torch.promote_types(q.dtype, torch.float32))
-    if head_bias is None:
-        return None
+    if impl == "plain" or head_bias is None or not q.numel():
+        return None, noise
 
     from fast import op  # here, so that who only reads or runs the formula needs none of it
-    from fast.noise import new_seed
+    from fast.noise import edge_noise, new_seed
 
+    seed = new_seed(q.device) if sample and noise is None else None
+    if plain:
+        return None, noise if seed is None else edge_noise(seed, B, H, T)
     if impl == "tiled" and torch.compiler.is_compiling():
         impl = "tiled compiled"
-    seed = new_seed(q.device) if sample and noise is None else None
     y, penalty, _ = op.forward(q, k, v, head_bias, seed, sample, temperature, linear_penalty, impl)
-    return y, penalty.sum() / (B * H * T * (T + 1) / 2)
+    return (y, penalty.sum() / (B * H * T * (T + 1) / 2)), noise
 
 
 def dense_attention(q, k, v):
@@ -82,7 +82,8 @@ def choose_impl(name, device, T, D, dtype=torch.float32):
         return "tiled" if device == "cpu" else "plain"
     if name == "tiled" and device != "cpu":
         raise ValueError(f"attention_impl='tiled' is for CPUs; on {device} use 'auto'")
-    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    # its interpreter computes bfloat16 wrongly
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1" and dtype != torch.bfloat16
     if name == "triton" and not (triton_fits and (on_gpu or interpreted)):
         raise ValueError("attention_impl='triton' needs a GPU, the triton package and heads up to "
                          f"{WIDEST} wide; here: {device}, width {D}, {dtype}. Use 'auto'")
@@ -90,13 +91,16 @@ def choose_impl(name, device, T, D, dtype=torch.float32):
 
 
 def bias_of_heads(bias, H, device, dtype):
-    """bias as a tensor (H,), or None if it varies inside a head or wants a gradient."""
+    """bias as a tensor (H,), or None if it varies inside a head or wants a gradient.
+
+    An infinite one is large instead: the fast forms add it to the -inf of the future.
+    """
     if not torch.is_tensor(bias):
-        return torch.full((H,), bias, device=device, dtype=dtype)
+        bias = torch.full((1,), float(bias), device=device)
     if bias.requires_grad:
         return None
     if bias.numel() == 1:
-        return bias.reshape(1).to(device, dtype).expand(H)
-    if bias.numel() == H and bias.shape[-3:] == (H, 1, 1):
-        return bias.reshape(H).to(device, dtype)
-    return None
+        bias = bias.reshape(1).expand(H)
+    elif bias.numel() != H or bias.shape[-3:] != (H, 1, 1):
+        return None
+    return bias.reshape(H).to(device, dtype).clamp(-LARGE, LARGE)

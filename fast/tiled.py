@@ -86,7 +86,7 @@ def forward_strip(q, k, v, bias, position, rows, columns, linear_penalty):
     penalty = s.sigmoid()
     if linear_penalty:
         penalty = torch.where(s > 0, 0.5 + s / 4, penalty)
-    return torch.where(noisy > 0, p, 0.0) @ v, lse, penalty.sum((1, 2))
+    return (noisy > 0).to(p.dtype) * p @ v, lse, penalty.sum((1, 2))  # a product, so that a NaN is seen
 
 
 def backward_strip(

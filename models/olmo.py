@@ -37,7 +37,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from gate import bias_by_layer, gated_attention
+from gate import bias_by_layer, gated_attention, keep_by_layer
 
 
 @dataclass
@@ -269,10 +269,10 @@ class OLMo(nn.Module):
             )
         x = self.model.embed_tokens(idx)  # (B, T, C)
         plain, stretched = rotations(c, T, idx.device), c.yarn and rotations(c, T, idx.device, stretched=True)
-        densities, biases = [], bias_by_layer(c, idx.device)
+        densities, biases, kept = [], bias_by_layer(c, idx.device), keep_by_layer(c, keep)
         for layer, block in enumerate(self.blocks):
             x, density, gates = block(x, stretched if c.yarn and layer in c.yarn["layers"] else plain,
-                                      bias=biases[layer], keep=None if keep is None else keep[layer],
+                                      bias=biases[layer], keep=kept[layer],
                                       return_gates=record is not None, linear_penalty=linear_penalty,
                                       noise=noise, impl=self.attention_impl)
             densities.append(density)

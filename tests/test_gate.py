@@ -214,3 +214,20 @@ def test_without_noise_values_are_those_of_evaluation_and_gradients_those_of_tra
     )
     assert all(torch.allclose(a, b) for a, b in zip(ours, plain))
     assert not any(torch.allclose(a, b) for a, b in zip(ours, frozen))
+
+
+@pytest.mark.parametrize("shape", [(8, 8), (3, 6, 6), (2, 2, 6), (4, 3, 6, 6)])
+def test_a_keep_of_another_shape_is_refused(shape):
+    q, k, v = qkv(B=2, H=2, T=6)
+    with pytest.raises(ValueError, match="keep must be"):
+        gated_attention(q, k, v, keep=torch.ones(shape, dtype=torch.bool))
+
+
+def test_a_float_keep_gives_a_gradient_by_edges():
+    q, k, v = qkv(T=6)
+    keep = torch.ones(6, 6, dtype=torch.float64, requires_grad=True)
+    y, _, gates = gated_attention(q, k, v, 1e4, keep=keep, return_gates=True)
+    [by_edge] = torch.autograd.grad(y[:, :, 5].sum(), keep)
+    expected = (gates.pattern[:, :, 5, :, None] * v).sum((0, 1, 3))  # of the last query's edges
+    torch.testing.assert_close(by_edge[5], expected)
+    assert (by_edge[:5] == 0).all()

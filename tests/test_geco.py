@@ -85,3 +85,10 @@ def test_objective_is_the_lagrangian():
 def test_settings_that_make_no_sense_are_refused(wrong):
     with pytest.raises(ValueError, match="GECO needs"):
         GECO(1.0, **{"scale": 0.01, "rate": 0.01} | wrong)
+
+
+def test_nan_is_no_loss_that_meets_a_target():
+    geco = GECO(target=1.0, scale=0.1, rate=0.1)
+    with pytest.raises(ValueError, match="NaN"):
+        geco.update(math.nan)
+    assert geco.violation == 0.0

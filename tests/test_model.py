@@ -128,6 +128,26 @@ def test_record_sees_every_layer_and_keep_shuts_an_edge():
     assert changed.tolist() == [i == 4 for i in range(8)]
 
 
+def test_a_keep_of_one_layer_is_not_taken_for_one_of_all():
+    m, idx = tiny(gated=True).eval(), torch.randint(11, (3, 8))
+    for shape in ((8, 8), (2, 8, 8), (3, 2, 8, 8)):
+        with pytest.raises(ValueError, match="keep must be .n_layer, H, T, T. .* n_layer=2"):
+            m(idx, keep=torch.ones(shape, dtype=torch.bool))
+
+
+@pytest.mark.parametrize("impl", ["auto", "plain", "tiled"])
+def test_looking_at_the_gates_changes_nothing_in_training_either(impl):
+    m = tiny(gated=True, block_size=80).train()
+    m.attention_impl = impl
+    idx = torch.randint(11, (2, 80))
+    torch.manual_seed(3)
+    logits, _, density = m(idx)
+    torch.manual_seed(3)
+    watched, _, density_watched = m(idx, record=lambda layer, gates: None)
+    torch.testing.assert_close(logits, watched)
+    torch.testing.assert_close(density, density_watched)
+
+
 def test_a_context_that_is_too_long_and_heads_that_do_not_fit_are_named():
     with pytest.raises(ValueError, match="context of 9 tokens"):
         tiny()(torch.zeros(1, 9, dtype=torch.long))

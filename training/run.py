@@ -189,7 +189,7 @@ class Run:
         else:
             sharding.load_optimizer(self.optimizer, checkpoint["optimizer"])
         # --init_from=resume may change them
-        for group, decay in zip(self.optimizer.param_groups, (c.weight_decay, 0.0)):
+        for group, decay in zip(self.optimizer.param_groups, (c.weight_decay, 0.0), strict=True):
             group.update(weight_decay=decay, betas=(c.beta1, c.beta2))
         self.state = State(**{key: checkpoint.get(key, value) for key, value in asdict(State()).items()})
         if self.geco:
@@ -217,6 +217,8 @@ class Run:
             measured -= luck
         self.geco.lambda_max = getattr(c, cap_of(vars(c), step))
         self.state.constraint_loss = measured
+        if not math.isfinite(measured):
+            self.left_the_numbers(step, f"the constraint is {measured}")
         return measured
 
     def parts(self, step):
@@ -259,20 +261,18 @@ class Run:
         self.state.density = density
 
     def require_finite(self, step, batch_loss, objective, norm):
-        """Raise UserError, and leave the batch's indices behind, if training has left the numbers."""
-        c, measured = self.config, self.state.constraint_loss
-        if math.isfinite(objective + norm + (measured or 0.0)):
-            return
+        """Raise UserError if training has left the numbers."""
+        if not math.isfinite(objective + norm):
+            self.left_the_numbers(step, f"the loss is {batch_loss}, the gradient's norm {norm}")
+
+    def left_the_numbers(self, step, what):
+        """Leave the batch's indices behind, and raise UserError. what: is no finite number."""
+        c = self.config
         if hardware.rank() == 0:
             offending = {"step": step, "dataset": c.dataset, "indices": self.batches.indices(step).tolist()}
             write_json(os.path.join(c.out_dir, "offending_batch.json"), offending)
-        constraint = f", the constraint {measured}" if c.gated else ""
-        raise UserError(
-            f"the loss is {batch_loss}, the gradient's norm {norm}{constraint} at step {step}; "
-            f"{c.out_dir}/last.pt still holds an earlier step, offending_batch.json the indices of the "
-            "batch. "
-            + smaller_step(c)
-        )
+        raise UserError(f"{what} at step {step}; {c.out_dir}/last.pt still holds an earlier step, "
+                        f"offending_batch.json the indices of the batch. {smaller_step(c)}")
 
     def outlook(self):
         """A line about what is going to be trained, and how."""

@@ -6,6 +6,7 @@ tested here on both.
 """
 
 import itertools
+import math
 import os
 import subprocess
 import sys
@@ -385,3 +386,35 @@ def test_the_kernels_compile_to_machine_code_and_fit_into_small_gpus(tmp_path):
     }
     done = subprocess.run([sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True)
     assert done.stdout.endswith("compiled\n"), done.stderr[-3000:]
+
+
+@pytest.mark.parametrize("impl", ["plain", "tiled", "triton"])
+@pytest.mark.parametrize("bias, density", [(math.inf, 1.0), (-math.inf, 0.0)])
+def test_infinite_biases_open_or_shut_everything(impl, bias, density):
+    q, k, v, _ = (x.to(DEVICE.get(impl, "cpu")) for x in make(1, 2, 70, 16, torch.float32))
+    y, found, _ = gated_attention(q, k, v, bias, sample=True, impl=impl)
+    dense = gated_attention(q, k, v, dense=True)[0]
+    assert found == density
+    torch.testing.assert_close(y, dense * density)
+
+
+@pytest.mark.parametrize("impl", ["plain", "tiled", "triton"])
+@pytest.mark.parametrize("which", [0, 1])
+def test_a_nan_is_seen(impl, which):
+    inputs = make(1, 1, 70, 16, torch.float32)[:3]
+    inputs[which][0, 0, 40, 3] = math.nan
+    y, _, _ = gated_attention(*(x.to(DEVICE.get(impl, "cpu")) for x in inputs), impl=impl)
+    assert torch.isfinite(y[0, 0, :40]).all()
+    assert y[0, 0, 40].isnan().all()
+
+
+def test_an_empty_batch_has_an_empty_answer():
+    q = torch.randn(0, 2, 70, 16)
+    assert gated_attention(q, q, q, impl="tiled")[0].shape == q.shape
+
+
+@pytest.mark.skipif(GPU, reason="is about Triton's interpreter")
+def test_bfloat16_in_tritons_interpreter_is_refused():
+    q = torch.randn(1, 2, 70, 16, dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match="needs a GPU.*bfloat16"):
+        gated_attention(q, q, q, impl="triton")

@@ -83,7 +83,7 @@ def test_a_constraint_that_is_not_finite_stops_the_run_too(echo, monkeypatch):
             else measured(self, step, model, *rest, **options)
         ),
     )
-    with pytest.raises(UserError, match="the constraint nan at step 25"):
+    with pytest.raises(UserError, match="the constraint is nan at step 25"):
         run("sparse.py", constraint_interval=1)
     assert read_checkpoint("out/sparse/last.pt")["step"] == 20
 
