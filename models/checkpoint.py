@@ -10,8 +10,7 @@ with the base that they name (lora.py).
 Notable:
 - A file is written under a temporary name, flushed, then renamed: whatever happens, the path holds the old
   one or the new one, whole.
-- `torch.load(weights_only=True)`: a file is data, not a program. (A folder shards-* is not: PyTorch reads its
-  index with pickle. Go on with your own only.)
+- `torch.load(weights_only=True)`: a file is data, not a program. (Folders shards-*: sharding.py.)
 - A model is built on torch's meta device, without memory, and filled tensor by tensor: the peak is the model
   and one tensor.
 - nanoGPT can load our 'model', but its own GPTConfig does not know our further model_args.

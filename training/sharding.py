@@ -14,7 +14,7 @@ Notable:
   torch.distributed.checkpoint writes, every process its part. A new folder is written first and last.pt names
   it afterwards, so last.pt always names one that is whole.
 - Such a folder knows names, not processes: what two wrote, one can read (`load`), sharded or not. Its index
-  is a pickle, which can run code: load only what your own runs wrote.
+  is a pickle, and so are the optimizer's numbers: `Index` and `Plain` read nothing that could run code.
 - best.pt, and last.pt when the run ends, hold the model gathered and whole, for analyze.py and everybody else
   to read.
 - Gradients are summed over the processes after every micro-batch: more is sent than with DDP, but no process
@@ -26,12 +26,16 @@ Notable:
 Sources: Zhao et al. 2023 (FSDP), the documentation of torch.distributed.fsdp.fully_shard.
 """
 
+import io
 import os
+import pathlib
+import pickle
 import re
 import shutil
 
 import torch
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint import filesystem, metadata
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_optimizer_state_dict,
@@ -104,6 +108,46 @@ def save(folder, weights, model, optimizer):
         ) from error
 
 
+class Index(pickle.Unpickler):
+    """Reads .metadata: the few classes that torch writes there, and no other name."""
+
+    def find_class(self, module, name):
+        known = (torch, torch.serialization, pathlib, metadata, filesystem)
+        found = getattr({m.__name__: m for m in known}.get(module), name, None)
+        if isinstance(found, torch.dtype) or found in INDEXED:
+            return found
+        raise pickle.UnpicklingError(f"{module}.{name} has no business there")
+
+
+INDEXED = (torch.Size, torch.serialization._get_layout, pathlib.PosixPath, pathlib.WindowsPath,
+           filesystem._StorageInfo, metadata.Metadata, metadata.MetadataIndex, metadata.StorageMeta,
+           metadata.TensorStorageMetadata, metadata.BytesStorageMetadata, metadata.ChunkStorageMetadata,
+           metadata.TensorProperties, metadata._MEM_FORMAT_ENCODING)
+
+
+class Reader(dcp.FileSystemReader):
+    """PyTorch's, with an index that is data and not a program."""
+
+    def read_metadata(self, *args, **kwargs):
+        with self.fs.create_stream(self.path / ".metadata", "rb") as f:
+            found = Index(f).load()
+        if not isinstance(found, metadata.Metadata):
+            raise pickle.UnpicklingError(f"it holds a {type(found).__name__}")
+        found.storage_meta = found.storage_meta or metadata.StorageMeta()
+        found.storage_meta.load_id = self.load_id
+        return found
+
+
+class Plain(dcp.DefaultLoadPlanner):
+    """PyTorch's, for what is no tensor: numbers and lists of them, and nothing else."""
+
+    def load_bytes(self, read_item, value):
+        checked = io.BytesIO()
+        torch.save(torch.load(value, weights_only=True), checked)
+        checked.seek(0)
+        super().load_bytes(read_item, checked)
+
+
 def load(folder, weights, model, optimizer):
     """Read them back, by as many processes as there are now; weights, which are the model's own tensors, are
     filled in place. Raises OSError if the folder is not there or not whole.
@@ -112,14 +156,15 @@ def load(folder, weights, model, optimizer):
         raise OSError(f"{folder} is missing or not whole: last.pt beside it cannot go on without it")
     state = {"model": weights}
     try:
-        stored = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
+        stored = Reader(folder).read_metadata().state_dict_metadata
     except Exception as error:  # pickle's, of many types
-        raise OSError(f"{folder}/.metadata is damaged ({type(error).__name__})") from error
+        raise OSError(f"{folder}/.metadata is damaged, or no checkpoint of ours ({type(error).__name__}: "
+                      f"{error})") from error
     has_moments = any(name.startswith("optimizer.") for name in stored)
     if has_moments:
         state["optimizer"] = get_optimizer_state_dict(model, optimizer, options=TRAINED)
     try:
-        dcp.load(state, checkpoint_id=folder)
+        dcp.load(state, storage_reader=Reader(folder), planner=Plain())
     except dcp.CheckpointException as error:
         raise OSError(f"{folder} is damaged: {next(iter(error.failures.values()))[0]}") from error
     if has_moments:

@@ -3,6 +3,7 @@ can go on from.
 """
 
 import os
+import pickle
 import shutil
 import signal
 import subprocess
@@ -11,11 +12,13 @@ import time
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
 import prepare_data
 from conftest import REPOSITORY
-from helpers import count_dataset, launch, metrics
+from helpers import count_dataset, launch, metrics, same
 from models.checkpoint import load_checkpoint, read_checkpoint
 from storage.files import UserError
 from training import sharding
@@ -222,3 +225,48 @@ def test_old_shards_are_removed_and_nothing_else(workplace):
         os.makedirs(f"out/run/{name}")
     sharding.remove_old("out/run", keep="shards-20")
     assert sorted(os.listdir("out/run")) == ["shards-20", "shards-backup"]
+
+
+class Bomb:
+    def __reduce__(self):
+        return os.system, ("touch it-ran",)
+
+
+def stored(model, **more):
+    """Write a folder `shards` as a run does, with more beside. Its model and optimizer."""
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.ones(2, 3)).sum().backward()
+    optimizer.step()
+    dcp.save({"model": model.state_dict(), **more,
+              "optimizer": get_optimizer_state_dict(model, optimizer, options=sharding.TRAINED)},
+             checkpoint_id="shards")
+    return model, optimizer
+
+
+def test_what_was_saved_comes_back(workplace):
+    model, optimizer = stored(torch.nn.Linear(3, 2))
+    other = torch.nn.Linear(3, 2)
+    its = torch.optim.AdamW(other.parameters(), lr=0.5)
+    sharding.load("shards", other.state_dict(), other, its)
+    assert same(model.state_dict(), other.state_dict())
+    assert its.state_dict()["param_groups"][0]["lr"] == optimizer.state_dict()["param_groups"][0]["lr"]
+    assert torch.equal(its.state[other.weight]["exp_avg"], optimizer.state[model.weight]["exp_avg"])
+
+
+def test_a_strangers_index_runs_no_code(workplace):
+    model, optimizer = stored(torch.nn.Linear(3, 2))
+    with open("shards/.metadata", "wb") as f:
+        pickle.dump(Bomb(), f)
+    with pytest.raises(OSError, match="no checkpoint of ours .*has no business there"):
+        sharding.load("shards", model.state_dict(), model, optimizer)
+    assert not os.path.exists("it-ran")
+
+
+def test_a_strangers_numbers_run_no_code(workplace, monkeypatch):
+    model, optimizer = stored(torch.nn.Linear(3, 2))
+    group = get_optimizer_state_dict(model, optimizer, options=sharding.TRAINED)
+    group["param_groups"][0]["lr"] = Bomb()
+    dcp.save({"model": model.state_dict(), "optimizer": group}, checkpoint_id="shards")
+    with pytest.raises(OSError, match="shards is damaged"):
+        sharding.load("shards", model.state_dict(), model, optimizer)
+    assert not os.path.exists("it-ran")
