@@ -32,7 +32,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from gate import bias_by_layer, gated_attention, keep_by_layer
-from storage.download import download
+from storage.download import download, sha256_of_hub
 from storage.files import UserError
 
 
@@ -274,7 +274,7 @@ class GPT(nn.Module):
 # stored twice, and the causal mask, which old files hold as `attn.bias`.
 
 # As the organisation openai-community hosts them. Size in bytes; sha256 of the one that several public
-# sources confirm
+# sources confirm; of the others the hub's own word counts
 PRETRAINED = {
     "gpt2": {"size": 548118077, "sha256": "7c5d3f4b8b76583b422fcb9189ad6c89d5d97a094541ce8932dce3ecabde1421"},
     "gpt2-medium": {"size": 1520013706, "sha256": None},
@@ -293,7 +293,7 @@ def openai_checkpoint(name):
     host = os.environ.get("HF_ENDPOINT", "https://huggingface.co")  # as huggingface_hub: for mirrors
     url = f"{host}/openai-community/{name}/resolve/main/pytorch_model.bin"
     path = os.path.join(torch.hub.get_dir(), "checkpoints", f"openai-community-{name}.bin")
-    download(url, path, known["sha256"], known["size"])
+    download(url, path, known["sha256"] or sha256_of_hub(url, path), known["size"])
     return from_openai(torch.load(path, map_location="cpu", weights_only=True), name)
 
 

@@ -24,7 +24,7 @@ import torch
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from model import GPT, GPTConfig
-from models import huggingface, lora, olmo, olmo_files
+from models import huggingface, lora, olmo, olmo_files, sound
 from storage.files import UserError
 
 
@@ -79,6 +79,9 @@ def read_checkpoint(path):
         )
         raise UserError(f"{path} cannot be read {huggingface.cause_of(error) or wrong}") from error
     missing = {"model", "model_args"} - set(checkpoint if isinstance(checkpoint, dict) else ())
+    if not missing and not (isinstance(checkpoint["model"], dict | None)
+                            and isinstance(checkpoint["model_args"], dict)):
+        missing = {"dictionary of model and model_args"}
     if missing:
         raise UserError(
             f"{path} is no checkpoint of this project or of nanoGPT: it has no "
@@ -137,25 +140,16 @@ def load_weights(model, state, path="the checkpoint", names=None):
     """Put a state dict, or any mapping from names to tensors, into model, one tensor at a time.
 
     names: what it must hold, no less and no more; everything but LoRA adapters if left out. Raises UserError
-    naming every missing, extra or wrongly shaped tensor.
+    naming every tensor that is missing, extra, of another shape, or not finite.
     """
-    # what torch.compile and DDP put in front
-    stored = {name.removeprefix("_orig_mod.").removeprefix("module."): name for name in state
-              if not name.endswith(".attn.bias")}  # the causal mask of old nanoGPT checkpoints
-    own, adapters = model.state_dict(), lora.state_of(model)
-    names = [name for name in own if name not in adapters] if names is None else names
-    wrong = [f"{n} is missing" for n in names if n not in stored] + [
-        f"{n} is extra" for n in stored if n not in names
-    ]
-    for name in (name for name in names if name in stored):
-        tensor = state[stored[name]]  # read from the disk here, if the mapping does
-        if tensor.shape == own[name].shape:
-            copy_into(own[name], tensor)
-        else:
-            wrong.append(f"{name} is {tuple(tensor.shape)}, the model's is {tuple(own[name].shape)}")
-    if wrong:
-        shown = "; ".join(wrong[:5]) + (f"; and {len(wrong) - 5} more" if len(wrong) > 5 else "")
-        raise UserError(f"{path} does not fit the model: {shown}")
+    sound.require_fit(model, state, path, names)
+    own, wrong = model.state_dict(), []
+    for name, stored in sound.stored_names(state).items():
+        tensor = state[stored]  # read from the disk here, if the mapping does
+        if not tensor.isfinite().all():
+            wrong.append(f"{name} holds NaN or infinite numbers")
+        copy_into(own[name], tensor)
+    sound.complain(wrong, path)
 
 
 def classes_of(args):
@@ -190,6 +184,7 @@ def model_of(
                 f"{path} holds adapters for {checkpoint['base']}, which holds other weights now than when "
                 "they were trained. Put the old file back"
             )
+        sound.require_adapters(checkpoint, base, path)
         # merge before anything is cut
         early, late = (lambda model: model, prepare) if merged else (prepare, lambda model: model)
         model = model_of(
@@ -212,9 +207,15 @@ def model_of(
         )
     if "gated" not in checkpoint["model_args"] and model_class is GPT:
         args.setdefault("gelu", "none")  # a checkpoint of nanoGPT
-    with torch.device("meta"):  # no memory yet: what comes below is the only copy
-        model = model_class(config_class(**args))
+    sound.require_args(args, config_class, checkpoint["model"], path)
+    try:
+        with torch.device("meta"):  # no memory yet: what comes below is the only copy
+            model = model_class(config_class(**args))
+    except ValueError as error:  # sizes that do not fit together
+        raise UserError(f"{path}: {error}") from error
     prepare(model)
+    if checkpoint["model"] is not None:
+        sound.require_fit(model, checkpoint["model"], path)
     model.to_empty(device=device).tie()
     for layer in lora.adapters_of(model).values():
         for name, tensor in layer.initial().items():

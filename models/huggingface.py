@@ -66,7 +66,7 @@ def read(source):
     name = next(name for name in WEIGHTS if os.path.exists(os.path.join(folder, name)))
     files = [name]
     if name.endswith(".index.json"):  # several files, and one that says what is where
-        files = sorted(set(read_json(os.path.join(folder, name)).get("weight_map", {}).values()))
+        files = sorted(set(files_of_index(os.path.join(folder, name)).values()))
     tensors = {}
     for file in files:
         tensors |= read_tensors(os.path.join(folder, file))
@@ -104,7 +104,7 @@ class LazyTensors(Mapping):
 
     def __init__(self, folder):
         index = os.path.join(folder, "model.safetensors.index.json")
-        promised = read_json(index).get("weight_map", {}) if os.path.exists(index) else {}
+        promised = files_of_index(index) if os.path.exists(index) else {}
         self.place = {}  # name -> (path, name in that file)
         for file in sorted(set(promised.values())) or ["model.safetensors"]:
             path = os.path.join(folder, file)
@@ -133,6 +133,12 @@ class LazyTensors(Mapping):
         if other in self.place:
             self.place.setdefault(name, self.place[other])
 
+    def shape(self, name):
+        """Of a tensor that stays on the disk."""
+        path, stored_as = self.place[name]
+        with self.opened(path) as f:
+            return f.get_slice(stored_as).get_shape()
+
     def __getitem__(self, name):
         path, stored_as = self.place[name]
         # opened anew: closing it gives the memory back that the system took for the file
@@ -144,6 +150,17 @@ class LazyTensors(Mapping):
 
     def __len__(self):
         return len(self.place)
+
+
+def files_of_index(path):
+    """{tensor: file beside the index} of a .index.json. Raises UserError if it leads out of its folder."""
+    place = read_json(path).get("weight_map", {})
+    if not isinstance(place, dict):
+        raise UserError(f"{path} is damaged: its weight_map is no dictionary")
+    for name, file in place.items():
+        if not isinstance(file, str) or os.path.basename(file) != file:
+            raise UserError(f"{path} says that {name} is in {file!r}, which is no file beside it")
+    return place
 
 
 def read_json(path):

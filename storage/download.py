@@ -12,12 +12,13 @@ one asks the server for the rest (HTTP Range).
 
 import http.client
 import os
+import re
 import urllib.error
 import urllib.request
 
 from tqdm import tqdm
 
-from storage.files import UserError, sha256
+from storage.files import UserError, sha256, write_whole
 
 
 def download(url, path, sha256_wanted=None, size=None):
@@ -27,6 +28,9 @@ def download(url, path, sha256_wanted=None, size=None):
     come so far (the same command goes on from there), and if it is the wrong file, deleting it.
     """
     if os.path.exists(path) and (size is None or os.path.getsize(path) == size):
+        if sha256_wanted and sha256(path) != sha256_wanted:
+            raise UserError(f"{path} is not the file that was downloaded (wrong sha256). Delete it and type "
+                            "the same command again")
         return path
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     part = path + ".part"
@@ -60,6 +64,29 @@ def download(url, path, sha256_wanted=None, size=None):
         )
     os.replace(part, path)
     return path
+
+
+def sha256_of_hub(url, path):
+    """The sha256 that Hugging Face states for a large file, kept beside it in path.sha256.
+
+    url: of the file, .../resolve/main/NAME. The same with `raw` is the pointer that git keeps instead of a
+    large file, three lines of text. Raises UserError.
+    """
+    kept = path + ".sha256"
+    if not os.path.exists(kept):
+        pointer = url.replace("/resolve/", "/raw/")
+        try:
+            with urllib.request.urlopen(pointer, timeout=60) as response:
+                text = response.read(1000).decode(errors="replace")
+        except (OSError, http.client.HTTPException) as error:
+            raise UserError(f"{pointer}: {error}. It states the sha256 that {url} must have") from error
+        found = re.search(r"oid sha256:([0-9a-f]{64})\b", text)
+        if not found:
+            raise UserError(f"{pointer} states no sha256: it is no pointer to a large file")
+        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+        write_whole(kept, found[1].encode())
+    with open(kept, encoding="utf-8") as f:
+        return f.read()
 
 
 def _fetch(url, part, name):

@@ -123,3 +123,44 @@ def test_whose_tokens_a_foreign_model_reads_is_told_by_its_vocabulary(args, toke
                 UserError, match=f"x was trained on tokens of '{tokenizer}', the data has those of '{name}'"
             ):
                 require_tokenizer(found, "x", name)
+
+
+CRAFTED = [
+    ("model_args a list", {"model_args": []}),
+    ("model a string", {"model": "weights"}),
+    ("vocab_size", {"vocab_size": -1}),
+    ("n_head", {"n_head": 0}),
+    ("n_head", {"n_head": "4"}),
+    ("n_head=3", {"n_head": 3}),
+    ("block_size", {"block_size": 10**12}),
+    ("wpe.weight", {"block_size": 10**6}),
+    ("n_layer=100000", {"n_layer": 100_000}),
+    ("gate_bias", {"gate_bias": [[1.0]]}),
+    ("gate_bias", {"gate_bias": float("nan")}),
+    ("tied", {"tied": "no"}),
+    ("ln_f.weight is a str", {"transformer.ln_f.weight": "ones"}),
+    ("ln_f.weight is torch.sparse_coo", {"transformer.ln_f.weight": torch.ones(16).to_sparse()}),
+    ("ln_f.weight is torch.strided of torch.int64", {"transformer.ln_f.weight": torch.ones(16).long()}),
+    ("ln_f.weight holds NaN", {"transformer.ln_f.weight": torch.full((16,), float("nan"))}),
+    ("adapters make no sense", {"lora": [1], "base": "c.pt"}),
+    ("has adapters itself", {"lora": {"rank": 1, "alpha": 1.0, "targets": "q_proj"}, "base": "bad.pt"}),
+]
+
+
+@pytest.mark.parametrize("words, change", CRAFTED)
+def test_a_crafted_checkpoint_is_refused_at_once(workplace, words, change):
+    crafted = checkpoint_of(tiny(gated=True))
+    save_checkpoint("c.pt", crafted)
+    for key, value in change.items():
+        for place in (crafted["model_args"], crafted["model"]):
+            if key in place:
+                place[key] = value
+                break
+        else:
+            crafted[key] = value
+    if "base" in change:
+        crafted["base_fingerprint"] = checkpoint.fingerprint(crafted)
+    save_checkpoint("bad.pt", crafted)
+    expected = "dictionary" if words.startswith("model") else words
+    with pytest.raises(UserError, match=f"bad.pt.*{expected}"):
+        load_checkpoint("bad.pt")

@@ -163,6 +163,46 @@ def test_openais_name_is_downloaded_once_and_loaded(hub):
     assert len(server.requests) == asked  # from the cache
 
 
+def test_without_a_pinned_sha256_the_hubs_own_word_counts(hub, workplace, monkeypatch):
+    model, server, cached = hub
+    known = PRETRAINED["gpt2"]
+    monkeypatch.setitem(PRETRAINED, "gpt2", {"size": known["size"], "sha256": None})
+    with pytest.raises(UserError, match="raw/main/pytorch_model.bin: .*404.* states the sha256"):
+        GPT.from_pretrained("gpt2")
+    pointer = workplace / "served" / "openai-community" / "gpt2" / "raw" / "main"
+    pointer.mkdir(parents=True)
+    said = f"version https://git-lfs.github.com/spec/v1\noid sha256:{known['sha256']}\nsize {known['size']}\n"
+    (pointer / "pytorch_model.bin").write_text(said.replace(known["sha256"], "0" * 64))
+    with pytest.raises(UserError, match="wrong sha256.*it is deleted"):
+        GPT.from_pretrained("gpt2")
+    os.remove(f"{cached}.sha256")
+    (pointer / "pytorch_model.bin").write_text(said)
+    assert_same_logits(GPT.from_pretrained("gpt2"), model)
+    asked = len(server.requests)
+    assert_same_logits(GPT.from_pretrained("gpt2"), model)
+    assert len(server.requests) == asked  # both are kept
+
+
+def test_what_changed_in_the_cache_is_refused(hub):
+    _, _, cached = hub
+    GPT.from_pretrained("gpt2")
+    content = bytearray(cached.read_bytes())
+    content[-100] ^= 1
+    cached.write_bytes(content)
+    with pytest.raises(UserError, match="is not the file that was downloaded .wrong sha256"):
+        GPT.from_pretrained("gpt2")
+
+
+@pytest.mark.parametrize("where", ["../elsewhere.safetensors", "/etc/passwd", 3])
+def test_an_index_that_leads_out_of_its_folder_is_refused(workplace, where):
+    theirs(**TINY).save_pretrained("hf")
+    os.rename("hf/model.safetensors", "elsewhere.safetensors")
+    with open("hf/model.safetensors.index.json", "w") as f:
+        json.dump({"weight_map": {"transformer.wte.weight": where}}, f)
+    with pytest.raises(UserError, match="no file beside it"):
+        load_checkpoint("hf")
+
+
 def test_a_download_that_broke_goes_on_and_a_corrupted_one_is_refused(hub):
     model, server, cached = hub
     server.cut_after = 50_000
