@@ -50,23 +50,22 @@ def config_of(theirs, source):
     if missing:
         raise UserError(f"{source}: config.json has no {', '.join(missing)}")
     rope = rope_of(theirs)
-    stretch = rope["full_attention"].get("rope_type", rope["full_attention"].get("type", "default"))
     thetas = {part.get("rope_theta", theirs.get("rope_theta")) for part in rope.values()} - {None}
-    refuse_what_differs(theirs, source, thetas, stretch)
+    refuse_what_differs(theirs, source, thetas, rope)
     args = {ours: theirs[name] for ours, name in NAMES.items()}
     args |= {
         "architecture": "olmo",
         "generation": GENERATIONS[kind],
         "n_kv_head": theirs.get("num_key_value_heads") or args["n_head"],
         "tied": theirs.get("tie_word_embeddings", False),
-        "clip_qkv": theirs.get("clip_qkv"),
+        "clip_qkv": theirs.get("clip_qkv") if kind == "olmo" else None,  # ignored by transformers, too
         "norm_eps": theirs.get("rms_norm_eps", 1e-5),
         "rope_theta": float(thetas.pop() if thetas else 500000.0 if kind == "olmo3" else 10000.0),
     }
     args |= huggingface.gate_of(theirs)
     if kind == "olmo3":
         args["block_size"] = min(args["block_size"], theirs.get("sliding_window") or args["block_size"])
-    if stretch == "yarn":
+    if kind_of_rope(rope["full_attention"]) == "yarn":
         args["yarn"] = yarn_of(theirs, rope["full_attention"])
     return args
 
@@ -74,26 +73,40 @@ def config_of(theirs, source):
 def rope_of(theirs):
     """Settings of the rotations: 'full_attention', and 'sliding_attention' of layers that look back less."""
     rope = theirs.get("rope_parameters") or {}
-    if "full_attention" in rope:
-        return rope
+    if "full_attention" in rope:  # flat settings beside it are ignored by transformers, too
+        return {kind: rope.get(kind) or {} for kind in ("full_attention", "sliding_attention")}
     # before transformers 5, rope_theta and rope_scaling stood alone
     return {"full_attention": rope | (theirs.get("rope_scaling") or {}), "sliding_attention": rope}
 
 
-def refuse_what_differs(theirs, source, thetas, stretch):
+def kind_of_rope(settings):
+    """'default', 'yarn' or another rope_type."""
+    return settings.get("rope_type", settings.get("type", "default"))
+
+
+def refuse_what_differs(theirs, source, thetas, rope):
     """Raise UserError for settings that olmo.py does not compute.
 
-    thetas: of all rotations; stretch: 'default', 'yarn' or another rope_type.
+    thetas: of all rotations; rope: see `rope_of`.
     """
-    different = []
-    for key, value in (("attention_bias", False), ("hidden_act", "silu")):
-        if theirs.get(key, value) != value:
-            different.append(f"{key}={theirs[key]!r}")
+    fixed = {"attention_bias": False, "hidden_act": "silu"}
+    if theirs.get("head_dim") is not None:
+        fixed["head_dim"] = theirs[NAMES["n_embd"]] // theirs[NAMES["n_head"]]
+    different = [f"{key}={theirs[key]!r}" for key, value in fixed.items() if theirs.get(key, value) != value]
     if len(thetas) > 1:
         different.append(f"rope_theta={sorted(thetas)}")
-    known = ("default", "yarn") if theirs["model_type"] == "olmo3" else ("default",)
-    if stretch not in known:
-        different.append(f"rope_type={stretch!r}")
+    stretches = theirs["model_type"] == "olmo3"
+    for kind, settings in rope.items():
+        known = ("default", "yarn") if stretches and kind == "full_attention" else ("default",)
+        if kind_of_rope(settings) not in known:
+            different.append(f"rope_type={kind_of_rope(settings)!r} of {kind}")
+        if settings.get("partial_rotary_factor", 1.0) != 1.0:
+            different.append(f"partial_rotary_factor={settings['partial_rotary_factor']!r}")
+    if not (theirs.get("rope_parameters") or {}).get("truncate", True):
+        different.append("truncate=False")
+    odd = set(theirs.get("layer_types") or ()) - {"full_attention", "sliding_attention"}
+    if odd:
+        different.append(f"layer_types with {', '.join(sorted(odd))}")
     if different:
         raise UserError(f"{source} is no OLMo that olmo.py can compute: {', '.join(different)}")
 
@@ -104,14 +117,25 @@ def yarn_of(theirs, full):
     kinds = theirs.get("layer_types")
     if not kinds:
         kinds = ["full_attention" if (i + 1) % 4 == 0 else "sliding_attention" for i in range(n_layer)]
+    original = full["original_max_position_embeddings"]
+    factor = full.get("factor") or theirs[NAMES["block_size"]] / original
     return {
         "layers": [i for i, kind in enumerate(kinds) if kind == "full_attention"],
-        "factor": full["factor"],
-        "original": full["original_max_position_embeddings"],
-        "attention_factor": full.get("attention_factor") or 0.1 * math.log(full["factor"]) + 1,
+        "factor": factor,
+        "original": original,
+        "attention_factor": full.get("attention_factor") or sharpening(factor, full),
         "beta_fast": full.get("beta_fast") or 32,
         "beta_slow": full.get("beta_slow") or 1,
     }
+
+
+def sharpening(factor, full):
+    """YaRN's scale of cos and sin where none is given: 0.1 m ln(factor) + 1; of two m's the ratio."""
+    def scale(m):
+        return 0.1 * m * math.log(factor) + 1 if factor > 1 else 1.0
+
+    m, all_dim = full.get("mscale"), full.get("mscale_all_dim")
+    return scale(m) / scale(all_dim) if m and all_dim else scale(1)
 
 
 def read(source):

@@ -35,11 +35,29 @@ YARN = {
         "beta_slow": 1,
     },
 }
+
+
+def stretched(**settings):
+    """Settings of an Olmo3 whose full layers are stretched by YaRN, those by layer type as transformers 5 has
+    them.
+    """
+    yarn = {"rope_type": "yarn", "rope_theta": 1e4, "original_max_position_embeddings": 16} | settings
+    default = {"rope_type": "default", "rope_theta": 1e4}
+    return {"sliding_window": 32, "rope_parameters": {"full_attention": yarn, "sliding_attention": default}}
+
+
 KINDS = [
     ("Olmo", {}), ("Olmo", {"clip_qkv": 0.05, "tie_word_embeddings": True}),
     ("Olmo", {"num_key_value_heads": 2, "rope_parameters": {"rope_type": "default", "rope_theta": 500.0}}),
     ("Olmo2", {}), ("Olmo2", {"num_key_value_heads": 2, "tie_word_embeddings": True, "rms_norm_eps": 1e-3}),
-    ("Olmo3", YARN), ("Olmo3", {"sliding_window": 32, "num_key_value_heads": 1})
+    ("Olmo3", YARN), ("Olmo3", {"sliding_window": 32, "num_key_value_heads": 1}),
+    ("Olmo2", {"clip_qkv": 0.05}),
+    # flat settings beside those by layer, as transformers writes them; it ignores the flat ones
+    ("Olmo3", {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0,
+                                   "original_max_position_embeddings": 16}}),
+    ("Olmo3", stretched(factor=4.0, mscale=2.0, mscale_all_dim=0.5)),
+    ("Olmo3", stretched(factor=0.5)),
+    ("Olmo3", stretched(factor=4.0)),
 ]
 
 
@@ -78,14 +96,10 @@ def test_what_transformers_writes_gives_its_logits_and_goes_back_unchanged(workp
     assert_same_logits(loaded, model)
     assert_same_logits(load_checkpoint("hf", gated=True, gate_bias=100.0), model)  # all edges open
     olmo_files.write("back", loaded.state_dict(), vars(loaded.config))
-    again = (
-        getattr(
-            transformers,
-            f"{'Olmo2' if kind == 'Olmo3' and 'rope_scaling' not in settings else kind}ForCausalLM",
-        )
-        .from_pretrained("back")
-        .eval()
-    )
+    with open("back/config.json") as f:
+        [name] = json.load(f)["architectures"]
+    assert name == f"{kind}ForCausalLM" or kind == "Olmo3" and not loaded.config.yarn  # then it is an Olmo2
+    again = getattr(transformers, name).from_pretrained("back").eval()
     assert all(torch.equal(tensor, again.state_dict()[name]) for name, tensor in model.state_dict().items())
     assert_same_logits(loaded, again)
     assert model_of(read_checkpoint("back"), "back").config == loaded.config
@@ -119,6 +133,15 @@ def test_wrong_files_are_named(workplace):
     fails("hidden_act='relu'", hidden_act="relu")
     fails("attention_bias=True", attention_bias=True)
     fails("rope_type='llama3'", rope_parameters={"rope_type": "llama3", "rope_theta": 1e4})
+    fails("partial_rotary_factor=0.5", rope_parameters={"partial_rotary_factor": 0.5, "rope_theta": 1e4})
+    fails("head_dim=8", head_dim=8)
+    fails("rope_type='yarn' of full_attention", rope_parameters={"rope_type": "yarn", "rope_theta": 1e4})
+    full = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
+    fails("rope_type='yarn' of sliding_attention", model_type="olmo3",
+          rope_parameters={"full_attention": full, "sliding_attention": full})
+    fails("truncate=False", model_type="olmo3",
+          rope_parameters={"full_attention": full, "sliding_attention": {}, "truncate": False})
+    fails("layer_types with linear_attention", layer_types=["linear_attention"] * 4)
     fails(r"q_proj.weight is \(64, 64\), the model's is \(128, 128\)", hidden_size=128)
     fails("model.layers.4.* is missing", num_hidden_layers=5)
     fails("model.layers.3.* is extra", num_hidden_layers=3)
