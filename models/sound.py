@@ -100,6 +100,11 @@ def described(state, name):
     return tuple(tensor.shape)
 
 
+def is_finite(tensor):
+    """No NaN and no infinite number? Piece by piece, so that a large tensor needs little more memory."""
+    return all(piece.isfinite().all() for piece in tensor.flatten().split(1 << 20))
+
+
 def complain(wrong, path):
     """Raise UserError if there is anything in the list."""
     if wrong:
