@@ -21,11 +21,23 @@ Everything here is written for reading: it stores T x T matrices. fast/ computes
 """
 
 import math
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 
 from fast import dispatch
+
+
+@dataclass
+class GateConfig:
+    """The gate's settings, part of every model's config. A new one needs a default, and the same in
+    training/settings.py.
+    """
+
+    gated: bool = False  # attention through Bernoulli gates
+    gate_bias: float | list = 3.0  # b in s = a + b; a list has one for each head, [layer][head] (handover.py)
+    gate_temperature: float = 1.0  # of the straight-through gradient
 
 
 class Gates(NamedTuple):

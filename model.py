@@ -31,13 +31,13 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from gate import bias_by_layer, gated_attention, keep_by_layer
+from gate import GateConfig, bias_by_layer, gated_attention, keep_by_layer
 from storage.download import download, sha256_of_hub
 from storage.files import UserError
 
 
 @dataclass
-class GPTConfig:
+class GPTConfig(GateConfig):
     """The shape of a model; defaults are GPT-2 124M.
 
     Saved in every checkpoint as `model_args`, as nanoGPT does.
@@ -55,9 +55,6 @@ class GPTConfig:
     # of random weights; GPT-2's, made for C = 768. A narrow model learns faster from wider ones, about 0.6 /
     # sqrt(C)
     init_std: float = 0.02
-    gated: bool = False  # attention through Bernoulli gates
-    gate_bias: float | list = 3.0  # b in s = a + b; a list has one for each head, [layer][head] (handover.py)
-    gate_temperature: float = 1.0  # of the straight-through gradient
 
 
 class CausalSelfAttention(nn.Module):

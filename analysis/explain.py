@@ -223,7 +223,8 @@ def read_addition_run(run):
     if task is None:
         kind = "a gated" if gated else "a dense"
         raise UserError(f"{run} is {kind} run on {name or 'other data'}: explain counts over sums, ask "
-                            "asks for one, so they need a run on addition, such as out/addition")
+                        "asks for one, so they need a run on addition, such as out/addition")
+    data.require_same(checkpoint["data"].get("sha256", data.meta["sha256"]), run)
     return model_of(checkpoint, path), data, task
 
 

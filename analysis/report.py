@@ -81,11 +81,7 @@ def report(run):
     model = model_judged(checkpoint, path)
     metrics = read_metrics(os.path.join(run, "metrics.jsonl"))
     data = prepare_data.load(config["dataset"])
-    if checkpoint["data"]["sha256"] != data.meta["sha256"]:
-        raise UserError(
-            f"data/{config['dataset']} is not the data that {run} was trained and judged on: the losses "
-            "could not be compared. Put the old data back"
-        )
+    data.require_same(checkpoint["data"]["sha256"], run)
     judged = evaluate_splits(model, data, config["eval_batch_size"], config["eval_batches"])
 
     gated, parent = model.config.gated, None

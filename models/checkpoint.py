@@ -272,7 +272,7 @@ def require_tokenizer(checkpoint, path, tokenizer):
 def new_model(c, vocab_size, gate_settings):
     """A model of the shape that the settings c describe, with random weights.
 
-    gate_settings: {'gated', 'gate_bias', 'gate_temperature'}.
+    gate_settings: the fields of gate.GateConfig.
     """
     same = {
         key: getattr(c, key) for key in ("n_layer", "n_head", "n_embd", "block_size", "tied")

@@ -37,11 +37,11 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from gate import bias_by_layer, gated_attention, keep_by_layer
+from gate import GateConfig, bias_by_layer, gated_attention, keep_by_layer
 
 
 @dataclass
-class OLMoConfig:
+class OLMoConfig(GateConfig):
     """The shape of an OLMo; defaults are OLMo-1B-hf. Saved in every checkpoint as `model_args`."""
 
     architecture: str = "olmo"  # by which checkpoint.py knows whose checkpoint it is
@@ -60,9 +60,6 @@ class OLMoConfig:
     # {'layers': [...], 'factor', 'original', 'attention_factor', 'beta_fast', 'beta_slow'}: layers with
     # stretched rotations
     yarn: dict | None = None
-    gated: bool = False  # attention through Bernoulli gates
-    gate_bias: float | list = 3.0  # b in s = a + b; a list has one for each head, [layer][head] (handover.py)
-    gate_temperature: float = 1.0  # of the straight-through gradient
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -36,6 +36,13 @@ class Dataset:
     val: np.ndarray
     remedy: str  # the command that makes it again
 
+    def require_same(self, sha256, run):
+        """Raise UserError unless these are the files, {split: sha256}, that a run was trained and judged on.
+        """
+        if sha256 != self.meta["sha256"]:
+            raise UserError(f"data/{self.name} is not the data that {run} was trained and judged on: the "
+                            "two could not be compared. Put the old data back")
+
     def batch(self, split, indices, block_size):
         """Inputs and targets, both (B, T) int64, -1 where nothing is asked.
 

@@ -185,7 +185,10 @@ def test_other_data_than_the_runs_is_named(folder):
     save_checkpoint(str(folder / "out/moved/best.pt"),
                     checkpoint | {"data": checkpoint["data"] | {"sha256": {"train": "", "val": ""}}})
     done = analyze(folder, "report", "out/moved")
-    assert done.returncode == 1 and "is not the data that out/moved was trained and judged on" in done.stderr
+    assert done.returncode == 1
+    assert "is not the data that out/moved was trained and judged on" in done.stderr
+    done = analyze(folder, "explain", "out/moved")
+    assert done.returncode == 1
 
 
 def test_a_damaged_config_is_named(folder):

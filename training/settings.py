@@ -10,8 +10,9 @@ This file knows the settings by name and computes nothing. configure.py reads an
 import math
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
+from gate import GateConfig
 from storage.files import UserError
 from training.configure import read_config_file
 
@@ -197,7 +198,7 @@ SHAPE = (
     "tied",
     "gelu",
 )
-GATE = ("gated", "gate_bias", "gate_temperature")
+GATE = tuple(f.name for f in fields(GateConfig))
 # model, start and target: what no run may change on its way
 FIXED = (
     *SHAPE,

@@ -218,7 +218,8 @@ def test_inside_a_compiled_model_without_a_graph_break_under_autocast_and_checkp
     def step(network):
         torch.manual_seed(1)
         model.zero_grad()
-        with torch.autocast(device, dtype=torch.bfloat16):
+        # Triton's interpreter computes bfloat16 wrongly
+        with torch.autocast(device, dtype=torch.bfloat16, enabled=impl == "tiled" or GPU):
             _, loss, density = network(x, x)
         (loss + density).backward()
         return [loss.detach(), density.detach(), *(p.grad.clone() for p in model.parameters())]

@@ -12,7 +12,7 @@ import torch
 import analyze
 from conftest import REPOSITORY
 from model import GPT, GPTConfig
-from models import export
+from models import checkpoint, export
 from models.checkpoint import checkpoint_of, load_checkpoint, read_checkpoint, save_checkpoint
 from models.olmo import OLMo, OLMoConfig
 from storage.files import UserError
@@ -209,3 +209,21 @@ def test_mistakes_are_named(workplace, monkeypatch):
     monkeypatch.setitem(sys.modules, "safetensors.torch", None)
     with pytest.raises(UserError, match="pip install safetensors"):
         export.export("ours.pt", "hf", "hf")
+
+
+def test_a_gate_that_the_file_cannot_hold_is_not_lost_silently(workplace, monkeypatch):
+    class Scaled(GPT):
+        """Somebody's gate, with a parameter of its own."""
+
+        def __init__(self, config):
+            super().__init__(config)
+            for block in self.blocks:
+                block.attn.gate_scale = torch.nn.Parameter(torch.ones(1))
+
+    monkeypatch.setattr(checkpoint, "GPT", Scaled)
+    config = GPTConfig(block_size=8, vocab_size=11, n_layer=1, n_head=2, n_embd=16, gated=True)
+    save_checkpoint("scaled.pt", checkpoint_of(Scaled(config)))
+    for kind in ("hf", "transformer_lens", "nanogpt"):
+        with pytest.raises(UserError, match="transformer.h.0.attn.gate_scale, for which other packages"):
+            export.export("scaled.pt", kind, "elsewhere")
+    assert not os.path.exists("elsewhere")

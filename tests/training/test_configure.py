@@ -7,7 +7,10 @@ import sys
 import pytest
 
 from conftest import REPOSITORY
+from gate import GateConfig
 from helpers import call
+from model import GPTConfig
+from models.olmo import OLMoConfig
 from storage.files import UserError
 from train import main, train
 from training.configure import parse_command_line, read_config_file
@@ -201,3 +204,11 @@ def test_a_mistake_in_a_base_is_named_where_it_stands(workplace, base, message):
     with pytest.raises(UserError) as error:
         read_config_file("own.py", Config, limits())
     assert message in str(error.value)
+
+
+def test_every_field_of_the_gate_is_a_setting_with_the_same_default():
+    """A new one in gate.GateConfig must be one in training/settings.py: then both architectures take it."""
+    gate = GateConfig()
+    assert {key: getattr(Config(), key) for key in vars(gate)} == vars(gate)
+    assert isinstance(GPTConfig(), GateConfig)
+    assert isinstance(OLMoConfig(), GateConfig)
