@@ -320,28 +320,22 @@ def test_torch_compile_gives_the_same_run(counting, impl):
     assert compiled["val_loss"] == pytest.approx(eager["val_loss"], abs=2e-3)
 
 
-def test_the_ways_of_computing_attention_train_alike_and_the_choice_is_printed(counting, capsys):
+@pytest.mark.parametrize("impl", ["tiled", pytest.param("triton", marks=pytest.mark.slow)])
+def test_the_ways_of_computing_attention_train_alike_and_the_choice_is_printed(counting, capsys, impl):
     """Without noise they compute the same numbers but for rounding; with it they draw from different
     generators.
     """
-    found = {}
-    for impl in ("plain", "tiled", "triton"):
+    def trained(impl):
         # without a GPU in Triton's interpreter
         device = "cuda" if impl == "triton" and torch.cuda.is_available() else "cpu"
-        found[impl] = metrics(
-            run(
-                "sparse.py",
-                max_steps=2,
-                noise_free_steps=2,
-                attention_impl=impl,
-                device=device,
-                out_dir=f"out/{impl}",
-            )
-        )[-1]
+        folder = run("sparse.py", max_steps=2, noise_free_steps=2, attention_impl=impl, device=device,
+                     out_dir=f"out/{impl}")
         assert f"attention {impl}" in capsys.readouterr().out
-    for impl in ("tiled", "triton"):
-        assert found[impl]["val_loss"] == pytest.approx(found["plain"]["val_loss"], abs=1e-3)
-        assert found[impl]["open"] == pytest.approx(found["plain"]["open"], abs=0.5)
+        return metrics(folder)[-1]
+
+    found, plain = trained(impl), trained("plain")
+    assert found["val_loss"] == pytest.approx(plain["val_loss"], abs=1e-3)
+    assert found["open"] == pytest.approx(plain["open"], abs=0.5)
 
 
 def test_the_average_of_the_weights_is_what_is_judged_and_kept(echo):
