@@ -14,7 +14,8 @@ import torch
 from analysis import circuit_figures, figures
 from circuits import compare
 from circuits.graph import Graph
-from models.checkpoint import checkpoint_named, model_of, read_checkpoint, tokenizer_of
+from circuits.tasks import fitting
+from models.checkpoint import checkpoint_named, folder_of_answers, model_of, read_checkpoint, tokenizer_of
 from storage import text
 from storage.addition import ADDITION_TOKENS
 from storage.files import UserError, write_json
@@ -37,8 +38,6 @@ def two_models(dense_run, sparse_run):
     """(dense, sparse, name of their tokenizer). Raises UserError if the two cannot be compared."""
     dense, tokenizer = model_and_tokenizer(dense_run)
     sparse, other = model_and_tokenizer(sparse_run)
-    if not os.path.isdir(sparse_run):
-        raise UserError(f"{sparse_run} is no run's folder, and the table and figures go there")
     shape = ("vocab_size", "n_layer", "n_head")
     same_shape = all(getattr(dense.config, key) == getattr(sparse.config, key) for key in shape)
     if dense.config.gated or not sparse.config.gated or tokenizer != other or not same_shape:
@@ -115,7 +114,7 @@ def draw(found, dense, sparse, tokenizer, folder):
 def add_arguments(parser):
     parser.add_argument("dense", metavar="DENSE", help="a dense run, or a name such as gpt2")
     parser.add_argument("sparse", metavar="SPARSE", help="a gated run's folder")
-    parser.add_argument("--task", required=True, help="see: python analyze.py tasks")
+    parser.add_argument("--task", help="see: python analyze.py tasks")
     parser.add_argument("--n", type=int, default=64,
                         help="pairs of prompts to rank on, and as many others to test on")
     parser.add_argument("--seed", type=int, default=1, help="of the prompts")
@@ -127,8 +126,11 @@ def run(options, settings):
     """`analyze.py circuit`."""
     if options.n < 2 or options.steps < 1 or options.seed < 0:
         raise UserError("--n must be at least 2, --steps at least 1, --seed 0 or more")
-    folder = options.sparse.rstrip("/")
-    dense, sparse, tokenizer = two_models(options.dense.rstrip("/"), folder)
+    dense, sparse, tokenizer = two_models(options.dense.rstrip("/"), options.sparse.rstrip("/"))
+    if not options.task:
+        name = compare.vocabulary_of(tokenizer, sparse.config.vocab_size).name
+        raise UserError(f"say which task: --task={' or --task='.join(fitting(name))}")
+    folder = folder_of_answers(options.sparse.rstrip("/"))
     found = compare.compare(dense, sparse, tokenizer, options.task, options.n, options.seed, options.steps)
     write_json(os.path.join(folder, f"circuit-{options.task}.json"), found.result)
     draw(found, dense, sparse, tokenizer, folder)

@@ -23,7 +23,7 @@ from tqdm import tqdm
 import prepare_data
 from analysis import circuit_figures
 from analysis.conditions import PLACES, carry_words, conditions, describe
-from models.checkpoint import checkpoint_named, model_of, read_checkpoint
+from models.checkpoint import checkpoint_named, folder_of_answers, model_of, read_checkpoint
 from storage.addition import addition_pairs, addition_rows, addition_task, token_names
 from storage.files import UserError, write_json
 
@@ -231,8 +231,6 @@ def read_addition_run(run):
 def explain_run(run):
     """Write a run's explain.json and explain.png, and print the table."""
     model, data, task = read_addition_run(run)
-    if not os.path.isdir(run):
-        raise UserError(f"{run} is no run's folder, and the table and the figure go there")
     if not model.config.gated:
         raise UserError(f"{run} is a dense run on {data.name}: explain counts over sums and describes "
                         "gates, "
@@ -240,7 +238,8 @@ def explain_run(run):
     a, b = population(data, task)
     edges, intact = explain(model, task, a, b)
     found = summary(edges, intact, task, len(a))
-    write_json(os.path.join(run, "explain.json"), found)
+    folder = folder_of_answers(run)
+    write_json(os.path.join(folder, "explain.json"), found)
 
     right = f"{100 * intact['sum']:.2f} % of the {len(a):,} sums right"
     title = f"{run}: {found['open']:.2f} open edges on average, {right}"
@@ -254,7 +253,7 @@ def explain_run(run):
         name = edge_name(edge, task, model.config.n_head)
         lines = [name, when(edge), damage(edge, intact, task, model.config.n_head)]
         drawn.append({**edge, "text": "\n    ".join(lines)})
-    path = os.path.join(run, "explain.png")
+    path = os.path.join(folder, "explain.png")
     circuit_figures.explanation(path, token_names(task), model.config.n_layer, drawn, title)
 
 

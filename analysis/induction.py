@@ -11,6 +11,7 @@ import numpy as np
 
 from analysis.circuit import model_and_tokenizer
 from circuits.induction import copying_scores, prefix_matching
+from models.checkpoint import folder_of_answers
 from storage.files import write_json
 
 SHOWN = 10
@@ -37,8 +38,9 @@ def run(options, settings):
         source = folder.rstrip("/")
         model, _ = model_and_tokenizer(source)
         heads = scores(model)
-        if os.path.isdir(source):  # and no name such as 'gpt2'
-            write_json(os.path.join(source, "induction.json"), heads)
+        place = folder_of_answers(source)
+        if place:
+            write_json(os.path.join(place, "induction.json"), heads)
         print(f"{source}: the ten heads that match prefixes best, of {len(heads)}")
         print(f"{'head':>6} {'prefix matching':>16} {'copying':>8}")
         best_first = sorted(heads, key=lambda head: -head["prefix_matching"])

@@ -14,7 +14,14 @@ import torch
 import prepare_data
 from analysis import explain, figures
 from models import lora
-from models.checkpoint import kept_checkpoint, load_checkpoint, model_of, read_checkpoint
+from models.checkpoint import (
+    config_for,
+    folder_of_answers,
+    kept_checkpoint,
+    load_checkpoint,
+    model_of,
+    read_checkpoint,
+)
 from storage import text
 from storage.addition import ADDITION_TOKENS, addition_rows, addition_task
 from storage.files import UserError, write_json
@@ -34,7 +41,7 @@ COUNTED = ("open", "total", "fraction", "per_head", "by_distance")  # of the edg
 def read_json(path):
     if not os.path.exists(path):
         raise UserError(f"{os.path.dirname(path)} is no run's folder: it has no {os.path.basename(path)}. "
-                            "Train one first, for instance: python train.py config/addition.py")
+                        f"Train one first: python train.py {config_for(path)}")
     try:
         with open(path, encoding="utf-8") as f:
             return json.load(f)
@@ -54,7 +61,7 @@ def model_judged(checkpoint, path):
 
 
 def report(run):
-    """Write a run's report.json and figures; return the report, a dict:
+    """Write report.json and figures of a run, its folder or a checkpoint in it; return the report, a dict:
 
     run, seed, step (of the checkpoint), meets_target
     headline, advice  what became of the run, and what to do about it (verdict.py): a sentence, and a list of
@@ -75,11 +82,13 @@ def report(run):
                     the parent, too
     A dense run has sparse, target_loss and seconds.sparse null.
     """
-    config = read_json(os.path.join(run, "config.json"))
-    path = kept_checkpoint(run) or os.path.join(run, "last.pt")
+    folder, path = run, kept_checkpoint(run) or os.path.join(run, "last.pt")
+    if os.path.isfile(run):
+        folder, path = os.path.dirname(run), run
+    config = read_json(os.path.join(folder, "config.json"))
     checkpoint = read_checkpoint(path)
     model = model_judged(checkpoint, path)
-    metrics = read_metrics(os.path.join(run, "metrics.jsonl"))
+    metrics = read_metrics(os.path.join(folder, "metrics.jsonl"))
     data = prepare_data.load(config["dataset"])
     data.require_same(checkpoint["data"]["sha256"], run)
     judged = evaluate_splits(model, data, config["eval_batch_size"], config["eval_batches"])
@@ -96,8 +105,7 @@ def report(run):
         "run": run,
         "seed": config["seed"],
         "step": checkpoint["step"],
-        # nobody's result is the untrained start
-        "meets_target": not gated or os.path.basename(path) == "best.pt" and checkpoint["step"] > 0,
+        "meets_target": not gated or has_met(checkpoint, path, judged),
         "dense": summary(checkpoint["dense"] if gated else judged),
         "sparse": summary(judged) if gated else None,
         "target_loss": checkpoint["target_loss"],
@@ -115,9 +123,19 @@ def report(run):
         result["closest"] = {"answers_lost": held_out + training, "nats_too_many": nats}
     result["headline"] = verdict.headline(result, config, metrics)
     result["advice"] = verdict.advice(result, config, metrics, parent)
-    write_json(os.path.join(run, "report.json"), result)
+    write_json(os.path.join(folder_of_answers(run), "report.json"), result)
     draw(result, config, metrics, checkpoint, model, data)
     return result
+
+
+def has_met(checkpoint, path, judged):
+    """Does a gated run's checkpoint meet its target? Those kept for it say so by their name."""
+    if checkpoint["step"] == 0:
+        return False  # nobody's result is the untrained start
+    by_name = {"best.pt": True, "closest.pt": False}.get(os.path.basename(path))
+    if by_name is None:
+        return verdict.meets_target(judged, checkpoint["dense"], checkpoint["target_loss"])
+    return by_name
 
 
 def draw(result, config, metrics, checkpoint, model, data):
@@ -125,7 +143,7 @@ def draw(result, config, metrics, checkpoint, model, data):
 
     result: the report; model: that of the checkpoint, which is drawn.
     """
-    run, edges = result["run"], result["edges"]
+    run, edges = folder_of_answers(result["run"]), result["edges"]
     bounds = ()
     if config["gated"]:
         bounds = config["lambda_min"], max(config["lambda_max"], config.get("repair_lambda_max", 0))

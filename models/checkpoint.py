@@ -65,10 +65,7 @@ def read_checkpoint(path):
     if huggingface.is_huggingface(path):
         return huggingface.read(path)
     if not os.path.exists(path):
-        raise UserError(
-            f"there is no checkpoint {path}. Train one first, for instance: python train.py "
-            "config/addition.py"
-        )
+        raise UserError(f"there is no checkpoint {path}. Train one first: python train.py {config_for(path)}")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     # zip and pickle errors of many types: most mean that the file is not what it should be
@@ -90,6 +87,18 @@ def read_checkpoint(path):
     return checkpoint
 
 
+def config_for(path):
+    """The config file whose run would leave a checkpoint at path, if there is one; else the main job's."""
+    parts = os.path.normpath(path).split(os.sep)
+    names = [part.partition("-seed")[0] for part in parts]
+    known = [f"config/{name}.py" for name in names if name in CONFIGS]
+    return (known or ["config/addition.py"])[0]
+
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+CONFIGS = {os.path.splitext(name)[0] for name in os.listdir(os.path.join(ROOT, "config"))}
+
+
 def kept_checkpoint(folder):
     """The checkpoint file that a run is known by: best.pt; where no evaluation met the target closest.pt, or
     else last.pt; None if there is none.
@@ -106,6 +115,19 @@ def checkpoint_named(run):
     if os.path.isdir(run) and not path and not is_elsewhere(run):
         raise UserError(f"there is no best.pt or last.pt in {run}. Give a run's folder, such as out/stdlib")
     return path or run
+
+
+def folder_of_answers(run):
+    """Where what is found out about `run` goes: a run's folder; of one checkpoint, out/x/last.pt, the folder
+    out/x/last, which is made. None of a name such as gpt2.
+    """
+    if os.path.isdir(run):
+        return run
+    if not os.path.exists(run):
+        return None
+    folder = os.path.splitext(run)[0]
+    os.makedirs(folder, exist_ok=True)
+    return folder
 
 
 def fingerprint(checkpoint):

@@ -7,6 +7,7 @@ Notable: `pytorch_model.bin` is read with torch.load(weights_only=True). `model.
 transformers writes today, needs the package safetensors, imported only here.
 """
 
+import errno
 import json
 import os
 from collections.abc import Mapping
@@ -191,7 +192,8 @@ def cause_of(error):
     says = str(error)  # torch raises RuntimeErrors
     if isinstance(error, MemoryError) or "allocate memory" in says or "not enough memory" in says:
         return "(there is not enough memory for it)"
-    return f"({error})" if isinstance(error, OSError) else None
+    is_cause = isinstance(error, OSError) and error.errno != errno.EINVAL  # what torch says of half a file
+    return f"({error})" if is_cause else None
 
 
 def gate_of(theirs):

@@ -191,6 +191,19 @@ def test_other_data_than_the_runs_is_named(folder):
     assert done.returncode == 1
 
 
+def test_every_question_takes_one_checkpoint_too(folder):
+    done = analyze(folder, "report", "out/sparse/last.pt")
+    assert done.returncode == 0, done.stderr
+    report = json.loads((folder / "out/sparse/last/report.json").read_text())
+    assert report["step"] == read_checkpoint(str(folder / "out/sparse/last.pt"))["step"]
+    assert (folder / "out/sparse/last/training.png").exists()
+    assert analyze(folder, "induction", "out/sparse/last.pt").returncode == 0
+    assert (folder / "out/sparse/last/induction.json").exists()
+    asked = analyze(folder, "circuit", "out/dense", "out/sparse/last.pt")
+    assert asked.returncode == 1
+    assert "say which task: --task=" in asked.stderr
+
+
 def test_a_damaged_config_is_named(folder):
     (folder / "out/broken").mkdir()
     (folder / "out/broken/config.json").write_text("{")

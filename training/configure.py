@@ -13,11 +13,15 @@ This file knows no setting by name; settings.py's dataclass is handed in.
 
 import ast
 import difflib
+import math
 import os
 
 from storage.files import UserError
 
 EXAMPLES = {int: "1000", float: "1e-3", bool: "True or False", str: "auto"}
+
+
+CONFIGS = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "config")
 
 
 def parse_command_line(arguments, config_class, limits):
@@ -71,12 +75,12 @@ def read_config_file(path, config_class, limits, inside=()):
     return base | values
 
 
-def beside(path, base):
-    """Where a base lies: as it is written, from the current folder; else in the folder of the file that names
-    it.
+def beside(path, other):
+    """Where another config file lies that the one at path names: as it is written, from the current folder;
+    else in the folder of the file that names it.
     """
-    neighbour = os.path.join(os.path.dirname(path), os.path.basename(base))
-    return base if os.path.exists(base) or not os.path.exists(neighbour) else neighbour
+    neighbour = os.path.join(os.path.dirname(path), os.path.basename(other))
+    return other if os.path.exists(other) or not os.path.exists(neighbour) else neighbour
 
 
 def lines_of(path):
@@ -123,11 +127,20 @@ def plain_value(key, node, where):
 
 
 def file_like(path):
-    """` Did you mean config/addition.py?`, or nothing if no file in the folder has a name like this one's."""
-    folder = os.path.dirname(path) or "."
-    files = [name for name in os.listdir(folder) if name.endswith(".py")] if os.path.isdir(folder) else []
-    near = difflib.get_close_matches(os.path.basename(path), files, n=1)
-    return f" Did you mean {os.path.join(folder, near[0])}?" if near else ""
+    """` Did you mean config/addition.py?`, or nothing if no file has a name like this one's.
+
+    Looked for in its folder and in config/.
+    """
+    folder, name = os.path.split(path.replace("\\", "/"))
+    if not name.endswith(".py"):
+        name += ".py"
+    for place in dict.fromkeys((folder, "config", CONFIGS)):
+        files = os.listdir(place or ".") if os.path.isdir(place or ".") else []
+        files = [file for file in files if file.endswith(".py")]
+        near = difflib.get_close_matches(name, files, n=1, cutoff=0.7)
+        if near:
+            return f" Did you mean {os.path.join(place, near[0])}?"
+    return ""
 
 
 def check(key, value, where, config_class, limits):
@@ -149,6 +162,8 @@ def check(key, value, where, config_class, limits):
     wanted = types[key]
     if wanted is float and type(value) is int:
         value = float(value)
+    if type(value) is float and not math.isfinite(value):
+        raise UserError(f"{key} {where} is {value!r}: it must be a finite number")
     if type(value) is not wanted:
         raise UserError(f"{key} {where} is {value!r}: it takes {wanted.__name__}, such as {EXAMPLES[wanted]}")
     words, test = limits.get(key, ("", lambda _: True))

@@ -72,6 +72,11 @@ def require_new(folder, resume):
         raise UserError(
             f"there is no last.pt in {folder} to resume. Leave --init_from=resume away to start a run"
         )
+    files = os.listdir(folder) if os.path.isdir(folder) else []
+    others = [name for name in files if name.endswith((".py", ".md"))]
+    if others:
+        raise UserError(f"out_dir={folder} is no run's folder: {others[0]} is in it. "
+                        "Choose --out_dir=out/NEW")
     if os.path.exists(os.path.join(folder, "best.pt")):
         raise UserError(f"{folder} holds a best.pt but no last.pt to go on from. Move the folder away, "
                         "or start a new run with --out_dir=out/NEW")

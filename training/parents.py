@@ -37,7 +37,7 @@ from models.checkpoint import (
 )
 from storage.files import UserError
 from training import hardware, sharding
-from training.settings import GATE, Config, make_config
+from training.settings import GATE, SHAPE, Config, make_config
 
 # settings that a run hands to a parent that is trained first, where they were set
 PASSED_ON = ("seed", "device", "compile", "dtype")
@@ -86,9 +86,25 @@ def lineage_of(config, given, source=""):
                 f"{setting}={parent} is a gated run. Start from a dense one: its loss is the target"
             )
         refuse_own_folder(run.out_dir, config)
+        refuse_other_shape(setting, parent, run, config, given)
         trained = [earlier.config.out_dir for earlier in lineage]
         lineage += [new for new in lineage_of(run, names, parent) if new.config.out_dir not in trained]
     return [*lineage, own]
+
+
+def refuse_other_shape(setting, parent, run, config, given):
+    """Raise UserError if a shape was given that is not that of the run `parent`, before that is trained.
+
+    A shorter context is no other shape: an OLMo takes it.
+    """
+    for key in set(SHAPE) & set(given) - {"block_size"}:
+        ours, theirs = getattr(config, key), getattr(run, key)
+        if setting == "init_from" and ours != theirs:
+            raise UserError(
+                f"{key}={ours!r}, but {parent} has {key}={theirs!r}: a run that starts from another keeps "
+                f"its shape. First python train.py {parent} --{key}={ours} --out_dir=out/PARENT, then this "
+                f"one with --init_from=out/PARENT and without --{key}"
+            )
 
 
 def refuse_own_folder(folder, config):
@@ -149,6 +165,9 @@ def find_sources(c, given, checkpoint):
     """The Sources of the run that the settings c describe. checkpoint: its own last.pt, or None."""
     if checkpoint:
         parent, reference = checkpoint["parent"], checkpoint["reference"]
+        if c.gated and not is_elsewhere(reference) and not os.path.exists(reference):
+            raise UserError(f"{c.out_dir} is to keep the loss of {reference}, which is gone. Put it back, or "
+                            "train it again with the command that made it")
     else:
         found = {setting: None if source == "scratch" else find_dense(source, c, given, setting)
                  for setting, source in sources_of(c)}

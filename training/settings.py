@@ -14,7 +14,7 @@ from dataclasses import dataclass, fields
 
 from gate import GateConfig
 from storage.files import UserError
-from training.configure import read_config_file
+from training.configure import beside, read_config_file
 
 
 @dataclass
@@ -244,7 +244,11 @@ def make_config(path, given):
     """Config of a config file (or None) and a dict of settings that win over it; and the names of all that
     were set.
     """
-    values = (read_config_file(path, Config, limits()) if path else {}) | given
+    values = read_config_file(path, Config, limits()) if path else {}
+    for key in ("init_from", "target_from"):
+        if values.get(key, "").endswith(".py"):
+            values[key] = beside(path, values[key])
+    values |= given
     config = Config(**values)
     if not config.out_dir:
         name = os.path.splitext(os.path.basename(path))[0] if path else "run"

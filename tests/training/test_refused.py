@@ -2,17 +2,22 @@
 
 import json
 import os
+import shutil
 
 import numpy as np
 import pytest
 import torch
 
 import prepare_data
+from conftest import REPOSITORY
 from helpers import metrics, parameters, run
 from model import GPT
 from models.checkpoint import read_checkpoint, save_checkpoint
 from storage.files import UserError
 from training.batches import Batches
+from training.configure import parse_command_line
+from training.parents import lineage_of
+from training.settings import Config, limits, make_config
 
 
 def test_a_run_that_cannot_start_from_its_parent_says_why(echo):
@@ -168,3 +173,53 @@ def test_an_unready_parent_is_refused_and_a_ready_one_stops(echo):
     assert last["ready"] and last["step"] < 2000 and metrics("out/dense")[-1]["val_loss"] <= 0.05
     run("sparse.py", init_from="out/dense", max_steps=20)
     assert metrics("out/sparse")[-1]["step"] == 20
+
+
+def test_another_shape_than_the_parents_is_refused_before_the_parent_is_trained(echo):
+    with pytest.raises(UserError, match="n_layer=3, but dense.py has n_layer=2.* --out_dir=out/PARENT"):
+        run("sparse.py", n_layer=3)
+    assert not os.path.exists("out/dense")
+
+
+def test_a_parent_that_is_gone_is_named_and_no_other_run_recommended(echo):
+    run("sparse.py", max_steps=20)
+    shutil.rmtree("out/dense")
+    with pytest.raises(UserError, match="to keep the loss of out/dense/best.pt, which is gone"):
+        run("sparse.py", init_from="resume", out_dir="out/sparse", max_steps=30)
+
+
+def test_a_folder_of_other_things_is_no_place_for_a_run(echo):
+    with pytest.raises(UserError, match="out_dir=. is no run's folder: .*py is in it"):
+        run("sparse.py", out_dir=".")
+
+
+def test_a_config_is_found_from_its_own_folder_with_its_parent(workplace, monkeypatch):
+    monkeypatch.chdir(os.path.join(REPOSITORY, "config"))
+    config, given = make_config("addition.py", {"out_dir": str(workplace / "run")})
+    assert lineage_of(config, given)[0].config.ready_loss == 0.0003
+
+
+@pytest.mark.parametrize("path", ["addition", "config/adition.py", "config\\addition.py", "addition.py"])
+def test_a_config_that_is_not_there_is_guessed(workplace, path):
+    with pytest.raises(UserError, match=f"no config file .* Did you mean .*config{os.sep}addition.py"):
+        make_config(path, {})
+
+
+def test_numbers_must_be_finite():
+    with pytest.raises(UserError, match="learning_rate on the command line is inf: it must be a finite"):
+        parse_command_line(["--learning_rate=1e999"], Config, limits())
+
+
+def test_half_a_checkpoint_is_named_and_not_called_an_invalid_argument(echo):
+    run("dense.py", max_steps=20)
+    with open("out/dense/best.pt", "r+b") as f:
+        f.truncate(os.path.getsize("out/dense/best.pt") // 2)
+    with pytest.raises(UserError, match="out/dense/best.pt cannot be read .*truncated") as refused:
+        run("sparse.py", init_from="out/dense", max_steps=20)
+    assert "Errno" not in str(refused.value)
+
+
+def test_a_missing_run_names_the_command_that_would_make_it():
+    for path, config in (("out/stdlib-seed3/best.pt", "stdlib"), ("out/mine", "addition")):
+        with pytest.raises(UserError, match=f"Train one first: python train.py config/{config}.py"):
+            read_checkpoint(path)

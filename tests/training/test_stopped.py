@@ -24,8 +24,8 @@ class Killed(BaseException):
 @pytest.mark.parametrize(
     "config, settings",
     [
-        ("dense.py", {"dropout": 0.1}),
-        ("sparse.py", {"attention_impl": "tiled"}),
+        pytest.param("dense.py", {"dropout": 0.1}, marks=pytest.mark.slow),
+        pytest.param("sparse.py", {"attention_impl": "tiled"}, marks=pytest.mark.slow),
         ("sparse.py", {"constraint_gates": "sampled"}),
     ],
 )

@@ -194,7 +194,7 @@ def test_a_run_that_missed_says_so_first_draws_its_closest_and_exits_with_2(echo
     # steps so large that what the parent knows is lost
     impossible = ["sparse.py", "--constraint_margin=0.0", "--loss_slack=0.0", "--learning_rate=0.5",
                   "--device=cpu"]
-    done = command(*impossible)
+    done = call(main, *impossible)
     assert done.returncode == verdict.MISSED == 2, done.stderr
     found = json.load(open("out/sparse/report.json"))
     closest = read_checkpoint("out/sparse/closest.pt")
