@@ -98,7 +98,7 @@ def loop(run, judge, progress, stop):
         batch_loss, density, objective = (number / run.micro_batches for number in sums)
         run.require_finite(step, batch_loss, objective, norm)
         run.update_weights()
-        run.remember(batch_loss, density)
+        judge.note(step, loss=batch_loss, density=density, gradient_norm=norm, learning_rate=get_lr(step, c))
         judge.speed.step()
         progress.step()
         if stopping and step + 1 < c.max_steps:  # after the last step only the evaluation is left

@@ -6,7 +6,8 @@
 4. evaluate.py   how a model is judged; verdict.py: what became of a run
 5. parents.py    where a run starts, and whose loss it is to keep; handover.py: how a dense model is handed to
                  the gates; distillation.py: what it teaches
-6. folder.py     a run that cannot be lost; progress.py and flow.py: what a person sees meanwhile
+6. folder.py     a run that cannot be lost; progress.py and flow.py: what a person sees meanwhile;
+                 steplog.py: what is measured at every step
 7. average.py    the moving average of the weights
 8. hardware.py   devices, processes, speed; sharding.py: models too large for one GPU
 

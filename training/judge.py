@@ -31,6 +31,7 @@ from training.flow import FlowLog
 from training.folder import MetricsLog, settle
 from training.run import smaller_step
 from training.settings import forward_passes
+from training.steplog import StepLog, Wandb
 from training.verdict import distance_from_target, is_ready, meets_target
 
 
@@ -46,7 +47,7 @@ class Judge:
         flops = model.flops_per_token(run.context) / 3 * passes  # a forward pass is a third of a dense step
         self.began = time.time()
         self.speed = hardware.Speed(c.batch_size * run.context, flops, run.device)
-        self.log = self.flow = None
+        self.log = self.flow = self.steps = self.wandb = None
         if hardware.rank() == 0:
             self.open_logs()
 
@@ -61,6 +62,9 @@ class Judge:
         evaluates_at_start = self.start % c.eval_interval == 0 or self.start == c.max_steps
         keep_until = self.start - evaluates_at_start
         self.log = MetricsLog(os.path.join(c.out_dir, "metrics.jsonl"), keep_until)
+        self.steps = StepLog(os.path.join(c.out_dir, "steps.csv"), self.start)
+        if c.wandb:
+            self.wandb = Wandb(c.wandb, asdict(c))
         task = addition_task(self.run.data.meta)
         if c.gated and task:
             self.flow = FlowLog(c.out_dir, task, self.run.model.config, c.max_steps, keep_until)
@@ -81,13 +85,30 @@ class Judge:
         self.is_over = step == c.max_steps or bool(state.ready)
         goes_back = self.has_failed_to_repair(step, passes)
         if self.log:
-            self.log.write(**self.line(step, found, passes), goes_back=goes_back)
+            line = self.line(step, found, passes) | {"goes_back": goes_back}
+            self.log.write(**line)
+            self.steps.flush()
+            if self.wandb:
+                self.wandb.write(**line)
         if self.flow:
             self.flow.write(step, found, kept, passes, geco.lam)
         self.save_all(step, kept)
+        if self.is_over and self.wandb:
+            self.wandb.finish()
         if goes_back:
             self.go_back()
         self.speed.go_on()
+
+    def note(self, step, **measured):
+        """A step has been made: what was measured goes into steps.csv; see steplog.py."""
+        self.run.remember(measured["loss"], measured["density"])
+        if not self.steps:
+            return
+        if self.run.geco:
+            measured |= {"lambda": self.run.geco.lam, "violation": self.run.geco.violation}
+        self.steps.write(step, **measured)
+        if self.wandb:
+            self.wandb.write(step, **{f"step/{name}": value for name, value in measured.items()})
 
     def require_finite(self, step, loss):
         """Raise UserError if the held-out loss is no number."""
@@ -225,7 +246,11 @@ class Judge:
 
     def save_and_exit(self, step):
         """After Ctrl-C or SIGTERM: keep the run and say how to go on."""
+        if self.steps:
+            self.steps.flush()
         self.save("last.pt", step)
+        if self.wandb:
+            self.wandb.finish()
         hardware.wait_for_all()  # torchrun ends all processes as soon as one has ended
         if hardware.rank() > 0:
             sys.exit(1)

@@ -78,6 +78,8 @@ def test_a_run_that_is_stopped_and_killed_everywhere_ends_bit_for_bit_like_one_t
     for a, b in finish:
         assert same(parameters(a), parameters(b)), b
         assert same(parameters(a, "best.pt"), parameters(b, "best.pt")), b
+        with open(f"{a}/steps.csv") as one, open(f"{b}/steps.csv") as two:
+            assert one.read() == two.read(), b
         for x, y in zip(metrics(a), metrics(b), strict=True):
             assert {k: v for k, v in x.items() if k not in ("seconds", "tokens_per_second")} == {
                 k: v for k, v in y.items() if k not in ("seconds", "tokens_per_second")

@@ -1,0 +1,78 @@
+"""steps.csv: a row a step, in order, whatever stops the run; a column more for a quantity more."""
+
+import os
+import sys
+
+import pandas
+import pytest
+
+from helpers import metrics, run
+from storage.files import UserError
+from training.steplog import StepLog
+
+
+def test_every_step_is_a_row_that_pandas_reads(echo):
+    run("sparse.py", max_steps=45)
+    table = pandas.read_csv("out/sparse/steps.csv")
+    assert table["step"].tolist() == list(range(45))
+    assert {"loss", "density", "lambda", "violation", "gradient_norm", "learning_rate"} < set(table.columns)
+    assert table.notna().all().all()
+    last = metrics("out/sparse")[-1]
+    assert table["density"].iloc[-1] == last["density"]
+    assert "lambda" not in pandas.read_csv("out/dense/steps.csv").columns
+
+
+def test_a_run_that_goes_on_drops_the_rows_that_it_does_again(workplace):
+    log = StepLog("steps.csv", 0)
+    for step in range(6):
+        log.write(step, loss=float(step))
+    log.flush()
+    again = StepLog("steps.csv", 4)
+    again.write(4, loss=-1.0)
+    again.flush()
+    table = pandas.read_csv("steps.csv")
+    assert table["step"].tolist() == [0, 1, 2, 3, 4]
+    assert table["loss"].tolist() == [0.0, 1.0, 2.0, 3.0, -1.0]
+
+
+def test_half_a_row_of_a_killed_run_is_dropped(workplace):
+    log = StepLog("steps.csv", 0)
+    log.write(0, loss=1.0, density=0.5)
+    log.flush()
+    with open("steps.csv", "a") as f:
+        f.write("1,0.9")
+    StepLog("steps.csv", 5)
+    assert pandas.read_csv("steps.csv")["step"].tolist() == [0]
+
+
+def test_a_quantity_of_ones_own_is_a_column(workplace):
+    log = StepLog("steps.csv", 0)
+    log.write(0, loss=1.0)
+    log.flush()
+    log = StepLog("steps.csv", 1)
+    log.write(1, loss=0.5, entropy=2.0)
+    log.flush()
+    table = pandas.read_csv("steps.csv")
+    assert table["entropy"].isna().tolist() == [True, False]
+    assert table["loss"].tolist() == [1.0, 0.5]
+
+
+def test_weights_and_biases_gets_steps_and_evaluations(echo, monkeypatch):
+    pytest.importorskip("wandb", reason="pip install wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    run("dense.py", max_steps=40, wandb="addition")
+    folders = [name for name in os.listdir("out/dense/wandb") if name.startswith("offline-run")]
+    assert len(folders) == 1
+    written = [name for name in os.listdir(f"out/dense/wandb/{folders[0]}") if name.endswith(".wandb")]
+    with open(f"out/dense/wandb/{folders[0]}/{written[0]}", "rb") as f:
+        content = f.read()
+    assert b"step/gradient_norm" in content
+    assert b"val_loss" in content
+
+
+def test_without_the_package_it_is_named(echo, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(UserError, match="--wandb=mine needs a package that is not installed: pip install"):
+        run("dense.py", max_steps=5, wandb="mine")
+    assert not os.path.exists("out/dense/last.pt")
