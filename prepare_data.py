@@ -4,7 +4,7 @@
     python prepare_data.py addition --digits=3        three digits, 20,000 sums: data/addition3
     python prepare_data.py stdlib                     the Python standard library's source, 11 MB, offline
     python prepare_data.py stdlib --tokenizer=gpt2    the same in GPT-2's tokens: data/stdlib-gpt2
-    python prepare_data.py text --file=A --file=B     your own files
+    python prepare_data.py text --file=A --file=B     your own files; --as=NAME: data/NAME, not data/text
     python prepare_data.py shakespeare                tiny Shakespeare, 1 MB, by URL
     python prepare_data.py openwebtext --processes=8  what GPT-2 was trained on, rebuilt: 9 billion tokens;
                                                       90 GB of disk; needs `datasets`
@@ -189,13 +189,15 @@ def command_line():
                         help="of a text; bytes, but gpt2 for openwebtext and fineweb, olmo for dolma")
     parser.add_argument("--file", action="append", default=[],
                         help="of text: a file, one document; give it as often as you like")
+    parser.add_argument("--as", dest="called", metavar="NAME",
+                        help="of text: the dataset is data/NAME; text. A second one wants another name")
     parser.add_argument("--shards", type=int, help="of fineweb and dolma: how many of their 103 files; 10")
     parser.add_argument("--processes", type=int, default=os.cpu_count(),
                         help="of openwebtext and dolma: how many encode at once")
     return parser
 
 
-TAKERS = {"digits": ("addition",), "shards": ("fineweb", "dolma"), "file": ("text",),
+TAKERS = {"digits": ("addition",), "shards": ("fineweb", "dolma"), "file": ("text",), "called": ("text",),
           "tokenizer": set(DATASETS) - {"addition"}}
 
 
@@ -204,11 +206,13 @@ def refuse_what_does_not_fit(options):
     for flag, takers in TAKERS.items():
         given = getattr(options, flag) not in (None, [])
         if given and options.name not in takers:
-            raise UserError(f"{options.name} takes no --{flag}")
+            raise UserError(f"{options.name} takes no --{'as' if flag == 'called' else flag}")
     if options.digits is not None and not 1 <= options.digits <= MOST_DIGITS:
         raise UserError(f"--digits must be 1 to {MOST_DIGITS}, the digits of each of the two numbers")
     if options.shards is not None and not 1 <= options.shards <= 103:
         raise UserError("--shards must be 1 to 103")
+    if options.called in DATASETS or "/" in (options.called or "") or options.called == "":
+        raise UserError(f"--as={options.called} is no name for a dataset of yours. Choose another")
     if options.processes < 1:
         raise UserError("--processes must be at least 1")
 
@@ -230,7 +234,7 @@ def main(arguments):
     try:
         refuse_what_does_not_fit(options)
         standard = STANDARD.get(options.name, "bytes")
-        name = options.name
+        name = options.called or options.name
         if options.digits not in (None, 2):
             name += str(options.digits)
         if options.tokenizer not in (None, standard):

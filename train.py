@@ -32,7 +32,6 @@ gated without a shock, handover.py.
 """
 
 import gc
-import inspect
 import math
 import os
 import subprocess
@@ -43,7 +42,7 @@ import torch
 from geco import is_cutting
 from storage.files import UserError
 from training import hardware
-from training.configure import parse_command_line
+from training.configure import described, parse_command_line
 from training.folder import StopRequest, alone_in, claim_folder, settle
 from training.judge import Judge
 from training.parents import lineage_of
@@ -153,7 +152,7 @@ def train(config, given=frozenset()):
 
 def main(arguments):
     if {"-h", "--help"} & set(arguments):
-        print(__doc__ + "\n" + inspect.getsource(Config))
+        print(f"{__doc__}\nSettings and their defaults:\n\n{described(Config)}")
         return
     if not arguments:
         sys.exit("error: no config file and no settings. Try: python train.py config/addition.py")

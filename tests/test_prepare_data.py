@@ -210,6 +210,18 @@ def test_what_to_type_next_is_said_and_can_be_typed(workplace, monkeypatch):
     assert "--init_from=out/text_dense" in child
 
 
+def test_two_texts_of_ones_own_lie_side_by_side(workplace):
+    for name, words in (("hamlet", "To be, or not to be.\n\n"), ("romeo", "But soft, what light?\n\n")):
+        (workplace / f"{name}.txt").write_text(words * 300)
+        said = call(prepare_data.main, "text", f"--file={name}.txt", f"--as={name}").stdout
+        assert f"--dataset={name} --out_dir=out/{name}_dense" in said
+    assert decoded(load("hamlet").train, load("hamlet"))[0].startswith(b"To be")
+    assert decoded(load("romeo").train, load("romeo"))[0].startswith(b"But soft")
+    for wrong in ("addition", "../x", ""):
+        assert "is no name" in call(prepare_data.main, "text", "--file=romeo.txt", f"--as={wrong}").stderr
+    assert "addition takes no --as" in call(prepare_data.main, "addition", "--as=mine").stderr
+
+
 def test_the_dataset_that_the_docs_make_is_one(workplace):
     with open(os.path.join(REPOSITORY, "docs/text.md"), encoding="utf-8") as f:
         code = f.read().split("```python\n")[1].partition("```")[0]

@@ -13,12 +13,36 @@ This file knows no setting by name; settings.py's dataclass is handed in.
 
 import ast
 import difflib
+import inspect
 import math
 import os
+import re
+import textwrap
 
 from storage.files import UserError
 
 EXAMPLES = {int: "1000", float: "1e-3", bool: "True or False", str: "auto"}
+
+
+def described(config_class):
+    """All settings of a dataclass in words, for --help: its fields, their defaults, the comments beside and
+    above them. A comment `# --- words` begins a group.
+    """
+    lines, said = [], []
+    for line in inspect.getsource(config_class).splitlines():
+        line = line.strip()
+        field = re.fullmatch(r"(\w+): \w+ = (.+?)(?:  # (.*))?", line)
+        if line.startswith("# --- "):
+            lines += ["", line.removeprefix("# --- ") + ":"]
+        elif line.startswith("# "):
+            said.append(line[2:])
+        elif field:
+            name, default, beside_it = field.groups()
+            words = " ".join([*said, *([beside_it] if beside_it else [])])
+            said = []
+            lines += textwrap.wrap(words, 100, initial_indent=f"  --{name}={default}".ljust(34) + "  ",
+                                   subsequent_indent=" " * 36) or [f"  --{name}={default}"]
+    return "\n".join(lines).strip()
 
 
 CONFIGS = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "config")

@@ -1,6 +1,6 @@
 """Every setting of a run: its default, its unit, its meaning; what makes sense, what may change later.
 
-    python train.py --help                      prints the dataclass below
+    python train.py --help                      prints what the dataclass below says
     python train.py config/x.py --key=value     a config file's lines win over the defaults, the command line
                                                 over both
 
@@ -24,12 +24,10 @@ class Config:
     A config file's lines `name = value` win over it, the command line over both.
     """
 
-    # where a run starts, what it reads, where it ends up
+    # --- where a run starts, what it reads, where it ends up
     # 'scratch'; 'resume'; a run's folder; a config file, whose run is trained first if need be; OpenAI's
-    # 'gpt2',
-    # 'gpt2-medium', 'gpt2-large', 'gpt2-xl'; an OLMo such as 'allenai/OLMo-1B-hf'; or a checkpoint: a .pt
-    # file,
-    # or a file or folder of transformers
+    # 'gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl'; an OLMo such as 'allenai/OLMo-1B-hf'; or a checkpoint: a
+    # .pt file, or a file or folder of transformers
     init_from: str = "scratch"
     # of a gated run: the dense model whose loss is to be kept, written as init_from; '' is the one it starts
     # from
@@ -54,7 +52,7 @@ class Config:
     # make a block's activations again in the backward pass instead of keeping them: less memory, a third more
     # time
     recompute_activations: bool = False
-    # the model; a run that starts from another run takes these from there
+    # --- the model; a run that starts from another run takes these from there
     architecture: str = "gpt2"  # of a run from scratch: 'gpt2' (model.py), 'olmo' or 'olmo2' (olmo.py)
     n_layer: int = 4
     n_head: int = 1
@@ -70,7 +68,7 @@ class Config:
     # of random weights, of a GPT from scratch; GPT-2's is made for 768 channels, a narrow model wants about
     # 0.6 / sqrt(n_embd)
     init_std: float = 0.02
-    # adapters (lora.py)
+    # --- adapters (lora.py)
     lora_rank: int = 0  # train adapters of this rank and freeze the model; 0 trains all weights
     lora_alpha: float = 32.0  # adapters are scaled by lora_alpha / lora_rank
     # matrices and RMSNorms that get one, by the last part of their name; 'all' is all but embeddings, which
@@ -79,7 +77,7 @@ class Config:
     # in which frozen weights are kept: 'float32' or 'bfloat16', half the memory; then the dense model is
     # judged in it, too
     base_dtype: str = "float32"
-    # the gates, and the constraint that shuts them
+    # --- the gates, and the constraint that shuts them
     gated: bool = False  # False is an ordinary dense run; it ignores this block
     gate_bias: float = 3.0  # b in sigmoid(a + b); above 0 the edges start open
     gate_temperature: float = 1.0  # of the straight-through gradient
@@ -119,7 +117,7 @@ class Config:
     lambda_max: float = 4.0
     # the cap while the penalty is not linear: what was cut too far is won back; 0 is lambda_max, all along
     repair_lambda_max: float = 0.0
-    # optimisation
+    # --- optimisation
     batch_size: int = 128  # sequences per step, of all processes together
     # sequences per forward pass; 0 is a process's whole share. Smaller needs less memory (gradient
     # accumulation)
@@ -138,7 +136,7 @@ class Config:
     # of a dense run: nats, held out; at this loss, and with all answers right, it is ready and stops; no
     # child starts from it before. 0 is off
     ready_loss: float = 0.0
-    # evaluation, on both splits
+    # --- evaluation, on both splits
     eval_interval: int = 100  # steps
     eval_batch_size: int = 1000  # sequences
     eval_batches: int = 0  # batches of each split; 0 is all of it

@@ -161,7 +161,11 @@ def test_the_whole_program_answers_in_two_lines(workplace, arguments):
 def test_help_lists_every_setting():
     done = subprocess.run([sys.executable, f"{REPOSITORY}/train.py", "--help"], capture_output=True,
                           text=True)
-    assert done.returncode == 0 and all(f"    {key}: " in done.stdout for key in Config.__annotations__)
+    assert done.returncode == 0
+    assert all(f"  --{key}=" in done.stdout for key in Config.__annotations__)
+    assert "learning_rate=0.001" in done.stdout.replace("1e-3", "0.001")
+    assert "dataclass" not in done.stdout
+    assert max(map(len, done.stdout.splitlines())) <= 110
 
 
 def write(path, text):
