@@ -80,7 +80,8 @@ def test_every_setting_in_the_tables_exists():
     others = {"learning_rte", "seeds", "jobs", "threads", "digits", "T", "nproc_per_node", "nnodes",
               "rdzv_backend", "rdzv_id", "rdzv_endpoint", "tokenizer", "file", "shards", "processes",
               "prompt", "tokens", "temperature", "open", "model", "splash", "B", "H", "repeats",
-              "most_memory", "task", "shut", "n", "gpus", "context", "measured", "include", "limit", "tasks"}
+              "most_memory", "task", "shut", "n", "gpus", "context", "measured", "include", "limit", "tasks",
+              "as"}
     assert set(flags) - others <= set(Config.__annotations__) | {"index"}
 
 
