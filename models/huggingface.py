@@ -10,6 +10,7 @@ transformers writes today, needs the package safetensors, imported only here.
 import errno
 import json
 import os
+import re
 from collections.abc import Mapping
 
 import torch
@@ -30,6 +31,18 @@ FIXED = {
     "layer_norm_epsilon": 1e-5,
     "add_cross_attention": False,
 }
+
+
+# what transformers itself leaves aside when it loads a language model: angles of the rotations, and the head
+# of a classifier
+LEFT_ASIDE = re.compile(r"(rotary_emb\.inv_freq|(^|\.)score\.weight)$")
+
+
+def leave_aside(tensors, source):
+    """Remove from tensors (a dict by name) what transformers leaves aside, too, and say so."""
+    for name in [name for name in tensors if LEFT_ASIDE.search(name)]:
+        print(f"{source}: {name} is left aside, as transformers does")
+        del tensors[name]
 
 
 def is_huggingface(path):
@@ -111,7 +124,9 @@ class LazyTensors(Mapping):
             path = os.path.join(folder, file)
             with self.opened(path) as f:
                 self.place |= {name: (path, name) for name in f.keys()}
-        if lost := [f"{name} in {file}" for name, file in promised.items() if name not in self.place]:
+        lost = [f"{name} in {file}" for name, file in promised.items() if name not in self.place]
+        leave_aside(self.place, folder)
+        if lost:
             raise UserError(
                 f"{folder}: {lost[0]} is missing, and {len(lost) - 1} more that the index promises. Bring "
                 "the folder again"
@@ -203,6 +218,7 @@ def gate_of(theirs):
 
 def convert(tensors, theirs, source):
     """Their tensors and config (a dict, may be empty) -> {'model', 'model_args'}."""
+    leave_aside(tensors, source)
     different = [f"{key}={theirs[key]!r}" for key, value in FIXED.items() if theirs.get(key, value) != value]
     activation = theirs.get("activation_function", "gelu_new")
     if activation not in GELU:

@@ -9,34 +9,36 @@ edges open (docs/text.md, "The hand-over").
 There is a direction in the weights that moves the gates and nothing else. A constant c added to every key of
 a head gives
 
-    q_i . (k_j + c) / sqrt(D) = a_ij + q_i . c / sqrt(D)                 the same shift for all keys j of
-    query i
+    q_i . (k_j + c) / sqrt(D) = a_ij + q_i . c / sqrt(D)         the same shift for all keys j of query i
 
 and the keys' bias is such a constant. We choose it so that the gate starts as a threshold on the attention
 weight p_ij:
 
-    a_ij + q_i . c / sqrt(D) + b  ~  log(p_ij / p0) = a_ij - logsumexp_j(a_i.) - log p0       open where p_ij
-                                  > p0
-    c = argmin mean_i weight_i (q_i . c / sqrt(D) - w_i)^2 + ridge |c|^2         w_i = -logsumexp_j(a_i.) -
-    log p0 - b
+    a_ij + q_i . c / sqrt(D) + b  ~  log(p_ij / p0)              open where p_ij > p0
+                                  =  a_ij - logsumexp_j(a_i.) - log p0
+    c = argmin mean_i weight_i (q_i . c / sqrt(D) - w_i)^2 + ridge |c|^2
+    w_i = -logsumexp_j(a_i.) - log p0 - b
 
 The shift is linear in q_i and the wish w_i is not, so it cannot be met everywhere, least of all in narrow
 heads. But errors cost unlike: too low shuts edges that are needed, and the loss jumps; too high leaves edges
 open that training shuts soon. So weight_i is 1 where the shift is above the wish and 100 where it is below
 (Newey & Powell's expectile regression: least squares, solved again with new weights until it settles).
 
-Where there is no key bias to fold into (OLMo, bias=False), or weights are not to be touched (LoRA, FSDP's
-shares), one number for each head takes the place of q_i . c / sqrt(D): the same regression with one unknown,
-and `gate_bias` becomes a list [layer][head].
+Where there is no key bias to fold into (OLMo, bias=False), or weights are not to be touched (LoRA), one
+number for each head takes the place of q_i . c / sqrt(D): the same regression with one unknown, and
+`gate_bias` becomes a list [layer][head].
 
 Notable: D unknowns per head, solved once from a few thousand queries; no parameter is added, the dense
 function stays what it was (a test proves it), and training moves the shift on from there. `open_above = 0`
-leaves it out: one constant bias and nothing else, the paper's form. This file imports no other file of ours.
+leaves it out: one constant bias and nothing else, the paper's form.
 """
 
 import math
 
 import torch
+
+from models.checkpoint import copy_into
+from training.sharding import whole
 
 
 @torch.no_grad()
@@ -74,7 +76,9 @@ def fold_shift(model, idx, open_above, fold=True, ridge=1e-2, too_low=100.0):
     if fold:
         for attention, shift in zip(model.attentions, shifts):
             C = shift.numel()
-            attention.c_attn.bias[C:2 * C] += shift.flatten()  # rows C to 2C of c_attn make the keys
+            bias = whole(attention.c_attn.bias).clone()  # of which this process may hold a part
+            bias[C:2 * C] += shift.flatten()  # rows C to 2C of c_attn make the keys
+            copy_into(attention.c_attn.bias, bias)
     else:
         model.config.gate_bias = [(model.config.gate_bias + shift.flatten()).tolist() for shift in shifts]
 

@@ -175,7 +175,7 @@ class Run:
         # once, with a new function in every layer: not worth compiling
         with torch.compiler.set_stance("force_eager"):
             fold_shift(self.model, torch.from_numpy(x).to(self.device), c.open_above,
-                       fold=not c.lora_rank and not self.sharded)
+                       fold=not c.lora_rank)
         # DDP does the same for key biases
         self.model.config.gate_bias = hardware.of_first(self.model.config.gate_bias)
 

@@ -6,6 +6,7 @@ import json
 import os
 
 import pytest
+import safetensors.torch
 import torch
 
 from model import GPT, PRETRAINED, GPTConfig
@@ -129,6 +130,16 @@ def test_wrong_files_are_named(workplace):
         f.truncate(1000)
     with pytest.raises(UserError, match="hf/model.safetensors cannot be read .*truncated or damaged"):
         load_checkpoint("hf")
+
+
+def test_what_transformers_leaves_aside_is_left_aside_and_said(workplace, capsys):
+    model = theirs(**TINY)
+    model.save_pretrained("hf")
+    tensors = safetensors.torch.load_file("hf/model.safetensors")
+    safetensors.torch.save_file(tensors | {"score.weight": torch.ones(2, 64)}, "hf/model.safetensors",
+                                metadata={"format": "pt"})
+    assert_same_logits(load_checkpoint("hf"), model)
+    assert "hf: score.weight is left aside, as transformers does" in capsys.readouterr().out
 
 
 def test_a_missing_safetensors_package_says_what_to_install(workplace, monkeypatch):

@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import pytest
+import safetensors.torch
 import torch
 
 from circuits.attribution import attribute_edges, batches, effects, metric_of
@@ -155,6 +156,16 @@ def test_wrong_files_are_named(workplace):
     fails(f"there is no hf/{shard}")
     with pytest.raises(UserError, match="a model of type 'llama'; olmo.py computes olmo, olmo2, olmo3"):
         olmo_files.config_of({"model_type": "llama"}, "x")
+
+
+def test_angles_that_old_files_hold_are_left_aside(workplace, capsys):
+    model = theirs("Olmo2")
+    model.save_pretrained("hf")
+    tensors = safetensors.torch.load_file("hf/model.safetensors")
+    angles = {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": torch.ones(8) for i in range(4)}
+    safetensors.torch.save_file(tensors | angles, "hf/model.safetensors", metadata={"format": "pt"})
+    assert_same_logits(load_checkpoint("hf"), model)
+    assert capsys.readouterr().out.count("inv_freq is left aside") == 4
 
 
 def test_a_name_is_downloaded_once_through_the_hubs_own_client(workplace, server):

@@ -76,6 +76,17 @@ def evaluate_of(run):
 
 
 @pytest.mark.slow
+def test_a_shift_into_the_key_biases_is_the_same_in_parts(workplace):
+    """GPT-2 has key biases, OLMo none: two processes shift them as one does."""
+    count_dataset()
+    launch(1, *RUN, "--n_layer=2", "--n_head=4", "--n_embd=32", "--block_size=8", "--out_dir=out/dense")
+    launch(1, *GATED, "--out_dir=out/one")
+    launch(2, *GATED, "--parallel=fsdp", "--out_dir=out/two")
+    assert_same("out/one", "out/two")
+    assert isinstance(load_checkpoint("out/two/last.pt").config.gate_bias, float)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("adapters", [[], LORA], ids=["all weights", "LoRA"])
 def test_two_processes_with_half_a_model_each_do_what_one_does(parent, adapters):
     launch(1, *GATED, *adapters, "--out_dir=out/one")
