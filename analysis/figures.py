@@ -10,6 +10,7 @@ other file of ours.
 """
 
 import io
+import math
 import os
 
 import matplotlib
@@ -102,12 +103,22 @@ def training(path, metrics, kept_step=None, bounds=()):
             draw_returns(ax, metrics)
             ax.legend(fontsize=8)
     # above the axes: every corner inside may hold a curve
-    axes[0].legend(fontsize=8, loc="lower left", bbox_to_anchor=(0, 1))
+    axes[0].legend(fontsize=8, loc="lower left", bbox_to_anchor=(0, 1), ncols=2)
+    figure.suptitle(became(metrics, kept_step) if gated else "", fontsize=11)
     for ax in axes:
         logarithmic_if_wide(ax)
         ax.grid(alpha=0.3)
     axes[-1].set_xlabel("step")
     save(figure, path)
+
+
+def became(metrics, kept_step):
+    """What became of a gated run, in a headline."""
+    for m in metrics:
+        if m["step"] == kept_step and kept_step > 0:
+            edges = f"{m['open']:.2f} open edges at step {kept_step}"
+            return f"target met: {edges}" if m["passes"] else f"target MISSED; closest: {edges}"
+    return "no evaluation kept yet"
 
 
 def curve(ax, metrics, key, label, scale=1.0, **style):
@@ -119,18 +130,14 @@ def curve(ax, metrics, key, label, scale=1.0, **style):
 
 def draw_loss(ax, metrics, gated):
     """Losses in training and on the held-out set; with their targets, if the run is gated."""
-    in_training = "gates as in training (running mean)" if gated else "(running mean)"
-    comma = ", " if gated else " "
-    curve(ax, metrics, "batch_loss", f"training batches{comma}{in_training}", color="tab:orange")
-    held_out = "held-out set, deterministic gates" if gated else "held-out set"
-    curve(ax, metrics, "val_loss", held_out, color="tab:blue")
+    batches = "training, sampled gates" if gated else "training"
+    curve(ax, metrics, "batch_loss", f"{batches} (running mean)", color="tab:orange")
+    curve(ax, metrics, "val_loss", "held out" + (", thresholds" if gated else ""), color="tab:blue")
     if gated:
-        ax.axhline(metrics[0]["target_loss"], color="tab:green", ls="--",
-                   label="target: dense loss on the held-out set + slack")
-        curve(ax, metrics, "constraint_loss", "the constraint, on single training batches: what moves lambda",
-              color="tab:purple", lw=0.6, marker=".", ms=4)
-        ax.axhline(metrics[0]["constraint_target"], color="tab:purple", ls=":",
-                   label="its target: dense loss on training batches + slack - margin")
+        ax.axhline(metrics[0]["target_loss"], color="tab:green", ls="--", label="its target")
+        curve(ax, metrics, "constraint_loss", "constraint, a batch: moves lambda", color="tab:purple", lw=0.6,
+              marker=".", ms=4)
+        ax.axhline(metrics[0]["constraint_target"], color="tab:purple", ls=":", label="its target")
     ax.set(ylabel="loss (nats)")
 
 
@@ -182,18 +189,31 @@ def open_by_head(path, per_head):
     """
     fractions = np.array(per_head)
     n_layer, H = fractions.shape
+    if H == 1:
+        open_by_layer(path, fractions[:, 0])
+        return
     figure, ax = plt.subplots(figsize=(2.8 + 0.75 * H, 1.4 + 0.5 * n_layer), layout="constrained")
     image = ax.imshow(np.ma.masked_equal(fractions, 0), cmap="viridis_r", aspect="auto", origin="lower",
                       norm=matplotlib.colors.LogNorm(vmin=1e-4, vmax=1))
     for layer in range(n_layer):
         for head in range(H):
             value = fractions[layer, head]
-            words = "off" if value == 0 else f"{100 * value:#.3g} %"
+            words = "off" if value == 0 else f"{100 * value:.3g} %"
             color = "white" if value > 0.05 else "black"
             ax.text(head, layer, words, ha="center", va="center", fontsize=8, color=color)
     ax.set(xlabel="head", ylabel="layer", xticks=range(H), yticks=range(n_layer), title="open edges")
     bar = figure.colorbar(image, ax=ax, ticks=[1e-4, 1e-3, 1e-2, 1e-1, 1])
     bar.ax.set_yticklabels(["0.01 %", "0.1 %", "1 %", "10 %", "100 %"], fontsize=8)
+    save(figure, path)
+
+
+def open_by_layer(path, fractions):
+    """The same where every layer has one head: a bar for each. fractions (n_layer,)."""
+    figure, ax = plt.subplots(figsize=(5, 1.4 + 0.4 * len(fractions)), layout="constrained")
+    bars = ax.barh(range(len(fractions)), 100 * fractions, color="tab:blue")
+    ax.bar_label(bars, [f" {100 * value:.3g} %" if value else " off" for value in fractions], fontsize=8)
+    ax.set(xlabel="open edges (%)", ylabel="layer", yticks=range(len(fractions)))
+    ax.margins(x=0.15)
     save(figure, path)
 
 
@@ -206,16 +226,19 @@ def open_by_distance(path, by_distance, open_edges):
     fractions = np.array(by_distance)
     T = len(fractions)
     figure, ax = plt.subplots(figsize=(6.4, 3.6), layout="constrained")
-    ax.plot(np.arange(T) + 1, 100 * np.ma.masked_equal(fractions, 0), color="tab:blue", label="sparse model")
+    ax.plot(np.arange(T) + 1, 100 * np.ma.masked_equal(fractions, 0), ".-", ms=5 if T < 64 else 2,
+            color="tab:blue", label="sparse model")
     ax.axhline(100, color="tab:orange", ls="--", label="dense model: every edge")
     share = fractions * (T - np.arange(T))
     half = int(np.searchsorted(np.cumsum(share), share.sum() / 2)) if share.sum() else 0
     ax.axvline(half + 1, color=GREY, lw=1)
-    words = f" half of a sequence's {open_edges:.0f} open edges\n reach {half} or fewer back"
-    ax.text(half + 1, 45, words, fontsize=8, va="top")
+    words = f" half of a sequence's {open_edges:.0f} open edges \n reach {half} or fewer back "
+    is_far = half + 1 > math.sqrt(T)  # right of the middle: the axis is logarithmic
+    ax.text(half + 1, 0.97, words, fontsize=8, va="top", ha="right" if is_far else "left",
+            transform=ax.get_xaxis_transform())
     ticks = [t for t in (0, 1, 3, 7, 15, 31, 63, 127, 255, 511, 1023) if t < T]
     lowest = 100 * fractions[fractions > 0].min(initial=1)
-    ax.set(xscale="log", yscale="log", ylim=(min(0.9 * lowest, 50), 150),
+    ax.set(xscale="log", yscale="log", ylim=(min(0.9 * lowest, 50), 1000),
            xlabel="positions back (0: a token reads itself)", ylabel="open edges (%)",
            title="How far back do the edges reach?")
     ax.set_xticks([t + 1 for t in ticks], [str(t) for t in ticks])
