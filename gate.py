@@ -72,10 +72,10 @@ def gated_attention(q, k, v, bias=3.0, temperature=1.0, sample=False, *, dense=F
     """
     k, v = shared_among_heads(k, q), shared_among_heads(v, q)
     check(q, k, v, temperature, keep)
-    fast, noise = dispatch.attention(q, k, v, bias, temperature, sample, dense, linear_penalty, noise,
+    done, noise = dispatch.attention(q, k, v, bias, temperature, sample, dense, linear_penalty, noise,
                                      plain=keep is not None or return_gates, impl=impl)
-    if fast is not None:
-        return *fast, None
+    if done is not None:  # from 64 tokens on, unless somebody wants to look: the same formula in fast/
+        return *done, None
 
     # The plain formula. a_ij is exact: half precision is too coarse at the gate's threshold
     B, H, T, D = q.shape
@@ -106,7 +106,8 @@ def gated_attention(q, k, v, bias=3.0, temperature=1.0, sample=False, *, dense=F
 def sampled_gates(s, temperature=1.0, noise=None):
     """Binary Gumbel-softmax, straight-through.
 
-    The value is [s + n > 0], the gradient that of sigmoid((s + n) / temperature).
+    The value is [s + n > 0], the gradient that of sigmoid((s + n) / t), t the temperature:
+    dA/ds = sigmoid'((s + n) / t) / t, by autograd here and by hand in fast/ (from 64 tokens on).
     s (B, H, T, T); noise: None draws it, else a tensor of that shape or 0.0.
     Source: Maddison et al. 2017, Jang et al. 2017; straight-through: Bengio et al. 2013.
     """

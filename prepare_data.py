@@ -66,7 +66,8 @@ def advice(name):
     """What to type for a dataset that is not there."""
     if name.partition("-")[0] in DATASETS:
         return f"Make it: {how_to_make(name)}"
-    return f"Datasets that can be made: {', '.join(DATASETS)}, for instance: {how_to_make('addition')}"
+    return f"Datasets that can be made: {', '.join(DATASETS)}, for instance: {how_to_make('addition')}. " \
+           "One of your own: docs/text.md"
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -75,7 +75,8 @@ def loop(run, judge, progress, stop):
         cutting = is_cutting(step, c.linear_penalty_steps, c.cycle_steps)
 
         # --- 1. lambda: is the loss above its target? Then a nat shall cost more ----------------------------
-        if c.gated and step % c.constraint_interval == 0:
+        if c.gated and step % c.constraint_interval == 0:  # from lambda_init on, and at step 0 already
+            geco.lambda_max = run.cap_of_lambda(step)  # one while cutting, another while repairing
             geco.update(run.constraint(step, noisy))
 
         # --- 2. gradients: of  density_weight * density + lambda (loss - target) ----------------------------
@@ -170,6 +171,10 @@ def main(arguments):
         )
     except (UserError, OSError) as error:
         sys.exit(f"error: {error}")
+    except RuntimeError as error:
+        if not hardware.lost_another(error):
+            raise
+        sys.exit("stopped, because another process has: its message says why")
     except KeyboardInterrupt:
         sys.exit("stopped. The same command goes on from the last checkpoint")
     finally:

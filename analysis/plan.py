@@ -206,6 +206,30 @@ def utilisation(run):
     return statistics.median(found)
 
 
+# GB of a GPU's memory, by its data sheet; of an A100 the larger one's
+GPU_MEMORY = {"H100 PCIe": 80, "H100 NVL": 94, "H200": 141, "H100": 80, "B200": 180, "A100": 80, "L40S": 48,
+              "L4": 24, "A10": 24, "4090": 24, "3090": 24}
+
+
+def fits(found, gpu):
+    """Is there room for what `plan` returns?"""
+    return sum(found["memory"].values()) <= 1e9 * GPU_MEMORY[gpu]
+
+
+def what_would_fit(name, given, options):
+    """The flags with which a model fits that does not, as few as do, or None: nothing here helps."""
+    settings, _ = plan_of(name, given, options)
+    flags = {}
+    for key, value in (("parallel", "fsdp"), ("recompute_activations", True), ("micro_batch_size", 4),
+                       ("micro_batch_size", 1)):
+        if getattr(settings, key) == value or options.gpus == 1 and key == "parallel":
+            continue
+        flags[key] = value
+        if fits(plan_of(name, given | flags, options)[1], options.gpu):
+            return " ".join(f"--{flag}={value}" for flag, value in flags.items())
+    return None
+
+
 def add_arguments(parser):
     parser.add_argument("--model", choices=[*MODELS, "all"], default="all")
     parser.add_argument("--gpus", type=int, default=8)
@@ -229,6 +253,11 @@ def run(options, settings):
     names = MODELS if options.model == "all" else [options.model]
     rows = {name: plan_of(name, given, options) for name in names}
     show(rows, share, options)
+    for name, (_, found) in rows.items():
+        if not fits(found, options.gpu):
+            flags = what_would_fit(name, given, options)
+            remedy = f"with {flags} it does" if flags else "more GPUs, or adapters instead of --full"
+            print(f"{name} DOES NOT FIT into the {GPU_MEMORY[options.gpu]} GB of a {options.gpu}: {remedy}")
 
 
 def plan_of(name, given, options):

@@ -24,11 +24,11 @@ temperature:
     e_ij     = d(a)_ij = the three together: s and a differ by a constant
     dq_i     = sum_j e_ij k_j / sqrt(D),   dk_j = sum_i e_ij q_i / sqrt(D)
 
-Notable: sigmoid'(x) = sigmoid(x) sigmoid(-x). Deterministic gates have no derivative, so the line through the
-gate is absent then. Arithmetic is float32, or float64 if the queries are. The noise comes from noise.py, made
-again in the backward pass. Inside a compiled model the two functions that compute a strip are compiled as
-well: everything between their matrix products becomes one loop. op.py makes this an operator of torch,
-kernels.py does the same on a GPU.
+Notable: sigmoid'(x) = sigmoid(x) sigmoid(-x). The line through the gate is absent where gates are not sampled
+(evaluation); where training leaves the noise out it stays, with n = 0. Arithmetic is float32, or float64 if
+the queries are. The noise comes from noise.py, made again in the backward pass. Inside a compiled model the
+two functions that compute a strip are compiled as well: everything between their matrix products becomes one
+loop. op.py makes this an operator of torch, kernels.py does the same on a GPU.
 """
 
 import functools

@@ -106,8 +106,17 @@ def settle(folder, finished):
             continue
         if finished:
             os.replace(waiting, os.path.join(folder, name))
+            if name == "best.pt":
+                forget_closest(folder)
         else:
             os.remove(waiting)
+
+
+def forget_closest(folder):
+    """The target has been met: what came closest before is not wanted any more."""
+    closest = os.path.join(folder, "closest.pt")
+    if os.path.exists(closest):
+        os.remove(closest)
 
 
 @contextlib.contextmanager

@@ -41,6 +41,12 @@ PEAK_FLOPS = {
 }
 
 
+def lost_another(error):
+    """Is this RuntimeError what is left of a process whose neighbour has stopped?"""
+    words = ("closed by peer", "Connection reset", "closed by remote")
+    return world() > 1 and any(said in str(error) for said in words)
+
+
 # ------------------------------------------------------------------------------------------------------------
 # One process
 

@@ -28,7 +28,7 @@ from storage.files import UserError, write_json
 from training import hardware, sharding
 from training.evaluate import evaluate_splits
 from training.flow import FlowLog
-from training.folder import MetricsLog, settle
+from training.folder import MetricsLog, forget_closest, settle
 from training.run import smaller_step
 from training.settings import forward_passes
 from training.steplog import StepLog, Wandb
@@ -231,6 +231,8 @@ class Judge:
         geco = run.geco and run.geco.state_dict()
         checkpoint = checkpoint_of(run.judged, geco=geco, config=asdict(c), **run.origin, **state)
         save_checkpoint(os.path.join(c.out_dir, name), {**checkpoint, **parts})
+        if name == "best.pt":
+            forget_closest(c.out_dir)
         if is_last:
             sharding.remove_old(c.out_dir, keep=parts.get("shards"))
 

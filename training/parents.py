@@ -143,11 +143,11 @@ def require_ready(checkpoint, path):
     """
     ready_loss = checkpoint.get("config", {}).get("ready_loss")
     if ready_loss and not checkpoint.get("ready"):
+        folder, steps = os.path.dirname(path), 2 * checkpoint["config"]["max_steps"]
         raise UserError(
             f"{path} is no parent yet: it still gets answers wrong, or its held-out loss is above its "
-            f"ready_loss={ready_loss:g}. Train it on, with the command that "
-            f"trained it and --init_from=resume --max_steps={2 * checkpoint['config']['max_steps']}; then "
-            "the same command as now"
+            f"ready_loss={ready_loss:g}. Train it on: python train.py --init_from=resume --out_dir={folder} "
+            f"--max_steps={steps}; then the same command as now"
         )
 
 

@@ -202,6 +202,10 @@ class Run:
 
     # --- what the loop asks for -----------------------------------------------------------------------------
 
+    def cap_of_lambda(self, step):
+        """The largest lambda at this step."""
+        return getattr(self.config, cap_of(vars(self.config), step))
+
     def constraint(self, step, noisy):
         """Lambda's measurement: the loss of a step's batch under the gates that count, nats.
 
@@ -215,7 +219,6 @@ class Run:
         if c.constraint_paired:  # the dense model's luck with this batch, taken off; on average it is 0
             luck = self.batches.mean_loss(step, self.fast_dense, self.autocast) - self.state.dense_on_training
             measured -= luck
-        self.geco.lambda_max = getattr(c, cap_of(vars(c), step))
         self.state.constraint_loss = measured
         if not math.isfinite(measured):
             self.left_the_numbers(step, f"the constraint is {measured}")

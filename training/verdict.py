@@ -194,7 +194,7 @@ def advice(report, config, metrics, parent=None):
     go_on = f"python train.py --init_from=resume --out_dir={run}"
     if report["sparse"]:
         if report["meets_target"]:
-            return []
+            return remarks_on_met(report, config, parent)
         if metrics[-1]["step"] < config["max_steps"]:
             return [f"It is not at its end. To go on: {go_on}"]
         return advice_for_missed(report, config, metrics, parent)
@@ -207,6 +207,22 @@ def advice(report, config, metrics, parent=None):
             f"--max_steps={longer}"
         ]
     return []
+
+
+def remarks_on_met(report, config, parent):
+    """What to know of a gated run that met its target: how much the target is worth, and an early best."""
+    remarks = []
+    if parent and still_learning(parent[0]):
+        lines, folder = parent
+        remarks.append(
+            "Its parent was still learning when it ended, so what was kept is an unfinished model's loss. To "
+            f"train that on: python train.py --init_from=resume --out_dir={folder} "
+            f"--max_steps={2 * lines[-1]['step']}; then a new child"
+        )
+    if report["step"] < config["max_steps"] / 4:
+        remarks.append(f"best.pt is of step {report['step']} of {config['max_steps']}: no later evaluation met "
+                       "the target with fewer edges (the green dots in training.png)")
+    return remarks
 
 
 def advice_for_missed(report, config, metrics, parent):
@@ -252,7 +268,7 @@ def advice_for_missed(report, config, metrics, parent):
         sentences.append(
             "Its loss came no closer at the end, and lambda was not at its cap throughout: the target is "
             "tighter than this training can meet. "
-            f"Allow more loss: the same command with --loss_slack={3 * config['loss_slack']:g} "
+            f"Allow more loss: the same command with --loss_slack={3 * config['loss_slack'] or 0.01:g} "
             f"--out_dir={run}-loose"
         )
     return sentences

@@ -104,3 +104,15 @@ def test_the_command(capsys, workplace):
     for flags, message in wrong:
         with pytest.raises(SystemExit, match=message):
             analyze.main(["plan", *flags])
+
+
+def test_what_does_not_fit_says_so_and_with_which_flags_it_would(capsys):
+    analyze.main(["plan", "--model=7b", "--gpus=8", "--gpu=L4"])
+    said = capsys.readouterr().out
+    assert "7b DOES NOT FIT into the 24 GB of a L4: with --" in said
+    flags = said.split(": with ")[1].split(" it does")[0].split()
+    analyze.main(["plan", "--model=7b", "--gpus=8", "--gpu=L4", *flags])
+    assert "DOES NOT FIT" not in capsys.readouterr().out
+    analyze.main(["plan", "--model=30b", "--gpus=1", "--gpu=L4"])
+    assert "30b DOES NOT FIT into the 24 GB of a L4: more GPUs" in capsys.readouterr().out
+    assert set(plan.GPU_MEMORY) == set(plan.PEAK_FLOPS)

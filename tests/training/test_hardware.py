@@ -157,3 +157,14 @@ def test_the_stopwatch_leaves_evaluations_out(monkeypatch):
     speed.go_on()
     speed.pause()
     assert speed.read()["tokens_per_second"] is None
+
+
+def test_a_mistake_under_torchrun_is_one_line_and_no_traceback(workplace):
+    """The other process says that it stopped because of another."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+               os.path.join(REPOSITORY, "train.py"), "--dataset=openwebtext", "--device=cpu"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300,
+                          env=os.environ | {"OMP_NUM_THREADS": "1"})
+    ours = done.stderr.partition("ChildFailedError")[0]
+    assert "error: there is no dataset data/openwebtext. Make it: " in ours
+    assert "hardware.py" not in ours

@@ -12,7 +12,7 @@ from PIL import Image
 
 import analyze
 from conftest import REPOSITORY
-from helpers import call, run
+from helpers import call, metrics, run
 from models.checkpoint import read_checkpoint
 from train import main
 from training import verdict
@@ -258,3 +258,24 @@ def test_the_other_processes_of_a_run_that_missed_come_to_their_end(echo):
     assert "exitcode  : 2" in done.stderr
     assert "MISSED: no evaluation of out/sparse" in done.stdout
     assert os.path.exists("out/sparse/report.json")
+
+
+def test_more_loss_is_advised_where_there_was_no_slack_at_all():
+    config = CONFIG | {"loss_slack": 0.0}
+    assert "--loss_slack=0.01 " in advice(report(nats_too_many=0.1), config, lines(FLAT))[-1]
+
+
+def test_what_came_closest_is_forgotten_once_the_target_is_met(echo):
+    """A folder with closest.pt is that of a run that missed."""
+    run("sparse.py", max_steps=60, loss_slack=0.05, lambda_init=0.2)
+    assert any(not line["passes"] for line in metrics("out/sparse")[1:])
+    assert os.path.exists("out/sparse/best.pt") != os.path.exists("out/sparse/closest.pt")
+
+
+def test_a_target_that_is_worth_little_and_an_early_best_are_said():
+    met = report(step=300, meets_target=True, closest=None)
+    assert advice(met, CONFIG, lines(FLAT), (lines(FLAT), "out/dense")) == []
+    [remark] = advice(met, CONFIG, lines(FLAT), (lines(FALLING), "out/dense"))
+    assert "unfinished model's loss" in remark and "--out_dir=out/dense --max_steps=800" in remark
+    [remark] = advice(met | {"step": 50}, CONFIG, lines(FLAT), (lines(FLAT), "out/dense"))
+    assert "best.pt is of step 50 of 400" in remark
