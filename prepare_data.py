@@ -121,6 +121,11 @@ def make_text(folder, options):
     if not options.file:
         raise UserError("text needs your files: python prepare_data.py text --file=A.txt --file=B.txt")
     command = "python prepare_data.py " + shlex.join(sys.argv[1:])
+    if os.path.exists(os.path.join(folder, "meta.json")):
+        before = open_dataset(folder, command).remedy
+        if before != command:
+            raise UserError(f"{folder} holds another text ({before}). Give this one a name: --as=NAME, or "
+                            f"delete {folder} first")
     write_text(folder, text.file_documents(options.file), options.tokenizer, made_by=command)
 
 
@@ -219,15 +224,15 @@ def refuse_what_does_not_fit(options):
 
 
 def what_next(name, data):
-    """What to type when dataset `name` is made: the run that was made for it, or one of its kind."""
+    """What to type when dataset `name` is made, a list: the run that was made for it, or one of its kind."""
     if name in MADE_FOR:
-        return f"python train.py {MADE_FOR[name]}"
+        return [f"python train.py {MADE_FOR[name]}"]
     config, shape = "stdlib", ""
     if data.meta["kind"] == "rows":
         config, shape = "addition", f" --block_size={data.train.shape[2]}"
     parent, child = f"out/{name}_dense", f"out/{name}_sparse"
-    return (f"python train.py config/{config}_dense.py --dataset={name}{shape} --out_dir={parent}, then "
-            f"python train.py config/{config}.py --dataset={name} --init_from={parent} --out_dir={child}")
+    return [f"python train.py config/{config}_dense.py --dataset={name}{shape} --out_dir={parent}",
+            f"python train.py config/{config}.py --dataset={name} --init_from={parent} --out_dir={child}"]
 
 
 def main(arguments):
@@ -249,7 +254,9 @@ def main(arguments):
         sys.exit(f"error: {error}")
     print(f"{folder}: {data.meta['kind']}, train {data.train.shape}, val {data.val.shape}, "
           f"vocabulary of {data.meta['vocab_size']}")
-    print(f"train on it: {what_next(name, data)}")
+    print("train on it:")
+    for command in what_next(name, data):
+        print(f"    {command}")
 
 
 if __name__ == "__main__":

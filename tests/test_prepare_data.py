@@ -201,13 +201,23 @@ def test_bad_files_are_named(workplace):
 def test_what_to_type_next_is_said_and_can_be_typed(workplace, monkeypatch):
     (workplace / "mine.txt").write_text("To be, or not to be.\n\n" * 300)
     said = call(prepare_data.main, "text", "--file=mine.txt").stdout
-    parent, child = said.splitlines()[-1].removeprefix("train on it: ").split(", then ")
+    parent, child = (line.strip() for line in said.split("train on it:\n")[1].splitlines())
     monkeypatch.chdir(REPOSITORY)
     for command in (parent, child, *(f"python train.py {made}" for made in prepare_data.MADE_FOR.values())):
         path, given = parse_command_line(command.removeprefix("python train.py ").split(), Config, limits())
         config, _ = make_config(path, given)
         assert config.dataset in ("text", *prepare_data.MADE_FOR)
     assert "--init_from=out/text_dense" in child
+
+
+def test_another_text_does_not_take_the_place_of_the_first(workplace, monkeypatch):
+    for name in ("a", "b"):
+        (workplace / f"{name}.txt").write_text(f"This is {name}.\n\n" * 300)
+        monkeypatch.setattr(sys, "argv", ["prepare_data.py", "text", f"--file={name}.txt"])
+        done = call(prepare_data.main, *sys.argv[1:])
+    assert done.returncode == 1
+    assert "data/text holds another text (python prepare_data.py text --file=a.txt)" in done.stderr
+    assert b"This is a." in bytes(load("text").train[:100].astype(np.uint8))
 
 
 def test_two_texts_of_ones_own_lie_side_by_side(workplace):

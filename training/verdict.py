@@ -220,8 +220,8 @@ def remarks_on_met(report, config, parent):
             f"--max_steps={2 * lines[-1]['step']}; then a new child"
         )
     if report["step"] < config["max_steps"] / 4:
-        remarks.append(f"best.pt is of step {report['step']} of {config['max_steps']}: no later evaluation met "
-                       "the target with fewer edges (the green dots in training.png)")
+        remarks.append(f"best.pt is of step {report['step']} of {config['max_steps']}: no later evaluation "
+                       "met the target with fewer edges (the green dots in training.png)")
     return remarks
 
 
