@@ -74,8 +74,9 @@ def measure(model, pairs_to_score, pairs_to_test, metric, steps):
         """Explained effect with its band; and the two metrics between which it lies."""
         clean, corrupted, values = effects(model, pairs_to_test, metric, circuits)
         if clean.mean() <= corrupted.mean():
+            which = "sparse" if model.config.gated else "dense"
             raise UserError(
-                f"the {'sparse' if model.config.gated else 'dense'} model does not know the task: {metric} {clean.mean():.2f} on clean prompts, "
+                f"the {which} model does not know the task: {metric} {clean.mean():.2f} on clean prompts, "
                 f"{corrupted.mean():.2f} on corrupted ones. There is no effect to explain"
             )
         share, low, high = (part.tolist() for part in explained(clean, corrupted, values))
