@@ -98,7 +98,7 @@ def test_induction_writes_every_head(runs, capsys):
         (["out/dense", "out/none", "--task=quote"], "no checkpoint out/none"),
         (["out/dense", "out/dense", "--task=quote"], "compares a dense run with a sparse one"),
         (["out/dense", "out/short", "--task=quote"], "and a model has a context of 8"),
-        (["out/dense", "out/none-open", "--task=quote"], "sparse model does not know the task.*There is no effect"),
+        (["out/dense", "out/none-open", "--task=quote"], "model does not know the task.*There is no effect"),
     ],
 )
 def test_mistakes_are_named(runs, arguments, words):
