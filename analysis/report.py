@@ -122,6 +122,8 @@ def report(run):
         held_out, nats, training = verdict.distance_from_target(judged, dense, target)
         result["closest"] = {"answers_lost": held_out + training, "nats_too_many": nats}
     result["headline"] = verdict.headline(result, config, metrics)
+    if parent and read_json(os.path.join(parent[1], "config.json")).get("ready_loss"):
+        parent = None  # else no child would have been let in: it was ready, and had no need to settle
     result["advice"] = verdict.advice(result, config, metrics, parent)
     write_json(os.path.join(folder_of_answers(run), "report.json"), result)
     draw(result, config, metrics, checkpoint, model, data)

@@ -17,6 +17,7 @@ from models.checkpoint import checkpoint_of, load_checkpoint, read_checkpoint, s
 from prepare_data import load
 from storage.addition import AdditionTask
 from train import train
+from training import verdict
 from training.evaluate import evaluate
 from training.settings import make_config
 
@@ -189,6 +190,17 @@ def test_other_data_than_the_runs_is_named(folder):
     assert "is not the data that out/moved was trained and judged on" in done.stderr
     done = analyze(folder, "explain", "out/moved")
     assert done.returncode == 1
+
+
+def test_a_parent_that_was_ready_is_not_called_unfinished(folder, monkeypatch):
+    """It stops as soon as it is ready, its loss still falling."""
+    monkeypatch.setattr(verdict, "still_learning", lambda lines: True)
+    path = folder / "out/dense/config.json"
+    before = path.read_text()
+    assert "Its parent was still learning" in analyze(folder, "report", "out/sparse").stdout
+    path.write_text(json.dumps(json.loads(before) | {"ready_loss": 0.1}))
+    assert "Its parent was still learning" not in analyze(folder, "report", "out/sparse").stdout
+    path.write_text(before)
 
 
 def test_every_question_takes_one_checkpoint_too(folder):
