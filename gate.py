@@ -144,18 +144,16 @@ def check(q, k, v, temperature, keep=None):
         raise ValueError(f"keep must be ([B,] [H,] T, T), here B={B}, H={H}, T={T}, not {tuple(keep.shape)}")
 
 
-def keep_by_layer(config, keep):
-    """For every layer its part of GPT.forward's keep, or None. Raises ValueError if there is no such part."""
-    if keep is None:
-        return [None] * config.n_layer
-    if keep.dim() < 4 or len(keep) != config.n_layer:
-        raise ValueError(f"keep must be (n_layer, H, T, T) or (n_layer, B, H, T, T) with n_layer="
-                         f"{config.n_layer}, not {tuple(keep.shape)}")
-    return keep.unbind(0)
-
-
-def bias_by_layer(config, device):
-    """For every layer the bias of its gates: config.gate_bias, or of a list [layer][head] a (H, 1, 1)."""
+def by_layer(config, keep, device):
+    """For every layer {'bias', 'keep'} of `gated_attention`: config's gate_bias, of a list [layer][head] a
+    (H, 1, 1), and its part of keep (n_layer, ...), or None. Raises ValueError if keep has no such parts.
+    """
+    biases, kept = [config.gate_bias] * config.n_layer, [None] * config.n_layer
     if isinstance(config.gate_bias, list):
-        return torch.tensor(config.gate_bias, device=device)[:, :, None, None].unbind(0)
-    return [config.gate_bias] * config.n_layer
+        biases = torch.tensor(config.gate_bias, device=device)[:, :, None, None]
+    if keep is not None:
+        if keep.dim() < 4 or len(keep) != config.n_layer:
+            raise ValueError("keep must be (n_layer, H, T, T) or (n_layer, B, H, T, T) with n_layer="
+                             f"{config.n_layer}, not {tuple(keep.shape)}")
+        kept = keep
+    return [{"bias": b, "keep": k} for b, k in zip(biases, kept)]

@@ -31,7 +31,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from gate import GateConfig, bias_by_layer, gated_attention, keep_by_layer
+from gate import GateConfig, by_layer, gated_attention
 from storage.download import download, sha256_of_hub
 from storage.files import UserError
 
@@ -198,12 +198,10 @@ class GPT(nn.Module):
             )
         x = self.transformer.wte(idx) + self.transformer.wpe(torch.arange(T, device=idx.device))  # (B, T, C)
         x = self.transformer.drop(x)
-        biases, kept = bias_by_layer(self.config, idx.device), keep_by_layer(self.config, keep)
-        densities = []
+        densities, own = [], by_layer(self.config, keep, idx.device)
         for layer, block in enumerate(self.blocks):
-            x, density, gates = block(x, bias=biases[layer], keep=kept[layer],
-                                      return_gates=record is not None, linear_penalty=linear_penalty,
-                                      noise=noise, impl=self.attention_impl)
+            x, density, gates = block(x, **own[layer], return_gates=record is not None, noise=noise,
+                                      linear_penalty=linear_penalty, impl=self.attention_impl)
             densities.append(density)
             if record is not None:
                 record(layer, gates)

@@ -19,7 +19,7 @@ is well defined. Which hooks there are: graph.py.
 
 import torch
 
-from gate import bias_by_layer, keep_by_layer
+from gate import by_layer
 from models.olmo import OLMo, rms_norm_of_heads, rotate, rotations
 
 
@@ -31,9 +31,8 @@ def patched(model, idx, hooks, keep=None, record=None, noise=None):
     run = run_olmo if isinstance(model, OLMo) else run_gpt
 
     options = {"noise": noise, "return_gates": record is not None, "impl": model.attention_impl}
-    biases, kept = bias_by_layer(model.config, idx.device), keep_by_layer(model.config, keep)
-    by_layer = [{"bias": bias, "keep": edges} | options for bias, edges in zip(biases, kept)]
-    return run(model, idx, hooks, by_layer, record or (lambda layer, gates: None))
+    every = [own | options for own in by_layer(model.config, keep, idx.device)]
+    return run(model, idx, hooks, every, record or (lambda layer, gates: None))
 
 
 def per_head(read):

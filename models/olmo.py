@@ -37,7 +37,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from gate import GateConfig, bias_by_layer, gated_attention, keep_by_layer
+from gate import GateConfig, by_layer, gated_attention
 
 
 @dataclass
@@ -266,12 +266,11 @@ class OLMo(nn.Module):
             )
         x = self.model.embed_tokens(idx)  # (B, T, C)
         plain, stretched = rotations(c, T, idx.device), c.yarn and rotations(c, T, idx.device, stretched=True)
-        densities, biases, kept = [], bias_by_layer(c, idx.device), keep_by_layer(c, keep)
+        densities, own = [], by_layer(c, keep, idx.device)
         for layer, block in enumerate(self.blocks):
-            x, density, gates = block(x, stretched if c.yarn and layer in c.yarn["layers"] else plain,
-                                      bias=biases[layer], keep=kept[layer],
-                                      return_gates=record is not None, linear_penalty=linear_penalty,
-                                      noise=noise, impl=self.attention_impl)
+            rotation = stretched if c.yarn and layer in c.yarn["layers"] else plain
+            x, density, gates = block(x, rotation, **own[layer], return_gates=record is not None, noise=noise,
+                                      linear_penalty=linear_penalty, impl=self.attention_impl)
             densities.append(density)
             if record is not None:
                 record(layer, gates)

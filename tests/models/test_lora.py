@@ -268,6 +268,7 @@ def test_compiled_it_is_the_same_run(olmo):
             assert a[key] == b[key] or a[key] == pytest.approx(b[key], abs=1e-5), key
 
 
+@pytest.mark.slow
 def test_the_compiler_never_gives_up(olmo, monkeypatch):
     """Every way in which a run uses its model is compiled anew; past a limit PyTorch would silently compile
     no more.

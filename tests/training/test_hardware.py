@@ -159,6 +159,7 @@ def test_the_stopwatch_leaves_evaluations_out(monkeypatch):
     assert speed.read()["tokens_per_second"] is None
 
 
+@pytest.mark.slow
 def test_a_mistake_under_torchrun_is_one_line_and_no_traceback(workplace):
     """The other process says that it stopped because of another."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",

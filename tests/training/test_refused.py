@@ -165,7 +165,7 @@ def test_an_unready_parent_is_refused_and_a_ready_one_stops(echo):
     (echo / "dense.py").write_text(dense + "ready_loss = 0.05\n")
     with pytest.raises(
         UserError,
-        match="out/dense/best.pt is no parent yet: .*ready_loss=0.05.*--init_from=resume --max_steps=120",
+        match="out/dense/best.pt is no parent yet: .*ready_loss=0.05.*--out_dir=out/dense --max_steps=120",
     ):
         run("sparse.py")
     run("dense.py", init_from="resume", max_steps=2000, learning_rate=1e-2)

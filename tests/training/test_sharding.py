@@ -182,6 +182,7 @@ def test_a_folder_that_last_pt_names_is_never_written_again():
     assert folder_for(6, "shards-6") == "shards-6-again"
 
 
+@pytest.mark.slow
 def test_a_sharded_run_that_was_stopped_is_no_model_yet(parent):
     """SIGTERM after some steps: last.pt names a folder.
 
