@@ -51,15 +51,20 @@ def load(name, root="data"):
     """
     folder = os.path.join(root, name)
     description = os.path.join(folder, "meta.json")
+    require(name, root)
     if not os.path.exists(description):
-        if name not in OFFLINE:
-            raise UserError(f"there is no dataset {folder}. {advice(name)}")
         with locked(folder):
             if not os.path.exists(description):  # no other process has made it while we waited
                 print(f"making {folder} ...")
                 base, options = OFFLINE[name]
                 make(base, folder, **options)
     return open_dataset(folder, how_to_make(name))
+
+
+def require(name, root="data"):
+    """Raise UserError if dataset `name` neither is there nor can be made without network."""
+    if name not in OFFLINE and not os.path.exists(os.path.join(root, name, "meta.json")):
+        raise UserError(f"there is no dataset {os.path.join(root, name)}. {advice(name)}")
 
 
 def advice(name):

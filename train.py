@@ -39,6 +39,7 @@ import sys
 
 import torch
 
+import prepare_data
 from geco import is_cutting
 from storage.files import UserError
 from training import hardware
@@ -140,7 +141,9 @@ def train(config, given=frozenset()):
     if len(lineage) == 1:
         return train_one(config, given)
     job = Job([planned.config for planned in lineage])
-    claim_folder(config, given)  # a mistake in the last run's settings is found before the first one trains
+    # a mistake in the last run's settings is found before the first one trains
+    claim_folder(config, given)
+    prepare_data.require(config.dataset)
     check_together(config, hardware.world())
     for run, names, source in lineage[:-1]:
         try:

@@ -35,6 +35,7 @@ from analysis.bench_model import SHAPES, circuits, whole_model
 from analysis.stopwatch import measure, row_of
 from fast.dispatch import choose_impl
 from gate import gated_attention
+from storage.files import UserError
 from training import hardware
 
 
@@ -224,6 +225,17 @@ def add_arguments(parser):
     parser.add_argument("--out_dir", default="out/bench")
 
 
+def numbers(flag, words, kind):
+    """`1,0.1` -> [1.0, 0.1]. Raises UserError unless all are above 0."""
+    try:
+        found = [kind(word) for word in words.split(",")]
+    except ValueError:
+        found = []
+    if not found or min(found) <= 0:
+        raise UserError(f"--{flag}={words}: write numbers above 0, with commas between them")
+    return found
+
+
 def title_of(options, device):
     """The machine, and what is the same in all rows."""
     title = f"CPU, {torch.get_num_threads()} threads"
@@ -260,9 +272,9 @@ def run(options, settings):
     if options.model:
         rows = whole_model(options, device, options.model)
     else:
-        lengths = options.lengths or str(options.T)
-        for T in map(int, lengths.split(",")):
-            for share in map(float, options.open.split(",")):
+        lengths = numbers("lengths", options.lengths or str(options.T), int)
+        for T in lengths:
+            for share in numbers("open", options.open, float):
                 rows += attention(options, device, T, share)
     show(rows)
     for T in dict.fromkeys(row["T"] for row in rows if row["open"] is not None):

@@ -40,7 +40,8 @@ COUNTED = ("open", "total", "fraction", "per_head", "by_distance")  # of the edg
 
 def read_json(path):
     if not os.path.exists(path):
-        raise UserError(f"{os.path.dirname(path)} is no run's folder: it has no {os.path.basename(path)}. "
+        folder, name = os.path.split(path)
+        raise UserError(f"{folder or '.'} is no run's folder: it has no {name}. "
                         f"Train one first: python train.py {config_for(path)}")
     try:
         with open(path, encoding="utf-8") as f:

@@ -115,7 +115,10 @@ def lines_of(path):
     try:
         with open(path, encoding="utf-8-sig") as f:  # some editors put a mark at the beginning
             statements = ast.parse(f.read()).body
-    except (FileNotFoundError, IsADirectoryError) as error:
+    except IsADirectoryError as error:
+        raise UserError(f"{path} is a folder. Name a config file: "
+                        "python train.py config/addition.py") from error
+    except FileNotFoundError as error:
         raise UserError(f"there is no config file {path}.{file_like(path)}") from error
     except SyntaxError as error:
         raise UserError(f"{path}, line {error.lineno}: {error.msg}") from error

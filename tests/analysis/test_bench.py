@@ -76,3 +76,10 @@ def test_where_the_seconds_go(workplace, monkeypatch, capsys):
     shares = [int(line.split("|")[-2].strip(" %")) for line in shown.splitlines() if line.endswith("% |")]
     assert len(shares) == 7 and abs(sum(shares) - 100) <= 4
     assert "9,000" in shown
+
+
+@pytest.mark.parametrize("flag", ["--open=x", "--open=0", "--lengths=64,", "--T=0"])
+def test_numbers_that_are_none_are_named(workplace, flag):
+    done = call(analyze.main, "bench", flag, "--device=cpu")
+    assert done.returncode == 1
+    assert "write numbers above 0" in done.stderr

@@ -223,3 +223,15 @@ def test_a_missing_run_names_the_command_that_would_make_it():
     for path, config in (("out/stdlib-seed3/best.pt", "stdlib"), ("out/mine", "addition")):
         with pytest.raises(UserError, match=f"Train one first: python train.py config/{config}.py"):
             read_checkpoint(path)
+
+
+def test_a_dataset_that_is_not_there_is_missed_before_the_parent_is_trained(echo):
+    with pytest.raises(UserError, match="there is no dataset data/gone"):
+        run("sparse.py", dataset="gone")
+    assert not os.path.exists("out/dense")
+
+
+def test_a_folder_is_no_config(workplace):
+    os.makedirs("config")
+    with pytest.raises(UserError, match="config is a folder. Name a config file"):
+        make_config("config", {})
