@@ -145,6 +145,7 @@ def train(config, given=frozenset()):
     claim_folder(config, given)
     prepare_data.require(config.dataset)
     check_together(config, hardware.world())
+    hardware.attention(config.attention_impl, hardware.pick_device(config.device))
     for run, names, source in lineage[:-1]:
         try:
             train_one(run, names, job)

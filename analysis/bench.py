@@ -101,6 +101,7 @@ def ways(device, T, D, dtype, splash):
 
 def attention(options, device, T, share):
     """Rows of the table for one length and one share of open edges."""
+    print(f"T={T}, {100 * share:g} % open ...", file=sys.stderr)
     dtype = getattr(torch, options.dtype)
     (q, k, v, dy), bias = make_inputs(options.B, options.H, T, options.D, share, dtype, device)
     q, k, v = (x.requires_grad_() for x in (q, k, v))

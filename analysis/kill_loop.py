@@ -82,3 +82,7 @@ def add_arguments(parser):
 def run(options, settings):
     """`analyze.py kill-loop`."""
     kill_again_and_again(options.kills, options.seed)
+
+
+if __name__ == "__main__":
+    sys.exit("error: type python analyze.py kill-loop")

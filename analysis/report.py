@@ -7,6 +7,7 @@ evaluation met the target, closest.pt.
 
 import json
 import os
+import re
 
 import numpy as np
 import torch
@@ -224,10 +225,22 @@ def print_reports(reports):
     for r in reports:
         print(r["headline"])
     print(table(reports))
+    for line in advice_of(reports):
+        print(line)
+    print(f"report.json and figures are in {', '.join(r['run'] for r in reports)}")
+
+
+def advice_of(reports):
+    """What to do, a line each. What a run of this very table has done already is not advised again."""
+    there = {os.path.normpath(r["run"]) for r in reports}
+    lines = []
     for r in reports:
         for sentence in r["advice"]:
-            print(f"{r['run']}: {sentence}")
-    print(f"report.json and figures are in {', '.join(r['run'] for r in reports)}")
+            named = re.search(r"--out_dir=(\S+)", sentence)
+            if named and named[1] in there - {os.path.normpath(r["run"])}:
+                continue
+            lines.append(f"{r['run']}: {sentence}")
+    return lines
 
 
 def parent_of(parent, run):

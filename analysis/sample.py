@@ -15,12 +15,19 @@ Notable:
 """
 
 import contextlib
+import os
 import shutil
 import sys
 
 import torch
 
-from models.checkpoint import checkpoint_named, model_of, read_checkpoint, tokenizer_of
+from models.checkpoint import (
+    checkpoint_named,
+    is_elsewhere,
+    model_of,
+    read_checkpoint,
+    tokenizer_of,
+)
 from storage import text
 from storage.files import UserError
 from training import hardware
@@ -103,6 +110,9 @@ def run(options, settings):
     if options.tokens < 1 or options.temperature < 0 or options.top_k < 1:
         raise UserError("--tokens and --top_k must be at least 1, --temperature at least 0")
     path = checkpoint_named(options.run)
+    if not os.path.exists(path) and not is_elsewhere(path):
+        raise UserError(f"there is no {options.run}. A run on text: python train.py config/stdlib.py; "
+                        "another's weights: gpt2, or a folder")
     checkpoint = read_checkpoint(path)
     name = tokenizer_of(checkpoint)
     if name not in text.TOKENIZERS:

@@ -13,6 +13,7 @@ import sys
 import time
 
 import torch
+from tqdm import tqdm
 
 
 def wait(device):
@@ -50,7 +51,7 @@ def measure(calls, device, repeats):
     A call that runs out of memory is left out.
     """
     results, memory = {}, {}
-    for name, call in calls.items():
+    for name, call in tqdm(calls.items(), desc="compile and warm up", leave=False, disable=None):
         try:
             call()  # compiles
             call()
@@ -62,7 +63,7 @@ def measure(calls, device, repeats):
             print(f"{name}: out of memory")
     # a GPU is given work ahead, as in training: else one would time Python
     in_a_row = 1 if device == "cpu" else 10
-    for _ in range(repeats):
+    for _ in tqdm(range(repeats), desc="time", leave=False, disable=None):
         for name in results:
             wait(device)
             began = time.perf_counter()

@@ -1,6 +1,9 @@
 """From a finished run to numbers and pictures, through the command line."""
 
 import json
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -11,6 +14,7 @@ import analyze as analyze_file
 import prepare_data
 from analysis import figures
 from analysis import report as report_module
+from conftest import REPOSITORY
 from helpers import call
 from model import GPT, GPTConfig
 from models.checkpoint import checkpoint_of, load_checkpoint, read_checkpoint, save_checkpoint
@@ -256,3 +260,10 @@ def test_a_report_without_a_vocabulary_shows_numbers_and_says_why(monkeypatch, c
     assert report_module.pieces_of([5, 17], "gpt2") == ["5", "17"]
     assert "the numbers of tokens, not their words: OpenAI's vocabulary" in capsys.readouterr().out
     assert report_module.pieces_of([100, 10], "bytes") == ["d", "↵"]
+
+
+def test_a_commands_own_file_points_to_the_door():
+    done = subprocess.run([sys.executable, os.path.join(REPOSITORY, "analysis", "kill_loop.py")],
+                          capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "type python analyze.py kill-loop" in done.stderr

@@ -22,6 +22,7 @@ import time
 import torch
 import torch.distributed as dist
 
+from fast.dispatch import choose_impl
 from storage.files import UserError
 
 # Dense bf16 matrix FLOP/s that the data sheets promise, by words in torch.cuda.get_device_name(). The first
@@ -97,6 +98,14 @@ def precision(name, device, cache=True):
     autocast = functools.partial(torch.autocast, kind, dtype=torch.bfloat16, enabled=name == "bfloat16",
                                  cache_enabled=cache)
     return autocast, name
+
+
+def attention(setting, device, context=64, width=1, dtype=torch.float32):
+    """Who computes gated attention here, see fast/dispatch.py. Raises UserError if `setting` cannot."""
+    try:
+        return choose_impl(setting, device.split(":")[0], context, width, dtype)
+    except ValueError as error:
+        raise UserError(str(error)) from error
 
 
 def compiles(setting, device, pays_on_cpu):

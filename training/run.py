@@ -21,7 +21,6 @@ import torch
 import torch._inductor.config
 
 import prepare_data
-from fast.dispatch import choose_impl
 from geco import GECO
 from models import lora
 from models.checkpoint import load_weights, state_to_save
@@ -103,12 +102,7 @@ class Run:
         self.impl = "dense"
         if c.gated:
             width, dtype = config.n_embd // config.n_head, getattr(torch, self.dtype)
-            try:
-                self.impl = choose_impl(
-                    c.attention_impl, self.device.split(":")[0], config.block_size, width, dtype
-                )
-            except ValueError as error:
-                raise UserError(str(error)) from error
+            self.impl = hardware.attention(c.attention_impl, self.device, config.block_size, width, dtype)
 
         # one model, many ways to run it: dense, gated, sampled, judged, taught; at 8 torch would give up
         # compiling

@@ -97,7 +97,8 @@ def test_command_line(run, capsys):
 
 def test_mistakes_are_named(run):
     save_checkpoint("sums.pt", checkpoint_of(random_model(), data=BYTES | {"tokenizer": "addition"}))
-    mistakes = [(["out/none"], "no checkpoint out/none"), (["out"], "no best.pt or last.pt in out"),
+    mistakes = [(["out/none"], "there is no out/none. A run on text: python train.py config/stdlib.py"),
+                (["out"], "no best.pt or last.pt in out"),
                 (["sums.pt"], "does not write text .*trained on: addition"),
                 ([run, "--tokens=0"], "--tokens and --top_k must be at least 1"),
                 ([run, "--device=cuda:9"], "device=cuda:9")]

@@ -235,3 +235,10 @@ def test_a_folder_is_no_config(workplace):
     os.makedirs("config")
     with pytest.raises(UserError, match="config is a folder. Name a config file"):
         make_config("config", {})
+
+
+def test_attention_that_this_machine_has_not_is_refused_before_the_parent_trains(echo, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)  # let it run on a CPU
+    with pytest.raises(UserError, match="attention_impl='triton' needs a GPU"):
+        run("sparse.py", init_from="dense.py", attention_impl="triton", device="cpu")
+    assert not os.path.exists("out/dense")

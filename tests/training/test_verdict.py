@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 import analyze
+from analysis.report import advice_of
 from conftest import REPOSITORY
 from helpers import call, metrics, run
 from models.checkpoint import read_checkpoint
@@ -279,3 +280,11 @@ def test_a_target_that_is_worth_little_and_an_early_best_are_said():
     assert "unfinished model's loss" in remark and "--out_dir=out/dense --max_steps=800" in remark
     [remark] = advice(met | {"step": 50}, CONFIG, lines(FLAT), (lines(FLAT), "out/dense"))
     assert "best.pt is of step 50 of 400" in remark
+
+
+def test_a_run_of_the_same_table_is_not_advised_again():
+    lines = ["Lambda stood at its cap: --lambda_max=3 --out_dir=out/x-slower",
+             "To go on: python train.py --init_from=resume --out_dir=out/x"]
+    missed = {"run": "out/x", "advice": lines}
+    assert advice_of([missed]) == [f"out/x: {line}" for line in lines]
+    assert advice_of([missed, {"run": "out/x-slower", "advice": []}]) == [f"out/x: {lines[1]}"]
