@@ -1,11 +1,13 @@
 """steps.csv: a row a step, in order, whatever stops the run; a column more for a quantity more."""
 
 import os
+import subprocess
 import sys
 
 import pandas
 import pytest
 
+from conftest import REPOSITORY
 from helpers import metrics, run
 from storage.files import UserError
 from training.steplog import StepLog
@@ -57,11 +59,14 @@ def test_a_quantity_of_ones_own_is_a_column(workplace):
     assert table["loss"].tolist() == [1.0, 0.5]
 
 
-def test_weights_and_biases_gets_steps_and_evaluations(echo, monkeypatch):
+def test_weights_and_biases_gets_steps_and_evaluations(echo):
     pytest.importorskip("wandb", reason="pip install wandb")
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    monkeypatch.setenv("WANDB_SILENT", "true")
-    run("dense.py", max_steps=40, wandb="addition")
+    # a process of its own: wandb leaves helpers behind in the one that it is used in
+    command = [sys.executable, os.path.join(REPOSITORY, "train.py"), "dense.py"]
+    offline = os.environ | {"WANDB_MODE": "offline", "WANDB_SILENT": "true"}
+    done = subprocess.run([*command, "--max_steps=40", "--wandb=addition"], env=offline,
+                          capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
     folders = [name for name in os.listdir("out/dense/wandb") if name.startswith("offline-run")]
     assert len(folders) == 1
     written = [name for name in os.listdir(f"out/dense/wandb/{folders[0]}") if name.endswith(".wandb")]
