@@ -1,0 +1,259 @@
+"""Attention-edge circuits: which reads, (layer, head, query, key), does one answer need?
+
+An attention edge carries the term A_ij p_ij v_j into its query's output. A mask m over the edges of a prompt
+keeps (1) or cuts (0) each:
+
+    y_i = sum_j  m_ij A_ij p_ij v_j + (1 - m_ij) z_ij
+
+    zero           z_ij = 0                      the edge is gone, as if its gate were shut
+    interchange    z_ij = A'_ij p'_ij v'_j       the edge carries what it carries on the corrupted prompt
+
+Everything else is computed anew in a run that is cut: scores, softmax and gates downstream of a cut. M(m) is
+the metric of the pair (attribution.metric_of). What does M lose when edge e is cut?
+
+    exact          M(1) - M(1 without e)                      a run for every edge
+    gradient       dM/dm_e at m = 1                           first order, all edges in one backward pass
+    integrated     the mean of dM/dm_e on the way m = a, the same for all edges, a from 0 to 1
+
+A circuit of one prompt keeps its k best edges, by one of these rankings, signed (those first that speak for
+the answer most) or by absolute value. How much of the effect it carries, and how many edges it takes:
+
+    share(k) = (M(k best) - M(0)) / (M(1) - M(0))             0 with all edges cut, 1 with all kept
+    size at 90 % = the k from which on share(k) >= 0.9        it gets there and stays there
+
+The paper's section on circuits counts such edges, as far as we can tell (arXiv 2512.05865).
+
+Notable:
+- Edges are those of one prompt: a dense model has all causal pairs, a sparse one those that open (with
+  interchange: on the clean or on the corrupted prompt).
+- Gradients go straight through the gates, as in attribution.py, which counts edges between *components*.
+- Works on every model with `attentions`, GPT or OLMo: it stands in for their `attend` while a run lasts.
+"""
+
+import contextlib
+from functools import partial
+from typing import NamedTuple
+
+import torch
+
+from circuits.attribution import batches, metric_of, needed, sizes, straight_through
+from gate import shared_among_heads
+
+LEVELS = (0.8, 0.9, 0.95)
+ABLATIONS = ("zero", "interchange")
+RANKINGS = ("gradient", "|gradient|", "integrated", "|integrated|", "exact", "|exact|")
+ROOM = 2**25  # numbers in the largest (rows, L, H, T, T) that is run at once
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Runs with edges cut
+
+
+class Terms(NamedTuple):
+    """What the edges of one layer carried in a run."""
+
+    opened: torch.Tensor  # A_ij (B, H, T, T), 1.0 where the edge is open
+    weights: torch.Tensor  # A_ij p_ij (B, H, T, T)
+    v: torch.Tensor  # values (B, H, T, D)
+
+
+@contextlib.contextmanager
+def attending(model, attend):
+    """While this lasts, attend(layer, original, q, k, v, **options) is called in place of every attention's
+    `attend`, which is `original`.
+    """
+    for layer, attention in enumerate(model.attentions):
+        attention.attend = partial(attend, layer, attention.attend)
+    try:
+        yield
+    finally:
+        for attention in model.attentions:
+            del attention.attend  # the class's own is seen again
+
+
+@torch.no_grad()
+def terms_of(model, tokens):
+    """What all edges carry: a list of n_layer Terms. tokens (B, T)."""
+    found = []
+
+    def attend(layer, original, q, k, v, **options):
+        y, density, gates = original(q, k, v, **options | {"return_gates": True})
+        found.append(Terms(gates.open, gates.open * gates.pattern, shared_among_heads(v, q)))
+        return y, density, gates
+
+    with attending(model, attend):
+        model(tokens)
+    return found
+
+
+def run_cut(model, tokens, keep, instead=None, **options):
+    """Logits (B, T, V) with edges cut.
+
+    tokens (B, T); keep (n_layer, B, H, T, T), 1 keeps an edge and 0 cuts it; instead: what cut edges carry, a
+    list of Terms, or None for nothing. options: of the model's forward.
+    """
+    def attend(layer, original, q, k, v, **given):
+        y, density, gates = original(q, k, v, **given | {"keep": keep[layer]})
+        if instead is not None:
+            others = (1 - keep[layer].to(y.dtype)) * instead[layer].weights
+            y = y + others.to(y.dtype) @ instead[layer].v
+        return y, density, gates
+
+    with attending(model, attend):
+        return model(tokens, **options)[0]
+
+
+def edges_present(model, clean, corrupted, ablation):
+    """Which edges there are, (n_layer, B, H, T, T) bool, and what they carry instead once they are cut (a
+    list of Terms, or None). clean, corrupted (B, T).
+    """
+    opened = torch.stack([layer.opened for layer in terms_of(model, clean)]) > 0
+    if ablation == "zero":
+        return opened, None
+    instead = terms_of(model, corrupted)
+    return opened | (torch.stack([layer.opened for layer in instead]) > 0), instead
+
+
+class Batch(NamedTuple):
+    """Pairs of one length, ready to be cut."""
+
+    tokens: torch.Tensor  # (B, T), clean
+    pairs: list
+    present: torch.Tensor  # (n_layer, B, H, T, T) bool
+    instead: list | None  # of Terms
+
+
+def prepared(model, pairs, ablation, size=16):
+    """Yield Batches of pairs."""
+    device = next(model.parameters()).device
+    for clean, corrupted, group in batches(pairs, size, device):
+        yield Batch(clean, group, *edges_present(model, clean, corrupted, ablation))
+
+
+@torch.no_grad()
+def metrics_of(model, batch, metric, which, keeps):
+    """(N,): the metric of pair which[n] of the batch with keeps[n] kept, N runs.
+
+    which: N numbers of pairs; keeps: N masks (n_layer, H, T, T) bool, made one by one (an iterable).
+    """
+    L, _, H, T, _ = batch.present.shape
+    most, values, keeps = max(1, ROOM // (L * H * T * T)), [], iter(keeps)
+    for first in range(0, len(which), most):
+        rows = torch.tensor(which[first:first + most])
+        keep = torch.stack([next(keeps) for _ in rows], dim=1)
+        instead = batch.instead
+        if instead is not None:
+            instead = [Terms(*(part[rows] for part in layer)) for layer in instead]
+        logits = run_cut(model, batch.tokens[rows], keep, instead)
+        values.append(metric_of(logits, [batch.pairs[row] for row in rows], metric).float().cpu())
+    return torch.cat(values)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Scores: what the metric loses when an edge is cut
+
+
+def integrated_scores(model, batch, metric, steps=8):
+    """(n_layer, B, H, T, T): the mean gradient of the metric by the mask, on the way from all edges cut to
+    all kept, at the middles of `steps` equal parts. steps=1 is the gradient at the end of it, m = 1.
+    """
+    scores = torch.zeros(batch.present.shape, device=batch.tokens.device)
+    for step in range(steps):
+        way = 1.0 if steps == 1 else (step + 0.5) / steps
+        keep = (way * batch.present).requires_grad_()
+        with straight_through(model):
+            logits = run_cut(model, batch.tokens, keep, batch.instead, noise=0.0)
+        value = metric_of(logits, batch.pairs, metric).sum()
+        scores += torch.autograd.grad(value, keep)[0] / steps
+    return scores.masked_fill(~batch.present, 0)
+
+
+def exact_scores(model, batch, metric):
+    """(n_layer, B, H, T, T): the metric with all edges minus that with this one cut; a run for every edge."""
+    cut = [edge for pair in range(len(batch.pairs)) for edge in edges_of(batch.present[:, pair], pair)]
+
+    def without(edge):
+        layer, pair, head, query, key = edge
+        keep = batch.present[:, pair].clone()
+        keep[layer, head, query, key] = False
+        return keep
+
+    everyone = list(range(len(batch.pairs)))
+    intact = metrics_of(model, batch, metric, everyone, (batch.present[:, pair] for pair in everyone))
+    values = metrics_of(model, batch, metric, [edge[1] for edge in cut], map(without, cut))
+    scores = torch.zeros(batch.present.shape)
+    for edge, value in zip(cut, values.tolist()):
+        scores[edge] = intact[edge[1]] - value
+    return scores
+
+
+def edges_of(present, pair):
+    """[(layer, pair, head, query, key)] of the edges of one pair, present (n_layer, H, T, T)."""
+    return [(layer, pair, head, query, key) for layer, head, query, key in present.nonzero().tolist()]
+
+
+def scores_by(ranking, model, batch, metric, steps=8):
+    """Scores (n_layer, B, H, T, T) by which the best edges of every pair are the largest, by the name of a
+    ranking (RANKINGS).
+    """
+    kind = ranking.strip("|")
+    if kind == "exact":
+        scores = exact_scores(model, batch, metric).to(batch.tokens.device)
+    else:
+        scores = integrated_scores(model, batch, metric, 1 if kind == "gradient" else steps)
+    return scores.abs() if ranking.startswith("|") else scores
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Circuits and their curves
+
+
+class Curve(NamedTuple):
+    """One pair: how much of the effect its k best edges carry."""
+
+    edges: int  # present
+    all: float  # the metric with all edges, M(1)
+    none: float  # with all cut, M(0)
+    kept: list  # k, from 0 to all
+    share: list  # of the effect, for every k
+    size: dict  # {level: edges needed}
+
+
+def curves(model, batch, metric, scores, points=30):
+    """A Curve for every pair of the batch. points: how many k, evenly spaced on a logarithmic axis."""
+    kept = []
+    for present in batch.present.unbind(1):
+        edges = int(present.sum())
+        kept.append([0] + (sizes(edges, points) if edges else []))
+    which = [pair for pair, ks in enumerate(kept) for _ in ks]
+
+    def circuits():
+        for pair, ks in enumerate(kept):
+            order = ranks(scores[:, pair], batch.present[:, pair])
+            for k in ks:
+                yield order < k
+
+    values = metrics_of(model, batch, metric, which, circuits()).tolist()
+    found = []
+    for ks in kept:
+        own, values = values[:len(ks)], values[len(ks):]
+        found.append(curve_of(ks, own))
+    return found
+
+
+def ranks(scores, present):
+    """The place of every edge of one pair among all, the best 0; those that are not present come last."""
+    order = torch.where(present, scores, -torch.inf).flatten().argsort(descending=True, stable=True)
+    places = torch.empty_like(order)
+    places[order] = torch.arange(len(order), device=order.device)
+    return torch.where(present, places.view(present.shape), len(order))
+
+
+def curve_of(ks, values):
+    """The Curve of one pair from its metrics with the k best edges kept, k from 0 to all."""
+    effect = values[-1] - values[0]
+    share = [(value - values[0]) / effect if effect else 0.0 for value in values]
+    size = {}
+    for level in LEVELS:
+        size[str(level)] = needed([max(k, 1) for k in ks], share, level)
+    return Curve(ks[-1], values[-1], values[0], ks, share, size)
