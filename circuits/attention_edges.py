@@ -19,11 +19,14 @@ A circuit of one prompt keeps its k best edges, by one of these rankings, signed
 the answer most) or by absolute value. How much of the effect it carries, and how many edges it takes:
 
     share(k) = (M(k best) - M(0)) / (M(1) - M(0))             0 with all edges cut, 1 with all kept
-    size at 90 % = the k from which on share(k) >= 0.9        it gets there and stays there
+    size at 90 %    = the k from which on share(k) >= 0.9     it gets there and stays there
+    size within 10 % = the k from which on |share(k) - 1| <= 0.1
 
 The paper's section on circuits counts such edges, as far as we can tell (arXiv 2512.05865).
 
 Notable:
+- A few edges that all speak for the answer push it further than the whole model does: share(k) is far above 1.
+  Such a circuit reaches 90 % and is not what the model does. So the second size.
 - Edges are those of one prompt: a dense model has all causal pairs, a sparse one those that open (with
   interchange: on the clean or on the corrupted prompt).
 - Gradients go straight through the gates, as in attribution.py, which counts edges between *components*.
@@ -216,7 +219,8 @@ class Curve(NamedTuple):
     none: float  # with all cut, M(0)
     kept: list  # k, from 0 to all
     share: list  # of the effect, for every k
-    size: dict  # {level: edges needed}
+    reaches: dict  # {level: edges from which on the share is at least this}
+    within: dict  # {level: edges from which on it is at least this, and as little above 1 as below}
 
 
 def curves(model, batch, metric, scores, points=30):
@@ -253,7 +257,8 @@ def curve_of(ks, values):
     """The Curve of one pair from its metrics with the k best edges kept, k from 0 to all."""
     effect = values[-1] - values[0]
     share = [(value - values[0]) / effect if effect else 0.0 for value in values]
-    size = {}
-    for level in LEVELS:
-        size[str(level)] = needed([max(k, 1) for k in ks], share, level)
-    return Curve(ks[-1], values[-1], values[0], ks, share, size)
+    counts = [max(k, 1) for k in ks]
+    closeness = [1 - abs(1 - part) for part in share]
+    reaches = {str(level): needed(counts, share, level) for level in LEVELS}
+    within = {str(level): needed(counts, closeness, level) for level in LEVELS}
+    return Curve(ks[-1], values[-1], values[0], ks, share, reaches, within)

@@ -195,8 +195,14 @@ def test_ranks_leave_absent_edges_behind():
 def test_the_size_is_where_a_curve_gets_to_its_level_and_stays_there():
     curve = curve_of([0, 1, 2, 3, 4], [1.0, 2.9, 2.0, 2.8, 3.0])
     assert curve.share == pytest.approx([0, 0.95, 0.5, 0.9, 1])
-    assert curve.size["0.9"] == pytest.approx(3)
-    assert 2 < curve.size["0.8"] < 3
+    assert curve.reaches["0.9"] == pytest.approx(3)
+    assert 2 < curve.reaches["0.8"] < 3
+
+
+def test_a_circuit_that_overshoots_reaches_its_level_and_is_not_within():
+    curve = curve_of([0, 1, 2, 3], [0.0, 3.0, 2.0, 1.0])
+    assert curve.reaches["0.9"] == 1
+    assert curve.within["0.9"] > 2
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -205,7 +211,7 @@ def test_the_size_is_where_a_curve_gets_to_its_level_and_stays_there():
 
 def planted():
     """Position 2 reads position 0 in head 0 of layer 0, and the last reads position 2 in head 1 of layer 1:
-    it says the token of position 0. Nothing else reaches the output.
+    it says the token of position 0. All others read position 1, where token 0 stands, which is nothing.
 
     The residual stream has four parts: token (V), position (T), what layer 0 copied (V), what layer 1 copied.
     """
@@ -218,13 +224,13 @@ def planted():
             torch.nn.init.zeros_(parameter)
     D, where = C // 2, V  # width of a head; first number of the position's part
     parts = model.transformer
-    parts.wte.weight.data[:, :V] = torch.eye(V)
+    parts.wte.weight.data[1:, 1:V] = torch.eye(V - 1)  # token 0 is the zero vector
     parts.wpe.weight.data[:, where:where + T] = torch.eye(T)
     routes = [(0, {2: 0}, 0, V + T), (1, {T - 1: 2}, V + T, 2 * V + T)]  # head, who reads whom, from, to
     for block, (head, reads, source, target) in zip(model.blocks, routes):
         q, k, v = (block.attn.c_attn.weight.data[part * C + head * D:][:D] for part in range(3))
         for position in range(T):
-            q[reads.get(position, position), where + position] = 40.0
+            q[reads.get(position, min(position, 1)), where + position] = 40.0
             k[position, where + position] = 1.0
         v[:V, source:source + V] = torch.eye(V)
         block.attn.c_proj.weight.data[target:target + V, head * D:head * D + V] = torch.eye(V)
@@ -233,7 +239,7 @@ def planted():
 
 
 PLANTED = [Pair([1, 0, 0, 0, 0], [2, 0, 0, 0, 0], [T - 1], [[1]], [[2]]),
-           Pair([3, 4, 4, 5, 4], [5, 4, 4, 5, 4], [T - 1], [[3]], [[5]])]
+           Pair([3, 0, 4, 5, 4], [5, 0, 4, 5, 4], [T - 1], [[3]], [[5]])]
 
 
 @pytest.mark.parametrize("ablation", ABLATIONS)
@@ -245,10 +251,9 @@ def test_exactly_the_planted_circuit_is_found(ablation, ranking):
     for pair, curve in enumerate(curves(model, batch, LOGIT, scores)):
         order = ranks(scores[:, pair], batch.present[:, pair])
         assert (order < 2).nonzero().tolist() == [[0, 0, 2, 0], [1, 1, T - 1, 2]]
-        # not 1: what is cut elsewhere had a part in the norm of the residual stream
-        assert curve.share[curve.kept.index(2)] > 0.99
+        assert curve.share[curve.kept.index(2)] == pytest.approx(1, abs=1e-6)
         assert curve.share[curve.kept.index(1)] == pytest.approx(0, abs=1e-6)
-        assert curve.size["0.9"] <= 2
+        assert curve.within["0.9"] <= 2
         rest = batch.present[:, pair] & (order >= 2)
         left = metrics_of(model, batch, LOGIT, [pair], [rest])[0].item()
         assert left == pytest.approx(curve.none, abs=1e-6), "complete: without it nothing is left"
