@@ -25,8 +25,8 @@ the answer most) or by absolute value. How much of the effect it carries, and ho
 The paper's section on circuits counts such edges, as far as we can tell (arXiv 2512.05865).
 
 Notable:
-- A few edges that all speak for the answer push it further than the whole model does: share(k) is far above 1.
-  Such a circuit reaches 90 % and is not what the model does. So the second size.
+- A few edges that all speak for the answer push it further than the whole model does: share(k) is far above
+  1. Such a circuit reaches 90 % and is not what the model does. So the second size.
 - Edges are those of one prompt: a dense model has all causal pairs, a sparse one those that open (with
   interchange: on the clean or on the corrupted prompt).
 - Gradients go straight through the gates, as in attribution.py, which counts edges between *components*.

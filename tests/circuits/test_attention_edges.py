@@ -232,7 +232,8 @@ def planted():
         for position in range(T):
             q[reads.get(position, min(position, 1)), where + position] = 40.0
             k[position, where + position] = 1.0
-        v[:V, source:source + V] = torch.eye(V)
+        v[1:V, source + 1:source + V] = torch.eye(V - 1)
+        v[1:V, source] = -1.0  # LayerNorm's centring, which token 0 has, too
         block.attn.c_proj.weight.data[target:target + V, head * D:head * D + V] = torch.eye(V)
     model.lm_head.weight.data[:, 2 * V + T:][:, :V] = torch.eye(V)
     return model.double().eval()
