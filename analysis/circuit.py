@@ -14,6 +14,7 @@ import torch
 from analysis import circuit_figures, figures
 from circuits import compare
 from circuits.graph import Graph
+from circuits.table import table
 from circuits.tasks import fitting
 from models.checkpoint import checkpoint_named, folder_of_answers, model_of, read_checkpoint, tokenizer_of
 from storage import text
@@ -134,5 +135,5 @@ def run(options, settings):
     found = compare.compare(dense, sparse, tokenizer, options.task, options.n, options.seed, options.steps)
     write_json(os.path.join(folder, f"circuit-{options.task}.json"), found.result)
     draw(found, dense, sparse, tokenizer, folder)
-    print(compare.table(found.result))
+    print(table(found.result))
     print(f"figures: {folder}/circuit-{options.task}.png, -graph.png, -gallery.png")

@@ -38,47 +38,69 @@ def explanation(path, tokens, n_layer, edges, title):
     save(figure, path)
 
 
+MODEL_COLORS = {"dense": "tab:gray", "sparse": "tab:red"}
+
+
 def circuit_curves(path, task, result):
-    """Explained effect against heads kept, and against edges kept on a log axis; dense and sparse in one
-    axis, and how many times fewer at 90 %. result: compare.py's dict.
+    """How much of the effect a circuit carries, against its size, dense and sparse in one axis.
+
+    Above attention edges, cut in two ways; below component edges and heads. result: compare.py's dict.
     """
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
-    for ax, by, what in (
-        (axes[0], "by_heads", "heads kept"),
-        (axes[1], "by_edges", "edges between components kept"),
-    ):
-        at = {}
-        for model, color in (("dense", "tab:gray"), ("sparse", "tab:red")):
+    figure, axes = plt.subplots(2, 2, figsize=(11, 8), layout="constrained")
+    for ax, (ablation, found) in zip(axes[0], result["attention_edges"].items()):
+        instead = "cut" if ablation == "zero" else "as in the corrupted run"
+        for model, color in MODEL_COLORS.items():
+            curve = found[model]["curve"]
+            band(ax, curve["kept"], curve["share"], curve["low"], curve["high"], color, model)
+        ax.axhspan(0.9, 1.1, color=GREY, alpha=0.12, lw=0)
+        sizes = [found[model]["within"]["0.9"]["median"] for model in MODEL_COLORS]
+        arrow(ax, *sizes, (sizes[0] * sizes[1]) ** 0.5)
+        ax.set(xlabel=f"attention edges kept, the others {instead}", ylabel="share of the effect")
+        in_logarithms(ax)
+    for ax, by, what in ((axes[1][0], "by_edges", "component edges"), (axes[1][1], "by_heads", "heads")):
+        for model, color in MODEL_COLORS.items():
             curve = result[model][by]
-            ax.plot(curve["n"], curve["explained"], "o-", color=color, ms=3, lw=1.5, label=model)
-            ax.fill_between(curve["n"], curve["low"], curve["high"], color=color, alpha=0.15, lw=0)
-            at[model] = curve["needed"]["0.9"]
+            band(ax, curve["n"], curve["explained"], curve["low"], curve["high"], color, model)
         ax.axhline(0.9, color=GREY, lw=0.8, ls=":", zorder=0)
-        if at["dense"] and at["sparse"]:
-            ax.annotate(
-                "", (at["sparse"], 0.9), (at["dense"], 0.9), arrowprops={"arrowstyle": "->", "color": "black"}
-            )
-            times = at["dense"] / at["sparse"]
-            middle = (
-                (at["dense"] * at["sparse"]) ** 0.5 if by == "by_edges" else (at["dense"] + at["sparse"]) / 2
-            )
-            ax.text(middle, 1.12, f"{times:.1f}x fewer" if times >= 1 else f"{1 / times:.1f}x more",
-                    ha="center", va="bottom", fontsize=9)
-            ax.plot([middle, middle], [0.9, 1.11], color="black", lw=0.5)
-        ax.set(xlabel=what, ylabel="explained effect", ylim=(-0.15, 1.2))
+        sizes = [result[model][by]["needed"]["0.9"] for model in MODEL_COLORS]
+        if all(sizes):
+            middle = (sizes[0] * sizes[1]) ** 0.5 if by == "by_edges" else sum(sizes) / 2
+            arrow(ax, *sizes, middle)
+        ax.set(xlabel=f"{what} kept, the others as in the corrupted run", ylabel="explained effect")
+    in_logarithms(axes[1][0])
+    axes[1][1].xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
+    for ax in axes.flat:
+        ax.set_ylim(-0.25, 1.6 if ax in axes[0] else 1.25)
         ax.grid(alpha=0.25)
-    axes[0].xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
-    axes[1].set_xscale("log")
-    axes[1].xaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 5)))
-    axes[1].xaxis.set_major_formatter(
+    axes[0][0].legend(frameon=False, loc="upper left")
+    figure.suptitle(f"{task}: how much of the model does it need? Above: the median prompt, bands are "
+                    "quartiles. Below: all prompts together, 95 %", fontsize=11)
+    save(figure, path)
+
+
+def band(ax, x, y, low, high, color, label):
+    """A curve with its band."""
+    ax.plot(x, y, "o-", color=color, ms=3, lw=1.5, label=label)
+    ax.fill_between(x, low, high, color=color, alpha=0.15, lw=0)
+
+
+def arrow(ax, dense, sparse, middle):
+    """An arrow from the dense to the sparse model's size at 90 %, and how many times fewer that is."""
+    ax.annotate("", (sparse, 0.9), (dense, 0.9), arrowprops={"arrowstyle": "->", "color": "black"})
+    times = dense / sparse
+    words = f"{times:.1f}x fewer" if times >= 1 else f"{1 / times:.1f}x more"
+    ax.text(middle, 1.14, words, ha="center", va="bottom", fontsize=9)
+    ax.plot([middle, middle], [0.9, 1.13], color="black", lw=0.5)
+
+
+def in_logarithms(ax):
+    """A logarithmic axis of counts, with plain numbers."""
+    ax.set_xscale("log")
+    ax.xaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 5)))
+    ax.xaxis.set_major_formatter(
         matplotlib.ticker.FuncFormatter(lambda n, _: f"{n:.0f}" if n < 1000 else f"{n / 1000:.0f}k")
     )
-    axes[1].xaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
-    axes[0].legend(frameon=False, loc="lower right")
-    figure.suptitle(
-        f"{task}: how much of the model does the task need? (bands: 95 %, over prompts)", fontsize=11
-    )
-    save(figure, path)
+    ax.xaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
 
 
 def circuit_graph(path, names, n_head, edges, title, most=60):

@@ -44,6 +44,7 @@ from gate import shared_among_heads
 
 LEVELS = (0.8, 0.9, 0.95)
 ABLATIONS = ("zero", "interchange")
+KINDS = ("gradient", "integrated", "exact")  # of scores
 RANKINGS = ("gradient", "|gradient|", "integrated", "|integrated|", "exact", "|exact|")
 ROOM = 2**25  # numbers in the largest (rows, L, H, T, T) that is run at once
 
@@ -195,15 +196,16 @@ def edges_of(present, pair):
     return [(layer, pair, head, query, key) for layer, head, query, key in present.nonzero().tolist()]
 
 
-def scores_by(ranking, model, batch, metric, steps=8):
-    """Scores (n_layer, B, H, T, T) by which the best edges of every pair are the largest, by the name of a
-    ranking (RANKINGS).
-    """
-    kind = ranking.strip("|")
+def signed_scores(kind, model, batch, metric, steps=8):
+    """Scores (n_layer, B, H, T, T) of a kind: 'gradient', 'integrated' (over `steps` parts) or 'exact'."""
     if kind == "exact":
-        scores = exact_scores(model, batch, metric).to(batch.tokens.device)
-    else:
-        scores = integrated_scores(model, batch, metric, 1 if kind == "gradient" else steps)
+        return exact_scores(model, batch, metric).to(batch.tokens.device)
+    return integrated_scores(model, batch, metric, 1 if kind == "gradient" else steps)
+
+
+def scores_by(ranking, model, batch, metric, steps=8):
+    """Scores (n_layer, B, H, T, T), the largest for the best edges. ranking: one of RANKINGS."""
+    scores = signed_scores(ranking.strip("|"), model, batch, metric, steps)
     return scores.abs() if ranking.startswith("|") else scores
 
 

@@ -17,7 +17,10 @@ that never open on the task's prompts are out before anything is ranked.
 from typing import NamedTuple
 
 import torch
+from tqdm import tqdm
 
+from circuits import prompt_circuits
+from circuits.attention_edges import ABLATIONS, LEVELS
 from circuits.attribution import (
     attribute_edges,
     best_edges,
@@ -31,12 +34,12 @@ from circuits.attribution import (
     sizes,
     without_dead_heads,
 )
+from circuits.controls import component_controls, pairs_of_another, untrained
 from circuits.graph import Graph
 from circuits.tasks import Vocabulary, make_pairs, vocabulary
 from storage import text
 from storage.files import UserError
 
-LEVELS = (0.8, 0.9, 0.95)
 EXACT = 200  # edges: in a graph of so many or fewer every one is cut by itself
 
 
@@ -52,18 +55,17 @@ def vocabulary_of(name, size):
     return Vocabulary(name or "of its own", size, None)
 
 
-def measure(model, pairs_to_score, pairs_to_test, metric, steps):
-    """One model's curves: a dict of plain numbers, and what the figures want of it: scores (W, R), the edges
-    of the 90 % circuit and what it explains.
+def measure(model, pairs_to_score, pairs_to_test, metric, steps, another=None, controls=True):
+    """One model's component curves: a dict of plain numbers, and what the figures want of it: scores (W, R),
+    the edges of the 90 % circuit and what it explains. another: pairs of another task (controls.py).
     """
     graph = Graph(model.config.n_layer, model.config.n_head)
     dead = dead_heads(model, pairs_to_score + pairs_to_test)
     edges = without_dead_heads(graph, dead)
-    if graph.edges.sum() <= EXACT:
-        scores, components = (
-            cut_edges(model, pairs_to_score, metric, edges),
-            patch_components(model, pairs_to_score, metric),
-        )
+    exact = bool(graph.edges.sum() <= EXACT)
+    if exact:
+        scores = cut_edges(model, pairs_to_score, metric, edges)
+        components = patch_components(model, pairs_to_score, metric)
     else:
         scores = attribute_edges(model, pairs_to_score, metric, steps)
         # what a component writes reaches everything through its edges, and the derivative of a sum is the sum
@@ -110,7 +112,21 @@ def measure(model, pairs_to_score, pairs_to_test, metric, steps):
             circuits.setdefault(int(kept.sum()), kept)
     found["by_edges"] = curve(list(circuits), list(circuits.values()))
     chosen = min(settles(found["by_edges"]["explained"], 0.9), len(circuits) - 1)
-    return found, scores, list(circuits.values())[chosen], found["by_edges"]["explained"][chosen]
+    circuit = list(circuits.values())[chosen]
+    if controls:
+        found["controls"] = component_controls(model, pairs_to_score, pairs_to_test, metric, edges, circuit,
+                                               steps, exact, another)
+        found["untrained"] = size_by_chance(model, pairs_to_score, pairs_to_test, metric, steps)
+    return found, scores, circuit, found["by_edges"]["explained"][chosen]
+
+
+def size_by_chance(model, pairs_to_score, pairs_to_test, metric, steps):
+    """Component edges for 90 % of what an untrained model knows; None if that is nothing."""
+    try:
+        found, *_ = measure(untrained(model), pairs_to_score, pairs_to_test, metric, steps, controls=False)
+    except UserError:
+        return None
+    return found["by_edges"]["needed"]["0.9"]
 
 
 def ratio(dense, sparse, by, level):
@@ -163,41 +179,20 @@ def compare(dense, sparse, tokenizer, task, n, seed, steps):
         "seed": seed,
         "steps": steps,
     }
-    result["dense"], *_ = measure(dense, to_score, to_test, metric, steps)
-    result["sparse"], scores, circuit, share = measure(sparse, to_score, to_test, metric, steps)
+    another = pairs_of_another(task, n, 2 * seed + 2, tokens, room)
+    result["another"] = another and another[0]
+    with tqdm(total=2 + 2 * len(ABLATIONS), desc=task, leave=False, disable=None) as progress:
+        result["dense"], *_ = measure(dense, to_score, to_test, metric, steps, another)
+        progress.update()
+        result["sparse"], scores, circuit, share = measure(sparse, to_score, to_test, metric, steps, another)
+        progress.update()
+        models = {"dense": dense, "sparse": sparse}
+        result["attention_edges"] = {
+            ablation: prompt_circuits.compare(models, to_score, to_test, metric, ablation, another, progress)
+            for ablation in ABLATIONS
+        }
     result["fewer"] = {
         by: {str(level): ratio(result["dense"], result["sparse"], by, level) for level in LEVELS}
         for by in ("by_heads", "by_edges")
     }
     return Comparison(result, scores, circuit, share, to_test[0].clean)
-
-
-def table(result):
-    """The numbers as text: components and edges at 80, 90 and 95 %."""
-    def number(x):
-        return "-" if x is None else f"{x:.1f}" if x < 100 else f"{x:.0f}"
-
-    lines = [
-        f"{result['task']}, {result['metric']}; {result['pairs']} pairs to rank, {result['pairs_to_test']} "
-        "others to test",
-        f"{'':34} {'dense':>9} {'sparse':>9} {'fewer':>8}",
-    ]
-    for key in ("clean", "corrupted"):
-        lines.append(
-            f"{'the metric, ' + key:34} {result['dense']['metric'][key]:9.2f} "
-            f"{result['sparse']['metric'][key]:9.2f}"
-        )
-    for key, label in (("heads", "heads that open on these prompts"), ("edges", "edges among what is left")):
-        lines.append(f"{label:34} {result['dense'][key]:9d} {result['sparse'][key]:9d}")
-    for by, label in (("by_heads", "heads"), ("by_edges", "edges")):
-        for level in LEVELS:
-            a, b, fewer = (
-                result["dense"][by]["needed"][str(level)],
-                result["sparse"][by]["needed"][str(level)],
-                result["fewer"][by][str(level)],
-            )
-            lines.append(
-                f"{label + f' for {100 * level:.0f} % of the effect':34} {number(a):>9} {number(b):>9} "
-                f"{'-' if fewer is None else f'{fewer:.1f}x':>8}"
-            )
-    return "\n".join(lines)

@@ -1,0 +1,99 @@
+"""What `analyze.py circuit` prints: attention edges, component edges and heads in one table, then controls.
+
+result: the dict of compare.py, as in circuit-<task>.json.
+"""
+
+from circuits.attention_edges import LEVELS
+
+ABLATED = {"zero": "cut to zero", "interchange": "as in the corrupted run"}
+
+
+def number(x):
+    """`12.3`, `1,234`; `-` for None."""
+    if x is None:
+        return "-"
+    return f"{x:.1f}" if x < 100 else f"{x:,.0f}"
+
+
+def times_fewer(dense, sparse):
+    """`2.3x`, or `-` where one of the two is not known."""
+    return f"{dense / sparse:.1f}x" if dense and sparse else "-"
+
+
+def row(label, dense, sparse, with_ratio=True):
+    """One line of the table. dense, sparse: numbers or None."""
+    ratio = times_fewer(dense, sparse) if with_ratio else ""
+    return f"{label:58} {number(dense):>9} {number(sparse):>9} {ratio:>8}".rstrip()
+
+
+def table(result):
+    """The table as text."""
+    lines = [
+        f"{result['task']}, {result['metric']}; {result['pairs']} pairs to rank, {result['pairs_to_test']} "
+        "others to test",
+        f"{'':58} {'dense':>9} {'sparse':>9} {'fewer':>8}",
+    ]
+    for key in ("clean", "corrupted"):
+        metrics = [f"{result[model]['metric'][key]:9.2f}" for model in ("dense", "sparse")]
+        lines.append(f"{'the metric, ' + key:58} {' '.join(metrics)}")
+    for ablation, found in result["attention_edges"].items():
+        lines += attention_edges(ablation, found)
+    lines += component_edges(result)
+    return "\n".join([*lines, "", *controls(result)])
+
+
+def attention_edges(ablation, found):
+    """The lines of one ablation. found: of prompt_circuits.compare."""
+    dense, sparse = found["dense"], found["sparse"]
+    known, tested = found["pairs"]
+    lines = ["", f"attention edges, {ABLATED[ablation]}; a prompt, {known} of {tested} that both know"]
+    lines.append(row("  there are", dense["edges"], sparse["edges"]))
+    for kind, words in (("within", "to be within {off:.0f} % of the effect"),
+                        ("reaches", "to reach {at:.0f} % of it")):
+        for level in LEVELS if kind == "within" else (0.9,):
+            one, other = dense[kind][str(level)], sparse[kind][str(level)]
+            label = words.format(off=100 - 100 * level, at=100 * level)
+            lines.append(row(f"  {label}, mean", one["mean"], other["mean"]))
+            if level == 0.9:
+                lines.append(row(f"  {label}, median", one["median"], other["median"]))
+    lines.append(f"{'  ranked by':58} {dense['ranking']:>9.12} {sparse['ranking']:>9.12}")
+    return lines
+
+
+def component_edges(result):
+    """The lines of heads and of component edges."""
+    dense, sparse = result["dense"], result["sparse"]
+    lines = ["", "component edges and heads, as in the corrupted run; all prompts together"]
+    lines.append(row("  component edges there are", dense["edges"], sparse["edges"]))
+    lines.append(row("  heads that open on these prompts", dense["heads"], sparse["heads"]))
+    for by, label in (("by_edges", "component edges"), ("by_heads", "heads")):
+        for level in LEVELS:
+            needed = [model[by]["needed"][str(level)] for model in (dense, sparse)]
+            lines.append(row(f"  {label} for {100 * level:.0f} % of the effect", *needed))
+    return lines
+
+
+def controls(result):
+    """The lines of the controls: shares of the effect, in percent."""
+    lines = ["what else carries of the effect, %"]
+    grains = [(f"attention edges, {ABLATED[ablation]}", found)
+              for ablation, found in result["attention_edges"].items()]
+    grains.append(("component edges", result))
+    for name, found in grains:
+        lines.append(f"  {name}")
+        for control in found["dense"]["controls"]:
+            label = control
+            if control.startswith("another"):
+                label = f"the circuit of {result['another']}"
+            shares = [100 * found[model]["controls"][control] for model in ("dense", "sparse")]
+            lines.append(f"    {label:54} {shares[0]:9.0f} {shares[1]:9.0f}")
+        if "nonsense" in found["dense"]:
+            reached = [100 * found[model]["nonsense"]["share of prompts"] for model in ("dense", "sparse")]
+            label = "prompts on which few edges push a nonsense answer, %"
+            lines.append(f"    {label:54} {reached[0]:9.0f} {reached[1]:9.0f}")
+            edges = [found[model]["nonsense"]["median edges"] for model in ("dense", "sparse")]
+            lines.append(row("      so many edges, median", *edges, with_ratio=False))
+        chance = [found[model]["untrained"] for model in ("dense", "sparse")]
+        sizes = [x["within"] if isinstance(x, dict) else x for x in chance]
+        lines.append(row("    an untrained model of the shape: its circuit", *sizes, with_ratio=False))
+    return lines
