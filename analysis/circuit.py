@@ -3,8 +3,8 @@
     python analyze.py circuit out/stdlib_dense out/stdlib --task=quote
 
 circuits/compare.py measures. Here the models are read, and what was found goes into the sparse run's folder:
-circuit-<task>.json, the curves circuit-<task>.png, the circuit itself -graph.png, and what its strongest
-heads attend to -gallery.png.
+circuit-<task>.json, the curves circuit-<task>.png, one prompt's attention edges -edges.png, the circuit of
+components -graph.png, and what its strongest heads attend to -gallery.png.
 """
 
 import os
@@ -13,7 +13,9 @@ import torch
 
 from analysis import circuit_figures, figures
 from circuits import compare
+from circuits.attention_edges import terms_of
 from circuits.graph import Graph
+from circuits.prompt_circuits import circuit_of
 from circuits.table import table
 from circuits.tasks import fitting
 from models.checkpoint import checkpoint_named, folder_of_answers, model_of, read_checkpoint, tokenizer_of
@@ -105,11 +107,30 @@ def draw(found, dense, sparse, tokenizer, folder):
     heads = strongest_heads(graph, kept)
     if not heads:
         return
-    rows = [("dense", patterns(dense, found.prompt, heads, graph)),
-            ("sparse", patterns(sparse, found.prompt, heads, graph))]
+    rows = [("dense", patterns(dense, found.pair.clean, heads, graph)),
+            ("sparse", patterns(sparse, found.pair.clean, heads, graph))]
     names = [f"head {graph.writer_names()[w]}" for w in heads]
     title = f"{task}: the circuit's strongest heads on one prompt"
-    figures.gallery(path + "-gallery.png", names, pieces_of(found.prompt, tokenizer), rows, title)
+    figures.gallery(path + "-gallery.png", names, pieces_of(found.pair.clean, tokenizer), rows, title)
+
+
+def draw_prompt(found, models, tokenizer, folder):
+    """The attention edges of one prompt's circuit, in each model; nothing if it is not known to both.
+
+    models: {'dense': model, 'sparse': model}
+    """
+    task, rows = found.result["task"], []
+    for name, model in models.items():
+        measured = found.result["attention_edges"]["zero"].get(name)
+        if measured is None:
+            return
+        kept = circuit_of(model, found.pair, found.result["metric"], "zero", measured["ranking"])
+        [prompt] = torch.tensor([found.pair.clean], device=next(model.parameters()).device).split(1)
+        weights = torch.stack([layer.weights[0] for layer in terms_of(model, prompt)])
+        rows.append((name, (weights * kept).cpu().numpy()))
+    circuit_figures.prompt_circuits(
+        os.path.join(folder, f"circuit-{task}-edges.png"), pieces_of(found.pair.clean, tokenizer), rows,
+        f"{task}: the attention edges within 10 % of the effect on one prompt, all others cut")
 
 
 def add_arguments(parser):
@@ -135,5 +156,6 @@ def run(options, settings):
     found = compare.compare(dense, sparse, tokenizer, options.task, options.n, options.seed, options.steps)
     write_json(os.path.join(folder, f"circuit-{options.task}.json"), found.result)
     draw(found, dense, sparse, tokenizer, folder)
+    draw_prompt(found, {"dense": dense, "sparse": sparse}, tokenizer, folder)
     print(table(found.result))
-    print(f"figures: {folder}/circuit-{options.task}.png, -graph.png, -gallery.png")
+    print(f"figures: {folder}/circuit-{options.task}.png, -edges.png, -graph.png, -gallery.png")

@@ -5,8 +5,9 @@ Functions take plain lists and write a PNG, as those of figures.py, whose ground
 """
 
 import matplotlib
+import numpy as np
 
-from analysis.figures import GREY, HEAD_COLORS, draw_streams, plt, save
+from analysis.figures import GREY, HEAD_COLORS, draw_edges, draw_streams, plt, save
 
 
 def explanation(path, tokens, n_layer, edges, title):
@@ -49,13 +50,15 @@ def circuit_curves(path, task, result):
     figure, axes = plt.subplots(2, 2, figsize=(11, 8), layout="constrained")
     for ax, (ablation, found) in zip(axes[0], result["attention_edges"].items()):
         instead = "cut" if ablation == "zero" else "as in the corrupted run"
+        ax.set(xlabel=f"attention edges kept, the others {instead}", ylabel="share of the effect")
+        if "dense" not in found:
+            continue  # no prompt that both know
         for model, color in MODEL_COLORS.items():
             curve = found[model]["curve"]
             band(ax, curve["kept"], curve["share"], curve["low"], curve["high"], color, model)
         ax.axhspan(0.9, 1.1, color=GREY, alpha=0.12, lw=0)
         sizes = [found[model]["within"]["0.9"]["median"] for model in MODEL_COLORS]
         arrow(ax, *sizes, (sizes[0] * sizes[1]) ** 0.5)
-        ax.set(xlabel=f"attention edges kept, the others {instead}", ylabel="share of the effect")
         in_logarithms(ax)
     for ax, by, what in ((axes[1][0], "by_edges", "component edges"), (axes[1][1], "by_heads", "heads")):
         for model, color in MODEL_COLORS.items():
@@ -75,6 +78,22 @@ def circuit_curves(path, task, result):
     axes[0][0].legend(frameon=False, loc="upper left")
     figure.suptitle(f"{task}: how much of the model does it need? Above: the median prompt, bands are "
                     "quartiles. Below: all prompts together, 95 %", fontsize=11)
+    save(figure, path)
+
+
+def prompt_circuits(path, pieces, rows, title):
+    """The circuit of one prompt, token by token: layers go upwards, an edge from what is read to what reads.
+
+    pieces: the tokens; rows: [(model, weights (n_layer, H, T, T), 0 where an edge is not of the circuit)]
+    """
+    n_layer = rows[0][1].shape[0]
+    width = max(4.0, 0.32 * len(pieces) + 1)
+    figure, axes = plt.subplots(len(rows), 1, figsize=(width, 3.2 * len(rows)), layout="constrained")
+    for ax, (model, weights) in zip(axes, rows):
+        draw_streams(ax, pieces, [""] * len(pieces), n_layer)
+        draw_edges(ax, weights)
+        ax.set_title(f"{model}: {np.count_nonzero(weights)} attention edges", fontsize=10)
+    figure.suptitle(title, fontsize=10)
     save(figure, path)
 
 

@@ -36,7 +36,7 @@ from circuits.attribution import (
 )
 from circuits.controls import component_controls, pairs_of_another, untrained
 from circuits.graph import Graph
-from circuits.tasks import Vocabulary, make_pairs, vocabulary
+from circuits.tasks import Pair, Vocabulary, make_pairs, vocabulary
 from storage import text
 from storage.files import UserError
 
@@ -142,7 +142,7 @@ class Comparison(NamedTuple):
     scores: torch.Tensor  # (W, R), of the sparse model's edges
     circuit: torch.Tensor  # (W, R) bool, the sparse model's edges that explain 90 %
     share: float  # what those explain
-    prompt: list  # token ids of one clean prompt, to draw
+    pair: Pair  # one of those that were tested, to draw
 
 
 def prompts(task, n, seed, tokens, room):
@@ -195,4 +195,4 @@ def compare(dense, sparse, tokenizer, task, n, seed, steps):
         by: {str(level): ratio(result["dense"], result["sparse"], by, level) for level in LEVELS}
         for by in ("by_heads", "by_edges")
     }
-    return Comparison(result, scores, circuit, share, to_test[0].clean)
+    return Comparison(result, scores, circuit, share, to_test[0])

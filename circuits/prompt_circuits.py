@@ -23,6 +23,7 @@ from circuits.attention_edges import (
     curves,
     metrics_of,
     prepared,
+    ranks,
     scores_by,
     signed_scores,
 )
@@ -33,7 +34,6 @@ from circuits.controls import (
     shares_of_controls,
     untrained,
 )
-from storage.files import UserError
 
 EXACT = 400  # edges of a prompt
 MARGIN = 0.1  # of the mean effect
@@ -162,18 +162,24 @@ def measure(model, to_choose, to_test, metric, ablation, another):
 def compare(models, to_choose, to_test, metric, ablation, another, progress):
     """{"pairs": [those of to_test that both models know, all], 'dense': what `measure` found, 'sparse': ...}.
 
-    models: {'dense': model, 'sparse': model}; progress: a tqdm. Raises UserError if no pair is known to both.
+    Without the models if there is no such pair. models: {'dense': model, 'sparse': model}; progress: a tqdm.
     """
     choosing = known_to(models.values(), to_choose, metric, ablation)
     testing = known_to(models.values(), to_test, metric, ablation)
-    if not choosing or not testing:
-        raise UserError("there is no prompt on which attention edges help both models: there is no effect "
-                        "to explain")
     result = {"pairs": [len(testing), len(to_test)]}
     for name, model in models.items():
-        result[name] = measure(model, choosing, testing, metric, ablation, another)
+        if choosing and testing:
+            result[name] = measure(model, choosing, testing, metric, ablation, another)
         progress.update()
     return result
+
+
+def circuit_of(model, pair, metric, ablation, ranking):
+    """The edges of one pair's circuit, (n_layer, H, T, T) bool: the fewest within 10 % of the effect."""
+    [batch] = prepared(model, [pair], ablation)
+    scores = scores_by(ranking, model, batch, metric)
+    [size] = sizes_at(curves(model, batch, metric, scores), "within", LEVEL)
+    return ranks(scores[:, 0], batch.present[:, 0]) < round(size)
 
 
 def size_by_chance(found: list[Curve]):

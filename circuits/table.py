@@ -44,9 +44,11 @@ def table(result):
 
 def attention_edges(ablation, found):
     """The lines of one ablation. found: of prompt_circuits.compare."""
-    dense, sparse = found["dense"], found["sparse"]
     known, tested = found["pairs"]
     lines = ["", f"attention edges, {ABLATED[ablation]}; a prompt, {known} of {tested} that both know"]
+    if "dense" not in found:
+        return lines
+    dense, sparse = found["dense"], found["sparse"]
     lines.append(row("  there are", dense["edges"], sparse["edges"]))
     for kind, words in (("within", "to be within {off:.0f} % of the effect"),
                         ("reaches", "to reach {at:.0f} % of it")):
@@ -77,7 +79,7 @@ def controls(result):
     """The lines of the controls: shares of the effect, in percent."""
     lines = ["what else carries of the effect, %"]
     grains = [(f"attention edges, {ABLATED[ablation]}", found)
-              for ablation, found in result["attention_edges"].items()]
+              for ablation, found in result["attention_edges"].items() if "dense" in found]
     grains.append(("component edges", result))
     for name, found in grains:
         lines.append(f"  {name}")

@@ -62,7 +62,7 @@ def test_circuit_prints_a_table_and_leaves_numbers_and_pictures(runs, capsys, ta
         lead_to_the_right_answer(path, task)
     analyze.main(["circuit", "out/dense", "out/sparse", f"--task={task}", "--n=6", "--steps=2"])
     out = capsys.readouterr().out
-    assert "edges for 90 % of the effect" in out and f"{task}, logit difference; 6 pairs" in out
+    assert "component edges for 90 % of the effect" in out and f"{task}, logit difference; 6 pairs" in out
     with open(f"out/sparse/circuit-{task}.json") as f:
         result = json.load(f)
     for model in ("dense", "sparse"):
@@ -71,6 +71,7 @@ def test_circuit_prints_a_table_and_leaves_numbers_and_pictures(runs, capsys, ta
             assert len(curve["n"]) == len(curve["explained"]) == len(curve["low"]) == len(curve["high"])
             assert curve["n"] == sorted(curve["n"])
             assert curve["explained"][-1] == pytest.approx(1, abs=1e-4)  # all of it explains everything
+    assert set(result["attention_edges"]) == {"zero", "interchange"}
     for name in ("", "-graph", "-gallery"):
         assert os.path.getsize(f"out/sparse/circuit-{task}{name}.png") > 3000
 
