@@ -13,6 +13,7 @@ import statistics
 
 import torch
 from torch._dynamo.utils import counters
+from tqdm import tqdm
 
 from analysis.stopwatch import measure, row_of, time_call
 from model import GPT, GPTConfig
@@ -94,10 +95,12 @@ def used(flop, ms, device):
 
 
 def circuits(device):
-    """Time and memory of circuits/attribution.py on a model of GPT-2's size, printed.
+    """Time and memory of circuits on a model of GPT-2's size with random weights, 64 pairs of 20 tokens.
 
-    First the scores of all edges, then the explained effects of 30 circuits.
+    Component edges: the scores of all of them, then what 30 circuits explain. Attention edges: the scores and
+    the curve of every prompt.
     """
+    from circuits.attention_edges import curves, integrated_scores, prepared
     from circuits.attribution import attribute_edges, best_edges, effects, sizes
     from circuits.graph import Graph
     from circuits.tasks import LOGIT, Pair
@@ -115,5 +118,11 @@ def circuits(device):
         of_all_sizes = [graph.on_paths(best_edges(found["scores"], graph.edges, n)) for n in sizes(32491)]
         effects(model, pairs, LOGIT, of_all_sizes, batch_size=16)
 
-    time_call("scores of 32,491 edges (EAP), 64 pairs", score_edges, device)
-    time_call("30 circuits, 64 pairs", measure_circuits, device)
+    def attention_edges():
+        for batch in tqdm(list(prepared(model, pairs, "zero")), leave=False, disable=None):
+            curves(model, batch, LOGIT, integrated_scores(model, batch, LOGIT).abs())
+
+    time_call("scores of 32,491 component edges (EAP), 64 pairs", score_edges, device)
+    time_call("30 circuits of component edges, 64 pairs", measure_circuits, device)
+    time_call("30,240 attention edges a prompt, 64 prompts: scores and circuits of 30 sizes", attention_edges,
+              device)

@@ -157,7 +157,7 @@ def metrics_of(model, batch, metric, which, keeps):
 # Scores: what the metric loses when an edge is cut
 
 
-def integrated_scores(model, batch, metric, steps=8):
+def integrated_scores(model, batch, metric, steps=5):
     """(n_layer, B, H, T, T): the mean gradient of the metric by the mask, on the way from all edges cut to
     all kept, at the middles of `steps` equal parts. steps=1 is the gradient at the end of it, m = 1.
     """
@@ -196,14 +196,14 @@ def edges_of(present, pair):
     return [(layer, pair, head, query, key) for layer, head, query, key in present.nonzero().tolist()]
 
 
-def signed_scores(kind, model, batch, metric, steps=8):
+def signed_scores(kind, model, batch, metric, steps=5):
     """Scores (n_layer, B, H, T, T) of a kind: 'gradient', 'integrated' (over `steps` parts) or 'exact'."""
     if kind == "exact":
         return exact_scores(model, batch, metric).to(batch.tokens.device)
     return integrated_scores(model, batch, metric, 1 if kind == "gradient" else steps)
 
 
-def scores_by(ranking, model, batch, metric, steps=8):
+def scores_by(ranking, model, batch, metric, steps=5):
     """Scores (n_layer, B, H, T, T), the largest for the best edges. ranking: one of RANKINGS."""
     scores = signed_scores(ranking.strip("|"), model, batch, metric, steps)
     return scores.abs() if ranking.startswith("|") else scores
