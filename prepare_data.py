@@ -4,6 +4,7 @@
     python prepare_data.py addition --digits=3        three digits, 20,000 sums: data/addition3
     python prepare_data.py stdlib                     the Python standard library's source, 11 MB, offline
     python prepare_data.py stdlib --tokenizer=gpt2    the same in GPT-2's tokens: data/stdlib-gpt2
+    python prepare_data.py python                     standard library and installed packages, 120 MB, offline
     python prepare_data.py text --file=A --file=B     your own files; --as=NAME: data/NAME, not data/text
     python prepare_data.py shakespeare                tiny Shakespeare, 1 MB, by URL
     python prepare_data.py openwebtext --processes=8  what GPT-2 was trained on, rebuilt: 9 billion tokens;
@@ -26,7 +27,7 @@ import sys
 import numpy as np
 from tqdm import tqdm
 
-from storage import corpora, text
+from storage import corpora, python_source, text
 from storage.addition import ADDITION_TOKENS, addition_rows, answers_for
 from storage.dataset import open_dataset, write_dataset
 from storage.download import download
@@ -121,6 +122,12 @@ def make_stdlib(folder, options):
     write_text(folder, text.stdlib_documents(), options.tokenizer, python=sys.version.split()[0])
 
 
+def make_python(folder, options):
+    """The source of the standard library and of the installed packages, without twins."""
+    documents, packages = python_source.collect()
+    write_text(folder, documents, options.tokenizer, python=sys.version.split()[0], packages=packages)
+
+
 def make_text(folder, options):
     """The files given with --file."""
     if not options.file:
@@ -162,6 +169,7 @@ def make_dolma(folder, options):
 DATASETS = {
     "addition": make_addition,
     "stdlib": make_stdlib,
+    "python": make_python,
     "text": make_text,
     "shakespeare": make_shakespeare,
     "openwebtext": make_openwebtext,
@@ -172,6 +180,7 @@ MOST_DIGITS = 4
 # Those that need no network: train.py makes them on first use. {name: (dataset, options of `make`)}
 OFFLINE = {"addition": ("addition", {}),
            "stdlib": ("stdlib", {}),
+           "python": ("python", {}),
            "stdlib-gpt2": ("stdlib", {"tokenizer": "gpt2"})}
 OFFLINE |= {f"addition{d}": ("addition", {"digits": d}) for d in range(1, MOST_DIGITS + 1) if d != 2}
 # what was made for a dataset: a config, and what must be said beside it
