@@ -116,13 +116,14 @@ def models_of(checkpoint, path):
     sparse = model_of(checkpoint, path, device)
     parent = checkpoint.get("parent")
     try:
-        if not parent:
-            raise UserError("this checkpoint names no dense parent")
-        return {"dense": load_checkpoint(parent, device, gated=False), "sparse": sparse}, ""
-    except UserError as error:
-        note = f"The dense parent {parent or ''} is gone: the sparse model only."
-        print(f"{note} ({error})")
-        return {"sparse": sparse}, note
+        dense = load_checkpoint(parent, device) if parent else None
+    except UserError:
+        dense = None
+    if dense is not None and not dense.config.gated:
+        return {"dense": dense, "sparse": sparse}, ""
+    note = f"{parent or 'Its dense parent'} is no dense model that can be read here: the sparse model only"
+    print(note)
+    return {"sparse": sparse}, note
 
 
 def gated_checkpoint(run):
