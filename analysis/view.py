@@ -2,11 +2,11 @@
 
     python analyze.py view out/addition                              three sums and one more
     python analyze.py view out/addition --prompt="36+28"             this sum
-    python analyze.py view out/stdlib --prompt="print('a" --prompt="f(x"     two prompts to choose from
+    python analyze.py view out/stdlib --prompt="print('a" --prompt="f(x"     two prompts
 
-It shows the dense parent and the sparse model side by side, every open edge a line from the token that is read,
-below, to the one that reads, above. Point at a token: what did it read? Click an edge: why is it open, and what
-does the answer lose when it is cut? A slider keeps only the k best edges. `Tour` asks five questions.
+It shows the dense parent and the sparse model side by side, every open edge a line from the token that is
+read, below, to the one that reads, above. Point at a token: what did it read? Click an edge: why is it open,
+and what does the answer lose when it is cut? A slider keeps only the k best edges. `Tour` asks.
 
 Everything is computed here (view_data.py) and written into the page as JSON; the page (view.html) only draws.
 Notable: a prompt may say anything, </script> too. So the JSON has no <, > or &, the page's policy
@@ -41,11 +41,11 @@ TEMPLATE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "view.html")
 PLACE = "__DATA__"  # in the template, for the JSON
 LONGEST = 128  # tokens: more are no page to read
 MOST_BYTES = 3_000_000
-SNIPPETS = (  # which quote, which bracket, which word again, which name
-    'print("hello, world',
-    "values = [f(x) for x in range(10",
-    "import os\nimport sys\nimport ",
-    "def read(self, path):\n    with open(",
+SNIPPETS = (  # a quote and a bracket to be closed, two words to be ended
+    'name = "main',
+    "for i in range(10",
+    "def f(a, b):\n    ret",
+    "if x is not N",
 )
 
 
@@ -131,8 +131,8 @@ def gated_checkpoint(run):
     path = checkpoint_named(run)
     checkpoint = read_checkpoint(path)
     if not checkpoint["model_args"].get("gated"):
-        raise UserError(f"{run} is a dense run: it has no gates to look at. view needs its sparse child, such "
-                        "as out/addition, and shows both")
+        raise UserError(f"{run} is a dense run: it has no gates to look at. view needs its sparse child, "
+                        "a gated run such as out/addition, and shows both")
     return checkpoint, path
 
 
@@ -169,7 +169,7 @@ def data_of_page(run, models, note, questions, word, vocab_size):
 
 def escaped(data):
     """data as JSON that can stand in a <script> whatever it says: ASCII, without <, > and &."""
-    words = json.dumps(data, separators=(",", ":"), allow_nan=False)  # ASCII: U+2028 and emoji are \\u escapes
+    words = json.dumps(data, separators=(",", ":"), allow_nan=False)  # ASCII: emoji become \\u escapes
     for sign in "<>&":  # only strings can hold them
         words = words.replace(sign, f"\\u{ord(sign):04x}")
     return words

@@ -1,4 +1,4 @@
-"""What the page of `view` shows of one prompt in one model: edges, their gates, cuts, circuits, as plain numbers.
+"""What the page of `view` shows of one prompt in one model, as plain numbers: edges, gates, cuts, circuits.
 
 For every edge (layer, head, query i, key j) that the page can draw:
 
@@ -8,8 +8,8 @@ For every edge (layer, head, query i, key j) that the page can draw:
     score    M - M without this edge     what the answer loses when it is cut
     rank     its place by |score|        the k best edges are those of rank 0 to k - 1
 
-M is the sum over the answer's positions of (logit of the model's own first choice - logit of its second), so
-that any prompt will do, whether the model is right or not. A circuit keeps the k best edges and cuts the rest:
+M, on the page the lead, is the sum over the answer's positions of (logit of the model's own first choice -
+logit of its second): any prompt will do, be the model right or wrong. A circuit keeps the k best edges:
 
     share(k) = (M(k best) - M(none)) / (M(all) - M(none))
 
@@ -45,7 +45,8 @@ FEW = 300  # edges: up to so many are cut one by one
 DRAWN_DENSE = 400  # heaviest edges that are drawn of a dense model, and as many best ones for the slider
 DRAWN_SPARSE = 1500  # of a sparse one, so that a page of a run that is not sparse yet stays small
 TOP = 3  # predictions that are shown at every position of the answer
-EDGE = ("layer", "head", "query", "key", "weight", "a", "s", "score", "rank", "cut")  # an edge's row on the page
+# an edge's row on the page; cut: its number among the cuts, or -1
+EDGE = ("layer", "head", "query", "key", "weight", "a", "s", "score", "rank", "cut")
 
 
 class Question(NamedTuple):
