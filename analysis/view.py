@@ -74,7 +74,7 @@ def default_snippets(tokens, block_size):
 
 def sum_question(prompt, task, run):
     """The Question of a sum. Raises UserError if the prompt is none."""
-    a, b = parse_sum(prompt, task, f"python analyze.py view {run} --prompt=")
+    a, b = parse_sum(prompt, task, f"python analyze.py view {run} --prompt")
     ids = addition_rows([a], [b], *task)[0, 0].tolist()
     positions = list(range(task.first, task.length))
     return Question(f"{a}+{b}", ids, symbols(ids), token_names(task), positions, f"{a + b:0{task.answers}d}")
@@ -144,7 +144,7 @@ def tokens_named(models):
     """Ids of all tokens that occur as predictions in the data of a question's models."""
     found = set()
     for data in models.values():
-        tops = [data["top"], *(top for _, top in data["cuts"]), *(top for _, _, top in data["circuits"])]
+        tops = [data["top"], *(top for _, top, _ in data["cuts"]), *(top for _, _, top in data["circuits"])]
         found |= {token for top in tops for places in top for token, _ in places}
     return found
 

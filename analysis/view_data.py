@@ -5,7 +5,7 @@ For every edge (layer, head, query i, key j) that the page can draw:
     weight   A_ij p_ij                   what it multiplies the value with that it brings
     a        q_i . k_j / sqrt(D)         the attention score
     s        a + b                       the gate's margin: above 0 the edge is open. A dense model has none
-    score    M - M without this edge     what the answer loses when it is cut
+    score    M - M without this edge     what the answer loses when the others alone are kept
     rank     its place by |score|        the k best edges are those of rank 0 to k - 1
 
 M, on the page the lead, is the sum over the answer's positions of (logit of the model's own first choice -
@@ -17,7 +17,9 @@ Notable:
 - Up to FEW edges are cut one by one, and the score is exact. With more of them the score is the integrated
   gradient, one backward pass for all edges, and only the best are cut one by one.
 - A dense model reads every causal pair. The page gets the heaviest, to be seen, and the best, for the slider.
-- Runs with edges cut, ranks and shares are those of circuits/attention_edges.py.
+- Scores, ranks and shares are those of circuits/attention_edges.py: what was shut stays shut. The button `cut`
+  is an intervention, as in `ask --shut`: the gates of later layers decide anew, and one that was shut may open
+  instead. So an edge's score and its cut can differ, and the page names what opened.
 """
 
 import itertools
@@ -45,6 +47,7 @@ FEW = 300  # edges: up to so many are cut one by one
 DRAWN_DENSE = 400  # heaviest edges that are drawn of a dense model, and as many best ones for the slider
 DRAWN_SPARSE = 1500  # of a sparse one, so that a page of a run that is not sparse yet stays small
 TOP = 3  # predictions that are shown at every position of the answer
+NAMED = 3  # edges that opened because of a cut
 # an edge's row on the page; cut: its number among the cuts, or -1
 EDGE = ("layer", "head", "query", "key", "weight", "a", "s", "score", "rank", "cut")
 
@@ -65,6 +68,7 @@ class Outcome(NamedTuple):
 
     metric: float  # M
     top: list  # for every position of the answer: TOP pairs [token id, probability], the likeliest first
+    opened: list  # edges that were shut with all kept and are open now, NAMED at most
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -117,23 +121,26 @@ def outcomes(model, batch, keeps, total, what, vocab_size):
     keeps = iter(tqdm(keeps, total=total, desc=what, unit="run", leave=False, disable=None))
     found = []
     while rows := list(itertools.islice(keeps, at_once)):
-        logits = run_cut(model, batch.tokens.expand(len(rows), T), torch.stack(rows, dim=1))
+        gates = []
+        logits = run_cut(model, batch.tokens.expand(len(rows), T), torch.stack(rows, dim=1),
+                         record=lambda layer, found, gates=gates: gates.append(found.open > 0))
+        opened = (torch.stack(gates) & ~batch.present).unbind(1)
         metrics = len(pair.positions) * metric_of(logits, [pair] * len(rows), LOGIT)
         answers = logits[:, pair.positions, :vocab_size].float().softmax(-1).topk(min(TOP, vocab_size))
-        found += map(outcome_of, metrics.tolist(), answers.indices.tolist(), answers.values.tolist())
+        found += map(outcome_of, metrics.tolist(), answers.indices.tolist(), answers.values.tolist(), opened)
     return found
 
 
-def outcome_of(metric, tokens, probabilities):
-    """tokens, probabilities: [position][place]."""
+def outcome_of(metric, tokens, probabilities, opened):
+    """tokens, probabilities: [position][place]; opened: (n_layer, H, T, T) bool."""
     places = [[[t, rounded(p, 3)] for t, p in zip(*both)] for both in zip(tokens, probabilities)]
-    return Outcome(metric, places)
+    return Outcome(metric, places, edges_in(opened)[:NAMED])
 
 
-def cut_each(model, batch, edges, vocab_size):
-    """An Outcome for every edge (layer, head, query, key): it alone is cut."""
+def cut_each(model, batch, kept, edges, vocab_size):
+    """An Outcome for every edge (layer, head, query, key), cut from those kept, (n_layer, H, T, T) bool."""
     def without(edge):
-        keep = batch.present[:, 0].clone()
+        keep = kept.clone()
         keep[edge] = False
         return keep
 
@@ -154,19 +161,16 @@ def edges_in(chosen):
     return [tuple(edge) for edge in chosen.nonzero().tolist()]
 
 
-def scored_and_cut(model, batch, intact, vocab_size):
-    """(scores (n_layer, H, T, T), {edge: Outcome of its cut}). intact: M with all edges."""
+def effects(model, batch, intact, vocab_size):
+    """The score of every edge, (n_layer, H, T, T). intact: M with all edges."""
     present = batch.present[:, 0]
     edges = edges_in(present)
     if len(edges) > FEW:
-        scores = integrated_scores(model, batch, LOGIT)[:, 0] * len(batch.pairs[0].positions)
-        edges = edges_in(ranks(scores.abs(), present) < FEW)
-        return scores, dict(zip(edges, cut_each(model, batch, edges, vocab_size)))
-    cuts = dict(zip(edges, cut_each(model, batch, edges, vocab_size)))
-    scores = torch.zeros(present.shape, device=present.device)
-    for edge, outcome in cuts.items():
+        return integrated_scores(model, batch, LOGIT)[:, 0] * len(batch.pairs[0].positions)
+    scores = torch.zeros(present.shape, device=present.device)  # as exact_scores, in less memory
+    for edge, outcome in zip(edges, cut_each(model, batch, present, edges, vocab_size)):
         scores[edge] = intact - outcome.metric
-    return scores, cuts
+    return scores
 
 
 def to_draw(places, weights, present, most):
@@ -213,8 +217,10 @@ def data_of(model, question, vocab_size, stops):
     present = batch.present[:, 0]
     total = int(present.sum())
     intact = outcomes(model, batch, [present], 1, "intact", vocab_size)[0]
-    scores, cuts = scored_and_cut(model, batch, intact.metric, vocab_size)
+    scores = effects(model, batch, intact.metric, vocab_size)
     places = ranks(scores.abs(), present)
+    best = edges_in(places < min(FEW, total))
+    cuts = dict(zip(best, cut_each(model, batch, torch.ones_like(present), best, vocab_size)))
     chosen = to_draw(places, weights, present, DRAWN_SPARSE if model.config.gated else DRAWN_DENSE)
     ks = sorted({0, total} | {k for k in stops if k <= total})
     circuits = keep_best(model, batch, places, ks, vocab_size)
@@ -226,7 +232,7 @@ def data_of(model, question, vocab_size, stops):
         "metric": rounded(intact.metric),
         "top": intact.top,
         "edges": rows_of(model, chosen, (weights, scores_of(model, batch.tokens), scores, places), cuts),
-        "cuts": [[rounded(outcome.metric), outcome.top] for outcome in cuts.values()],
+        "cuts": [[rounded(outcome.metric), outcome.top, outcome.opened] for outcome in cuts.values()],
         "circuits": [[k, rounded(share), outcome.top]
                      for k, share, outcome in zip(ks, curve.share, circuits)],
     }
