@@ -206,4 +206,5 @@ def run(options, settings):
     torch.manual_seed(0)
     page = os.path.join(folder_of_answers(folder), "view.html")
     size = write_page(page, data_of_page(folder, models, note, questions, word, vocab_size))
-    print(f"{page}: {len(questions)} prompts, {size / 1000:.0f} kB. Open it in a browser")
+    prompts = ", ".join(repr(question.title) for question in questions)
+    print(f"{page} ({size / 1000:.0f} kB) shows {prompts}. Open it in a browser")
