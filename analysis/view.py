@@ -144,7 +144,7 @@ def tokens_named(models):
     """Ids of all tokens that occur as predictions in the data of a question's models."""
     found = set()
     for data in models.values():
-        tops = [data["top"], *(top for _, top, _ in data["cuts"]), *(top for _, _, top in data["circuits"])]
+        tops = [data["top"], *(cut[1] for cut in data["cuts"]), *(top for _, _, top in data["circuits"])]
         found |= {token for top in tops for places in top for token, _ in places}
     return found
 

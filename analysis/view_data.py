@@ -19,7 +19,7 @@ Notable:
 - A dense model reads every causal pair. The page gets the heaviest, to be seen, and the best, for the slider.
 - Scores, ranks and shares are those of circuits/attention_edges.py: what was shut stays shut. The button
   `cut` is an intervention, as in `ask --shut`: the gates of later layers decide anew, and one that was shut
-  may open instead. So an edge's score and its cut can differ, and the page names what opened.
+  may open instead. So an edge's score and its cut can differ, and the page says what opened and what shut.
 """
 
 import itertools
@@ -47,7 +47,7 @@ FEW = 300  # edges: up to so many are cut one by one
 DRAWN_DENSE = 400  # heaviest edges that are drawn of a dense model, and as many best ones for the slider
 DRAWN_SPARSE = 1500  # of a sparse one, so that a page of a run that is not sparse yet stays small
 TOP = 3  # predictions that are shown at every position of the answer
-NAMED = 3  # edges that opened because of a cut
+NAMED = 3  # edges that opened because of a cut: the page says which
 # an edge's row on the page; cut: its number among the cuts, or -1
 EDGE = ("layer", "head", "query", "key", "weight", "a", "s", "score", "rank", "cut")
 
@@ -69,6 +69,7 @@ class Outcome(NamedTuple):
     metric: float  # M
     top: list  # for every position of the answer: TOP pairs [token id, probability], the likeliest first
     opened: list  # edges that were shut with all kept and are open now, NAMED at most
+    shut: list  # edges that were open and not cut, and are shut now
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -124,17 +125,19 @@ def outcomes(model, batch, keeps, total, what, vocab_size):
         gates = []
         logits = run_cut(model, batch.tokens.expand(len(rows), T), torch.stack(rows, dim=1),
                          record=lambda layer, found, gates=gates: gates.append(found.open > 0))
-        opened = (torch.stack(gates) & ~batch.present).unbind(1)
+        gates, kept = torch.stack(gates), torch.stack(rows, dim=1)
+        flipped = zip((gates & ~batch.present).unbind(1), (kept & batch.present & ~gates).unbind(1))
         metrics = len(pair.positions) * metric_of(logits, [pair] * len(rows), LOGIT)
         answers = logits[:, pair.positions, :vocab_size].float().softmax(-1).topk(min(TOP, vocab_size))
-        found += map(outcome_of, metrics.tolist(), answers.indices.tolist(), answers.values.tolist(), opened)
+        found += map(outcome_of, metrics.tolist(), answers.indices.tolist(), answers.values.tolist(), flipped)
     return found
 
 
-def outcome_of(metric, tokens, probabilities, opened):
-    """tokens, probabilities: [position][place]; opened: (n_layer, H, T, T) bool."""
+def outcome_of(metric, tokens, probabilities, flipped):
+    """tokens, probabilities: [position][place]; flipped: what opened, what shut, both (n_layer, H, T, T)."""
     places = [[[t, rounded(p, 3)] for t, p in zip(*both)] for both in zip(tokens, probabilities)]
-    return Outcome(metric, places, edges_in(opened)[:NAMED])
+    opened, shut = map(edges_in, flipped)
+    return Outcome(metric, places, opened[:NAMED], shut)
 
 
 def cut_each(model, batch, kept, edges, vocab_size):
@@ -225,6 +228,7 @@ def data_of(model, question, vocab_size, stops):
     ks = sorted({0, total} | {k for k in stops if k <= total})
     circuits = keep_best(model, batch, places, ks, vocab_size)
     curve = curve_of(ks, [outcome.metric for outcome in circuits])
+    row = {edge: number for number, edge in enumerate(edges_in(chosen))}
     return {
         "total": total,
         "exact": total <= FEW,
@@ -232,7 +236,8 @@ def data_of(model, question, vocab_size, stops):
         "metric": rounded(intact.metric),
         "top": intact.top,
         "edges": rows_of(model, chosen, (weights, scores_of(model, batch.tokens), scores, places), cuts),
-        "cuts": [[rounded(outcome.metric), outcome.top, outcome.opened] for outcome in cuts.values()],
+        "cuts": [[rounded(cut.metric), cut.top, cut.opened, [row[edge] for edge in cut.shut if edge in row]]
+                 for cut in cuts.values()],
         "circuits": [[k, rounded(share), outcome.top]
                      for k, share, outcome in zip(ks, curve.share, circuits)],
     }

@@ -253,7 +253,7 @@ def test_the_effect_of_a_cut_is_that_of_a_forward_without_the_edge(case):
         keep[where(edge)] = False
         logits = model(batch.tokens, keep=keep)[0][0, question.positions]
         lead = (logits.gather(1, first[:, None]) - logits.gather(1, second[:, None])).sum().item()
-        metric, top, _ = data["cuts"][edge["cut"]]
+        metric, top, _, _ = data["cuts"][edge["cut"]]
         assert metric == pytest.approx(lead, rel=1e-3, abs=1e-3)
         assert edge["score"] == pytest.approx(scores[where(edge)].item(), rel=1e-3, abs=1e-3)
         chances = logits.softmax(-1)
@@ -266,20 +266,21 @@ def test_the_effect_of_a_cut_is_that_of_a_forward_without_the_edge(case):
 
 
 @torch.no_grad()
-def test_what_opens_because_of_a_cut_is_named():
+def test_what_opens_and_what_shuts_because_of_a_cut_is_named():
     model, question = CASES["sparse"]
     data, edges, batch = numbers(model, question)
-    found = 0
+    all_opened = all_shut = 0
     for edge in edges:
         keep = torch.ones(batch.present[:, 0].shape, dtype=torch.bool)
         keep[where(edge)] = False
         gates = []
         model(batch.tokens, keep=keep, record=lambda layer, seen: gates.append(seen.open))
-        new = (torch.cat(gates) > 0) & ~batch.present[:, 0]
-        opened = data["cuts"][edge["cut"]][2]
-        assert opened == list(map(tuple, new.nonzero().tolist()))[:view_data.NAMED]
-        found += len(opened)
-    assert found
+        now, before = torch.cat(gates) > 0, batch.present[:, 0]
+        _, _, opened, shut = data["cuts"][edge["cut"]]
+        assert opened == view_data.edges_in(now & ~before)[:view_data.NAMED]
+        assert [where(edges[i]) for i in shut] == view_data.edges_in(before & keep & ~now)
+        all_opened, all_shut = all_opened + len(opened), all_shut + len(shut)
+    assert all_opened and all_shut
 
 
 def test_shares_are_those_of_the_curves():
@@ -398,6 +399,9 @@ def test_an_edge_says_why_it_is_open_and_a_cut_changes_the_answer(opened, additi
     before = page.text_content(answer)
     page.click("#cut")
     assert "It is cut." in panel(page)
+    data = data_in(addition_page)["prompts"][0]["models"]["sparse"]
+    drawn = page.locator("[data-model=sparse] .line:visible").count()
+    assert drawn == data["total"] - len(data["cuts"][edge["cut"]][3])
     assert page.text_content(answer) != before and "(one edge cut)" in page.text_content(answer)
     assert "one edge cut" not in page.text_content("[data-model=dense] .answer")
     page.click("#cut")
