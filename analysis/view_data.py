@@ -47,7 +47,7 @@ FEW = 300  # edges: up to so many are cut one by one
 DRAWN_DENSE = 400  # heaviest edges that are drawn of a dense model, and as many best ones for the slider
 DRAWN_SPARSE = 1500  # of a sparse one, so that a page of a run that is not sparse yet stays small
 TOP = 3  # predictions that are shown at every position of the answer
-NAMED = 3  # edges that opened because of a cut: the page says which
+NAMED = 2  # edges that opened because of a cut: the page says which
 # an edge's row on the page; cut: its number among the cuts, or -1
 EDGE = ("layer", "head", "query", "key", "weight", "a", "s", "score", "rank", "cut")
 
