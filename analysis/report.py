@@ -228,6 +228,20 @@ def print_reports(reports):
     for line in advice_of(reports):
         print(line)
     print(f"report.json and figures are in {', '.join(r['run'] for r in reports)}")
+    for line in pages_of(reports):
+        print(line)
+
+
+def pages_of(reports):
+    """Where the page of every gated run is, or how to get it, a line each."""
+    lines = []
+    for r in reports:
+        page = os.path.join(folder_of_answers(r["run"]) or r["run"], "view.html")
+        if os.path.exists(page):
+            lines.append(f"a page to look into {r['run']}, in any browser: {page}")
+        elif r["sparse"]:
+            lines.append(f"a page to look into it, in any browser: python analyze.py view {r['run']}")
+    return lines
 
 
 def advice_of(reports):
