@@ -3,8 +3,9 @@
 1. report.py   numbers and pictures of a run; figures.py and circuit_figures.py draw
 2. explain.py  when every edge of an addition model opens, and what for; ask.py: one sum
 3. seeds.py    the same run with many seeds
-4. sample.py   text, and what every token read; benchmark.py: standard benchmarks
-5. bench.py    how fast the gate is; bench_model.py: a whole model; stopwatch.py; split.py: where a run's
+4. view.py     a page to look into a model: view_data.py computes it, view.html draws
+5. sample.py   text, and what every token read; benchmark.py: standard benchmarks
+6. bench.py    how fast the gate is; bench_model.py: a whole model; stopwatch.py; split.py: where a run's
                seconds go; plan.py: memory and time for OLMo
 
 Imports everything but train and analyze.
