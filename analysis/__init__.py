@@ -1,6 +1,6 @@
 """What a run became: every question that analyze.py answers.
 
-1. report.py   numbers and pictures of a run; figures.py and circuit_figures.py draw
+1. report.py   numbers of a run; report_figures.py: its pictures; figures.py and circuit_figures.py draw
 2. explain.py  when every edge of an addition model opens, and what for; ask.py: one sum
 3. seeds.py    the same run with many seeds
 4. view.py     a page to look into a model: view_data.py computes it, view.html draws

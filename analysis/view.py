@@ -22,7 +22,7 @@ from tqdm import tqdm
 import prepare_data
 from analysis import view_data
 from analysis.ask import parse_sum
-from analysis.report import example_sums, symbols
+from analysis.report_figures import example_sums, symbols
 from analysis.view_data import Question
 from models.checkpoint import (
     checkpoint_named,

@@ -12,8 +12,8 @@ from PIL import Image
 
 import analyze as analyze_file
 import prepare_data
-from analysis import figures
-from analysis import report as report_module
+from analysis import figures, report_figures
+from analysis.report import text_seen
 from conftest import REPOSITORY
 from helpers import call
 from model import GPT, GPTConfig
@@ -171,9 +171,10 @@ def test_explain(folder):
 
 
 def test_the_sums_that_are_drawn_have_no_carry_one_from_the_units_and_one_into_the_highest_place():
-    assert [sum_[:2] for sum_ in report_module.example_sums(AdditionTask())] == [(53, 21), (36, 28), (43, 59)]
+    sums = report_figures.example_sums(AdditionTask())
+    assert [sum_[:2] for sum_ in sums] == [(53, 21), (36, 28), (43, 59)]
     for digits in (1, 2, 3, 4):
-        plain, units, highest = report_module.example_sums(AdditionTask(digits, 5))
+        plain, units, highest = report_figures.example_sums(AdditionTask(digits, 5))
         carries = []
         for a, b, _ in (plain, units, highest):
             ends = [10 ** (place + 1) for place in range(digits)]
@@ -257,9 +258,9 @@ def test_a_report_without_a_vocabulary_shows_numbers_and_says_why(monkeypatch, c
         raise OSError("no network")
 
     monkeypatch.setattr("tiktoken.get_encoding", no_network)
-    assert report_module.pieces_of([5, 17], "gpt2") == ["5", "17"]
+    assert report_figures.pieces_of([5, 17], "gpt2") == ["5", "17"]
     assert "the numbers of tokens, not their words: OpenAI's vocabulary" in capsys.readouterr().out
-    assert report_module.pieces_of([100, 10], "bytes") == ["d", "↵"]
+    assert report_figures.pieces_of([100, 10], "bytes") == ["d", "↵"]
 
 
 def test_a_commands_own_file_points_to_the_door():
@@ -267,3 +268,10 @@ def test_a_commands_own_file_points_to_the_door():
                           capture_output=True, text=True)
     assert done.returncode == 1
     assert "type python analyze.py kill-loop" in done.stderr
+
+
+def test_a_report_says_which_text_a_run_saw():
+    assert text_seen("addition", {"kind": "rows"}) is None
+    assert text_seen("mine", {"kind": "stream"}) == "mine"
+    meta = {"kind": "stream", "python": "3.11.2", "packages": {"torch": {}, "numpy": {}}}
+    assert text_seen("python", meta) == "python, Python 3.11.2, 2 packages"

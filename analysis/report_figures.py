@@ -1,0 +1,137 @@
+"""The pictures of a report: the curves of training, where edges are open, and the model at work on examples.
+
+Of addition three sums, dense above sparse (attention_flow.png), and how the edges went out (flow.gif); of a
+text what the busiest heads attend to (gallery.png). figures.py draws; here it is decided what.
+"""
+
+import os
+
+import numpy as np
+import torch
+
+from analysis import explain, figures
+from models import lora
+from models.checkpoint import folder_of_answers, load_checkpoint
+from storage import text
+from storage.addition import ADDITION_TOKENS, addition_rows, addition_task
+from storage.files import UserError
+from training import flow
+
+# The paper's three kinds of sum. Of each number a d-digit model gets the last d digits: 53+21, 36+28, 43+59
+SUMS = [(6253, 1421, "no carry"),
+        (4136, 3528, "carry out of the units"),
+        (5743, 8659, "carry into the {highest}")]
+
+
+def draw(result, config, metrics, checkpoint, model, data):
+    """The figures of a report, into its run's folder.
+
+    result: the report; model: that of the checkpoint, which is drawn.
+    """
+    run, edges = folder_of_answers(result["run"]), result["edges"]
+    bounds = ()
+    if config["gated"]:
+        bounds = config["lambda_min"], max(config["lambda_max"], config.get("repair_lambda_max", 0))
+    figures.training(os.path.join(run, "training.png"), metrics, checkpoint["step"], bounds)
+    if not model.config.gated or not checkpoint["step"]:
+        return  # all edges are open
+    figures.open_by_head(os.path.join(run, "gates.png"), edges["per_head"])
+    figures.open_by_distance(os.path.join(run, "distance.png"), edges["by_distance"], edges["open"])
+    if checkpoint.get("base") == checkpoint["parent"]:
+        dense_model = lora.Base(model)
+    else:
+        dense_model = parent_of(checkpoint["parent"], run)
+    label = "sparse" if result["meets_target"] else f"target missed,\nclosest: step {checkpoint['step']}"
+    task = addition_task(data.meta)
+    if task:
+        attention_flow(run, model.cpu(), dense_model, task, label)
+        flow.film(run, task, model.config, config["max_steps"])
+    elif data.meta["kind"] == "stream":
+        gallery(run, model.cpu(), dense_model, data, edges["per_head"], label)
+
+
+def parent_of(parent, run):
+    """The dense model that a run started from, or None, said aloud, if its file is gone."""
+    try:
+        return load_checkpoint(parent)
+    except UserError:
+        print(f"{parent} is gone: the figures in {run} show the sparse model only")
+        return None
+
+
+def example_sums(task):
+    """The sums to draw, of the paper's three kinds: [(a, b, kind)]."""
+    highest = explain.PLACES[task.digits]
+    end = 10**task.digits
+    return [(a % end, b % end, kind.format(highest=highest)) for a, b, kind in SUMS]
+
+
+def weights_of(model, tokens):
+    """What every edge carries for tokens (B, T): a list of n_layer arrays (B, H, T, T), 0 where shut."""
+    layers = []
+    model(torch.from_numpy(tokens),
+          record=lambda layer, gates: layers.append((gates.open * gates.pattern).numpy()))
+    return layers
+
+
+@torch.no_grad()
+def attention_flow(run, model, dense_model, task, label):
+    """attention_flow.png: three sums through the dense parent (if it is still there) and the sparse model,
+    whose row is called `label`.
+    """
+    sums = example_sums(task)
+    a, b = np.array([(a, b) for a, b, _ in sums]).T
+    questions = addition_rows(a, b, *task)[:, 0].astype(np.int64)
+    titles = [f"{x} + {y} = {x + y}, {kind}" for x, y, kind in sums]
+    columns = [(title, symbols(question)) for title, question in zip(titles, questions)]
+    models = [(label, model)]
+    if dense_model:
+        models.insert(0, ("dense", dense_model))
+    rows = []
+    for name, net in models:
+        answers = net(torch.from_numpy(questions))[0].argmax(-1).numpy()
+        weights = np.stack(weights_of(net, questions), axis=1)  # (sums, n_layer, H, T, T)
+        said = [[""] * task.first + symbols(answer[task.first:]) for answer in answers]
+        rows.append((name, list(zip(weights, said))))
+    figures.attention_flow(os.path.join(run, "attention_flow.png"), columns, rows)
+
+
+@torch.no_grad()
+def gallery(run, model, dense_model, data, per_head, label, heads=4, length=36):
+    """gallery.png: what the busiest heads of the sparse model, called `label`, attend to on one held-out
+    snippet, and what the same heads did before.
+    """
+    ids = np.asarray(data.val[len(data.val) // 2:][:1000]).astype(np.int64)  # the middle of the held-out text
+    pieces = pieces_of(ids.tolist(), data.meta.get("tokenizer"))
+    line_ends = [i for i, piece in enumerate(pieces[:900]) if piece.endswith("↵")]
+    begin = line_ends[0] + 1 if line_ends else 0  # from the beginning of a line
+    snippet = slice(begin, begin + min(length, model.config.block_size))
+    fractions = np.array(per_head)
+    busiest = sorted(np.ndindex(fractions.shape), key=lambda at: -fractions[at])
+    busiest = busiest[:min(heads, (fractions > 0).sum())]
+    rows = []
+    for which, net in (("dense", dense_model), (label, model)):
+        if net:
+            weights = weights_of(net, ids[None, snippet])
+            rows.append((which, [weights[layer][0, head] for layer, head in busiest]))
+    titles = [f"layer {layer}, head {head}: {100 * fractions[layer, head]:.2g} % open"
+              for layer, head in busiest]
+    figures.gallery(os.path.join(run, "gallery.png"), titles, pieces[snippet], rows)
+
+
+def pieces_of(tokens, name):
+    """What each token says, in the words of the tokenizer `name`; its number where that cannot be had, said
+    aloud.
+    """
+    if name not in text.TOKENIZERS:
+        return [str(token) for token in tokens]
+    try:
+        return text.pieces(tokens, text.tokenizer(name))
+    except UserError as error:  # no network: a report needs no vocabulary for anything else
+        print(f"gallery.png shows the numbers of tokens, not their words: {error}")
+        return [str(token) for token in tokens]
+
+
+def symbols(tokens):
+    """Token ids of addition as the signs that they stand for."""
+    return [ADDITION_TOKENS[t] for t in tokens]
