@@ -1,6 +1,6 @@
 """The run of the lab sheets (docs/labs): one-digit addition, small enough to train in class.
 
-As config/addition.py, with less of everything: 100 sums, 90 edges a sum, three cycles of 500 steps. What it
+As config/addition.py, with less of everything: 100 sums, 90 edges a sum, two cycles of 500 steps. What it
 does on other seeds: docs/labs/README.md.
 """
 
@@ -24,7 +24,7 @@ repair_lambda_max = 30.0
 lambda_init = 4.0
 
 batch_size = 32
-max_steps = 1500
+max_steps = 1000
 learning_rate = 2e-3
 min_lr = 2e-3
 warmup_steps = 50

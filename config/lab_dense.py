@@ -8,7 +8,7 @@ dataset = 'lab'  # docs/labs/1-edges.md makes it
 
 n_layer = 2
 n_head = 1
-n_embd = 64
+n_embd = 48
 block_size = 9  # `5 + 3 = ? ? ? ? ?`
 gelu = 'none'
 init_std = 0.07
