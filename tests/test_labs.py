@@ -39,12 +39,13 @@ def tasks(page):
 
 
 def work_of(task):
-    """What a task runs, in its order: ('python', snippet) or ('shell', command, exit status)."""
+    """What a task runs, in its order: ('python', snippet, statuses) or ('shell', command, statuses)."""
     for snippet, command in re.findall(r"```python\n([\s\S]*?)```|^    (python .*)$", task, re.MULTILINE):
         if snippet:
-            yield "python", snippet, 0
+            yield "python", snippet, (0,)
         else:
-            yield "shell", command, MISSED if "exit status 2" in command else 0
+            said = re.search(r"# exit status (0 or )?2", command)
+            yield "shell", command, ((0, MISSED) if said[1] else (MISSED,)) if said else (0,)
 
 
 def quoted(solution):
@@ -90,11 +91,9 @@ def test_the_labs_do_what_their_solutions_say(workplace, monkeypatch):
         for number, text in tasks(read(sheet)).items():
             for kind, code, expected in work_of(text):
                 status, output = run(kind, code, names)
-                assert status == expected, (sheet, number, code, output)
+                assert status in expected, (sheet, number, code, output)
                 printed.setdefault(f"{sheet[0]}.{number}", []).append(output)
-    if os.environ.get("LABS_PRINTED"):  # to write solutions.md: what every task printed
-        with open(os.environ["LABS_PRINTED"], "w", encoding="utf-8") as f:
-            f.writelines(f"## {key}\n{''.join(outputs)}\n" for key, outputs in printed.items())
+                print(f"## {sheet[0]}.{number}\n{output}")  # `-s`: what to write in solutions.md
     checked = 0
     for task, solution in tasks(read("solutions")).items():
         for number, low, high, words in quoted(solution):
