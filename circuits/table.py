@@ -4,7 +4,10 @@ result: the dict of compare.py, as in circuit-<task>.json.
 """
 
 from circuits.attention_edges import LEVELS
+from circuits.tasks import LOGIT, PROBABILITY
 
+# what the metric of clean prompts must be above that of corrupted ones, or a circuit means little
+MARGINS = {LOGIT: 0.5, PROBABILITY: 0.1}
 ABLATED = {"zero": "cut to zero", "interchange": "as in the corrupted run"}
 
 
@@ -36,10 +39,22 @@ def table(result):
     for key in ("clean", "corrupted"):
         metrics = [f"{result[model]['metric'][key]:9.2f}" for model in ("dense", "sparse")]
         lines.append(f"{'the metric, ' + key:58} {' '.join(metrics)}")
+    lines += doubts(result)
     for ablation, found in result["attention_edges"].items():
         lines += attention_edges(ablation, found)
     lines += component_edges(result)
     return "\n".join([*lines, "", *controls(result)])
+
+
+def doubts(result):
+    """A line for every model that hardly knows the task: its circuit is that of next to nothing."""
+    lines, margin = [], MARGINS[result["metric"]]
+    for model in ("dense", "sparse"):
+        metric = result[model]["metric"]
+        if metric["clean"] - metric["corrupted"] < margin:
+            lines.append(f"the {model} model hardly knows the task: clean and corrupted prompts differ by less "
+                         f"than {margin:g}")
+    return lines
 
 
 def attention_edges(ablation, found):

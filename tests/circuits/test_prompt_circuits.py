@@ -98,6 +98,9 @@ def test_a_task_that_no_prompt_shows_is_said_and_not_an_error():
     result = {"task": "x", "metric": LOGIT, "pairs": 2, "pairs_to_test": 2, "another": None, "dense": side,
               "sparse": side, "attention_edges": {"zero": found}}
     assert "0 of 2 that both know" in table(result)
+    assert "hardly knows" not in table(result)
+    side["metric"]["corrupted"] = 0.6
+    assert "the sparse model hardly knows the task" in table(result)
 
 
 def test_batches_are_of_one_length():
