@@ -52,8 +52,8 @@ def doubts(result):
     for model in ("dense", "sparse"):
         metric = result[model]["metric"]
         if metric["clean"] - metric["corrupted"] < margin:
-            lines.append(f"the {model} model hardly knows the task: clean and corrupted prompts differ by less"
-                         f" than {margin:g}")
+            lines.append(f"the {model} model hardly knows the task: clean and corrupted prompts differ by "
+                         f"less than {margin:g}")
     return lines
 
 
