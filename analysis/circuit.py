@@ -107,11 +107,11 @@ def draw(found, dense, sparse, tokenizer, folder):
     heads = strongest_heads(graph, kept)
     if not heads:
         return
-    rows = [("dense", patterns(dense, found.pair.clean, heads, graph)),
-            ("sparse", patterns(sparse, found.pair.clean, heads, graph))]
+    rows = [("dense", patterns(dense, found.prompt, heads, graph)),
+            ("sparse", patterns(sparse, found.prompt, heads, graph))]
     names = [f"head {graph.writer_names()[w]}" for w in heads]
     title = f"{task}: the circuit's strongest heads on one prompt"
-    figures.gallery(path + "-gallery.png", names, pieces_of(found.pair.clean, tokenizer), rows, title)
+    figures.gallery(path + "-gallery.png", names, pieces_of(found.prompt, tokenizer), rows, title)
 
 
 def draw_prompt(found, models, tokenizer, folder):
@@ -122,7 +122,7 @@ def draw_prompt(found, models, tokenizer, folder):
     task, rows = found.result["task"], []
     for name, model in models.items():
         measured = found.result["attention_edges"]["zero"].get(name)
-        if measured is None:
+        if measured is None or found.pair is None:
             return
         kept = circuit_of(model, found.pair, found.result["metric"], "zero", measured["ranking"])
         [prompt] = torch.tensor([found.pair.clean], device=next(model.parameters()).device).split(1)

@@ -8,8 +8,9 @@ keeps (1) or cuts (0) each:
     zero           z_ij = 0                      the edge is gone, as if its gate were shut
     interchange    z_ij = A'_ij p'_ij v'_j       the edge carries what it carries on the corrupted prompt
 
-Everything else is computed anew in a run that is cut: scores, softmax and gates downstream of a cut. M(m) is
-the metric of the pair (attribution.metric_of). What does M lose when edge e is cut?
+Everything else is computed anew in a run that is cut: scores, softmax, and the gates of edges that are
+kept. An edge that was shut with nothing cut stays shut. M(m) is the metric of the pair
+(attribution.metric_of). What does M lose when edge e is cut?
 
     exact          M(1) - M(1 without e)                      a run for every edge
     gradient       dM/dm_e at m = 1                           first order, all edges in one backward pass
@@ -19,8 +20,8 @@ A circuit of one prompt keeps its k best edges, by one of these rankings, signed
 the answer most) or by absolute value. How much of the effect it carries, and how many edges it takes:
 
     share(k) = (M(k best) - M(0)) / (M(1) - M(0))             0 with all edges cut, 1 with all kept
-    size at 90 %    = the k from which on share(k) >= 0.9     it gets there and stays there
-    size within 10 % = the k from which on |share(k) - 1| <= 0.1
+    size at 90 %     = the k from which on share(k) >= 0.9    it gets there and stays there,
+    size within 10 % = the k from which on |share(k) - 1| <= 0.1    of some 40 sizes that are run
 
 The paper's section on circuits counts such edges, as far as we can tell (arXiv 2512.05865).
 
@@ -39,7 +40,7 @@ from typing import NamedTuple
 
 import torch
 
-from circuits.attribution import batches, metric_of, needed, sizes, straight_through
+from circuits.attribution import batches, metric_of, settles, sizes, straight_through
 from gate import shared_among_heads
 
 LEVELS = (0.8, 0.9, 0.95)
@@ -141,7 +142,7 @@ def metrics_of(model, batch, metric, which, keeps):
     which: N numbers of pairs; keeps: N masks (n_layer, H, T, T) bool, made one by one (an iterable).
     """
     L, _, H, T, _ = batch.present.shape
-    most, values, keeps = max(1, ROOM // (L * H * T * T)), [], iter(keeps)
+    most, values, keeps = max(1, ROOM // (L * H * T * T)), [torch.zeros(0)], iter(keeps)
     for first in range(0, len(which), most):
         rows = torch.tensor(which[first:first + most])
         keep = torch.stack([next(keeps) for _ in rows], dim=1)
@@ -225,7 +226,7 @@ class Curve(NamedTuple):
     within: dict  # {level: edges from which on it is at least this, and as little above 1 as below}
 
 
-def curves(model, batch, metric, scores, points=30):
+def curves(model, batch, metric, scores, points=40):
     """A Curve for every pair of the batch. points: how many k, evenly spaced on a logarithmic axis."""
     kept = []
     for present in batch.present.unbind(1):
@@ -255,12 +256,16 @@ def ranks(scores, present):
     return torch.where(present, places.view(present.shape), len(order))
 
 
+def size_at(level, ks, shares):
+    """The k from which on all shares are at least `level`; all edges where the last is not."""
+    return ks[min(settles(shares, level), len(ks) - 1)]
+
+
 def curve_of(ks, values):
     """The Curve of one pair from its metrics with the k best edges kept, k from 0 to all."""
     effect = values[-1] - values[0]
     share = [(value - values[0]) / effect if effect else 0.0 for value in values]
-    counts = [max(k, 1) for k in ks]
     closeness = [1 - abs(1 - part) for part in share]
-    reaches = {str(level): needed(counts, share, level) for level in LEVELS}
-    within = {str(level): needed(counts, closeness, level) for level in LEVELS}
+    reaches = {str(level): size_at(level, ks, share) for level in LEVELS}
+    within = {str(level): size_at(level, ks, closeness) for level in LEVELS}
     return Curve(ks[-1], values[-1], values[0], ks, share, reaches, within)

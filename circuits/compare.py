@@ -142,7 +142,8 @@ class Comparison(NamedTuple):
     scores: torch.Tensor  # (W, R), of the sparse model's edges
     circuit: torch.Tensor  # (W, R) bool, the sparse model's edges that explain 90 %
     share: float  # what those explain
-    pair: Pair  # one of those that were tested, to draw
+    prompt: list  # token ids of one clean prompt that was tested, to draw
+    pair: Pair | None  # one that both models know with the other edges cut, to draw
 
 
 def prompts(task, n, seed, tokens, room):
@@ -179,14 +180,18 @@ def compare(dense, sparse, tokenizer, task, n, seed, steps):
         "seed": seed,
         "steps": steps,
     }
-    another = pairs_of_another(task, n, 2 * seed + 2, tokens, room)
+    models = {"dense": dense, "sparse": sparse}
+
+    def is_known(pairs, metric):
+        return len(prompt_circuits.known_to(models.values(), pairs, metric, "interchange")) > len(pairs) / 2
+
+    another = pairs_of_another(task, n, 2 * seed + 2, tokens, room, is_known)
     result["another"] = another and another[0]
     with tqdm(total=2 + 2 * len(ABLATIONS), desc=task, leave=False, disable=None) as progress:
         result["dense"], *_ = measure(dense, to_score, to_test, metric, steps, another)
         progress.update()
         result["sparse"], scores, circuit, share = measure(sparse, to_score, to_test, metric, steps, another)
         progress.update()
-        models = {"dense": dense, "sparse": sparse}
         result["attention_edges"] = {
             ablation: prompt_circuits.compare(models, to_score, to_test, metric, ablation, another, progress)
             for ablation in ABLATIONS
@@ -195,4 +200,5 @@ def compare(dense, sparse, tokenizer, task, n, seed, steps):
         by: {str(level): ratio(result["dense"], result["sparse"], by, level) for level in LEVELS}
         for by in ("by_heads", "by_edges")
     }
-    return Comparison(result, scores, circuit, share, to_test[0])
+    return Comparison(result, scores, circuit, share, to_test[0].clean,
+                      next(iter(prompt_circuits.known_to(models.values(), to_test, metric, "zero")), None))

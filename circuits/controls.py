@@ -17,11 +17,11 @@ token.
 
 import random
 
-import numpy as np
 import torch
 
 from circuits.attention_edges import integrated_scores, metrics_of, prepared, ranks
-from circuits.attribution import attribute_edges, best_edges, cut_edges, effects
+from circuits.attribution import attribute_edges, cut_edges, effects
+from circuits.graph import Graph
 from circuits.tasks import Vocabulary, fitting, make_pairs
 from storage.files import UserError
 
@@ -29,17 +29,17 @@ MOST_PAIRS = 32  # on which controls are computed
 
 
 def nonsense(pairs, seed=0):
-    """The pairs with labels drawn at random among all right answers of the task, never the pair's own. What
-    counts against them is the right answer.
+    """The pairs with labels drawn at random among all tokens of the prompts, neither right nor the wrong
+    answer that the task names. What counts against them is the right answer.
     """
     draw = random.Random(f"nonsense {seed}")
-    answers = [right for pair in pairs for right in pair.right]
+    tokens = sorted({token for pair in pairs for token in pair.clean})
     found = []
     for pair in pairs:
         labels = []
-        for right in pair.right:
-            others = [answer for answer in answers if not set(answer) & set(right)]
-            labels.append(draw.choice(others) if others else pair.wrong[len(labels)])
+        for right, wrong in zip(pair.right, pair.wrong):
+            others = [token for token in tokens if token not in (*right, *wrong)]
+            labels.append([draw.choice(others)])
         found.append(pair._replace(right=labels, wrong=pair.right))
     return found
 
@@ -52,9 +52,9 @@ def untrained(model, seed=0):
     return fresh.to(next(model.parameters()).device).eval()
 
 
-def pairs_of_another(task, n, seed, tokens: Vocabulary, room):
-    """(name, pairs, metric) of another task that the vocabulary and the context (`room` tokens) fit; None if
-    there is none.
+def pairs_of_another(task, n, seed, tokens: Vocabulary, room, is_known):
+    """(name, pairs, metric) of another task that the vocabulary and the context (`room` tokens) fit, and that
+    is_known(pairs, metric); None if there is none.
     """
     for name in fitting(tokens.name):
         if name == task:
@@ -63,7 +63,7 @@ def pairs_of_another(task, n, seed, tokens: Vocabulary, room):
             pairs, metric = make_pairs(name, n, seed, tokens)
         except UserError:
             continue
-        if max(len(pair.clean) for pair in pairs) <= room:
+        if max(len(pair.clean) for pair in pairs) <= room and is_known(pairs, metric):
             return name, pairs, metric
     return None
 
@@ -89,12 +89,13 @@ def scores_of_another(model, pairs, metric, ablation):
     return found
 
 
-def shares_of_controls(model, batch, metric, scores, curves, sizes, others):
-    """{control: shares of the effect, one for every pair} of circuits of known size.
+def metrics_of_controls(model, batch, metric, scores, sizes, others, draw):
+    """{control: metrics, one for every pair} of circuits of known size.
 
-    scores, curves: of the batch; sizes: edges of every pair's circuit; others: what `scores_of_another` found
+    scores: of the batch; sizes: edges of every pair's circuit; others: what `scores_of_another` found; draw:
+    a torch.Generator
     """
-    T, draw = batch.tokens.shape[1], torch.Generator().manual_seed(0)
+    T = batch.tokens.shape[1]
     masks = {"random edges": [], "circuit alone is cut": []}
     if others:
         masks["another task's circuit"] = []
@@ -105,34 +106,55 @@ def shares_of_controls(model, batch, metric, scores, curves, sizes, others):
         masks["circuit alone is cut"].append(present & (ranks(scores[:, pair], present) >= size))
         if others:
             own = aligned(others[pair % len(others)], T)
-            masks["another task's circuit"].append(present & (ranks(own, present) < size))
-    found = {}
-    for name, keeps in masks.items():
-        values = metrics_of(model, batch, metric, list(range(len(sizes))), keeps).tolist()
-        found[name] = [(value - c.none) / (c.all - c.none) for value, c in zip(values, curves)]
-    return found
+            masks["another task's circuit"].append((own > 0) & (ranks(own, present) < size))
+    everyone = list(range(len(sizes)))
+    return {name: metrics_of(model, batch, metric, everyone, keeps).tolist()
+            for name, keeps in masks.items()}
 
 
-def nonsense_reached(model, pairs, metric, ablation, effect_of, curves_of):
-    """In what share of pairs do the best k edges for a nonsense label move the metric as far as the whole
-    model moves it for the right one (90 %), for some k? By the signed ranking, which looks for just that.
+def nonsense_reached(model, pairs, metric, ablation, own, curves_of):
+    """In what share of pairs do no more edges than the pair's circuit has say a nonsense label as firmly as
+    the whole model says the right answer (90 % of its lead)? By the signed ranking, made for just that.
 
-    effect_of: {clean prompt: effect of the right answer}; curves_of: attention_edges.curves.
-    Returns (share of pairs, median of the smallest such k or None).
+    own: {pair: (its lead, edges of its circuit)}, by `key_of`; curves_of: attention_edges.curves.
     """
-    sizes = []
+    reached = []
     for batch in prepared(model, nonsense(pairs), ablation):
         scores = integrated_scores(model, batch, metric)
         for pair, curve in zip(batch.pairs, curves_of(model, batch, metric, scores)):
-            enough = curve.none + 0.9 * effect_of[tuple(pair.clean)]
-            moved = [curve.none + part * (curve.all - curve.none) for part in curve.share]
-            sizes.append(next((k for k, value in zip(curve.kept, moved) if value >= enough), None))
-    reached = [size for size in sizes if size is not None]
-    return len(reached) / len(sizes), float(np.median(reached)) if reached else None
+            lead, size = own[key_of(pair)]
+            leads = [curve.none + part * (curve.all - curve.none) for part in curve.share]
+            reached.append(any(value >= 0.9 * lead for k, value in zip(curve.kept, leads) if k <= size))
+    return sum(reached) / len(reached)
+
+
+def key_of(pair):
+    """What tells pairs apart, whatever their labels."""
+    return tuple(pair.clean), tuple(pair.corrupted)
 
 
 # ------------------------------------------------------------------------------------------------------------
 # Component edges
+
+
+def of_size(graph, scores, edges, n):
+    """The best edges by `scores`, so many that n of them lie on paths from embedding to output, (W, R)."""
+    low, high = n, int(edges.sum())
+    while low < high:
+        middle = (low + high) // 2
+        if graph.on_paths(best(scores, edges, middle)).sum() >= n:
+            high = middle
+        else:
+            low = middle + 1
+    return graph.on_paths(best(scores, edges, low))
+
+
+def best(scores, edges, n):
+    """The n edges with the largest score, signed, (W, R) bool."""
+    order = torch.where(edges, scores, -torch.inf).flatten().argsort(descending=True, stable=True)
+    kept = torch.zeros_like(edges)
+    kept.view(-1)[order[:n]] = True
+    return kept & edges
 
 
 def component_controls(model, to_score, to_test, metric, edges, circuit, steps, exact, another):
@@ -146,16 +168,19 @@ def component_controls(model, to_score, to_test, metric, edges, circuit, steps, 
             return cut_edges(model, pairs, of_metric, edges)
         return attribute_edges(model, pairs, of_metric, steps)
 
+    graph = Graph(model.config.n_layer, model.config.n_head)
     n, chance = int(circuit.sum()), torch.rand(edges.shape, generator=torch.Generator().manual_seed(0))
-    circuits = {"random edges": best_edges(chance, edges, n), "circuit alone is cut": edges & ~circuit}
+    circuits = {"random edges": of_size(graph, chance, edges, n), "circuit alone is cut": edges & ~circuit}
     if another:
         _, pairs, other_metric = another
-        circuits["another task's circuit"] = best_edges(scores(pairs, other_metric), edges, n)
+        circuits["another task's circuit"] = of_size(graph, scores(pairs, other_metric).abs(), edges, n)
     clean, corrupted, values = effects(model, to_test, metric, list(circuits.values()))
     effect = (clean - corrupted).mean()
     found = dict(zip(circuits, ((values - corrupted).mean(1) / effect).tolist()))
-    labelled, asked = nonsense(to_score, 0), nonsense(to_test, 1)
-    pushing = best_edges(scores(labelled, metric), edges, n)
-    _, corrupted, values = effects(model, asked, metric, [pushing])
+    # scores are what the metric gains by a cut: edges that speak for the nonsense have the lowest. Measured on
+    # the very pairs that they were ranked on: the most that they can do
+    labelled = nonsense(to_score)
+    pushing = of_size(graph, -scores(labelled, metric), edges, n)
+    _, corrupted, values = effects(model, labelled, metric, [pushing])
     found["nonsense labels"] = ((values[0] - corrupted).mean() / effect).item()
     return found

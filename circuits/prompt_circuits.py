@@ -6,9 +6,11 @@
                                     measured on others. Each model may have its own
 
 Notable:
-- A prompt counts if both models know it: its effect is above MARGIN of the model's mean effect. Near 0 a
-  share of the effect means nothing.
-- "exact" takes a run for every edge: left out where there are more than EXACT on the average prompt.
+- A prompt counts if both models know it: the answer leads, and the effect is above MARGIN of the model's mean
+  effect. Near 0 a share of the effect means nothing.
+- "exact" takes a run for every edge: left out, for both models, where one of them has more than EXACT on the
+  average prompt. So both choose among the same rankings.
+- Of controls the share is that of all prompts together, sum over sum: no prompt with a small effect rules.
 """
 
 from typing import NamedTuple
@@ -29,9 +31,10 @@ from circuits.attention_edges import (
 )
 from circuits.controls import (
     MOST_PAIRS,
+    key_of,
+    metrics_of_controls,
     nonsense_reached,
     scores_of_another,
-    shares_of_controls,
     untrained,
 )
 
@@ -43,61 +46,71 @@ GRID = 60  # points of the mean curve
 
 
 def effects_of(model, pairs, metric, ablation):
-    """{clean prompt: (metric with all edges, with all cut)}."""
+    """{pair, by `key_of`: (metric with all edges, with all cut)}."""
     found = {}
     for batch in prepared(model, pairs, ablation):
         everyone = list(range(len(batch.pairs)))
         with_all = metrics_of(model, batch, metric, everyone, batch.present.unbind(1))
         without = metrics_of(model, batch, metric, everyone, torch.zeros_like(batch.present).unbind(1))
         for pair, one, other in zip(batch.pairs, with_all.tolist(), without.tolist()):
-            found[tuple(pair.clean)] = one, other
+            found[key_of(pair)] = one, other
     return found
 
 
 def known_to(models, pairs, metric, ablation):
-    """The pairs whose effect is above MARGIN of the mean effect in each of the models."""
+    """The pairs that each of the models answers right, with an effect above MARGIN of its mean effect."""
     kept = list(pairs)
     for model in models:
         found = effects_of(model, pairs, metric, ablation)
-        effect = {prompt: one - other for prompt, (one, other) in found.items()}
-        least = MARGIN * max(0.0, np.mean(list(effect.values())))
-        kept = [pair for pair in kept if effect[tuple(pair.clean)] > least]
+        least = MARGIN * max(0.0, np.mean([one - other for one, other in found.values()]))
+        kept = [pair for pair in kept if is_known(*found[key_of(pair)], least)]
     return kept
+
+
+def is_known(with_all, without, least):
+    """Does the answer lead, and do attention edges bring it more than `least`?"""
+    return with_all > 0 and with_all - without > least
 
 
 class Measured(NamedTuple):
     """Pairs by one ranking."""
 
     curves: list  # a Curve for every pair
-    controls: dict  # {control: shares, one for every pair}
+    controls: dict  # {control: share of the effect, of all pairs together}
 
 
 def measure_by(ranking, model, pairs, metric, ablation, others=None):
     """Measured. others: scores of another task (controls.py); None leaves the controls out."""
-    found, controls = [], {}
+    found, values, draw = [], {}, torch.Generator().manual_seed(0)
     for batch in prepared(model, pairs, ablation):
         scores = scores_by(ranking, model, batch, metric)
         own = curves(model, batch, metric, scores)
         found += own
         if others is not None:
-            sizes = [round(curve.within[LEVEL] or curve.edges) for curve in own]
-            shares = shares_of_controls(model, batch, metric, scores, own, sizes, others)
-            for name, values in shares.items():
-                controls[name] = controls.get(name, []) + values
-    return Measured(found, controls)
+            sizes = sizes_at(own, "within", LEVEL)
+            for name, some in metrics_of_controls(model, batch, metric, scores, sizes, others, draw).items():
+                values[name] = values.get(name, []) + some
+    effect = sum(curve.all - curve.none for curve in found)
+    none = sum(curve.none for curve in found)
+    return Measured(found, {name: (sum(some) - none) / effect for name, some in values.items()})
 
 
 def sizes_at(found, kind, level):
-    """Edges needed, one number for every Curve; all of its edges where it does not get there."""
-    return [getattr(curve, kind)[level] or curve.edges for curve in found]
+    """Edges needed, one number for every Curve. kind: 'within' or 'reaches'."""
+    return [getattr(curve, kind)[level] for curve in found]
 
 
-def best_ranking(model, pairs, metric, ablation):
+def kinds_for(models, pairs, ablation):
+    """The kinds of scores that are tried, the same for all models."""
+    most = max(np.mean([batch.present.sum().item() / len(batch.pairs)
+                        for batch in prepared(model, pairs, ablation)]) for model in models)
+    return KINDS if most <= EXACT else KINDS[:-1]
+
+
+def best_ranking(model, pairs, metric, ablation, kinds):
     """(the ranking with the smallest circuits within 10 %, {ranking: {'within', 'reaches'}: mean sizes})."""
-    ready = list(prepared(model, pairs, ablation))
-    edges = sum(batch.present.sum().item() for batch in ready) / len(pairs)
-    found = {}
-    for kind in KINDS[:None if edges <= EXACT else -1]:
+    ready, found = list(prepared(model, pairs, ablation)), {}
+    for kind in kinds:
         for batch in ready:
             scores = signed_scores(kind, model, batch, metric)
             for ranking, ranked in ((kind, scores), (f"|{kind}|", scores.abs())):
@@ -128,23 +141,21 @@ def mean_curve(found):
     return {"kept": grid.tolist(), "share": middle, "low": low, "high": high}
 
 
-def measure(model, to_choose, to_test, metric, ablation, another):
+def measure(model, to_choose, to_test, metric, ablation, another, kinds=KINDS):
     """One model's attention edges on a task: a dict of plain numbers, for circuit-<task>.json.
 
-    to_choose, to_test: pairs that the models know; another: (name, pairs, metric) of another task, or None.
+    to_choose, to_test: pairs that the models know; another: (name, pairs, metric) of another task, or None;
+    kinds: of scores.
     """
-    ranking, tried = best_ranking(model, to_choose[:CHOOSING], metric, ablation)
+    ranking, tried = best_ranking(model, to_choose[:CHOOSING], metric, ablation, kinds)
     others = []
     if another:
         others = scores_of_another(model, another[1][:CHOOSING], another[2], ablation)
-    measured = measure_by(ranking, model, to_test, metric, ablation, others)
-    found = measured.curves
-    effect = {prompt: one - other
-              for prompt, (one, other) in effects_of(model, to_test, metric, ablation).items()}
-    reached, k = nonsense_reached(model, to_test[:MOST_PAIRS], metric, ablation, effect, curves)
+    found, controls = measure_by(ranking, model, to_test, metric, ablation, others)
+    own = own_circuits(model, to_test[:MOST_PAIRS], metric, ablation, ranking)
     fresh = untrained(model)
     guessed = known_to([fresh], to_test[:MOST_PAIRS], metric, ablation)
-    by_chance = measure_by("|integrated|", fresh, guessed, metric, ablation).curves
+    by_chance = measure_by(ranking, fresh, guessed, metric, ablation).curves
     return {
         "ranking": ranking,
         "rankings": tried,
@@ -155,10 +166,20 @@ def measure(model, to_choose, to_test, metric, ablation, another):
         "reaches": {str(level): spread(sizes_at(found, "reaches", str(level))) for level in LEVELS},
         "per_pair": sizes_at(found, "within", LEVEL),
         "curve": mean_curve(found),
-        "controls": {name: float(np.mean(values)) for name, values in measured.controls.items()},
-        "nonsense": {"share of prompts": reached, "median edges": k},
+        "controls": controls,
+        "nonsense": nonsense_reached(model, to_test[:MOST_PAIRS], metric, ablation, own, curves),
         "untrained": size_by_chance(by_chance),
     }
+
+
+def own_circuits(model, pairs, metric, ablation, ranking):
+    """{pair, by `key_of`: (lead of the right answer, edges of its circuit)}."""
+    found = {}
+    for batch in prepared(model, pairs, ablation):
+        own = curves(model, batch, metric, scores_by(ranking, model, batch, metric))
+        for pair, curve in zip(batch.pairs, own):
+            found[key_of(pair)] = curve.all, curve.within[LEVEL]
+    return found
 
 
 def compare(models, to_choose, to_test, metric, ablation, another, progress):
@@ -171,7 +192,8 @@ def compare(models, to_choose, to_test, metric, ablation, another, progress):
     result = {"pairs": [len(testing), len(to_test)]}
     for name, model in models.items():
         if choosing and testing:
-            result[name] = measure(model, choosing, testing, metric, ablation, another)
+            kinds = kinds_for(models.values(), choosing[:CHOOSING], ablation)
+            result[name] = measure(model, choosing, testing, metric, ablation, another, kinds)
         progress.update()
     return result
 
@@ -181,7 +203,7 @@ def circuit_of(model, pair, metric, ablation, ranking):
     [batch] = prepared(model, [pair], ablation)
     scores = scores_by(ranking, model, batch, metric)
     [size] = sizes_at(curves(model, batch, metric, scores), "within", LEVEL)
-    return ranks(scores[:, 0], batch.present[:, 0]) < round(size)
+    return ranks(scores[:, 0], batch.present[:, 0]) < size
 
 
 def size_by_chance(found: list[Curve]):

@@ -75,7 +75,7 @@ def attention_edges(ablation, found):
                 lines.append(row(f"  {label}, median", one["median"], other["median"]))
     fewest = [min(sizes["reaches"] for sizes in found[model]["rankings"].values())
               for model in ("dense", "sparse")]
-    lines.append(row("  to reach 90 % by the ranking that is best at that", *fewest))
+    lines.append(row("  to reach 90 % by the ranking best at that, where it was chosen", *fewest))
     lines.append(f"{'  ranked by':58} {dense['ranking']:>9.12} {sparse['ranking']:>9.12}")
     return lines
 
@@ -108,11 +108,9 @@ def controls(result):
             shares = [100 * found[model]["controls"][control] for model in ("dense", "sparse")]
             lines.append(f"    {label:54} {shares[0]:9.0f} {shares[1]:9.0f}")
         if "nonsense" in found["dense"]:
-            reached = [100 * found[model]["nonsense"]["share of prompts"] for model in ("dense", "sparse")]
-            label = "prompts on which few edges push a nonsense answer, %"
+            reached = [100 * found[model]["nonsense"] for model in ("dense", "sparse")]
+            label = "prompts on which as few edges say a nonsense answer, %"
             lines.append(f"    {label:54} {reached[0]:9.0f} {reached[1]:9.0f}")
-            edges = [found[model]["nonsense"]["median edges"] for model in ("dense", "sparse")]
-            lines.append(row("      so many edges, median", *edges, with_ratio=False))
         chance = [found[model]["untrained"] for model in ("dense", "sparse")]
         sizes = [x["within"] if isinstance(x, dict) else x for x in chance]
         lines.append(row("    an untrained model of the shape: its circuit", *sizes, with_ratio=False))

@@ -5,9 +5,19 @@ import torch
 from planted import PLANTED, T, planted
 
 from circuits import prompt_circuits
-from circuits.attention_edges import prepared
-from circuits.controls import aligned, nonsense, untrained
-from circuits.prompt_circuits import circuit_of, known_to, measure, spread
+from circuits.attention_edges import curves, prepared
+from circuits.attribution import best_edges, cut_edges
+from circuits.controls import (
+    aligned,
+    component_controls,
+    key_of,
+    nonsense,
+    nonsense_reached,
+    of_size,
+    untrained,
+)
+from circuits.graph import Graph
+from circuits.prompt_circuits import circuit_of, kinds_for, known_to, measure, spread
 from circuits.table import table
 from circuits.tasks import LOGIT, Pair
 
@@ -23,7 +33,7 @@ def test_the_planted_circuit_passes_its_controls(ablation):
     assert found["controls"]["circuit alone is cut"] == pytest.approx(0, abs=1e-6)
     assert abs(found["controls"]["random edges"]) < 0.5
     assert found["controls"]["another task's circuit"] == pytest.approx(0, abs=1e-6)
-    assert found["nonsense"] == {"share of prompts": 0, "median edges": None}
+    assert found["nonsense"] == 0
     curve = found["curve"]
     assert curve["share"][-1] == pytest.approx(1, abs=1e-6)
     assert len(curve["kept"]) == len(curve["low"]) == len(curve["high"])
@@ -37,14 +47,19 @@ def test_the_circuit_of_one_prompt():
 def test_a_pair_that_a_model_does_not_know_is_left_out():
     backwards = PLANTED[1]._replace(right=PLANTED[1].wrong, wrong=PLANTED[1].right)
     assert known_to([planted()], [PLANTED[0], backwards], LOGIT, "zero") == [PLANTED[0]]
-    assert known_to([planted(), untrained(planted()).double()], [backwards], LOGIT, "zero") == []
+    cut_off = planted()
+    cut_off.lm_head.weight.data.zero_()
+    assert known_to([planted(), cut_off], PLANTED, LOGIT, "zero") == []
 
 
 def test_exact_scores_are_left_out_where_edges_are_many(monkeypatch):
-    _, tried = prompt_circuits.best_ranking(planted(), PLANTED, LOGIT, "zero")
-    assert set(tried) == {"gradient", "|gradient|", "integrated", "|integrated|", "exact", "|exact|"}
-    monkeypatch.setattr(prompt_circuits, "EXACT", 3)
-    _, tried = prompt_circuits.best_ranking(planted(), PLANTED, LOGIT, "zero")
+    models = [planted(), planted()]
+    assert kinds_for(models, PLANTED, "zero") == ("gradient", "integrated", "exact")
+    models[1].config.gated = False  # one of the two is dense: 60 edges
+    monkeypatch.setattr(prompt_circuits, "EXACT", 50)
+    kinds = kinds_for(models, PLANTED, "zero")
+    assert kinds == ("gradient", "integrated")
+    _, tried = prompt_circuits.best_ranking(planted(), PLANTED, LOGIT, "zero", kinds)
     assert set(tried) == {"gradient", "|gradient|", "integrated", "|integrated|"}
 
 
@@ -52,7 +67,7 @@ def test_nonsense_labels_are_never_the_right_ones():
     for seed in range(5):
         for pair, asked in zip(PLANTED, nonsense(PLANTED, seed)):
             assert asked.wrong == pair.right
-            assert not set(asked.right[0]) & set(pair.right[0])
+            assert not set(asked.right[0]) & {*pair.right[0], *pair.wrong[0]}
             assert asked.clean == pair.clean
 
 
@@ -107,3 +122,32 @@ def test_batches_are_of_one_length():
     longer = Pair([1, 0, 0, 0], [2, 0, 0, 0], [3], [[1]], [[2]])
     sizes = [batch.tokens.shape for batch in prepared(planted(), [*PLANTED, longer], "zero")]
     assert sorted(sizes) == [(1, 4), (2, 5)]
+
+
+def test_nonsense_that_few_edges_say_is_seen():
+    """The same two edges bring a third token, louder."""
+    model = planted()
+    model.lm_head.weight.data[4] = 3 * model.lm_head.weight.data[1]  # token 1 in the stream says 4, louder
+    pair = PLANTED[0]._replace(clean=[1, 0, 4, 0, 0], corrupted=[2, 0, 4, 0, 0])
+    own = {key_of(pair): (1.0, 2)}
+    assert nonsense_reached(model, [pair], LOGIT, "zero", own, curves) == 1
+    own = {key_of(pair): (1.0, 1)}
+    assert nonsense_reached(model, [pair], LOGIT, "zero", own, curves) == 0, "one edge is not enough"
+
+
+def test_component_controls_of_the_planted_circuit():
+    model, graph = planted(), Graph(2, 2)
+    scores = cut_edges(model, PLANTED, LOGIT, graph.edges)
+    circuit = graph.on_paths(best_edges(scores, graph.edges, 3))
+    found = component_controls(model, PLANTED, PLANTED, LOGIT, graph.edges, circuit, 1, True, None)
+    assert found["circuit alone is cut"] == pytest.approx(0, abs=1e-5)
+    assert found["nonsense labels"] < 0.1
+    assert abs(found["random edges"]) < 0.9
+
+
+def test_as_many_edges_on_paths_as_asked_for():
+    graph = Graph(2, 2)
+    for n in (1, 5, 20):
+        kept = of_size(graph, torch.rand(graph.edges.shape), graph.edges, n)
+        assert n <= kept.sum() <= n + graph.W
+        assert torch.equal(kept, graph.on_paths(kept))
