@@ -3,8 +3,8 @@
     random         edges of the same number, drawn at random: they should carry next to nothing
     another task   the edges that rank best for another task: likewise
     completeness   the circuit alone is cut, all else kept: next to nothing should be left
-    nonsense       labels that no rule gives. Circuits found by pruning can "solve" these (Drori 2026), so
-                   what a ranking finds must be compared with what it finds here
+    nonsense       labels that no rule gives, drawn at random. Circuits found by pruning can "solve" these
+                   (Drori 2026), so what a ranking finds must be compared with what it finds here
     untrained      random weights: a task that nobody learned
 
 Shares are those of the effect that the circuit itself is measured by: of attention edges, per prompt, between
@@ -177,8 +177,8 @@ def component_controls(model, to_score, to_test, metric, edges, circuit, steps, 
     clean, corrupted, values = effects(model, to_test, metric, list(circuits.values()))
     effect = (clean - corrupted).mean()
     found = dict(zip(circuits, ((values - corrupted).mean(1) / effect).tolist()))
-    # scores are what the metric gains by a cut: edges that speak for the nonsense have the lowest. Measured on
-    # the very pairs that they were ranked on: the most that they can do
+    # scores are what the metric gains by a cut: edges that speak for nonsense have the lowest. Measured on the
+    # very pairs that they were ranked on: the most that they can do
     labelled = nonsense(to_score)
     pushing = of_size(graph, -scores(labelled, metric), edges, n)
     _, corrupted, values = effects(model, labelled, metric, [pushing])
