@@ -75,7 +75,7 @@ def attention_edges(ablation, found):
                 lines.append(row(f"  {label}, median", one["median"], other["median"]))
     fewest = [min(sizes["reaches"] for sizes in found[model]["rankings"].values())
               for model in ("dense", "sparse")]
-    lines.append(row("  to reach 90 % by the ranking best at that, where it was chosen", *fewest))
+    lines.append(row("  to reach 90 % by the ranking best at that, where chosen", *fewest))
     lines.append(f"{'  ranked by':58} {dense['ranking']:>9.12} {sparse['ranking']:>9.12}")
     return lines
 
