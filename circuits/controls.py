@@ -177,8 +177,8 @@ def component_controls(model, to_score, to_test, metric, edges, circuit, steps, 
     clean, corrupted, values = effects(model, to_test, metric, list(circuits.values()))
     effect = (clean - corrupted).mean()
     found = dict(zip(circuits, ((values - corrupted).mean(1) / effect).tolist()))
-    # scores are what the metric gains by a cut: edges that speak for nonsense have the lowest. Measured on the
-    # very pairs that they were ranked on: the most that they can do
+    # scores are what the metric gains by a cut: edges that speak for nonsense have the lowest. Measured on
+    # the very pairs that they were ranked on: the most that they can do
     labelled = nonsense(to_score)
     pushing = of_size(graph, -scores(labelled, metric), edges, n)
     _, corrupted, values = effects(model, labelled, metric, [pushing])
