@@ -124,5 +124,5 @@ def circuits(device):
 
     time_call("scores of 32,491 component edges (EAP), 64 pairs", score_edges, device)
     time_call("30 circuits of component edges, 64 pairs", measure_circuits, device)
-    time_call("30,240 attention edges a prompt, 64 prompts: scores and circuits of 30 sizes", attention_edges,
+    time_call("30,240 attention edges a prompt, 64 prompts: scores and circuits of 40 sizes", attention_edges,
               device)

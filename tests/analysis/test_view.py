@@ -286,7 +286,7 @@ def test_what_opens_and_what_shuts_because_of_a_cut_is_named():
 def test_shares_are_those_of_the_curves():
     model, question = CASES["sparse"]
     data, _, batch = numbers(model, question)
-    curve = curves(model, batch, LOGIT, exact_scores(model, batch, LOGIT).abs())[0]
+    curve = curves(model, batch, LOGIT, exact_scores(model, batch, LOGIT).abs(), points=30)[0]
     assert [k for k, _, _ in data["circuits"]] == curve.kept
     assert [share for _, share, _ in data["circuits"]] == pytest.approx(curve.share, rel=1e-3, abs=1e-3)
     assert data["circuits"][-1][2] == data["top"]
