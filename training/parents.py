@@ -38,6 +38,7 @@ from models.checkpoint import (
 from storage.files import UserError
 from training import hardware, sharding
 from training.settings import GATE, SHAPE, Config, make_config
+from training.verdict import train_on
 
 # settings that a run hands to a parent that is trained first, where they were set
 PASSED_ON = ("seed", "device", "compile", "dtype")
@@ -146,8 +147,7 @@ def require_ready(checkpoint, path):
         folder, steps = os.path.dirname(path), 2 * checkpoint["config"]["max_steps"]
         raise UserError(
             f"{path} is no parent yet: it still gets answers wrong, or its held-out loss is above its "
-            f"ready_loss={ready_loss:g}. Train it on: python train.py --init_from=resume --out_dir={folder} "
-            f"--max_steps={steps}; then the same command as now"
+            f"ready_loss={ready_loss:g}. Train it on: {train_on(folder, steps)}; then the same command as now"
         )
 
 

@@ -191,22 +191,27 @@ def advice(report, config, metrics, parent=None):
     parent: of a gated run, the lines of its parent's metrics.jsonl and its folder, or None.
     """
     run, longer = report["run"], 2 * config["max_steps"]
-    go_on = f"python train.py --init_from=resume --out_dir={run}"
     if report["sparse"]:
         if report["meets_target"]:
             return remarks_on_met(report, config, parent)
         if metrics[-1]["step"] < config["max_steps"]:
-            return [f"It is not at its end. To go on: {go_on}"]
+            return [f"It is not at its end. To go on: {train_on(run)}"]
         return advice_for_missed(report, config, metrics, parent)
     if config["ready_loss"] and not report["ready"]:
         steps = config["max_steps"] if metrics[-1]["step"] < config["max_steps"] else longer
-        return [f"No child can start from it. Train it on: {go_on} --max_steps={steps}"]
+        return [f"No child can start from it. Train it on: {train_on(run, steps)}"]
     if not config["ready_loss"] and still_learning(metrics):
         return [
-            f"A child that keeps its loss keeps that of an unfinished model. Train it on: {go_on} "
-            f"--max_steps={longer}"
+            f"A child that keeps its loss keeps that of an unfinished model. Train it on: "
+            f"{train_on(run, longer)}"
         ]
     return []
+
+
+def train_on(folder, steps=None):
+    """The command with which the run of a folder goes on, up to `steps`."""
+    more = f" --max_steps={steps}" if steps else ""
+    return f"python train.py --init_from=resume --out_dir={folder}{more}"
 
 
 def remarks_on_met(report, config, parent):
@@ -216,8 +221,7 @@ def remarks_on_met(report, config, parent):
         lines, folder = parent
         remarks.append(
             "Its parent was still learning when it ended, so what was kept is an unfinished model's loss. To "
-            f"train that on: python train.py --init_from=resume --out_dir={folder} "
-            f"--max_steps={2 * lines[-1]['step']}; then a new child"
+            f"train that on: {train_on(folder, 2 * lines[-1]['step'])}; then a new child"
         )
     if report["step"] < config["max_steps"] / 4:
         remarks.append(f"best.pt is of step {report['step']} of {config['max_steps']}: no later evaluation "
@@ -231,9 +235,8 @@ def advice_for_missed(report, config, metrics, parent):
     if parent and still_learning(parent[0]):
         lines, folder = parent
         sentences.append(
-            "Its parent was still learning when it ended. Train that on: python train.py "
-            f"--init_from=resume --out_dir={folder} "
-            f"--max_steps={2 * lines[-1]['step']}; then the same command as for this run with "
+            f"Its parent was still learning when it ended. Train that on: "
+            f"{train_on(folder, 2 * lines[-1]['step'])}; then the same command as for this run with "
             f"--out_dir={run}-again"
         )
     if not report["closest"]["nats_too_many"]:
