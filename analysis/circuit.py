@@ -125,7 +125,7 @@ def draw_prompt(found, models, tokenizer, folder):
         if measured is None or found.pair is None:
             return
         kept = circuit_of(model, found.pair, found.result["metric"], "zero", measured["ranking"])
-        [prompt] = torch.tensor([found.pair.clean], device=next(model.parameters()).device).split(1)
+        prompt = torch.tensor([found.pair.clean], device=next(model.parameters()).device)
         weights = torch.stack([layer.weights[0] for layer in terms_of(model, prompt)])
         rows.append((name, (weights * kept).cpu().numpy()))
     circuit_figures.prompt_circuits(

@@ -40,7 +40,7 @@ from typing import NamedTuple
 
 import torch
 
-from circuits.attribution import batches, metric_of, settles, sizes, straight_through
+from circuits.attribution import batches, metric_of, ranks, settles, sizes, straight_through
 from gate import shared_among_heads
 
 LEVELS = (0.8, 0.9, 0.95)
@@ -246,14 +246,6 @@ def curves(model, batch, metric, scores, points=40):
         own, values = values[:len(ks)], values[len(ks):]
         found.append(curve_of(ks, own))
     return found
-
-
-def ranks(scores, present):
-    """The place of every edge of one pair among all, the best 0; those that are not present come last."""
-    order = torch.where(present, scores, -torch.inf).flatten().argsort(descending=True, stable=True)
-    places = torch.empty_like(order)
-    places[order] = torch.arange(len(order), device=order.device)
-    return torch.where(present, places.view(present.shape), len(order))
 
 
 def size_at(level, ks, shares):

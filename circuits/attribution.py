@@ -199,12 +199,17 @@ def without_dead_heads(graph, dead):
     return graph.of_components(alive)
 
 
+def ranks(scores, edges):
+    """The place of every edge among all, the best 0; what is no edge comes last. edges: bool."""
+    order = torch.where(edges, scores, -torch.inf).flatten().argsort(descending=True, stable=True)
+    places = torch.empty_like(order)
+    places[order] = torch.arange(len(order), device=order.device)
+    return torch.where(edges, places.view(edges.shape), len(order))
+
+
 def best_edges(scores, edges, n):
     """The n edges with the largest |score|, (W, R) bool."""
-    kept = torch.zeros_like(edges)
-    order = torch.where(edges, scores.abs(), -1.0).flatten().argsort(descending=True, stable=True)
-    kept.view(-1)[order[:n]] = True
-    return kept & edges
+    return (ranks(scores.abs(), edges) < n) & edges
 
 
 @torch.no_grad()

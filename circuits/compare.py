@@ -192,13 +192,14 @@ def compare(dense, sparse, tokenizer, task, n, seed, steps):
         progress.update()
         result["sparse"], scores, circuit, share = measure(sparse, to_score, to_test, metric, steps, another)
         progress.update()
-        result["attention_edges"] = {
-            ablation: prompt_circuits.compare(models, to_score, to_test, metric, ablation, another, progress)
-            for ablation in ABLATIONS
-        }
+        known = {}
+        for ablation in ABLATIONS:
+            found, known[ablation] = prompt_circuits.compare(
+                models, to_score, to_test, metric, ablation, another, progress
+            )
+            result.setdefault("attention_edges", {})[ablation] = found
     result["fewer"] = {
         by: {str(level): ratio(result["dense"], result["sparse"], by, level) for level in LEVELS}
         for by in ("by_heads", "by_edges")
     }
-    return Comparison(result, scores, circuit, share, to_test[0].clean,
-                      next(iter(prompt_circuits.known_to(models.values(), to_test, metric, "zero")), None))
+    return Comparison(result, scores, circuit, share, to_test[0].clean, next(iter(known["zero"]), None))

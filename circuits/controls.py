@@ -19,8 +19,8 @@ import random
 
 import torch
 
-from circuits.attention_edges import integrated_scores, metrics_of, prepared, ranks
-from circuits.attribution import attribute_edges, cut_edges, effects
+from circuits.attention_edges import curves, integrated_scores, metrics_of, prepared
+from circuits.attribution import attribute_edges, cut_edges, effects, ranks
 from circuits.graph import Graph
 from circuits.tasks import Vocabulary, fitting, make_pairs
 from storage.files import UserError
@@ -112,16 +112,16 @@ def metrics_of_controls(model, batch, metric, scores, sizes, others, draw):
             for name, keeps in masks.items()}
 
 
-def nonsense_reached(model, pairs, metric, ablation, own, curves_of):
+def nonsense_reached(model, pairs, metric, ablation, own):
     """In what share of pairs do no more edges than the pair's circuit has say a nonsense label as firmly as
     the whole model says the right answer (90 % of its lead)? By the signed ranking, made for just that.
 
-    own: {pair: (its lead, edges of its circuit)}, by `key_of`; curves_of: attention_edges.curves.
+    own: {pair: (its lead, edges of its circuit)}, by `key_of`.
     """
     reached = []
     for batch in prepared(model, nonsense(pairs), ablation):
         scores = integrated_scores(model, batch, metric)
-        for pair, curve in zip(batch.pairs, curves_of(model, batch, metric, scores)):
+        for pair, curve in zip(batch.pairs, curves(model, batch, metric, scores)):
             lead, size = own[key_of(pair)]
             leads = [curve.none + part * (curve.all - curve.none) for part in curve.share]
             reached.append(any(value >= 0.9 * lead for k, value in zip(curve.kept, leads) if k <= size))
@@ -139,22 +139,15 @@ def key_of(pair):
 
 def of_size(graph, scores, edges, n):
     """The best edges by `scores`, so many that n of them lie on paths from embedding to output, (W, R)."""
+    places = ranks(scores, edges)
     low, high = n, int(edges.sum())
     while low < high:
         middle = (low + high) // 2
-        if graph.on_paths(best(scores, edges, middle)).sum() >= n:
+        if graph.on_paths(places < middle).sum() >= n:
             high = middle
         else:
             low = middle + 1
-    return graph.on_paths(best(scores, edges, low))
-
-
-def best(scores, edges, n):
-    """The n edges with the largest score, signed, (W, R) bool."""
-    order = torch.where(edges, scores, -torch.inf).flatten().argsort(descending=True, stable=True)
-    kept = torch.zeros_like(edges)
-    kept.view(-1)[order[:n]] = True
-    return kept & edges
+    return graph.on_paths(places < low)
 
 
 def component_controls(model, to_score, to_test, metric, edges, circuit, steps, exact, another):

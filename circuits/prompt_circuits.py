@@ -25,10 +25,10 @@ from circuits.attention_edges import (
     curves,
     metrics_of,
     prepared,
-    ranks,
     scores_by,
     signed_scores,
 )
+from circuits.attribution import ranks
 from circuits.controls import (
     MOST_PAIRS,
     key_of,
@@ -75,16 +75,18 @@ def is_known(with_all, without, least):
 class Measured(NamedTuple):
     """Pairs by one ranking."""
 
+    pairs: list  # in the order of their batches
     curves: list  # a Curve for every pair
     controls: dict  # {control: share of the effect, of all pairs together}
 
 
 def measure_by(ranking, model, pairs, metric, ablation, others=None):
     """Measured. others: scores of another task (controls.py); None leaves the controls out."""
-    found, values, draw = [], {}, torch.Generator().manual_seed(0)
+    measured, found, values, draw = [], [], {}, torch.Generator().manual_seed(0)
     for batch in prepared(model, pairs, ablation):
         scores = scores_by(ranking, model, batch, metric)
         own = curves(model, batch, metric, scores)
+        measured += batch.pairs
         found += own
         if others is not None:
             sizes = sizes_at(own, "within", LEVEL)
@@ -92,7 +94,8 @@ def measure_by(ranking, model, pairs, metric, ablation, others=None):
                 values[name] = values.get(name, []) + some
     effect = sum(curve.all - curve.none for curve in found)
     none = sum(curve.none for curve in found)
-    return Measured(found, {name: (sum(some) - none) / effect for name, some in values.items()})
+    controls = {name: (sum(some) - none) / effect for name, some in values.items()}
+    return Measured(measured, found, controls)
 
 
 def sizes_at(found, kind, level):
@@ -151,8 +154,8 @@ def measure(model, to_choose, to_test, metric, ablation, another, kinds=KINDS):
     others = []
     if another:
         others = scores_of_another(model, another[1][:CHOOSING], another[2], ablation)
-    found, controls = measure_by(ranking, model, to_test, metric, ablation, others)
-    own = own_circuits(model, to_test[:MOST_PAIRS], metric, ablation, ranking)
+    pairs, found, controls = measure_by(ranking, model, to_test, metric, ablation, others)
+    own = {key_of(pair): (curve.all, curve.within[LEVEL]) for pair, curve in zip(pairs, found)}
     fresh = untrained(model)
     guessed = known_to([fresh], to_test[:MOST_PAIRS], metric, ablation)
     by_chance = measure_by(ranking, fresh, guessed, metric, ablation).curves
@@ -167,35 +170,28 @@ def measure(model, to_choose, to_test, metric, ablation, another, kinds=KINDS):
         "per_pair": sizes_at(found, "within", LEVEL),
         "curve": mean_curve(found),
         "controls": controls,
-        "nonsense": nonsense_reached(model, to_test[:MOST_PAIRS], metric, ablation, own, curves),
+        "nonsense": nonsense_reached(model, to_test[:MOST_PAIRS], metric, ablation, own),
         "untrained": size_by_chance(by_chance),
     }
 
 
-def own_circuits(model, pairs, metric, ablation, ranking):
-    """{pair, by `key_of`: (lead of the right answer, edges of its circuit)}."""
-    found = {}
-    for batch in prepared(model, pairs, ablation):
-        own = curves(model, batch, metric, scores_by(ranking, model, batch, metric))
-        for pair, curve in zip(batch.pairs, own):
-            found[key_of(pair)] = curve.all, curve.within[LEVEL]
-    return found
-
-
 def compare(models, to_choose, to_test, metric, ablation, another, progress):
-    """{"pairs": [those of to_test that both models know, all], 'dense': what `measure` found, 'sparse': ...}.
+    """(result, the pairs of to_test that both models know). The result: {"pairs": [how many these are, of how
+    many], 'dense': what `measure` found, 'sparse': likewise}.
 
     Without the models if there is no such pair. models: {'dense': model, 'sparse': model}; progress: a tqdm.
     """
     choosing = known_to(models.values(), to_choose, metric, ablation)
     testing = known_to(models.values(), to_test, metric, ablation)
     result = {"pairs": [len(testing), len(to_test)]}
+    if not choosing or not testing:
+        progress.update(len(models))
+        return result, testing
+    kinds = kinds_for(models.values(), choosing[:CHOOSING], ablation)
     for name, model in models.items():
-        if choosing and testing:
-            kinds = kinds_for(models.values(), choosing[:CHOOSING], ablation)
-            result[name] = measure(model, choosing, testing, metric, ablation, another, kinds)
+        result[name] = measure(model, choosing, testing, metric, ablation, another, kinds)
         progress.update()
-    return result
+    return result, testing
 
 
 def circuit_of(model, pair, metric, ablation, ranking):

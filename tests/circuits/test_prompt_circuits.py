@@ -5,7 +5,7 @@ import torch
 from planted import PLANTED, T, planted
 
 from circuits import prompt_circuits
-from circuits.attention_edges import curves, prepared
+from circuits.attention_edges import prepared
 from circuits.attribution import best_edges, cut_edges
 from circuits.controls import (
     aligned,
@@ -100,11 +100,12 @@ def test_a_task_that_no_prompt_shows_is_said_and_not_an_error():
     class Progress:
         steps = 0
 
-        def update(self):
-            self.steps += 1
+        def update(self, by=1):
+            self.steps += by
 
     models, progress = {"dense": planted(), "sparse": planted()}, Progress()
-    found = prompt_circuits.compare(models, backwards, backwards, LOGIT, "zero", None, progress)
+    found, known = prompt_circuits.compare(models, backwards, backwards, LOGIT, "zero", None, progress)
+    assert known == []
     assert found == {"pairs": [0, 2]}
     assert progress.steps == 2
     side = {"metric": {"clean": 1.0, "corrupted": 0.0}, "edges": 10, "heads": 4, "untrained": None,
@@ -130,9 +131,9 @@ def test_nonsense_that_few_edges_say_is_seen():
     model.lm_head.weight.data[4] = 3 * model.lm_head.weight.data[1]  # token 1 in the stream says 4, louder
     pair = PLANTED[0]._replace(clean=[1, 0, 4, 0, 0], corrupted=[2, 0, 4, 0, 0])
     own = {key_of(pair): (1.0, 2)}
-    assert nonsense_reached(model, [pair], LOGIT, "zero", own, curves) == 1
+    assert nonsense_reached(model, [pair], LOGIT, "zero", own) == 1
     own = {key_of(pair): (1.0, 1)}
-    assert nonsense_reached(model, [pair], LOGIT, "zero", own, curves) == 0, "one edge is not enough"
+    assert nonsense_reached(model, [pair], LOGIT, "zero", own) == 0, "one edge is not enough"
 
 
 def test_component_controls_of_the_planted_circuit():
