@@ -65,15 +65,18 @@ class Terms(NamedTuple):
 @contextlib.contextmanager
 def attending(model, attend):
     """While this lasts, attend(layer, original, q, k, v, **options) is called in place of every attention's
-    `attend`, which is `original`.
+    `attend`, which is `original`. One may lie in another.
     """
+    before = [vars(attention).get("attend") for attention in model.attentions]
     for layer, attention in enumerate(model.attentions):
         attention.attend = partial(attend, layer, attention.attend)
     try:
         yield
     finally:
-        for attention in model.attentions:
+        for attention, outer in zip(model.attentions, before):
             del attention.attend  # the class's own is seen again
+            if outer is not None:
+                attention.attend = outer
 
 
 @torch.no_grad()

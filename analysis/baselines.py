@@ -1,0 +1,345 @@
+"""Other ways to cut attention edges, at as many edges, from the same parent, beside the gated run.
+
+    python analyze.py baselines out/python                                cut, and nothing trained
+    python analyze.py baselines out/python --rules=top-k --steps=6000     cut, then trained on like the run
+
+A rule says which weights of a head are cut. What is left of a row sums to 1 again, as is usual for these:
+
+    top-k       each query keeps its k largest weights
+    threshold   each head keeps the weights above a number of its own: on average a query keeps k
+    window      each query keeps the k - 1 latest positions and the first one, the sink (Xiao et al.)
+    entmax      1.5-entmax of the scores times a number of the head's own, chosen likewise, in place of
+                softmax (Peters et al. 2019; the package `entmax`)
+    random      edges drawn once, the same for every text: what any choice is worth
+
+k, edges per head and token, is the budget; `entmax` cannot always get there. The gated run's own k stands in
+the table as well, and no rule but `threshold`, `entmax` and `random` goes below 1.
+
+Training on is the run's own: its batches, learning rates, number of steps, and the KL to the dense parent
+(`distill_weight`), without a penalty. Loss and edges are judged as every run's (training/evaluate.py).
+The table goes into the run's folder as baselines.json.
+
+Notable: a rule stands in for `attend` (circuits/attention_edges.py), so attention is written once here, the
+rules are a line or two each, and `--task=quote` measures circuits through the same door.
+"""
+
+import math
+import os
+from typing import Callable, NamedTuple
+
+import torch
+from tqdm import tqdm
+
+import prepare_data
+from circuits import prompt_circuits
+from circuits.attention_edges import attending
+from circuits.compare import prompts, vocabulary_of
+from gate import Gates, shared_among_heads
+from models.checkpoint import checkpoint_named, folder_of_answers, load_checkpoint, read_checkpoint
+from storage.files import UserError, write_json
+from training import hardware
+from training.batches import Batches
+from training.distillation import divergence
+from training.evaluate import evaluate
+from training.settings import Config
+
+FITTED_ON = 16  # windows on which a head's number is chosen
+HALVINGS = 30  # of the interval in which that of entmax is looked for
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The rules. scores (B, H, T, T), -inf above the diagonal; weights (B, H, T, T), 0 where an edge is cut
+
+
+class Rule(NamedTuple):
+    """level(scores, k, layer): what a layer's heads need to know, once; weights(scores, level): what they
+    attend to.
+    """
+
+    level: Callable
+    weights: Callable
+
+
+def softmax_of(scores, kept):
+    """Softmax over the kept; a row of which nothing is kept is 0."""
+    return scores.masked_fill(~kept, -math.inf).softmax(-1).nan_to_num()
+
+
+def largest(scores, k):
+    """Top-k. k is rounded."""
+    k = min(max(1, round(k)), scores.shape[-1])
+    return softmax_of(scores, (scores >= scores.topk(k, dim=-1).values[..., -1:]) & causal(scores))
+
+
+def thresholds(scores, k, layer):
+    """(H, 1, 1): the weight that k edges a query are above, in each head."""
+    B, H, T, _ = scores.shape
+    weights = scores.softmax(-1).transpose(0, 1).reshape(H, -1)
+    rank = min(max(1, round(k * B * T)), weights.shape[1])
+    return weights.topk(rank, dim=-1).values[:, -1, None, None]
+
+
+def recent(scores, k):
+    """The window and its sink."""
+    T = scores.shape[-1]
+    position = torch.arange(T, device=scores.device)
+    distance = position[:, None] - position
+    window = distance < max(1, round(k) - 1)
+    sink = (position == 0) & (round(k) > 1)
+    return softmax_of(scores, (window | sink) & causal(scores))
+
+
+def drawn(scores, k, layer):
+    """(H, T, T) bool: k T of every head's causal pairs, drawn once, others in every layer."""
+    H, T = scores.shape[1:3]
+    numbers = torch.rand(H, T, T, generator=torch.Generator().manual_seed(layer)).tril()
+    rank = min(round(k * T), T * (T + 1) // 2)
+    return (numbers >= numbers.flatten(1).topk(rank).values[:, -1, None, None]).to(scores.device)
+
+
+def entmax_of(scores, scale):
+    """1.5-entmax of scores times scale (H, 1, 1)."""
+    from entmax import entmax15
+
+    low = torch.finfo(scores.dtype).min / 1e6  # -inf makes its gradient nan
+    return entmax15((scores * scale).masked_fill(~causal(scores), low), dim=-1)
+
+
+def scales(scores, k, layer):
+    """(H, 1, 1): the scale at which 1.5-entmax leaves k edges a query, in each head, by bisection."""
+    low, high = (torch.full((scores.shape[1], 1, 1), x, device=scores.device) for x in (-7.0, 7.0))
+    for _ in range(HALVINGS):
+        middle = (low + high) / 2  # of the logarithm
+        too_many = (entmax_of(scores, middle.exp()) > 0).float().sum(-1).mean((0, 2))[:, None, None] > k
+        low, high = torch.where(too_many, middle, low), torch.where(too_many, high, middle)
+    return high.exp()
+
+
+def causal(scores):
+    return torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+
+
+RULES = {
+    "top-k": Rule(lambda scores, k, layer: k, largest),
+    "threshold": Rule(thresholds, lambda scores, level: softmax_of(scores, scores.softmax(-1) >= level)),
+    "window": Rule(lambda scores, k, layer: k, recent),
+    "entmax": Rule(scales, entmax_of),
+    "random": Rule(drawn, lambda scores, kept: softmax_of(scores, kept[:, :scores.shape[2], :scores.shape[3]]
+                                                          & causal(scores))),
+}
+
+
+class Cut:
+    """A rule at a budget k, standing in for a model's attention: `attending(model, cut)`.
+
+    fitting: choose the levels anew in every pass, layer by layer, so that a layer sees what those below left.
+    """
+
+    def __init__(self, rule, k):
+        self.rule, self.k, self.levels, self.fitting = RULES[rule], k, {}, True
+        self.count()
+
+    def count(self):
+        """Count open edges and queries from here on."""
+        self.open = self.queries = 0
+
+    def __call__(self, layer, original, q, k, v, keep=None, return_gates=False, **of_the_gate):
+        """As `gate.gated_attention`, of which it knows keep and return_gates."""
+        k, v = shared_among_heads(k, q), shared_among_heads(v, q)
+        with torch.autocast(q.device.type, enabled=False):
+            scores = q.float() @ k.float().transpose(-2, -1) / math.sqrt(q.shape[-1])  # (B, H, T, T)
+        scores = scores.masked_fill(~causal(scores), -math.inf)
+        if self.fitting:
+            with torch.no_grad():
+                self.levels[layer] = self.rule.level(scores.detach(), self.k, layer)
+        weights = self.rule.weights(scores, self.levels[layer])
+        opened = (weights > 0).to(weights.dtype)
+        self.open += opened.sum().item()
+        self.queries += opened[..., 0].numel()
+        gates = opened if keep is None else opened * keep
+        y = (gates * weights).to(v.dtype) @ v
+        return y, q.new_ones(()), Gates(gates, weights) if return_gates else None
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Training on, and judging
+
+
+def fit(model, cut, data):
+    """Choose the levels on training text, and keep them."""
+    T = model.config.block_size
+    starts = torch.linspace(0, data.starts("train", T) - 1, FITTED_ON).long().numpy()
+    x, _ = data.batch("train", starts, T)
+    cut.fitting = True
+    with attending(model, cut), torch.no_grad():
+        model.eval()(torch.from_numpy(x).to(next(model.parameters()).device))
+    cut.fitting = False
+
+
+def train_on(model, teacher, cut, data, c, steps, progress):
+    """Train a model that is cut for `steps` steps, as the run of the settings c was trained."""
+    device = next(model.parameters()).device
+    batches = Batches(data, model.config.block_size, c.batch_size, 1, c.seed, True, device)
+    autocast, _ = hardware.precision(c.dtype, device.type)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=c.learning_rate, betas=(c.beta1, c.beta2),
+                                  weight_decay=c.weight_decay)
+    warm = torch.optim.lr_scheduler.LinearLR(optimizer, 1 / c.warmup_steps, total_iters=c.warmup_steps)
+    cool = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, steps - c.warmup_steps), c.min_lr)
+    schedule = torch.optim.lr_scheduler.SequentialLR(optimizer, [warm, cool], [c.warmup_steps])
+    cut.fitting = True  # weights change, and with them what a level keeps
+    with attending(model, cut):
+        model.train()
+        for step in range(steps):
+            [(x, y)] = batches.at(step)
+            with autocast():
+                logits, loss, _ = model(x, y)
+                with torch.no_grad():
+                    taught = teacher(x)[0]
+                loss = loss + c.distill_weight * divergence(logits, taught, y)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), c.grad_clip or math.inf)
+            optimizer.step()
+            optimizer.zero_grad()
+            schedule.step()
+            progress.update()
+    fit(model, cut, data)
+
+
+def judged(model, cut, data, c):
+    """{'loss': nats, held out; 'edges': open, per head and token}."""
+    cut.count()
+    with attending(model, cut):
+        loss = evaluate(model, data, "val", c.eval_batch_size, c.eval_batches)["loss"]
+    return {"loss": loss, "edges": cut.open / cut.queries}
+
+
+def size_of_circuits(model, cut, dense, pairs, metric):
+    """Attention edges within 10 % of the effect, all others cut to zero, mean over the prompts that it and
+    the dense model know; None where there is none.
+    """
+    known = prompt_circuits.known_to([dense], pairs, metric, "zero")
+    with attending(model, cut):
+        known = prompt_circuits.known_to([model], known, metric, "zero")
+        if not known:
+            return None
+        kinds = ("gradient", "integrated")
+        ranking, _ = prompt_circuits.best_ranking(model, known[::2], metric, "zero", kinds)
+        found = prompt_circuits.measure_by(ranking, model, known[1::2] or known, metric, "zero").curves
+    sizes = prompt_circuits.sizes_at(found, "within", prompt_circuits.LEVEL)
+    return sum(sizes) / len(sizes)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The command
+
+
+def add_arguments(parser):
+    parser.add_argument("run", metavar="RUN", help="a gated run's folder")
+    parser.add_argument("--rules", default=",".join(RULES), help="some of " + ", ".join(RULES))
+    parser.add_argument("--budgets", default="1,2,4", help="k, edges per head and token, as many as you like")
+    parser.add_argument("--steps", type=int, default=0, help="train on for so many; 0 only cuts")
+    parser.add_argument("--tasks", default="", help="measure circuits too: bracket,quote")
+
+
+def chosen(options):
+    """([rule], [budget], [task]) of the command line. Raises UserError."""
+    rules = options.rules.split(",")
+    for rule in rules:
+        if rule not in RULES:
+            raise UserError(f"there is no rule {rule!r}. There are {', '.join(RULES)}")
+    if "entmax" in rules:
+        try:
+            import entmax  # noqa: F401
+        except ImportError as error:
+            others = ",".join(rule for rule in rules if rule != "entmax")
+            raise UserError(f"the rule entmax needs: pip install entmax. Or leave it away: --rules={others}"
+                            ) from error
+    try:
+        budgets = [float(word) for word in options.budgets.split(",")]
+    except ValueError:
+        budgets = [0.0]
+    if min(budgets) <= 0 or options.steps < 0:
+        raise UserError("--budgets are numbers above 0, such as 1,2,4; --steps is 0 or more")
+    return rules, budgets, [task for task in options.tasks.split(",") if task]
+
+
+def models_and_data(folder, tasks):
+    """(path of the parent, gated model, its Config, data, {task: (pairs, metric)}) of a gated run."""
+    path = checkpoint_named(folder)
+    checkpoint = read_checkpoint(path)
+    if not checkpoint["model_args"].get("gated") or "lora" in checkpoint:
+        raise UserError(f"{folder} is no gated run whose weights are all trained: baselines start from the "
+                        "parent of one")
+    c = Config(**checkpoint["config"])
+    vocabulary = vocabulary_of(checkpoint["data"]["tokenizer"], checkpoint["model_args"]["vocab_size"])
+    room = checkpoint["model_args"]["block_size"]
+    posed = {}
+    for task in tasks:
+        _, pairs, metric = prompts(task, 64, 1, vocabulary, room)
+        posed[task] = pairs, metric
+    data = prepare_data.load(c.dataset)
+    return checkpoint["reference"], load_checkpoint(path), c, data, posed
+
+
+class Gate:
+    """The gated model as it is, counted like a Cut."""
+
+    def __init__(self):
+        self.count()
+
+    def count(self):
+        self.open = self.queries = 0
+
+    def __call__(self, layer, original, q, k, v, **options):
+        y, density, gates = original(q, k, v, **options | {"return_gates": True})
+        self.open += gates.open.sum().item()
+        self.queries += gates.open[..., 0].numel()
+        return y, density, gates
+
+
+def run(options, settings):
+    """`analyze.py baselines`."""
+    rules, budgets, tasks = chosen(options)
+    folder = options.run.rstrip("/")
+    parent, gated, c, data, posed = models_and_data(folder, tasks)
+    dense, device = load_checkpoint(parent), hardware.pick_device("auto")
+    dense, gated = dense.to(device).eval(), gated.to(device).eval()
+    loss = evaluate(dense, data, "val", c.eval_batch_size, c.eval_batches)["loss"]
+    rows = []
+
+    def add(name, k, model, cut):
+        found = {"rule": name, "budget": k, **judged(model, cut, data, c)}
+        found["above_parent"] = found["loss"] - loss
+        for task, (pairs, metric) in posed.items():
+            found[task] = size_of_circuits(model, cut, dense, pairs, metric)
+        rows.append(found)
+        tqdm.write(line_of(found, tasks))
+
+    print(f"{folder}: the parent's held-out loss is {loss:.4f}\n{heading(tasks)}")
+    add("the gate", None, gated, Gate())
+    with tqdm(total=len(rules) * len(budgets) * max(1, options.steps), leave=False, disable=None) as progress:
+        for rule in rules:
+            for k in budgets:
+                model, cut = load_checkpoint(parent).to(device).eval(), Cut(rule, k)
+                fit(model, cut, data)
+                if options.steps:
+                    train_on(model, dense, cut, data, c, options.steps, progress)
+                else:
+                    progress.update()
+                add(rule, k, model.eval(), cut)
+    name = f"baselines-{options.steps}.json" if options.steps else "baselines.json"
+    place = os.path.join(folder_of_answers(folder), name)
+    write_json(place, {"parent": parent, "parent_loss": loss, "steps": options.steps, "rows": rows})
+    print(f"the same as numbers: {place}")
+
+
+def heading(tasks):
+    circuits = "".join(f"  {task:>9}" for task in tasks)
+    return f"{'rule':10} {'budget':>7}  {'edges per head and token':>24}  {'nats above parent':>17}{circuits}"
+
+
+def line_of(row, tasks):
+    """A row of the table, as text."""
+    budget = "" if row["budget"] is None else f"{row['budget']:g}"
+    sizes = "".join("          -" if row[task] is None else f"  {row[task]:9.1f}" for task in tasks)
+    return f"{row['rule']:10} {budget:>7}  {row['edges']:24.2f}  {row['above_parent']:17.4f}{sizes}"

@@ -1,0 +1,194 @@
+"""Other ways to cut edges: every rule against its definition, row by row; the command from end to end."""
+
+import json
+import math
+
+import pytest
+import torch
+from planted import PLANTED, planted
+from tqdm import tqdm
+
+import analyze
+import prepare_data
+from analysis.baselines import RULES, Cut, Gate, fit, size_of_circuits, train_on
+from circuits.attention_edges import attending
+from circuits.tasks import LOGIT
+from helpers import SMALL, call, run
+from model import GPT, GPTConfig
+from models.checkpoint import load_checkpoint
+from training.evaluate import evaluate
+from training.settings import Config
+
+B, H, T = 3, 2, 12
+
+
+def some_scores():
+    torch.manual_seed(3)
+    return (2 * torch.randn(B, H, T, T)).masked_fill(~torch.ones(T, T, dtype=torch.bool).tril(), -math.inf)
+
+
+def rows(scores):
+    """Every query's scores, causal ones only: (b, h, i, scores (i + 1,))."""
+    for b in range(B):
+        for h in range(H):
+            for i in range(T):
+                yield b, h, i, scores[b, h, i, :i + 1]
+
+
+def expected(rule, level, h, i, row):
+    """One query's weights, by the definition."""
+    if rule == "entmax":
+        return entmax_by_bisection(row * level[h].item())
+    if rule == "top-k":
+        kept = torch.zeros(i + 1, dtype=torch.bool)
+        kept[row.argsort(descending=True)[:level]] = True
+    if rule == "threshold":
+        kept = row.softmax(0) >= level[h].item()
+    if rule == "window":
+        kept = torch.tensor([j == 0 or i - j < level - 1 for j in range(i + 1)])
+    if rule == "random":
+        kept = level[h, i, :i + 1]
+    parts = [math.exp(score) if keep else 0.0 for score, keep in zip(row.tolist(), kept.tolist())]
+    return torch.tensor([part / (sum(parts) or 1.0) for part in parts])
+
+
+def entmax_by_bisection(z):
+    """p_j = max(0, z_j / 2 - tau)^2, tau such that they sum to 1 (Peters et al. 2019, alpha = 1.5)."""
+    low, high = z.max().item() / 2 - 1, z.max().item() / 2
+    for _ in range(60):
+        tau = (low + high) / 2
+        low, high = (tau, high) if ((z / 2 - tau).clamp(min=0) ** 2).sum() > 1 else (low, tau)
+    return (z / 2 - tau).clamp(min=0) ** 2
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_a_rule_is_what_its_definition_says(rule):
+    scores, k = some_scores(), 3
+    level = RULES[rule].level(scores, k, 0)
+    weights = RULES[rule].weights(scores, level)
+    for b, h, i, row in rows(scores):
+        torch.testing.assert_close(weights[b, h, i, :i + 1], expected(rule, level, h, i, row), atol=1e-5,
+                                   rtol=1e-4)
+        assert not weights[b, h, i, i + 1:].any()
+
+
+@pytest.mark.parametrize("rule", ["threshold", "entmax", "random"])
+def test_a_budget_below_one_edge_or_above_is_met_on_average(rule):
+    torch.manual_seed(0)
+    scores = torch.randn(16, 8, 64, 64).masked_fill(~torch.ones(64, 64, dtype=torch.bool).tril(), -math.inf)
+    for k in (0.5, 2.0) if rule != "entmax" else (2.0, 6.0):  # 1.5-entmax keeps one edge at least
+        weights = RULES[rule].weights(scores, RULES[rule].level(scores, k, 0))
+        assert (weights > 0).float().sum(-1).mean().item() == pytest.approx(k, rel=0.05)
+
+
+def test_random_edges_are_others_in_every_layer_and_the_same_every_time():
+    first, again, other = (RULES["random"].level(some_scores(), 2, layer) for layer in (0, 0, 1))
+    assert torch.equal(first, again) and not torch.equal(first, other)
+    assert not first.triu(1).any()
+
+
+def test_the_window_at_one_edge_is_the_position_itself_and_from_two_on_has_the_sink():
+    scores = some_scores()
+    for k, reads in ((1, {11}), (2, {0, 11}), (4, {0, 9, 10, 11})):
+        weights = RULES["window"].weights(scores, k)
+        assert set(weights[0, 0, 11].nonzero().flatten().tolist()) == reads
+
+
+def random_gpt(**settings):
+    torch.manual_seed(1)
+    model = GPT(GPTConfig(block_size=T, vocab_size=10, n_layer=2, n_head=2, n_embd=16, **settings)).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.4)
+    return model
+
+
+def test_with_room_for_all_edges_nothing_changes():
+    model, x = random_gpt(), torch.randint(0, 10, (4, T))
+    for rule in ("top-k", "threshold", "window"):
+        cut = Cut(rule, T)
+        with attending(model, cut), torch.no_grad():
+            logits = model(x)[0]
+        torch.testing.assert_close(logits, model(x)[0], atol=1e-5, rtol=1e-5)
+
+
+def test_the_gate_is_counted_as_the_judge_counts_it(counting):
+    model, data = random_gpt(gated=True, gate_bias=0.3), prepare_data.load("count")
+    gate = Gate()
+    with attending(model, gate):
+        evaluate(model, data, "val", 50, 1)
+    per_query = evaluate(model, data, "val", 50, 1)["open"] / (2 * 2 * T)
+    assert gate.open / gate.queries == pytest.approx(per_query)
+    assert 0 < per_query < T / 2
+
+
+def test_one_stand_in_may_lie_in_another():
+    """The circuit of a model that is cut: the inner one calls the outer one, and leaves it in place."""
+    model, x, calls = random_gpt(), torch.zeros(1, T, dtype=torch.long), []
+
+    def inner(layer, original, q, k, v, **options):
+        calls.append(layer)
+        return original(q, k, v, **options)
+
+    with attending(model, Cut("window", 2)), torch.no_grad():
+        cut = model(x)[0]
+        with attending(model, inner):
+            assert torch.equal(model(x)[0], cut)
+        assert torch.equal(model(x)[0], cut)
+    assert calls == [0, 1]
+    assert not any("attend" in vars(attention) for attention in model.attentions)
+
+
+def test_training_on_brings_the_loss_down_at_the_same_budget(counting):
+    data, dense = prepare_data.load("count"), random_gpt()
+    c = Config(**SMALL | {"dataset": "count", "distill_weight": 0.0, "learning_rate": 1e-2})
+    model, cut = random_gpt(), Cut("threshold", 1.5)
+    fit(model, cut, data)
+
+    def loss():
+        cut.count()
+        with attending(model, cut):
+            return evaluate(model, data, "val", 50, 1)["loss"]
+
+    before = loss()
+    train_on(model, dense, cut, data, c, 60, tqdm(disable=True))
+    model.eval()
+    assert loss() < before - 0.5
+    assert cut.open / cut.queries == pytest.approx(1.5, rel=0.15)
+
+
+def test_the_circuit_of_a_model_that_is_cut_is_found():
+    """Each query keeps its largest weight: the planted circuit is two of those."""
+    model = planted()
+    model.config.gated = False
+    cut = Cut("top-k", 1)
+    cut.fitting = False
+    cut.levels = {0: 1, 1: 1}
+    assert size_of_circuits(model, cut, model, PLANTED, LOGIT) == 2
+
+
+def test_the_command_from_end_to_end(counting):
+    run("sparse.py", distill_weight=1.0)
+    assert call(analyze.main, "report", "out/sparse").returncode == 0
+    command = ["baselines", "out/sparse", "--budgets=2", "--steps=3"]
+    done = call(analyze.main, *command)
+    assert done.returncode == 0, done.stderr
+    for rule in ("the gate", *RULES):
+        assert rule in done.stdout + done.stderr
+    with open("out/sparse/baselines-3.json") as f:
+        found = json.load(f)
+    assert [row["rule"] for row in found["rows"]] == ["the gate", *RULES]
+    with open("out/sparse/report.json") as f:
+        report = json.load(f)
+    assert found["rows"][0]["loss"] == pytest.approx(report["sparse"]["val_loss"], rel=1e-5)
+    assert found["parent_loss"] == pytest.approx(report["dense"]["val_loss"], rel=1e-5)
+    assert load_checkpoint("out/sparse/best.pt").config.gated
+
+
+@pytest.mark.parametrize("words, answer", [
+    (["out/sparse", "--rules=topk"], "there is no rule 'topk'"),
+    (["out/sparse", "--budgets=x"], "--budgets are numbers above 0"),
+    (["out/none"], "there is no checkpoint out/none"),
+])
+def test_mistakes_are_answered(workplace, words, answer):
+    done = call(analyze.main, "baselines", *words)
+    assert done.returncode == 1 and answer in done.stderr
