@@ -32,6 +32,8 @@ COMMANDS = {  # name: (its file, what it answers)
     "seeds": ("analysis.seeds", "does it work with other seeds? trains them all, one table"),
     "explain": ("analysis.explain", "addition: when does each edge open, and what is it for?"),
     "ask": ("analysis.ask", "addition: one sum, its answer, the edges that opened"),
+    "curve": ("analysis.curve", "what does sparsity cost? edges over loss, for several runs"),
+    "baselines": ("analysis.baselines", "what do other ways to cut as many edges cost?"),
     "circuit": ("analysis.circuit", "how much of a dense and of a sparse model does a task need?"),
     "induction": ("analysis.induction", "which heads copy?"),
     "tasks": ("circuits.tasks", "the tasks that `circuit` knows, and their prompts"),

@@ -165,6 +165,7 @@ def cells(r):
     """{name of a line: what it says of one report}; "-" where there is nothing to say."""
     judged, edges = r["sparse"] or r["dense"], r["edges"]
     seconds = ["-" if s is None else f"{s:.0f}" for s in r["seconds"].values()]
+    per_token, heads = edges["open"] / len(edges["by_distance"]), sum(map(len, edges["per_head"]))
     sparse = target = right = "-"
     if r["sparse"]:
         sparse = f"{r['sparse']['val_loss']:.4f}"
@@ -179,8 +180,8 @@ def cells(r):
         "target": target,
         "rows right": right,
         "open edges": f"{edges['open']:.2f} of {edges['total']} ({100 * edges['fraction']:.2f} %)",
-        "open edges per token": f"{edges['open'] / len(edges['by_distance']):.2f}",
-        "heads off": f"{r['heads_off']} of {sum(map(len, edges['per_head']))}",
+        "open edges per token": f"{per_token:.2f}, {per_token / heads:.2f} a head",
+        "heads off": f"{r['heads_off']} of {heads}",
         "checkpoint of step": str(r["step"]),
         "seconds, dense + sparse": " + ".join(seconds),
     }

@@ -1,0 +1,157 @@
+"""What sparsity costs on a text: open edges over the loss above the parent's, for runs with several slacks.
+
+    for s in 0.003 0.03; do python analyze.py seeds config/python.py --seeds=2-4 --loss_slack=$s; done
+    python analyze.py seeds config/python_control.py --seeds=2-4
+    python analyze.py curve out/python-* --controls out/python_control-*
+
+A point says little: how many edges are open depends on how much loss one allows. So here is the curve, with
+every run that was named, also those that missed their target (hollow), and with the *control* of each parent:
+the same parent trained on for as many steps without gates. What it gains, its child could have gained as
+well, so a fair price is counted from there.
+
+Notable:
+- A share of open edges depends on the context, edges per head and token does not: the axis shows the latter.
+- Who decided how sparse a run became? Lambda, if it stayed off its bounds. The table shows the smallest and
+  the largest of the second half of the run.
+"""
+
+import json
+import os
+
+from matplotlib import pyplot as plt
+
+from analysis.figures import GREY, save
+from models.checkpoint import kept_checkpoint, read_checkpoint
+from storage.files import UserError, write_json
+from training.folder import read_metrics
+
+
+def read_report(folder):
+    """report.json of a run. Raises UserError."""
+    path = os.path.join(folder, "report.json")
+    if not os.path.exists(path):
+        raise UserError(f"{folder} has no report yet: python analyze.py report {folder}")
+    with open(path, encoding="utf-8") as f:
+        return json.load(f)
+
+
+def read_config(folder):
+    """config.json of a run."""
+    with open(os.path.join(folder, "config.json"), encoding="utf-8") as f:
+        return json.load(f)
+
+
+def lambda_of(folder, config):
+    """{low, high, inside}: lambda over the second half of a run, and whether it stayed off its bounds."""
+    metrics = read_metrics(os.path.join(folder, "metrics.jsonl"))
+    half = [m["lambda"] for m in metrics if m["step"] >= config["max_steps"] / 2]
+    low, high = min(half), max(half)
+    inside = low > config["lambda_min"] * 1.01 and high < config["lambda_max"] * 0.99
+    return {"low": low, "high": high, "inside": inside}
+
+
+def point_of(folder, controls):
+    """A run as a point of the curve, a dict. controls: {parent's checkpoint: the control's loss}.
+
+    Losses in nats, held out, all on the same windows; control_gain: how far the control is below the parent;
+    above_control: how far the run is above the control; both None without one.
+    """
+    report, config = read_report(folder), read_config(folder)
+    if not report["sparse"]:
+        raise UserError(f"{folder} is a dense run. Controls go behind --controls")
+    edges, loss, dense = report["edges"], report["sparse"]["val_loss"], report["dense"]["val_loss"]
+    tokens, heads = len(edges["by_distance"]), sum(map(len, edges["per_head"]))
+    control = controls.get(report["parent"])
+    return {
+        "run": folder,
+        "seed": report["seed"],
+        "parent": report["parent"],
+        "slack": config["loss_slack"],
+        "met": report["meets_target"],
+        "parent_loss": dense,
+        "above_parent": loss - dense,
+        "control_gain": None if control is None else dense - control,
+        "above_control": None if control is None else loss - control,
+        "percent": 100 * edges["fraction"],
+        "per_token": edges["open"] / tokens,
+        "per_head_and_token": edges["open"] / tokens / heads,
+        "context": tokens,
+        "lambda": lambda_of(folder, config),
+    }
+
+
+def controls_of(folders):
+    """{parent's checkpoint: loss of its control, nats}."""
+    found = {}
+    for folder in folders:
+        report, parent = read_report(folder), read_checkpoint(kept_checkpoint(folder))["parent"]
+        if report["sparse"] or not parent:
+            raise UserError(f"{folder} is no control: a dense run that was trained on from a parent")
+        found[parent] = report["dense"]["val_loss"]
+    return found
+
+
+def table(points):
+    """The points as text, by parent and by loss."""
+    lines = [f"{'run':44} {'slack':>6} {'target':>7} {'above parent':>12} {'above control':>13} {'open':>8} "
+             f"{'a token':>8} {'a head, token':>13}  lambda, second half"]
+    for p in points:
+        control = "-" if p["above_control"] is None else f"{p['above_control']:+.4f}"
+        bounds = "" if p["lambda"]["inside"] else " AT A BOUND"
+        lines.append(
+            f"{p['run']:44} {p['slack']:6g} {'met' if p['met'] else 'MISSED':>7} {p['above_parent']:+12.4f} "
+            f"{control:>13} {p['percent']:6.2f} % {p['per_token']:8.1f} {p['per_head_and_token']:13.2f}  "
+            f"{p['lambda']['low']:.2g} to {p['lambda']['high']:.2g}{bounds}"
+        )
+    gains = {p["parent"]: p["control_gain"] for p in points if p["control_gain"] is not None}
+    for parent, gain in gains.items():
+        lines.append(f"the control of {parent} gains {gain:.4f} nats")
+    return "\n".join(lines)
+
+
+def draw(path, points):
+    """The curve, a line for every parent. Left of 0 a line says what its control gains."""
+    figure, ax = plt.subplots(figsize=(7, 4.4), layout="constrained")
+    parents = sorted({p["parent"] for p in points})
+    for color, parent in zip(plt.get_cmap("tab10").colors, parents):
+        own = sorted((p for p in points if p["parent"] == parent), key=lambda p: p["above_parent"])
+        x, y = [p["above_parent"] for p in own], [p["per_head_and_token"] for p in own]
+        ax.plot(x, y, "-", color=color, lw=1, label=f"seed {own[0]['seed']}")
+        for p in own:
+            ax.plot(p["above_parent"], p["per_head_and_token"], "o", color=color,
+                    mfc=color if p["met"] else "white")
+        if own[0]["control_gain"] is not None:
+            ax.axvline(-own[0]["control_gain"], color=color, lw=1, ls=":")
+    ax.axvline(0, color=GREY, lw=1, zorder=0)
+    has_logarithm = all(p["per_head_and_token"] > 0 for p in points)
+    ax.set(yscale="log" if has_logarithm else "linear", xlabel="held-out loss above the parent's (nats)",
+           ylabel="open edges per head and token",
+           title="What sparsity costs; dotted: what the parent would have gained without gates")
+    share = 100 * 2 / (points[0]["context"] + 1)  # percent of the edges that one edge per head and token is
+    right = ax.secondary_yaxis("right", functions=(lambda y: y * share, lambda y: y / share))
+    right.set_ylabel(f"% open at a context of {points[0]['context']}")
+    for axis in (ax.yaxis, right.yaxis):
+        axis.set_major_formatter(lambda y, _: f"{y:g}")
+        axis.set_minor_formatter(lambda y, _: f"{y:g}" if f"{y:e}"[0] in "25" else "")
+    ax.legend(fontsize=8, title="filled: target met", title_fontsize=8)
+    ax.grid(alpha=0.3)
+    save(figure, path)
+
+
+def add_arguments(parser):
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="gated runs with one context")
+    parser.add_argument("--controls", nargs="*", default=[], metavar="RUN", help="controls of their parents")
+    parser.add_argument("--to", default="out/curve", metavar="PATH", help="PATH.png and PATH.json")
+
+
+def run(options, settings):
+    """`analyze.py curve`."""
+    controls = controls_of([folder.rstrip("/") for folder in options.controls])
+    points = [point_of(folder.rstrip("/"), controls) for folder in options.runs]
+    if len({p["context"] for p in points}) > 1:
+        raise UserError("these runs have different contexts: a curve of each, please")
+    points.sort(key=lambda p: (p["parent"], p["above_parent"]))
+    print(table(points))
+    write_json(options.to + ".json", points)
+    draw(options.to + ".png", points)
+    print(f"the curve: {options.to}.png; as numbers: {options.to}.json")
