@@ -234,6 +234,7 @@ def data_of(model, question, vocab_size, stops):
         "exact": total <= FEW,
         "bias": [[rounded(b) for b in layer] for layer in biases_of(model.config)],
         "metric": rounded(intact.metric),
+        "none": rounded(circuits[0].metric),  # M with all edges cut
         "top": intact.top,
         "edges": rows_of(model, chosen, (weights, scores_of(model, batch.tokens), scores, places), cuts),
         "cuts": [[rounded(cut.metric), cut.top, cut.opened, [row[edge] for edge in cut.shut if edge in row]]

@@ -398,8 +398,13 @@ def test_an_edge_says_why_it_is_open_and_a_cut_changes_the_answer(opened, additi
     answer = "[data-model=sparse] .answer"
     before = page.text_content(answer)
     page.click("#cut")
-    assert "It is cut." in panel(page)
+    assert "It is cut." in panel(page) and "It was open" in panel(page)
     data = data_in(addition_page)["prompts"][0]["models"]["sparse"]
+    left = (data["cuts"][edge["cut"]][0] - data["none"]) / (data["metric"] - data["none"])
+    shown = re.search(r"sparse: (-?[\d.,]+) % of", page.inner_text("#shares").replace("−", "-"))
+    assert float(shown[1].replace(",", "")) == pytest.approx(100 * left, rel=0.02)
+    page.locator("[data-model=sparse][data-token='10']").dispatch_event("pointerover", {"bubbles": True})
+    assert "It is cut." in panel(page)  # a pointer that passes by takes nothing away
     drawn = page.locator("[data-model=sparse] .line:visible").count()
     assert drawn == data["total"] - len(data["cuts"][edge["cut"]][3])
     assert page.text_content(answer) != before and "(one edge cut)" in page.text_content(answer)
