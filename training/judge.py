@@ -137,6 +137,7 @@ class Judge:
         """
         state = self.state
         if state.ready:
+            state.best = [found["val"]["open"], found["val"]["loss"]]
             return ["best.pt"]
         if self.config.gated and step == 0:
             return []

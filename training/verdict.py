@@ -247,13 +247,11 @@ def advice_for_missed(report, config, metrics, parent):
             f"--constraint_scale={config['constraint_scale'] / 3:.1g} --out_dir={run}-tight",
         ]
     if was_lost_late(report, config, metrics):
-        floor = min(2 * config["lambda_min"], config["lambda_init"])
         return [
             *sentences,
             f"It was closest at step {report['step']} and lost that again: an edge that it needs was shut "
-            "for good. Smaller steps and a "
-            "higher floor take more care: the same command with "
-            f"--learning_rate={config['learning_rate'] / 2:g} --lambda_min={floor:g} --out_dir={run}-careful",
+            f"for good. Smaller steps and a higher floor take more care: the same command with "
+            f"{smaller_steps_and_higher_floor(config)} --out_dir={run}-careful",
         ]
     at_cap = is_at_cap_throughout(config, metrics)
     found = learning(metrics)
@@ -275,6 +273,18 @@ def advice_for_missed(report, config, metrics, parent):
             f"--out_dir={run}-loose"
         )
     return sentences
+
+
+def smaller_steps_and_higher_floor(config):
+    """Flags that halve the learning rate, at its end as well, and double lambda's floor, below which it can
+    neither start nor end.
+    """
+    floor = 2 * config["lambda_min"]
+    flags = [f"--learning_rate={config['learning_rate'] / 2:g}", f"--lambda_min={floor:g}"]
+    if config["min_lr"] > config["learning_rate"] / 2:
+        flags.append(f"--min_lr={config['learning_rate'] / 2:g}")
+    flags += [f"--{key}={floor:g}" for key in ("lambda_init", "lambda_max") if config[key] < floor]
+    return " ".join(flags)
 
 
 def was_lost_late(report, config, metrics):
