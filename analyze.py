@@ -30,6 +30,7 @@ from storage.files import UserError
 COMMANDS = {  # name: (its file, what it answers)
     "report": ("analysis.report", "what became of these runs? numbers and figures"),
     "seeds": ("analysis.seeds", "does it work with other seeds? trains them all, one table"),
+    "ablate": ("analysis.ablate", "what is each part of the method good for? one change at a time"),
     "explain": ("analysis.explain", "addition: when does each edge open, and what is it for?"),
     "ask": ("analysis.ask", "addition: one sum, its answer, the edges that opened"),
     "curve": ("analysis.curve", "what does sparsity cost? edges over loss, for several runs"),
@@ -48,7 +49,7 @@ COMMANDS = {  # name: (its file, what it answers)
         "kill a small run again and again: does it end as if it had never been killed?",
     ),
 }
-TAKES_SETTINGS = ("seeds", "plan")  # and hand them to train.py
+TAKES_SETTINGS = ("seeds", "ablate", "plan")  # and hand them to train.py
 
 
 class Parser(argparse.ArgumentParser):

@@ -38,6 +38,7 @@ class GateConfig:
     gated: bool = False  # attention through Bernoulli gates
     gate_bias: float | list = 3.0  # b in s = a + b; a list has one for each head, [layer][head] (handover.py)
     gate_temperature: float = 1.0  # of the straight-through gradient
+    renormalise: bool = False  # an ablation: the weights of open edges sum to 1 again
 
 
 class Gates(NamedTuple):
@@ -48,7 +49,7 @@ class Gates(NamedTuple):
 
 
 def gated_attention(q, k, v, bias=3.0, temperature=1.0, sample=False, *, dense=False, linear_penalty=False,
-                    noise=None, keep=None, return_gates=False, impl="auto"):
+                    noise=None, keep=None, renormalise=False, return_gates=False, impl="auto"):
     """Causal attention with a Bernoulli gate on every edge, as the paper writes it.
 
     q, k, v       (B, H, T, D) queries, keys, values. k and v may have fewer heads, each for a group of q's
@@ -64,6 +65,8 @@ def gated_attention(q, k, v, bias=3.0, temperature=1.0, sample=False, *, dense=F
                   then values are those of evaluation, gradients those of training
     keep          ([B,] [H,] T, T) bool: an edge that is False here is shut. The penalty ignores it. A float
                   multiplies the gate, so that a gradient by edges can be had
+    renormalise   not the paper's, an ablation (docs/ablations.md): a row's open weights are divided by their
+                  sum, so that to shut one edge strengthens the others
     return_gates  True: the third value is a `Gates`, else it is None
     impl          'plain', 'tiled', 'triton' or 'auto': fast/dispatch.py
 
@@ -73,7 +76,7 @@ def gated_attention(q, k, v, bias=3.0, temperature=1.0, sample=False, *, dense=F
     k, v = shared_among_heads(k, q), shared_among_heads(v, q)
     check(q, k, v, temperature, keep)
     done, noise = dispatch.attention(q, k, v, bias, temperature, sample, dense, linear_penalty, noise,
-                                     plain=keep is not None or return_gates, impl=impl)
+                                     plain=keep is not None or renormalise or return_gates, impl=impl)
     if done is not None:  # from 64 tokens on, unless somebody wants to look: the same formula in fast/
         return *done, None
 
@@ -99,6 +102,8 @@ def gated_attention(q, k, v, bias=3.0, temperature=1.0, sample=False, *, dense=F
     if keep is not None:
         gates = gates * keep
 
+    if renormalise:
+        pattern = pattern / (gates * pattern).sum(-1, keepdim=True).clamp(min=1e-9)
     y = (gates * pattern).to(v.dtype) @ v  # y_i = sum_j A_ij p_ij v_j                            (B, H, T, D)
     return y, density, Gates(gates, pattern) if return_gates else None
 
@@ -145,8 +150,9 @@ def check(q, k, v, temperature, keep=None):
 
 
 def by_layer(config, keep, device):
-    """For every layer {'bias', 'keep'} of `gated_attention`: config's gate_bias, of a list [layer][head] a
-    (H, 1, 1), and its part of keep (n_layer, ...), or None. Raises ValueError if keep has no such parts.
+    """For every layer {'bias', 'keep', 'renormalise'} of `gated_attention`: config's gate_bias, of a list
+    [layer][head] a (H, 1, 1); its part of keep (n_layer, ...), or None. Raises ValueError if keep has no such
+    parts.
     """
     biases, kept = [config.gate_bias] * config.n_layer, [None] * config.n_layer
     if isinstance(config.gate_bias, list):
@@ -156,4 +162,4 @@ def by_layer(config, keep, device):
             raise ValueError("keep must be (n_layer, H, T, T) or (n_layer, B, H, T, T) with n_layer="
                              f"{config.n_layer}, not {tuple(keep.shape)}")
         kept = keep
-    return [{"bias": b, "keep": k} for b, k in zip(biases, kept)]
+    return [{"bias": b, "keep": k, "renormalise": config.renormalise} for b, k in zip(biases, kept)]

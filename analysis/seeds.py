@@ -251,6 +251,11 @@ def table(rows):
         ],
         *map(cells, rows),
     ]
+    return aligned(lines)
+
+
+def aligned(lines):
+    """Lists of cells as lines of text, column by column."""
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     return "\n".join(
         "  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in lines

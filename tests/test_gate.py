@@ -231,3 +231,40 @@ def test_a_float_keep_gives_a_gradient_by_edges():
     expected = (gates.pattern[:, :, 5, :, None] * v).sum((0, 1, 3))  # of the last query's edges
     torch.testing.assert_close(by_edge[5], expected)
     assert (by_edge[:5] == 0).all()
+
+
+def test_renormalised_rows_of_open_edges_sum_to_one_and_shut_rows_stay_zero():
+    q, k, v = qkv(T=7)
+    y, density, gates = gated_attention(q, k, v, -0.5, renormalise=True, return_gates=True)
+    weights = gates.open * gates.pattern
+    some = gates.open.sum(-1) > 0
+    assert 0 < some.double().mean() < 1
+    torch.testing.assert_close(weights.sum(-1), some.to(weights.dtype))
+    by_hand = (q @ k.transpose(-2, -1) / math.sqrt(3)).masked_fill(gates.open == 0, -math.inf).softmax(-1)
+    torch.testing.assert_close(y, by_hand.nan_to_num() @ v)
+    assert density == gated_attention(q, k, v, -0.5)[1]
+    long = [torch.randn(1, 1, 80, 4) for _ in range(3)]  # a context that a fast form would take
+    renormalised, plain = (gated_attention(*long, 1.0, renormalise=True, impl=impl)[0]
+                           for impl in ("auto", "plain"))
+    assert torch.equal(renormalised, plain)
+
+
+def test_renormalised_gradients_are_those_of_the_formula():
+    """Straight-through: dA/ds = sigmoid'(s) in y = sum_j A_j p_j v_j / sum_j A_j p_j."""
+    q, k, v = qkv(T=5)
+    y, _, _ = gated_attention(q, k, v, 0.3, sample=True, noise=0.0, renormalise=True)
+    dy = torch.randn_like(y)
+    found = torch.autograd.grad((y * dy).sum(), (q, k, v))
+    a = q @ k.transpose(-2, -1) / math.sqrt(3)
+    causal = torch.ones(5, 5, dtype=torch.bool).tril()
+    p, s = a.masked_fill(~causal, -math.inf).softmax(-1), a + 0.3
+    A = ((s > 0) & causal).double().requires_grad_()
+    norm = (A * p).sum(-1, keepdim=True).clamp(min=1e-9)
+    out = ((A * p) @ v / norm * dy).sum()
+    expected = list(torch.autograd.grad(out, (q, k, v, A), retain_graph=True))
+    dA = expected.pop()
+    through = torch.autograd.grad(s, (q, k), dA * s.sigmoid() * (1 - s.sigmoid()) * causal)
+    for i in range(2):
+        expected[i] = expected[i] + through[i]
+    for one, other in zip(found, expected):
+        torch.testing.assert_close(one, other)

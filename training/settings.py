@@ -81,6 +81,8 @@ class Config:
     gated: bool = False  # False is an ordinary dense run; it ignores this block
     gate_bias: float = 3.0  # b in sigmoid(a + b); above 0 the edges start open
     gate_temperature: float = 1.0  # of the straight-through gradient
+    # an ablation: the weights of open edges sum to 1 again; the plain formula alone knows it
+    renormalise: bool = False
     # attention weight above which edges start open, by a shift of the key biases, or of each head's gates
     # (handover.py); 0 is off, the paper's
     open_above: float = 0.0

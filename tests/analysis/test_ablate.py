@@ -1,0 +1,74 @@
+"""One change at a time: only changes that make a difference, and a table that hides no failure."""
+
+import json
+
+import pytest
+
+import analyze
+from analysis.ablate import CHANGES, changes_of, line_of, table
+from helpers import call
+from storage.files import UserError
+from training.settings import make_config
+
+ADDITION, TEXT = "config/addition.py", "config/stdlib.py"
+
+
+@pytest.fixture(autouse=True)
+def in_the_repository(request, monkeypatch):
+    if "counting" not in request.fixturenames:
+        monkeypatch.chdir(request.config.rootpath)
+
+
+@pytest.mark.parametrize("path", [ADDITION, TEXT])
+def test_every_change_differs_from_the_config_in_what_it_is_named_after(path):
+    found, (c, _) = changes_of(path, {}, []), make_config(path, {})
+    assert found.pop("as it is") == {}
+    assert len(found) >= 8
+    for name, changed in found.items():
+        assert changed and all(getattr(c, key) != value for key, value in changed.items()), name
+
+
+def test_what_is_on_goes_off_and_what_is_off_goes_on():
+    addition, text = changes_of(ADDITION, {}, []), changes_of(TEXT, {}, [])
+    assert "distillation" in addition and "no distillation" not in addition
+    assert "no distillation" in text and "distillation" not in text
+    assert {"no cycles", "no linear penalty", "temperature 1"} <= set(addition) - set(text)
+    assert {"no hand-over", "noise to the end", "temperature 3"} <= set(text) - set(addition)
+    fixed = addition["fixed penalty"]
+    assert fixed == {"lambda_min": 2.4, "lambda_init": 2.4, "lambda_max": 2.4, "repair_lambda_max": 0.0}
+
+
+def test_settings_hold_for_all_and_some_changes_can_be_chosen():
+    found = changes_of(TEXT, {"max_steps": 9}, ["renormalised"])
+    assert found == {"as it is": {"max_steps": 9}, "renormalised": {"max_steps": 9, "renormalise": True}}
+    with pytest.raises(UserError, match="there is no change 'renormalized'. There are as it is, fixed"):
+        changes_of(TEXT, {}, ["renormalized"])
+    with pytest.raises(UserError, match="dense run: there is no part of the method"):
+        changes_of("config/stdlib_dense.py", {}, [])
+
+
+def test_a_failed_seed_stays_in_the_table():
+    failed = {"failed": "error: out of memory", "met": False, "run": "out/x"}
+    line = line_of("renormalised", {}, [failed])
+    assert line["failed"] == ["error: out of memory"]
+    assert table([line]).splitlines()[1].split() == ["renormalised", "0", "of", "1", "-", "-"]
+
+
+def test_the_command_trains_each_change_and_says_what_became_of_it(counting):
+    done = call(analyze.main, "ablate", "sparse.py", "--seeds=1,2", "--jobs=2", "--max_steps=20",
+                "--only=renormalised")
+    assert done.returncode is None or done.returncode == 0, done.stderr
+    with open("out/sparse-max_steps=20-ablations.json") as f:
+        lines = json.load(f)
+    assert [line["change"] for line in lines] == ["as it is", "renormalised"]
+    for line in lines:
+        assert line["of"] == 2 and len(line["open"]) == len(line["above"]) == 2 and not line["failed"]
+        changed = "-renormalise=True" if line["change"] == "renormalised" else ""
+        folder = f"out/sparse-max_steps=20{changed}"
+        with open(f"{folder}/report.json") as f:
+            report = json.load(f)
+        assert report["edges"]["open"] in line["open"]
+        assert report["sparse"]["val_loss"] - report["dense"]["val_loss"] in line["above"]
+        with open(f"{folder}/config.json") as f:
+            assert json.load(f)["renormalise"] == (line["change"] == "renormalised")
+    assert set(CHANGES) >= {line["change"] for line in lines}
