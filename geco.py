@@ -9,7 +9,7 @@
 Read it as a thermostat. While the loss is above target lambda rises and training repairs the model; while it
 is below, lambda falls and training shuts edges. Nobody tunes how sparse the model gets: that is found out.
 
-Notable, all four against *windup*, an integrator that stays far away long after an error is gone:
+Notable, all five against *windup*, an integrator that stays far away long after an error is gone:
 - lambda is capped above. When the gates first sample, the loss jumps by nats and an uncapped lambda climbs to
   thousands; the density then has no say until lambda has come all the way down again.
 - lambda is bounded below too: one that has run down to nothing lets edges be cut by the dozen before the
@@ -18,6 +18,9 @@ Notable, all four against *windup*, an integrator that stays far away long after
   can lie nats above a target, but never more than the target itself below it. (Where the target is nearly 0,
   as in addition, let `scale` be no larger than the slack in it; on text the loss can lie far enough below,
   and `scale` is what a measurement's noise makes worth reacting to.)
+- A target that cannot be met yet is no target: at a high learning rate even a model without gates is worse
+  than it was, and lambda climbs for thousands of steps. So on text the target comes down with the learning
+  rate (`peak_slack` in train.py), lambda holds the loss at it all along, and no cap has to.
 - lambda is the only integrator: the clip acts on the state itself, no hidden sum behind it has to unwind.
 
 Source: Rezende & Viola 2018, "Taming VAEs".

@@ -53,12 +53,17 @@ from training.settings import Config, check_together, limits, make_config
 from training.verdict import MISSED, has_succeeded
 
 
+def cosine(step, c):
+    """1 until the warm-up is over, then half a cosine down to 0."""
+    done = max(0, step - c.warmup_steps) / max(1, c.max_steps - c.warmup_steps)
+    return (1 + math.cos(math.pi * min(1, done))) / 2
+
+
 def get_lr(step, c):
     """Linear warm-up, then a cosine from learning_rate to min_lr."""
     if step < c.warmup_steps:
         return c.learning_rate * (step + 1) / c.warmup_steps
-    done = (step - c.warmup_steps) / max(1, c.max_steps - c.warmup_steps)
-    return c.min_lr + (c.learning_rate - c.min_lr) * (1 + math.cos(math.pi * min(1, done))) / 2
+    return c.min_lr + (c.learning_rate - c.min_lr) * cosine(step, c)
 
 
 def loop(run, judge, progress, stop):
@@ -78,6 +83,7 @@ def loop(run, judge, progress, stop):
         # --- 1. lambda: is the loss above its target? Then a nat shall cost more ----------------------------
         if c.gated and step % c.constraint_interval == 0:  # from lambda_init on, and at step 0 already
             geco.lambda_max = run.cap_of_lambda(step)  # one while cutting, another while repairing
+            geco.target = run.constraint_target() + c.peak_slack * cosine(step, c)
             geco.update(run.constraint(step, noisy))
 
         # --- 2. gradients: of  density_weight * density + lambda (loss - target) ----------------------------

@@ -3,6 +3,7 @@ lost.
 """
 
 import json
+import math
 import os
 
 import numpy as np
@@ -385,3 +386,15 @@ def test_a_cycle_that_was_not_repaired_starts_again_from_the_last_state_that_met
     assert len(starts) == 1 and read_checkpoint(f"{folder}/best.pt")["step"] in (20, 80)
     with pytest.raises(UserError, match="cycle_steps=50 must be a multiple of eval_interval=20"):
         run("sparse.py", cycle_steps=50, out_dir="out/other")
+
+
+def test_the_peak_slack_goes_to_nothing_along_the_learning_rates_cosine(counting):
+    folder = run("sparse.py", peak_slack=0.4, out_dir="out/eased")
+    targets = {m["step"]: m["constraint_target"] for m in metrics(folder)}
+    dense = read_checkpoint(f"{folder}/last.pt")["dense_on_training"]
+    end = dense + 0.02  # counting's loss_slack
+    assert targets[0] == pytest.approx(end)  # nothing has been measured yet
+    for step in (20, 40, 60):
+        done = (step - 4 - 5) / (60 - 5)  # at the last measurement, behind 5 steps of warm-up
+        assert targets[step] == pytest.approx(end + 0.4 * (1 + math.cos(math.pi * done)) / 2)
+    assert [m["target_loss"] for m in metrics(folder)] == 4 * [metrics(folder)[0]["target_loss"]]

@@ -154,7 +154,7 @@ class Run:
         # like with like: the measure and the stream of batches that the constraint sees
         losses = [self.batches.mean_loss(step, self.fast_dense, self.autocast) for step in range(MEASURED)]
         state.dense_on_training = sum(losses) / MEASURED
-        self.geco.target = state.dense_on_training + c.loss_slack - c.constraint_margin
+        self.geco.target = self.constraint_target()
         hardware.say(
             f"dense model: held-out loss {state.dense['val']['loss']:.4f}, target {state.target_loss:.4f}; "
             f"on training batches {state.dense_on_training:.4f}, the constraint's target "
@@ -195,6 +195,10 @@ class Run:
             del checkpoint[large]
 
     # --- what the loop asks for -----------------------------------------------------------------------------
+
+    def constraint_target(self):
+        """What the constraint's loss is to come down to by the end of the run, nats."""
+        return self.state.dense_on_training + self.config.loss_slack - self.config.constraint_margin
 
     def cap_of_lambda(self, step):
         """The largest lambda at this step."""

@@ -107,6 +107,9 @@ class Config:
     # nats below the dense loss + loss_slack at which training aims; what is gained on training text is not
     # all held-out gain
     constraint_margin: float = 0.0
+    # nats of further slack for the constraint while the learning rate is at its peak; it goes to 0 along the
+    # same cosine. At a high learning rate no model is as good as it can be, gates or none
+    peak_slack: float = 0.0
     # nats; a violation of this size moves lambda at full speed. No larger than loss_slack where the loss
     # cannot fall far below its target (geco.py)
     constraint_scale: float = 0.001
@@ -158,7 +161,7 @@ def limits():
     not_negative = (
         "repair_lambda_max cycle_steps ready_loss n_kv_head lora_rank loss_slack linear_penalty_steps "
         "noise_free_steps min_lr warmup_steps weight_decay grad_clip eval_batches constraint_margin "
-        "distill_weight micro_batch_size"
+        "distill_weight micro_batch_size peak_slack"
     )
     fractions = "dropout average_decay lambda_average beta1 beta2 open_above"
     return {
