@@ -38,6 +38,7 @@ COMMANDS = {  # name: (its file, what it answers)
     "circuit": ("analysis.circuit", "how much of a dense and of a sparse model does a task need?"),
     "induction": ("analysis.induction", "which heads copy?"),
     "tasks": ("circuits.tasks", "the tasks that `circuit` knows, and their prompts"),
+    "transcode": ("analysis.transcode", "what do the MLPs compute? trains a transcoder, features for MLPs"),
     "view": ("analysis.view", "a page to look into a model, in any browser"),
     "sample": ("analysis.sample", "text from a model, and what every token read"),
     "benchmark": ("analysis.benchmark", "TruthfulQA, PIQA, OpenBookQA, ARC-Easy, dense beside sparse"),

@@ -1,0 +1,158 @@
+"""Train a transcoder for a run's model: its MLPs in few features (circuits/transcoder.py).
+
+    python analyze.py transcode out/addition                      writes out/addition/transcoder.pt and .json
+    python analyze.py transcode out/addition_dense --price=3      sparser
+    python analyze.py transcode out/stdlib --per-layer --name=per-layer       the control
+
+What the MLPs read and write on training text is computed once and kept in memory, in half precision; a step
+draws tokens from that. The report is of held-out text: explained variance, features that fire (L0), dead
+ones, and what becomes of the model with its MLPs replaced, without error nodes. Ctrl-C, and whatever else
+stops it, costs at most SAVED steps: the same command goes on.
+"""
+
+import os
+import time
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import prepare_data
+from circuits.transcoder import Transcoder, quality, read_and_written
+from model import GPT
+from models.checkpoint import (
+    checkpoint_named,
+    fingerprint,
+    folder_of_answers,
+    model_of,
+    read_checkpoint,
+    save_checkpoint,
+)
+from storage.files import UserError, write_json
+from training import hardware
+from training.evaluate import examples_of
+
+SAVED = 500  # steps between two checkpoints
+MOST = 2**31  # bytes of activations that are kept
+AT_ONCE = 64  # sequences in a forward pass
+JUDGED = 256  # held-out sequences
+
+
+def batches_of(data, split, T, tokens):
+    """Yield (B, T) tokens of a split, some `tokens` in all, spread evenly over it."""
+    indices = examples_of(data, split, T, AT_ONCE, max_batches=max(1, tokens // (AT_ONCE * T)))
+    for first in range(0, len(indices), AT_ONCE):
+        x, _ = data.batch(split, indices[first:first + AT_ONCE], T)
+        yield torch.from_numpy(x)
+
+
+def cached(model, data, tokens, T):
+    """What MLPs read and what they write on training data: two (N, L, C), float16."""
+    c, device = model.config, next(model.parameters()).device
+    tokens = min(tokens, MOST // (4 * c.n_layer * c.n_embd))
+    read, written = [], []
+    for x in batches_of(data, "train", T, tokens):
+        for kept, now in zip((read, written), read_and_written(model, x.to(device))):
+            kept.append(now.flatten(0, 1).half())
+    return torch.cat(read), torch.cat(written)
+
+
+def train(coder, x, y, options, start, save):
+    """Adam on random tokens of x and y (N, L, C). start: a checkpoint to go on from, or None; save(step,
+    optimizer) is called now and then.
+    """
+    optimizer = torch.optim.Adam(coder.parameters(), lr=options.lr)
+    if start:
+        optimizer.load_state_dict(start["optimizer"])
+    first = start["step"] if start else 0
+    steps = tqdm(range(first, options.steps), initial=first, total=options.steps, disable=None, leave=False)
+    for step in steps:
+        rows = np.random.default_rng((options.seed, step)).integers(0, len(x), options.batch)
+        warm = min(1.0, (step + 1) / (0.7 * options.steps))  # the price of features comes in slowly
+        loss, error = coder.loss(x[rows].float(), y[rows].float(), warm * options.price, options.revive)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if step % 50 == 0:
+            steps.set_postfix_str(f"squared error {error.item():.3g}")
+        if (step + 1) % SAVED == 0 or step + 1 == options.steps:
+            save(step + 1, optimizer)
+
+
+def add_arguments(parser):
+    parser.add_argument("run", metavar="RUN", help="a run's folder, dense or gated, a GPT")
+    parser.add_argument("--features", type=int, default=256, help="a layer")
+    parser.add_argument("--price", type=float, default=1.0, help="c, of a feature that fires")
+    parser.add_argument("--revive", type=float, default=1e-3, help="d, of a feature that is far from firing")
+    parser.add_argument("--per-layer", action="store_true", help="decoders into the own layer only")
+    parser.add_argument("--tokens", type=int, default=1_000_000, help="of training data")
+    parser.add_argument("--steps", type=int, default=4000)
+    parser.add_argument("--batch", type=int, default=1024, help="tokens a step")
+    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--name", default="transcoder", help="of the files in the run's folder")
+
+
+SETTINGS = ("features", "price", "revive", "per_layer", "tokens", "steps", "batch", "lr", "seed")
+
+
+def begun(place, settings, of):
+    """The checkpoint of an earlier command with the same settings, or None. Raises UserError if it is of
+    other settings or of another model.
+    """
+    if not os.path.exists(place):
+        return None
+    checkpoint = read_checkpoint(place)
+    if checkpoint["settings"] != settings or checkpoint["of"] != of:
+        raise UserError(f"{place} was trained with other settings, or for other weights. Delete it, or say "
+                        "--name=ANOTHER")
+    return checkpoint
+
+
+def run(options, settings):
+    """`analyze.py transcode`."""
+    if min(options.features, options.tokens, options.steps, options.batch) < 1 or options.lr <= 0:
+        raise UserError("--features, --tokens, --steps and --batch must be at least 1, --lr above 0")
+    path = checkpoint_named(options.run.rstrip("/"))
+    checkpoint = read_checkpoint(path)
+    model = model_of(checkpoint, path, hardware.pick_device("auto")).eval()
+    if not isinstance(model, GPT):
+        raise UserError(f"{options.run} is no GPT: transcoders are made for its MLPs alone so far")
+    folder = folder_of_answers(options.run.rstrip("/"))
+    place = os.path.join(folder, options.name + ".pt")
+    settings, of = {key: getattr(options, key) for key in SETTINGS}, fingerprint(checkpoint)
+    start = begun(place, settings, of)
+    data = prepare_data.load(checkpoint["data"]["dataset"])
+    T = data.train.shape[2] if data.meta["kind"] == "rows" else model.config.block_size
+
+    torch.manual_seed(options.seed)
+    shape = {"L": model.config.n_layer, "C": model.config.n_embd, "F": options.features}
+    coder = Transcoder(**shape, cross=not options.per_layer).to(next(model.parameters()).device)
+    if start:
+        coder.load_state_dict(start["model"])
+    began, before = time.time(), start["seconds"] if start else 0.0
+
+    def save(step, optimizer):
+        parts = {"model": coder.state_dict(), "model_args": coder.shape, "optimizer": optimizer.state_dict()}
+        save_checkpoint(place, parts | {"step": step, "of": of, "settings": settings,
+                                        "seconds": before + time.time() - began})
+
+    if not start or start["step"] < options.steps:
+        x, y = cached(model, data, options.tokens, T)
+        if not start:
+            coder.start(x[:10_000].float(), y[:10_000].float())
+        train(coder, x, y, options, start, save)
+    tokens = torch.cat(list(batches_of(data, "val", T, JUDGED * T)))
+    found = quality(model, coder.eval(), tokens.to(next(model.parameters()).device))
+    found |= {"run": options.run, "seconds": read_checkpoint(place)["seconds"]} | settings
+    write_json(os.path.join(folder, options.name + ".json"), found)
+    print(f"{place}: {in_words(found)}")
+
+
+def in_words(found):
+    """A line about a transcoder's quality."""
+    layers = ", ".join(f"{100 * share:.0f}" for share in found["by_layer"])
+    return (f"{100 * found['explained']:.1f} % of the variance explained ({layers} by layer); "
+            f"{found['l0']:.1f} of {found['features']} features a layer fire, {100 * found['dead']:.0f} % "
+            f"are dead; with the MLPs replaced KL {found['kl']:.4f} nats, {100 * found['agrees']:.1f} % of "
+            f"first choices the same; {found['seconds']:.0f} s")

@@ -1,0 +1,62 @@
+"""The command that trains a transcoder: it learns, it goes on where it stopped, it mixes nothing up."""
+
+import json
+
+import pytest
+import torch
+
+import analyze
+from analysis import transcode
+from helpers import call, run
+from models.checkpoint import read_checkpoint
+
+COMMAND = ["transcode", "out/dense", "--features=12", "--batch=64", "--price=0.01"]
+
+
+def weights(name="transcoder"):
+    return read_checkpoint(f"out/dense/{name}.pt")["model"]
+
+
+def test_it_learns_and_reports(echo):
+    run("dense.py")
+    done = call(analyze.main, *COMMAND, "--steps=400", "--lr=0.01")
+    assert done.returncode in (0, None), done.stderr
+    with open("out/dense/transcoder.json") as f:
+        found = json.load(f)
+    assert found["explained"] > 0.8 and found["agrees"] > 0.8 and 0 < found["l0"] <= 12
+    assert f"{100 * found['explained']:.1f} % of the variance explained" in done.stdout
+    call(analyze.main, *COMMAND, "--steps=1", "--name=untrained")
+    with open("out/dense/untrained.json") as f:
+        assert json.load(f)["explained"] < found["explained"] - 0.3
+
+
+def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(echo, monkeypatch):
+    run("dense.py")
+    monkeypatch.setattr(transcode, "SAVED", 20)
+    assert call(analyze.main, *COMMAND, "--steps=40", "--name=whole").returncode in (0, None)
+    save = transcode.save_checkpoint
+
+    def save_and_stop(place, parts):
+        save(place, parts)
+        if parts["step"] == 20:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(transcode, "save_checkpoint", save_and_stop)
+    with pytest.raises(KeyboardInterrupt):
+        call(analyze.main, *COMMAND, "--steps=40")
+    assert read_checkpoint("out/dense/transcoder.pt")["step"] == 20
+    assert call(analyze.main, *COMMAND, "--steps=40").returncode in (0, None)
+    assert all(torch.equal(weights()[name], tensor) for name, tensor in weights("whole").items())
+
+
+def test_other_settings_and_other_weights_are_refused(echo):
+    run("dense.py")
+    call(analyze.main, *COMMAND, "--steps=2")
+    other = call(analyze.main, *COMMAND, "--steps=3")
+    assert other.returncode == 1 and "was trained with other settings" in other.stderr
+    run("dense.py", seed=2, out_dir="out/two")
+    (echo / "out/dense/best.pt").write_bytes((echo / "out/two/best.pt").read_bytes())
+    changed = call(analyze.main, *COMMAND, "--steps=2")
+    assert changed.returncode == 1 and "for other weights" in changed.stderr
+    wrong = call(analyze.main, "transcode", "out/dense", "--steps=0")
+    assert wrong.returncode == 1 and "must be at least 1" in wrong.stderr
