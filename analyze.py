@@ -39,6 +39,7 @@ COMMANDS = {  # name: (its file, what it answers)
     "induction": ("analysis.induction", "which heads copy?"),
     "tasks": ("circuits.tasks", "the tasks that `circuit` knows, and their prompts"),
     "transcode": ("analysis.transcode", "what do the MLPs compute? trains a transcoder, features for MLPs"),
+    "graph": ("analysis.graph", "which features, through which heads, made a model say this?"),
     "view": ("analysis.view", "a page to look into a model, in any browser"),
     "sample": ("analysis.sample", "text from a model, and what every token read"),
     "benchmark": ("analysis.benchmark", "TruthfulQA, PIQA, OpenBookQA, ARC-Easy, dense beside sparse"),

@@ -3,7 +3,9 @@
 1. report.py   numbers of a run; report_figures.py: its pictures; figures.py and circuit_figures.py draw
 2. explain.py  when every edge of an addition model opens, and what for; ask.py: one sum
 3. seeds.py    the same run with many seeds
+   ablate.py   with one change at a time; baselines.py: other ways to cut edges; curve.py: edges over loss
 4. view.py     a page to look into a model: view_data.py computes it, view.html draws
+   transcode.py, graph.py   features and heads behind an answer
 5. sample.py   text, and what every token read; benchmark.py: standard benchmarks
 6. bench.py    how fast the gate is; bench_model.py: a whole model; stopwatch.py; split.py: where a run's
                seconds go; plan.py: memory and time for OLMo

@@ -9,6 +9,8 @@
 7. prompt_circuits.py  attention edges over many prompts
 8. compare.py          dense against sparse, both grains; table.py prints it
 9. induction.py        which heads copy
+10. transcoder.py      features in place of MLPs
+11. attribution_graph.py   features and heads that made a model say something; influence.py: which matter
 
 Imports gate, models/ and storage/; draws nothing.
 """

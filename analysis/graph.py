@@ -1,0 +1,201 @@
+"""Which features, through which heads, made a model say this? One prompt's attribution graph.
+
+    python analyze.py transcode out/addition                       first, once
+    python analyze.py graph out/addition --prompt=36+28 --at=s1    the tens
+    python analyze.py graph out/stdlib --prompt="name = 'main"     the next byte
+
+Prints how much heads and attention edges carry, how many hold 80 % of it, and what feeds the answer most
+(circuits/attribution_graph.py, influence.py). Writes graph-<prompt>.json into the run's folder, in the format
+of circuit-tracer and Neuronpedia (schema version 1), pruned; a link's `heads` says what goes through which.
+"""
+
+import os
+import re
+
+import torch
+
+from analysis.view import questions_of
+from circuits.attribution_graph import graph_of
+from circuits.influence import (
+    NODES,
+    attention_edges_of,
+    heads_of,
+    influence_of,
+    n80,
+    pruned,
+    scores,
+    square,
+)
+from circuits.transcoder import Transcoder
+from model import GPT
+from models.checkpoint import checkpoint_named, fingerprint, folder_of_answers, model_of, read_checkpoint
+from storage.files import UserError, write_json
+
+SHOWN = 8  # heads, and edges into the likeliest answer
+TYPES = {"feature": "cross layer transcoder", "embedding": "embedding", "error": "mlp reconstruction error",
+         "bias": "bias", "logit": "logit"}
+
+
+def read_transcoder(folder, name, checkpoint):
+    """The trained Transcoder of a run. Raises UserError."""
+    place = os.path.join(folder, name + ".pt")
+    if not os.path.exists(place):
+        raise UserError(f"{folder} has no {name}.pt. Train one first: python analyze.py transcode {folder}")
+    trained = read_checkpoint(place)
+    if trained["of"] != fingerprint(checkpoint):
+        raise UserError(f"{place} was trained for other weights than {folder} holds now. Delete it, and: "
+                        f"python analyze.py transcode {folder}")
+    coder = Transcoder(**trained["model_args"])
+    coder.load_state_dict(trained["model"])
+    return coder.eval()
+
+
+def position_of(question, at):
+    """The position whose answer is explained: --at names it, else the last one. Raises UserError."""
+    names = [question.names[position] for position in question.positions]
+    if not at:
+        return question.positions[-1]
+    if at not in names:
+        places = ", ".join(filter(None, names)) or "its end"
+        raise UserError(f"--at={at}: this prompt is answered at {places}")
+    return question.positions[names.index(at)]
+
+
+def label(node, question, word):
+    """A node in words. word: token id -> str."""
+    if node.kind == "bias":
+        return "all biases"
+    if node.kind == "logit":
+        return f"answer {word(node.number)}"
+    where = question.names[node.position] or f"{question.pieces[node.position]}@{node.position}"
+    if node.kind == "embedding":
+        return f"token {where}"
+    if node.kind == "error":
+        return f"error of MLP {node.layer} at {where}"
+    return f"feature {node.layer}.{node.number} at {where}"
+
+
+def summary(graph):
+    """What is printed and written of a graph, a dict."""
+    heads, edges = heads_of(graph), attention_edges_of(graph)
+    nodes, links = pruned(graph)
+    return {"nodes": len(graph.sources) + len(graph.chances), "kept_nodes": int(nodes.sum()),
+            "kept_links": int(links.sum()), "heads": heads.tolist(), "heads_80": n80(heads),
+            "all_heads": heads.numel(), "attention_edges_80": n80(edges),
+            "attention_edges": int((edges > 0).sum()), **scores(graph)}
+
+
+def strongest(heads, most):
+    """[[layer, head, share of all heads]] of the strongest heads, (L, H); those that carry something."""
+    shares = heads / heads.sum().clamp(min=1e-30)
+    best = shares.flatten().topk(min(most, shares.numel()))
+    H = heads.shape[1]
+    return [[i // H, i % H, share] for share, i in zip(best.values.tolist(), best.indices.tolist()) if share]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The file for circuit-tracer's and Neuronpedia's pages
+
+
+def identity(node, L):
+    """(node_id, layer, feature, jsNodeId) in the schema's terms."""
+    if node.kind == "embedding":
+        return f"E_{node.number}_{node.position}", "E", node.position, f"E_{node.number}-{node.position}"
+    if node.kind == "logit":
+        name = f"{L + 1}_{node.number}_{node.position}"
+        return name, str(L + 1), node.number, f"L_{node.number}-{node.position}"
+    if node.kind == "bias":
+        return "bias_-1_0", "E", None, "bias_-1-0"
+    layer, number, feature = node.layer, -1, -1  # of an error
+    if node.kind == "feature":
+        number = node.number
+        feature = (layer + number) * (layer + number + 1) // 2 + number  # Cantor's pairing
+    js = f"{layer}_{number}-" + ("0" if node.kind == "feature" else str(node.position))
+    return f"{layer}_{number}_{node.position}", str(layer), feature, js
+
+
+def as_json(graph, question, word, run, name):
+    """The pruned graph as a dict, schema version 1."""
+    matrix, ends = square(graph)
+    influence = influence_of(matrix, ends) + ends
+    order = influence.argsort(descending=True)
+    reached = torch.zeros(len(influence))
+    reached[order] = (influence[order].cumsum(0) / influence.sum()).float()  # small is important
+    kept, links = pruned(graph)
+    nodes = list(graph.sources) + graph.targets[len(graph.targets) - len(graph.chances):]
+    L, features = graph.through.shape[1], len(graph.targets) - len(graph.chances)
+    chance = dict(zip(nodes[-len(graph.chances):], graph.chances.tolist()))
+    named, written = {}, []
+    for i in kept.nonzero().flatten().tolist():
+        node, (node_id, layer, feature, js) = nodes[i], identity(nodes[i], L)
+        named[i] = node_id
+        clerp = label(node, question, word)
+        if node.kind == "logit":
+            clerp = f'Output "{word(node.number)}" (p={chance[node]:.3f})'
+        written.append({
+            "node_id": node_id, "feature": feature, "layer": layer, "ctx_idx": max(node.position, 0),
+            "feature_type": TYPES[node.kind], "jsNodeId": js, "clerp": clerp,
+            "influence": reached[i].item(), "token_prob": chance.get(node, 0.0),
+            "is_target_logit": i == len(graph.sources),
+            "activation": graph.values[i].item() if node.kind == "feature" else None})
+    found = []
+    for target, source in links.nonzero().tolist():
+        row = target if target < features else features + target - len(graph.sources)
+        found.append({"source": named[source], "target": named[target],
+                      "weight": graph.edges[row, source].item(),
+                      "heads": strongest(graph.through[row], 3)})
+    return {"metadata": {"slug": name, "scan": run, "prompt": question.title,
+                         "prompt_tokens": question.pieces, "node_threshold": NODES, "schema_version": 1,
+                         "info": summary(graph)},
+            "qParams": {"pinnedIds": [], "supernodes": [], "linkType": "both", "clickedId": "", "sg_pos": ""},
+            "nodes": written, "links": found}
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The command
+
+
+def add_arguments(parser):
+    parser.add_argument("run", metavar="RUN", help="a run's folder, dense or gated, with a transcoder")
+    parser.add_argument("--prompt", required=True, help="a sum, or a text")
+    parser.add_argument("--at", default="", help="of a sum: which answer, such as s1; the last one")
+    parser.add_argument("--name", default="transcoder", help="of the transcoder, as in `transcode`")
+
+
+def run(options, settings):
+    """`analyze.py graph`."""
+    run = options.run.rstrip("/")
+    path = checkpoint_named(run)
+    checkpoint = read_checkpoint(path)
+    model = model_of(checkpoint, path, "cpu").eval()
+    if not isinstance(model, GPT):
+        raise UserError(f"{run} is no GPT: attribution graphs are made for GPTs alone so far")
+    folder = folder_of_answers(run)
+    coder = read_transcoder(folder, options.name, checkpoint)
+    [question], word, _ = questions_of(checkpoint, run, [options.prompt])
+    graph = graph_of(model, coder, torch.tensor(question.ids), position_of(question, options.at))
+    print("\n".join(lines_of(graph, question, word)))
+    name = "graph-" + (re.sub(r"\W+", "-", question.title).strip("-") or "prompt")
+    place = os.path.join(folder, name + (f"-{options.at}" if options.at else "") + ".json")
+    write_json(place, as_json(graph, question, word, run, name))
+    print(f"for circuit-tracer's and Neuronpedia's pages: {place}")
+
+
+def lines_of(graph, question, word):
+    """What is printed, a list of lines."""
+    found, heads = summary(graph), heads_of(graph)
+    first = len(graph.targets) - len(graph.chances)
+    answers = [f"{word(node.number)!r} {100 * chance:.1f} %"
+               for node, chance in zip(graph.targets[first:], graph.chances.tolist())]
+    lines = [f"{question.title!r}: {', '.join(answers)}",
+             f"{found['kept_nodes']} of {found['nodes']} nodes and {found['kept_links']} links are left; "
+             f"replacement score {found['replacement']:.2f}, completeness {found['completeness']:.2f}",
+             f"80 % of what heads carry: {found['heads_80']} of {found['all_heads']} heads, "
+             f"{found['attention_edges_80']} of {found['attention_edges']} attention edges"]
+    named = [f"{layer}.{head} {100 * share:.0f} %" for layer, head, share in strongest(heads, SHOWN)]
+    lines.append("heads: " + ", ".join(named))
+    lines.append(f"what speaks for {label(graph.targets[first], question, word)}, and against it, most:")
+    edge = graph.edges[first]
+    for s in edge.abs().topk(min(SHOWN, len(edge))).indices.tolist():
+        lines.append(f"  {edge[s]:+8.3f}  {label(graph.sources[s], question, word)}")
+    return lines

@@ -1,0 +1,205 @@
+"""Attribution graphs: which features, through which heads, made a model say this on this prompt?
+
+The *local replacement model* of a prompt: a transcoder in place of the MLPs (transcoder.py), an error node
+for what it gets wrong, at every layer and position, and everything that is not linear frozen at its value on
+this prompt: attention weights A_ij p_ij, gates included, and the standard deviations of the LayerNorms. What
+it computes is the model's own, exactly; and between a feature and what feeds it everything is linear:
+
+    sources   embeddings (token and position), features that fire, errors, and one node for all biases
+    targets   z, the pre-activation of a feature that fires; logits, minus the mean over the vocabulary
+
+    edge(s -> t) = t's reading of what s has written = direct + sum over heads of share(s, t, l, h)
+    share(s, t, l, h) = enc_t . LN_t[ W_O^h sum_j A_ij p_ij W_V^h LN_j dx_j^l(s) ]
+
+dx_j^l(s): what of the residual stream below layer l at position j is due to s. A path through several heads
+is counted once, at its last one. So all edges into t sum to z_t, and its shares and direct part to each edge.
+
+Why is an edge of attention open? The score is bilinear in what both ends have read, so it splits as well:
+
+    a_ij = sum over pairs of sources (r at i, s at j) of  u_r^T W_Q^T W_K u_s / sqrt(D),   u = LN dx^l
+
+Notable:
+- Unlike in circuit-tracer position 0 counts, an embedding holds its position, and biases have a node.
+- Which nodes, edges and heads matter: influence.py.
+- LayerNorm's gains and biases take part in every formula above. With gains of 1 one would not notice.
+Sources: Anthropic 2025, "Circuit tracing"; Ameisen et al.; the paper's last section (arXiv 2512.05865).
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+
+from circuits.transcoder import read_and_written
+
+LOGITS, COVERED = 10, 0.95  # at most so many logits are targets; the likeliest, up to so much probability
+
+
+class Node(NamedTuple):
+    kind: str  # 'embedding', 'feature', 'error', 'bias' or 'logit'
+    layer: int  # of features and errors, else -1
+    position: int  # -1 of the bias node
+    number: int  # of the feature, or the token of an embedding or logit, else -1
+
+
+class Graph(NamedTuple):
+    """S sources, of which the first N features are also the first targets; then come the logits."""
+
+    sources: list  # of Node: features, then embeddings, errors, the bias
+    targets: list  # of Node: the same features, then logits
+    edges: torch.Tensor  # (targets, S), edge(s -> t)
+    through: torch.Tensor  # (targets, L, H), sum over sources of |share|
+    reads: torch.Tensor  # (targets, L, H, T), the same of what the head reads at each position alone
+    values: torch.Tensor  # (targets,) z of a feature; a logit minus the mean one
+    chances: torch.Tensor  # (logits,) probability
+    streams: torch.Tensor  # (L, S, T, C) dx^l, below each layer
+
+
+class Frozen(NamedTuple):
+    """What is frozen on a prompt, and what the transcoder made of it."""
+
+    attention: list  # A_ij p_ij (H, T, T) of every layer
+    spread: dict  # {LayerNorm module: standard deviation (T, 1)}
+    features: torch.Tensor  # a (T, L, F)
+    errors: torch.Tensor  # MLP output - transcoder's (T, L, C)
+    logits: torch.Tensor  # (T, V)
+
+
+@torch.no_grad()
+def freeze(model, coder, tokens):
+    """Frozen, of one prompt, tokens (T,). coder: a Transcoder with its scales folded."""
+    spread, attention = {}, []
+
+    def look(norm, arguments, output):
+        spread[norm] = (arguments[0][0].var(-1, unbiased=False, keepdim=True) + norm.eps).sqrt()
+
+    hooks = [norm.register_forward_hook(look) for norm in norms(model)]
+    try:
+        logits = model(tokens[None], record=lambda layer, g: attention.append((g.open * g.pattern)[0]))[0][0]
+    finally:
+        for hook in hooks:
+            hook.remove()
+    x, y = read_and_written(model, tokens[None])
+    return Frozen(attention, spread, coder.features(x)[0], (y - coder(x))[0], logits)
+
+
+def norms(model):
+    return [norm for block in model.blocks for norm in (block.ln_1, block.ln_2)] + [model.transformer.ln_f]
+
+
+def centred(norm, spread, x):
+    """LayerNorm with a frozen spread, without its bias: linear. x (..., C), spread (..., 1)."""
+    return norm.weight * (x - x.mean(-1, keepdim=True)) / spread
+
+
+def centred_back(norm, spread, reader):
+    """What reads x as reader (C,) reads centred(norm, spread, x): the transpose of that."""
+    gains = norm.weight * reader / spread
+    return gains - gains.mean()
+
+
+def bias_of(module, like):
+    """A module's bias, or zeros where it has none."""
+    return like.new_zeros(()) if module.bias is None else module.bias
+
+
+@torch.no_grad()
+def graph_of(model, coder, tokens, at=-1):
+    """The Graph of one prompt, tokens (T,), in evaluation mode. at: the position whose logits are targets."""
+    coder = coder.folded()
+    frozen = freeze(model, coder, tokens)
+    c, T = model.config, len(tokens)
+    L, H, C = c.n_layer, c.n_head, c.n_embd
+    fires = frozen.features.transpose(0, 1).nonzero().tolist()  # by layer, then position
+    features = [Node("feature", layer, position, number) for layer, position, number in fires]
+    sources = features + [Node("embedding", -1, j, int(tokens[j])) for j in range(T)]
+    sources += [Node("error", layer, j, -1) for layer in range(L) for j in range(T)]
+    sources.append(Node("bias", -1, -1, -1))
+    BIAS, decoders = len(sources) - 1, coder.decoders()
+
+    dx = frozen.errors.new_zeros(len(sources), T, C)  # what of the stream is due to each source
+    embedded = model.transformer.wte(tokens) + model.transformer.wpe(torch.arange(T, device=tokens.device))
+    for s, node in enumerate(sources):
+        if node.kind == "embedding":
+            dx[s, node.position] = embedded[node.position]
+    streams, carried, edges, through, reads, values = [], [], [], [], [], []
+
+    def read(norm, stream, position, reader, bias, value):
+        """A target: reader (C,) reads norm(stream) at a position."""
+        back = centred_back(norm, frozen.spread[norm][position], reader)  # reads the stream itself
+        edge = stream[:, position] @ back
+        edge[BIAS] += bias_of(norm, reader).expand(C) @ reader + bias
+        edges.append(edge)
+        through.append(back.new_zeros(L, H))
+        reads.append(back.new_zeros(L, H, T))
+        for layer, v in enumerate(carried):
+            weights = frozen.attention[layer][:, position]  # (H, T)
+            by_head = split_heads(model.blocks[layer], H)[2] @ back  # (H, D) reads the head's mixed values
+            shares = weights * torch.einsum("sjhd,hd->shj", v, by_head)
+            through[-1][layer] = shares.sum(-1).abs().sum(0)
+            reads[-1][layer] = shares.abs().sum(0)
+        values.append(value)
+
+    for layer, block in enumerate(model.blocks):
+        streams.append(dx)
+        carried.append(head_values(block, frozen, dx, BIAS))
+        w_o = split_heads(block, H)[2]
+        middle = dx + torch.einsum("hij,sjhd,hdc->sic", frozen.attention[layer], carried[-1], w_o)
+        middle[BIAS] += bias_of(block.attn.c_proj, dx)
+        for node in (node for node in features if node.layer == layer):
+            z = frozen.features[node.position, layer, node.number]
+            read(block.ln_2, middle, node.position, coder.encoder[layer, node.number],
+                 coder.b_enc[layer, node.number], z)
+        dx = middle.clone()
+        dx[BIAS] += coder.b_dec[layer]
+        for s, node in enumerate(sources):
+            if node.kind == "feature" and node.layer <= layer:
+                a = frozen.features[node.position, node.layer, node.number]
+                dx[s, node.position] += a * decoders[node.layer, layer, node.number]
+            elif node.kind == "error" and node.layer == layer:
+                dx[s, node.position] += frozen.errors[node.position, layer]
+
+    at = at % T
+    chances, likeliest = frozen.logits[at].softmax(-1).topk(min(LOGITS, c.vocab_size))
+    most = int((chances.cumsum(0) < COVERED).sum()) + 1
+    unembedding = model.lm_head.weight - model.lm_head.weight.mean(0)
+    for token in likeliest[:most].tolist():
+        value = frozen.logits[at, token] - frozen.logits[at].mean()
+        read(model.transformer.ln_f, dx, at, unembedding[token], 0.0, value)
+    targets = features + [Node("logit", -1, at, token) for token in likeliest[:most].tolist()]
+    return Graph(sources, targets, torch.stack(edges), torch.stack(through), torch.stack(reads),
+                 torch.stack(values), chances[:most], torch.stack(streams))
+
+
+def split_heads(block, H):
+    """W_Q, W_K, W_V (H, D, C), their biases (H, D), and W_O (H, D, C): what a head writes is mixed @ W_O."""
+    C = block.attn.c_proj.weight.shape[0]
+    weights = block.attn.c_attn.weight.view(3, H, C // H, C)
+    biases = bias_of(block.attn.c_attn, weights).expand(3 * C).view(3, H, C // H)
+    return weights, biases, block.attn.c_proj.weight.T.view(H, C // H, C)
+
+
+def head_values(block, frozen, dx, BIAS):
+    """(S, T, H, D): the part of each head's values that is due to each source, dx (S, T, C)."""
+    weights, biases, _ = split_heads(block, frozen.attention[0].shape[0])
+    u = centred(block.ln_1, frozen.spread[block.ln_1], dx)
+    u[BIAS] += bias_of(block.ln_1, dx)
+    v = torch.einsum("stc,hdc->sthd", u, weights[2])
+    v[BIAS] += biases[2]
+    return v
+
+
+@torch.no_grad()
+def why_open(model, coder, graph, tokens, layer, head, i, j):
+    """(S, S): what each pair of sources, one at the query i, one at the key j, adds to the score a_ij."""
+    frozen, block = freeze(model, coder.folded(), tokens), model.blocks[layer]
+    weights, biases, _ = split_heads(block, model.config.n_head)
+
+    def seen(position, role):
+        u = centred(block.ln_1, frozen.spread[block.ln_1][position], graph.streams[layer, :, position])
+        u[-1] += bias_of(block.ln_1, u)
+        found = u @ weights[role, head].T
+        found[-1] += biases[role, head]
+        return found
+
+    return seen(i, 0) @ seen(j, 1).T / math.sqrt(weights.shape[2])

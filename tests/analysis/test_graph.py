@@ -1,0 +1,87 @@
+"""The command `graph`: what it prints is the graph's, and the file is one that others can open."""
+
+import json
+
+import pytest
+import torch
+
+import analyze
+from circuits.attribution_graph import graph_of
+from circuits.influence import attention_edges_of, heads_of, n80, pruned
+from circuits.transcoder import Transcoder
+from helpers import call
+from model import GPT, GPTConfig
+from models.checkpoint import checkpoint_of, fingerprint, read_checkpoint, save_checkpoint
+
+BYTES = {"dataset": "stdlib", "tokenizer": "bytes", "sha256": {}}
+PROMPT = "x = (1"
+
+
+@pytest.fixture
+def made(workplace):
+    """out/run, a random gated model of bytes, with a random transcoder."""
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(block_size=16, vocab_size=256, n_layer=2, n_head=2, n_embd=16, gated=True,
+                          gate_bias=0.1)).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    coder = Transcoder(2, 16, 20)
+    torch.nn.init.normal_(coder.b_enc, std=0.5)
+    torch.nn.init.normal_(coder.decoder, std=1.0)  # so that features matter, and pruning leaves some
+    (workplace / "out" / "run").mkdir(parents=True)
+    save_checkpoint("out/run/best.pt", checkpoint_of(model, data=BYTES))
+    save_checkpoint("out/run/transcoder.pt", {"model": coder.state_dict(), "model_args": coder.shape,
+                                              "of": fingerprint(read_checkpoint("out/run/best.pt"))})
+    return model, coder, graph_of(model, coder, torch.tensor(list(PROMPT.encode())))
+
+
+def test_what_is_printed_is_the_graphs(made):
+    model, coder, graph = made
+    done = call(analyze.main, "graph", "out/run", f"--prompt={PROMPT}")
+    assert done.returncode in (0, None), done.stderr
+    heads, edges = heads_of(graph), attention_edges_of(graph)
+    assert f"{n80(heads)} of 4 heads, {n80(edges)} of {int((edges > 0).sum())} attention edges" in done.stdout
+    nodes, links = pruned(graph)
+    assert f"{int(nodes.sum())} of " in done.stdout and f"{int(links.sum())} links" in done.stdout
+    best = int(heads.argmax())
+    assert f"heads: {best // 2}.{best % 2} {100 * heads.max() / heads.sum():.0f} %" in done.stdout
+
+
+def test_the_file_fits_the_schema_and_every_link_has_its_ends(made):
+    """Required fields and their types, as Neuronpedia's graph-schema.json has them (read there in 2026)."""
+    _, _, graph = made
+    call(analyze.main, "graph", "out/run", f"--prompt={PROMPT}")
+    with open("out/run/graph-x-1.json") as f:
+        found = json.load(f)
+    assert set(found) >= {"metadata", "qParams", "nodes", "links"}
+    for key, kind in (("slug", str), ("scan", str), ("prompt", str), ("prompt_tokens", list)):
+        assert isinstance(found["metadata"][key], kind)
+    assert found["metadata"]["prompt_tokens"] and found["metadata"]["schema_version"] == 1
+    kinds = {"node_id": str, "feature": int | None, "layer": str | int, "ctx_idx": int, "feature_type": str,
+             "jsNodeId": str, "clerp": str, "influence": float | None, "activation": float | None}
+    for node in found["nodes"]:
+        assert all(isinstance(node[key], kind) for key, kind in kinds.items()), node
+    ids = [node["node_id"] for node in found["nodes"]]
+    assert len(set(ids)) == len(ids)
+    for link in found["links"]:
+        assert link["source"] in ids and link["target"] in ids and isinstance(link["weight"], float)
+        assert all(0 < share <= 1 for _, _, share in link["heads"])
+    logits = [node for node in found["nodes"] if node["feature_type"] == "logit"]
+    assert len(logits) == len(graph.chances) and all("(p=" in node["clerp"] for node in logits)
+    assert sum(node["is_target_logit"] for node in logits) == 1
+    feature = next(node for node in found["nodes"] if node["feature_type"] == "cross layer transcoder")
+    layer, number, position = map(int, feature["node_id"].split("_"))
+    assert feature["feature"] == (layer + number) * (layer + number + 1) // 2 + number
+    assert feature["ctx_idx"] == position and feature["layer"] == str(layer)
+
+
+def test_mistakes_are_answered(made):
+    for words, answer in ((["--name=other"], "has no other.pt. Train one first: python analyze.py transcode"),
+                          (["--at=s1"], "--at=s1: this prompt is answered at its end")):
+        done = call(analyze.main, "graph", "out/run", f"--prompt={PROMPT}", *words)
+        assert done.returncode == 1 and answer in done.stderr
+    checkpoint = read_checkpoint("out/run/best.pt")
+    checkpoint["model"]["lm_head.weight"].add_(1)
+    save_checkpoint("out/run/best.pt", checkpoint)
+    done = call(analyze.main, "graph", "out/run", f"--prompt={PROMPT}")
+    assert done.returncode == 1 and "was trained for other weights" in done.stderr
