@@ -14,7 +14,7 @@ long as the loss stays there. Three losses take part, and all of them are in the
   `noise_free_steps` under thresholds), straight-through;
 - lambda is moved by the loss of the same batch under the deterministic gates that count in the end, or under
   the sampled ones, as in the paper (`constraint_gates`). Its target is the dense model's loss on training
-  batches + loss_slack;
+  batches + loss_slack, and on text + peak_slack as long as the learning rate is high;
 - the run is judged on the held-out set under deterministic gates (training/verdict.py).
 
 Notable:

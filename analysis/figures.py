@@ -137,7 +137,8 @@ def draw_loss(ax, metrics, gated):
         ax.axhline(metrics[0]["target_loss"], color="tab:green", ls="--", label="its target")
         curve(ax, metrics, "constraint_loss", "constraint, a batch: moves lambda", color="tab:purple", lw=0.6,
               marker=".", ms=4)
-        ax.axhline(metrics[0]["constraint_target"], color="tab:purple", ls=":", label="its target")
+        # which comes down with the learning rate where there is a peak_slack; at step 0 nothing was measured
+        curve(ax, metrics[1:] or metrics, "constraint_target", "its target", color="tab:purple", ls=":")
     ax.set(ylabel="loss (nats)")
 
 
