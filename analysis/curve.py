@@ -112,7 +112,7 @@ def table(points):
 def draw(path, points):
     """The curve, a line for every parent. Left of 0 a line says what its control gains."""
     figure, ax = plt.subplots(figsize=(7, 4.4), layout="constrained")
-    parents = sorted({p["parent"] for p in points})
+    parents = dict.fromkeys(p["parent"] for p in sorted(points, key=lambda p: p["seed"]))
     for color, parent in zip(plt.get_cmap("tab10").colors, parents):
         own = sorted((p for p in points if p["parent"] == parent), key=lambda p: p["above_parent"])
         x, y = [p["above_parent"] for p in own], [p["per_head_and_token"] for p in own]
@@ -123,10 +123,15 @@ def draw(path, points):
         if own[0]["control_gain"] is not None:
             ax.axvline(-own[0]["control_gain"], color=color, lw=1, ls=":")
     ax.axvline(0, color=GREY, lw=1, zorder=0)
+    some = any(p["control_gain"] is not None for p in points)
+    with_controls = "; dotted: what the parent would have gained without gates" if some else ""
     has_logarithm = all(p["per_head_and_token"] > 0 for p in points)
     ax.set(yscale="log" if has_logarithm else "linear", xlabel="held-out loss above the parent's (nats)",
            ylabel="open edges per head and token",
-           title="What sparsity costs; dotted: what the parent would have gained without gates")
+           title="What sparsity costs" + with_controls)
+    if has_logarithm:  # a decade at least, so that close points look close
+        y = [p["per_head_and_token"] for p in points]
+        ax.set_ylim(min(y) / 3, max(y) * 3)
     share = 100 * 2 / (points[0]["context"] + 1)  # percent of the edges that one edge per head and token is
     right = ax.secondary_yaxis("right", functions=(lambda y: y * share, lambda y: y / share))
     right.set_ylabel(f"% open at a context of {points[0]['context']}")

@@ -4,8 +4,9 @@ constraint alone decide how many.
     python prepare_data.py python          once
     python train.py config/python.py       the parent first, if it is not there yet
 
-Lambda has bounds, as always, but nowhere near: the target comes down with the learning rate (`peak_slack`),
-and lambda holds the loss at it. docs/text.md shows both.
+The target comes down with the learning rate (`peak_slack`), lambda holds the loss at it, and its bounds are
+nowhere near. On three seeds it ends with 3 % of the edges and 0.003 nats above its target: docs/text.md. How
+these values were found: docs/ablations.md.
 """
 
 init_from = 'config/python_dense.py'
@@ -18,7 +19,7 @@ gate_bias = 3.0
 open_above = 0.005
 distill_weight = 1.0  # the dense model that sets the target teaches, too
 
-loss_slack = 0.01  # nats
+loss_slack = 0.03  # nats; 0.01 is out of reach in so many steps
 # paper: 0. At this learning rate a model without gates is worse than it was, too; and what is cut deep at
 # first is mended better than it could have been cut with care
 peak_slack = 0.1
@@ -27,16 +28,16 @@ constraint_gates = 'deterministic'  # paper: 'sampled'. What counts in the end a
 constraint_paired = True
 constraint_interval = 8
 constraint_scale = 0.02  # nats
-lambda_rate = 0.01
+lambda_rate = 0.02
 lambda_init = 0.3
 lambda_min = 0.001  # neither floor nor cap is ever met
 lambda_max = 1000.0
 average_decay = 0.995  # paper: 0. The average of the weights is measured, judged and kept
 
 linear_penalty_steps = 0
-noise_free_steps = 16000  # paper: 0. All of the run: trained as it is judged
+noise_free_steps = 12000  # paper: 0. All of the run: trained as it is judged
 batch_size = 8
-max_steps = 16000
+max_steps = 12000
 learning_rate = 1e-3
 min_lr = 5e-5
 eval_interval = 500
