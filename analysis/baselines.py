@@ -165,11 +165,15 @@ class Cut:
 # Training on, and judging
 
 
+def spread_over(n):
+    """FITTED_ON numbers from 0 to n - 1, evenly spaced. Whole numbers: float32 cannot count to 10^8."""
+    return [i * (n - 1) // (FITTED_ON - 1) for i in range(FITTED_ON)]
+
+
 def fit(model, cut, data):
     """Choose the levels on training text, and keep them."""
     T = model.config.block_size
-    starts = torch.linspace(0, data.starts("train", T) - 1, FITTED_ON).long().numpy()
-    x, _ = data.batch("train", starts, T)
+    x, _ = data.batch("train", spread_over(data.starts("train", T)), T)
     cut.fitting = True
     with attending(model, cut), torch.no_grad():
         model.eval()(torch.from_numpy(x).to(next(model.parameters()).device))

@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 import analyze
 import prepare_data
-from analysis.baselines import RULES, Cut, Gate, fit, size_of_circuits, train_on
+from analysis.baselines import RULES, Cut, Gate, fit, size_of_circuits, spread_over, train_on
 from circuits.attention_edges import attending
 from circuits.tasks import LOGIT
 from helpers import SMALL, call, run
@@ -164,6 +164,12 @@ def test_the_circuit_of_a_model_that_is_cut_is_found():
     cut.fitting = False
     cut.levels = {0: 1, 1: 1}
     assert size_of_circuits(model, cut, model, PLANTED, LOGIT) == 2
+
+
+def test_windows_are_spread_over_a_text_of_any_length():
+    for n in (20, 109_045_196):
+        starts = spread_over(n)
+        assert starts[0] == 0 and starts[-1] == n - 1 and len(set(starts)) == len(starts) == 16
 
 
 def test_the_command_from_end_to_end(counting):
