@@ -14,20 +14,25 @@ names the folders: finished runs are not trained again. What fails stays in the 
 """
 
 import math
-import os
-import statistics
 import sys
 
-from analysis.report import read_json
-from analysis.seeds import aligned, folder_for, parse_seeds, read_settings, runs_for, train_all
+from analysis.seeds import (
+    add_shared_arguments,
+    aligned,
+    folder_for,
+    read_shared,
+    runs_for,
+    spread,
+    train_all,
+)
 from storage.files import UserError, write_json
 from training.settings import make_config
+from training.verdict import bounds_of_lambda
 
 
 def fixed_penalty(c):
     """Lambda stands still, in the middle of its bounds, as an ordinary L0 penalty does."""
-    highest = max(c.lambda_max, c.repair_lambda_max)
-    middle = float(f"{math.sqrt(c.lambda_min * highest):.2g}")
+    middle = float(f"{math.sqrt(math.prod(bounds_of_lambda(vars(c)))):.2g}")
     return {"lambda_min": middle, "lambda_init": middle, "lambda_max": middle, "repair_lambda_max": 0.0}
 
 
@@ -69,14 +74,6 @@ def changes_of(path, settings, only):
     return found
 
 
-def above_parent(row):
-    """Held-out loss above the parent's, nats; None of a run that failed."""
-    if row["failed"]:
-        return None
-    report = read_json(os.path.join(row["run"], "report.json"))
-    return report["sparse"]["val_loss"] - report["dense"]["val_loss"]
-
-
 def line_of(name, settings, rows):
     """What the seeds of one change became, a dict of plain numbers."""
     ended = [row for row in rows if not row["failed"]]
@@ -88,41 +85,33 @@ def line_of(name, settings, rows):
         "failed": [row["failed"] for row in rows if row["failed"]],
         "open": sorted(row["open"] for row in ended),
         "total": ended[0]["total"] if ended else None,
-        "above": sorted(above_parent(row) for row in ended),
+        "above": sorted(row["loss"] - row["parent_loss"] for row in ended),
     }
 
 
-def spread(values, form):
+def in_words(values, form):
     """`low, median, high`, or `-` of nothing."""
-    if not values:
-        return "-"
-    return ", ".join(f"{value:{form}}" for value in (values[0], statistics.median(values), values[-1]))
+    return ", ".join(f"{value:{form}}" for value in (spread(values) or {}).values()) or "-"
 
 
 def table(lines):
     """The lines as text."""
     rows = [["change", "met", "open edges", "nats above the parent"]]
     for line in lines:
-        rows.append([line["change"], f"{line['met']} of {line['of']}", spread(line["open"], ".1f"),
-                     spread(line["above"], "+.4f")])
+        rows.append([line["change"], f"{line['met']} of {line['of']}", in_words(line["open"], ".1f"),
+                     in_words(line["above"], "+.4f")])
     return aligned(rows)
 
 
 def add_arguments(parser):
-    parser.add_argument("config", metavar="CONFIG", help="a gated run's config file; behind it --key=value")
-    parser.add_argument("--seeds", default="1-3", help="numbers and ranges: 21-40 or 1,5,9")
+    add_shared_arguments(parser)
     parser.add_argument("--only", default="", help="some changes, with commas: " + ", ".join(CHANGES))
-    parser.add_argument("--threads", type=int, default=1, help="of each process")
-    parser.add_argument("--jobs", type=int, default=1, help="processes at a time")
+    parser.set_defaults(explain=False)  # a question of `seeds`
 
 
 def run(options, settings):
     """`analyze.py ablate`."""
-    if options.threads < 1 or options.jobs < 1:
-        raise UserError("--threads and --jobs must be at least 1")
-    options.explain = False  # of `seeds`
-    path, settings = options.config, read_settings(options.config, settings)
-    seeds = parse_seeds(options.seeds)
+    path, settings, seeds = read_shared(options, settings)
     changes = changes_of(path, settings, [name for name in options.only.split(",") if name])
     for changed in changes.values():
         runs_for(path, changed, seeds[0])  # a mistake is found before anything is trained

@@ -15,15 +15,16 @@ Notable:
   the largest of the second half of the run.
 """
 
-import json
 import os
 
 from matplotlib import pyplot as plt
 
 from analysis.figures import GREY, save
+from analysis.report import read_json
 from models.checkpoint import kept_checkpoint, read_checkpoint
 from storage.files import UserError, write_json
 from training.folder import read_metrics
+from training.verdict import AT_CAP, bounds_of_lambda
 
 
 def read_report(folder):
@@ -31,14 +32,7 @@ def read_report(folder):
     path = os.path.join(folder, "report.json")
     if not os.path.exists(path):
         raise UserError(f"{folder} has no report yet: python analyze.py report {folder}")
-    with open(path, encoding="utf-8") as f:
-        return json.load(f)
-
-
-def read_config(folder):
-    """config.json of a run."""
-    with open(os.path.join(folder, "config.json"), encoding="utf-8") as f:
-        return json.load(f)
+    return read_json(path)
 
 
 def lambda_of(folder, config):
@@ -46,7 +40,8 @@ def lambda_of(folder, config):
     metrics = read_metrics(os.path.join(folder, "metrics.jsonl"))
     half = [m["lambda"] for m in metrics if m["step"] >= config["max_steps"] / 2]
     low, high = min(half), max(half)
-    inside = low > config["lambda_min"] * 1.01 and high < config["lambda_max"] * 0.99
+    floor, cap = bounds_of_lambda(config)
+    inside = low > floor / AT_CAP and high < cap * AT_CAP
     return {"low": low, "high": high, "inside": inside}
 
 
@@ -56,7 +51,7 @@ def point_of(folder, controls):
     Losses in nats, held out, all on the same windows; control_gain: how far the control is below the parent;
     above_control: how far the run is above the control; both None without one.
     """
-    report, config = read_report(folder), read_config(folder)
+    report, config = read_report(folder), read_json(os.path.join(folder, "config.json"))
     if not report["sparse"]:
         raise UserError(f"{folder} is a dense run. Controls go behind --controls")
     edges, loss, dense = report["edges"], report["sparse"]["val_loss"], report["dense"]["val_loss"]

@@ -16,6 +16,7 @@ from storage import text
 from storage.addition import ADDITION_TOKENS, addition_rows, addition_task
 from storage.files import UserError
 from training import flow
+from training.verdict import bounds_of_lambda
 
 # The paper's three kinds of sum. Of each number a d-digit model gets the last d digits: 53+21, 36+28, 43+59
 SUMS = [(6253, 1421, "no carry"),
@@ -31,7 +32,7 @@ def draw(result, config, metrics, checkpoint, model, data):
     run, edges = folder_of_answers(result["run"]), result["edges"]
     bounds = ()
     if config["gated"]:
-        bounds = config["lambda_min"], max(config["lambda_max"], config.get("repair_lambda_max", 0))
+        bounds = bounds_of_lambda(config)
     figures.training(os.path.join(run, "training.png"), metrics, checkpoint["step"], bounds)
     if not model.config.gated or not checkpoint["step"]:
         return  # all edges are open

@@ -171,7 +171,7 @@ def row_of(run, seed):
     """What a finished run's report says, a dict:
 
     seed, run, met; open, total (edges); correct, examples (answers of both splits, null for text); seconds
-    {dense, sparse} of training; parent_loss (nats), parent_steps (null if the parent's folder is gone);
+    {dense, sparse} of training; loss, parent_loss (nats), parent_steps (null if the parent's folder is gone);
     closest: what a missed run lacks, in words, else null
     """
     with open(os.path.join(run, "report.json"), encoding="utf-8") as f:
@@ -183,6 +183,7 @@ def row_of(run, seed):
         "run": run,
         "met": report["meets_target"] and report["ready"] is not False,
         "failed": None,
+        "loss": judged["val_loss"],
         "parent_loss": report["dense"]["val_loss"] if report["sparse"] else None,
         "parent_steps": read_metrics(parents)[-1]["step"] if os.path.exists(parents) else None,
         "open": report["edges"]["open"],
@@ -293,13 +294,25 @@ def in_words(found):
     return "; ".join(words)
 
 
-def add_arguments(parser):
+def add_shared_arguments(parser):
+    """Those of every command that trains a config file with many seeds."""
     parser.add_argument(
         "config", metavar="CONFIG", help="a config file; behind it any setting of train.py, --key=value"
     )
     parser.add_argument("--seeds", default="1-3", help="numbers and ranges: 21-40 or 1,5,9")
     parser.add_argument("--threads", type=int, default=1, help="of each process")
     parser.add_argument("--jobs", type=int, default=1, help="processes at a time")
+
+
+def read_shared(options, settings):
+    """(config file, {setting: value}, [seed]) of the command line, checked. Raises UserError."""
+    if options.threads < 1 or options.jobs < 1:
+        raise UserError("--threads and --jobs must be at least 1")
+    return options.config, read_settings(options.config, settings), parse_seeds(options.seeds)
+
+
+def add_arguments(parser):
+    add_shared_arguments(parser)
     parser.add_argument("--explain", action="store_true", help="what algorithm is it? For addition")
 
 
@@ -308,10 +321,7 @@ def run(options, settings):
 
     Returns the exit status: 0 if every seed met its target, else 1.
     """
-    if options.threads < 1 or options.jobs < 1:
-        raise UserError("--threads and --jobs must be at least 1")
-    path, settings = options.config, read_settings(options.config, settings)
-    seeds = parse_seeds(options.seeds)
+    path, settings, seeds = read_shared(options, settings)
     runs_for(path, settings, seeds[0])  # a mistake is found before anything is trained
     place = folder_for(path, settings) + "-seeds.json"
     before = read_rows(place)

@@ -309,6 +309,11 @@ def cap_of(config, step):
     return "lambda_max" if cutting or not config.get("repair_lambda_max") else "repair_lambda_max"
 
 
+def bounds_of_lambda(config):
+    """(floor, highest cap) of lambda over a run. config: a dict."""
+    return config["lambda_min"], max(config["lambda_max"], config.get("repair_lambda_max", 0))
+
+
 def is_at_cap_throughout(config, metrics):
     """Was lambda at its cap in nine of ten evaluations after the start?"""
     at_cap = [m["lambda"] >= AT_CAP * config[cap_of(config, m["step"])] for m in metrics[1:]]
