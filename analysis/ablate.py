@@ -16,15 +16,8 @@ names the folders: finished runs are not trained again. What fails stays in the 
 import math
 import sys
 
-from analysis.seeds import (
-    add_shared_arguments,
-    aligned,
-    folder_for,
-    read_shared,
-    runs_for,
-    spread,
-    train_all,
-)
+from analysis.seeds import add_shared_arguments, folder_for, read_shared, runs_for, train_all
+from analysis.seeds_table import aligned, spread
 from storage.files import UserError, write_json
 from training.settings import make_config
 from training.verdict import bounds_of_lambda

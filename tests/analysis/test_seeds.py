@@ -5,7 +5,7 @@ import os
 
 import pytest
 
-from analysis import seeds
+from analysis import seeds, seeds_table
 from analyze import main
 from helpers import call, run
 from storage.files import UserError
@@ -142,14 +142,14 @@ def test_explain_adds_the_algorithm():
     row = {"seed": 3, "failed": None, "met": True, "parent_loss": 0.001, "parent_steps": 2000, "open": 6.5,
            "total": 264, "correct": 10000, "examples": 10000, "seconds": {"dense": 57.2, "sparse": 151.0},
            "wall_seconds": None, "closest": None, "algorithm": "carry edge"}
-    assert seeds.cells(row) == ["3", "met", "0.0010 (2000 steps)", "6.50 of 264", "10,000 of 10,000", "57",
-                                "151", "-", "carry edge"]
+    assert seeds_table.cells(row) == ["3", "met", "0.0010 (2000 steps)", "6.50 of 264", "10,000 of 10,000",
+                                      "57", "151", "-", "carry edge"]
     failed = {"seed": 4, "failed": "error: no", "met": False, "wall_seconds": 3.2}
     assert (
-        seeds.in_words(seeds.summary([row, failed]))
+        seeds_table.in_words(seeds_table.summary([row, failed]))
         == "met 1 of 2; open edges of those: min 6.50, median 6.50, max 6.50; seconds of training: min 208, "
            "median 208, max 208"
     )
-    assert seeds.table([row, failed]).splitlines()[2].split() == [
+    assert seeds_table.table([row, failed]).splitlines()[2].split() == [
         "4", "FAILED", "-", "-", "-", "-", "-", "3", "error:", "no"
     ]
