@@ -13,16 +13,18 @@ A rule says which weights of a head are cut. What is left of a row sums to 1 aga
     random      edges drawn once, the same for every text: what any choice is worth
 
 k, edges per head and token, is the budget; `entmax` cannot always get there. The gated run's own k stands in
-the table as well, and no rule but `threshold`, `entmax` and `random` goes below 1.
+the table as well, and no rule but `threshold` and `random` goes below 1.
 
 Training on is the run's own: its batches, learning rates, number of steps, and the KL to the dense parent
 (`distill_weight`), without a penalty. Loss and edges are judged as every run's (training/evaluate.py).
 The table goes into the run's folder as baselines.json.
 
-Notable: a rule stands in for `attend` (circuits/attention_edges.py), so attention is written once here, the
-rules are a line or two each, and `--task=quote` measures circuits through the same door.
+Notable: a rule stands in for `attend` (circuits/attention_edges.py) and shows its gates as the gate does, so
+attention is written once here, the rules are a line or two each, edges are counted by evaluate.py, and
+`--tasks=quote` measures circuits through the same door.
 """
 
+import contextlib
 import math
 import os
 from typing import Callable, NamedTuple
@@ -137,11 +139,6 @@ class Cut:
 
     def __init__(self, rule, k):
         self.rule, self.k, self.levels, self.fitting = RULES[rule], k, {}, True
-        self.count()
-
-    def count(self):
-        """Count open edges and queries from here on."""
-        self.open = self.queries = 0
 
     def __call__(self, layer, original, q, k, v, keep=None, return_gates=False, **of_the_gate):
         """As `gate.gated_attention`, of which it knows keep and return_gates."""
@@ -154,8 +151,6 @@ class Cut:
                 self.levels[layer] = self.rule.level(scores.detach(), self.k, layer)
         weights = self.rule.weights(scores, self.levels[layer])
         opened = (weights > 0).to(weights.dtype)
-        self.open += opened.sum().item()
-        self.queries += opened[..., 0].numel()
         gates = opened if keep is None else opened * keep
         y = (gates * weights).to(v.dtype) @ v
         return y, q.new_ones(()), Gates(gates, weights) if return_gates else None
@@ -210,20 +205,36 @@ def train_on(model, teacher, cut, data, c, steps, progress):
 
 
 def judged(model, cut, data, c):
-    """{'loss': nats, held out; 'edges': open, per head and token}."""
-    cut.count()
-    with attending(model, cut):
-        loss = evaluate(model, data, "val", c.eval_batch_size, c.eval_batches)["loss"]
-    return {"loss": loss, "edges": cut.open / cut.queries}
-
-
-def size_of_circuits(model, cut, dense, pairs, metric):
-    """Attention edges within 10 % of the effect, all others cut to zero, mean over the prompts that it and
-    the dense model know; None where there is none.
+    """{'loss': nats, held out; 'edges': open, per head and token}. cut: a Cut, or None for the model's own
+    gates.
     """
-    known = prompt_circuits.known_to([dense], pairs, metric, "zero")
-    with attending(model, cut):
-        known = prompt_circuits.known_to([model], known, metric, "zero")
+    with standing_in(model, cut):
+        found = evaluate(model, data, "val", c.eval_batch_size, c.eval_batches)
+    heads, tokens = len(found["per_head"]) * len(found["per_head"][0]), len(found["by_distance"])
+    return {"loss": found["loss"], "edges": found["open"] / heads / tokens}
+
+
+@contextlib.contextmanager
+def standing_in(model, cut):
+    """`attending(model, cut)`, and the model is called gated, so that its edges are counted. Nothing of None.
+    """
+    if cut is None:
+        yield
+        return
+    was, model.config.gated = model.config.gated, True
+    try:
+        with attending(model, cut):
+            yield
+    finally:
+        model.config.gated = was
+
+
+def size_of_circuits(model, cut, pairs, metric):
+    """Attention edges within 10 % of the effect, all others cut to zero, mean over the prompts that it knows;
+    None where there is none.
+    """
+    with standing_in(model, cut):
+        known = prompt_circuits.known_to([model], pairs, metric, "zero")
         if not known:
             return None
         kinds = ("gradient", "integrated")
@@ -285,22 +296,6 @@ def models_and_data(folder, tasks):
     return checkpoint["reference"], load_checkpoint(path), c, data, posed
 
 
-class Gate:
-    """The gated model as it is, counted like a Cut."""
-
-    def __init__(self):
-        self.count()
-
-    def count(self):
-        self.open = self.queries = 0
-
-    def __call__(self, layer, original, q, k, v, **options):
-        y, density, gates = original(q, k, v, **options | {"return_gates": True})
-        self.open += gates.open.sum().item()
-        self.queries += gates.open[..., 0].numel()
-        return y, density, gates
-
-
 def run(options, settings):
     """`analyze.py baselines`."""
     rules, budgets, tasks = chosen(options)
@@ -309,18 +304,20 @@ def run(options, settings):
     dense, device = load_checkpoint(parent), hardware.pick_device("auto")
     dense, gated = dense.to(device).eval(), gated.to(device).eval()
     loss = evaluate(dense, data, "val", c.eval_batch_size, c.eval_batches)["loss"]
+    posed = {task: (prompt_circuits.known_to([dense], pairs, metric, "zero"), metric)
+             for task, (pairs, metric) in posed.items()}
     rows = []
 
     def add(name, k, model, cut):
         found = {"rule": name, "budget": k, **judged(model, cut, data, c)}
         found["above_parent"] = found["loss"] - loss
         for task, (pairs, metric) in posed.items():
-            found[task] = size_of_circuits(model, cut, dense, pairs, metric)
+            found[task] = size_of_circuits(model, cut, pairs, metric)
         rows.append(found)
         tqdm.write(line_of(found, tasks))
 
     print(f"{folder}: the parent's held-out loss is {loss:.4f}\n{heading(tasks)}")
-    add("the gate", None, gated, Gate())
+    add("the gate", None, gated, None)
     with tqdm(total=len(rules) * len(budgets) * max(1, options.steps), leave=False, disable=None) as progress:
         for rule in rules:
             for k in budgets:

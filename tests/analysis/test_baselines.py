@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 import analyze
 import prepare_data
-from analysis.baselines import RULES, Cut, Gate, fit, size_of_circuits, spread_over, train_on
+from analysis.baselines import RULES, Cut, fit, judged, size_of_circuits, spread_over, train_on
 from circuits.attention_edges import attending
 from circuits.tasks import LOGIT
 from helpers import SMALL, call, run
@@ -113,12 +113,18 @@ def test_with_room_for_all_edges_nothing_changes():
 
 def test_the_gate_is_counted_as_the_judge_counts_it(counting):
     model, data = random_gpt(gated=True, gate_bias=0.3), prepare_data.load("count")
-    gate = Gate()
-    with attending(model, gate):
-        evaluate(model, data, "val", 50, 1)
+    c = Config(eval_batch_size=50, eval_batches=1)
     per_query = evaluate(model, data, "val", 50, 1)["open"] / (2 * 2 * T)
-    assert gate.open / gate.queries == pytest.approx(per_query)
+    assert judged(model, None, data, c)["edges"] == pytest.approx(per_query)
     assert 0 < per_query < T / 2
+
+
+def test_a_rule_is_counted_as_the_judge_counts_it(counting):
+    """The window of 2 has 1 edge at the first position and 2 at all others; who is dense stays so."""
+    model, data, cut = random_gpt(), prepare_data.load("count"), Cut("window", 2)
+    found = judged(model, cut, data, Config(eval_batch_size=50, eval_batches=1))
+    assert found["edges"] == pytest.approx((2 * T - 1) / T)
+    assert not model.config.gated
 
 
 def test_one_stand_in_may_lie_in_another():
@@ -141,19 +147,15 @@ def test_one_stand_in_may_lie_in_another():
 def test_training_on_brings_the_loss_down_at_the_same_budget(counting):
     data, dense = prepare_data.load("count"), random_gpt()
     c = Config(**SMALL | {"dataset": "count", "distill_weight": 0.0, "learning_rate": 1e-2})
+    c.eval_batch_size, c.eval_batches = 50, 1
     model, cut = random_gpt(), Cut("threshold", 1.5)
     fit(model, cut, data)
-
-    def loss():
-        cut.count()
-        with attending(model, cut):
-            return evaluate(model, data, "val", 50, 1)["loss"]
-
-    before = loss()
+    before = judged(model, cut, data, c)["loss"]
     train_on(model, dense, cut, data, c, 60, tqdm(disable=True))
     model.eval()
-    assert loss() < before - 0.5
-    assert cut.open / cut.queries == pytest.approx(1.5, rel=0.15)
+    after = judged(model, cut, data, c)
+    assert after["loss"] < before - 0.5
+    assert after["edges"] == pytest.approx(1.5, rel=0.15)
 
 
 def test_the_circuit_of_a_model_that_is_cut_is_found():
@@ -163,7 +165,7 @@ def test_the_circuit_of_a_model_that_is_cut_is_found():
     cut = Cut("top-k", 1)
     cut.fitting = False
     cut.levels = {0: 1, 1: 1}
-    assert size_of_circuits(model, cut, model, PLANTED, LOGIT) == 2
+    assert size_of_circuits(model, cut, PLANTED, LOGIT) == 2
 
 
 def test_windows_are_spread_over_a_text_of_any_length():
