@@ -114,8 +114,8 @@ def identity(node, L):
     return f"{layer}_{number}_{node.position}", str(layer), feature, js
 
 
-def as_json(graph, question, word, run, name):
-    """The pruned graph as a dict, schema version 1."""
+def as_json(graph, found, question, word, run, name):
+    """The pruned graph as a dict, schema version 1. found: its `summary`."""
     matrix, ends = square(graph)
     influence = influence_of(matrix, ends) + ends
     order = influence.argsort(descending=True)
@@ -125,7 +125,7 @@ def as_json(graph, question, word, run, name):
     nodes = list(graph.sources) + graph.targets[len(graph.targets) - len(graph.chances):]
     L, features = graph.through.shape[1], len(graph.targets) - len(graph.chances)
     chance = dict(zip(nodes[-len(graph.chances):], graph.chances.tolist()))
-    named, written = {}, []
+    named, written, connections = {}, [], []
     for i in kept.nonzero().flatten().tolist():
         node, (node_id, layer, feature, js) = nodes[i], identity(nodes[i], L)
         named[i] = node_id
@@ -138,17 +138,16 @@ def as_json(graph, question, word, run, name):
             "influence": reached[i].item(), "token_prob": chance.get(node, 0.0),
             "is_target_logit": i == len(graph.sources),
             "activation": graph.values[i].item() if node.kind == "feature" else None})
-    found = []
     for target, source in links.nonzero().tolist():
         row = target if target < features else features + target - len(graph.sources)
-        found.append({"source": named[source], "target": named[target],
-                      "weight": graph.edges[row, source].item(),
-                      "heads": strongest(graph.through[row], 3)})
+        connections.append({"source": named[source], "target": named[target],
+                            "weight": graph.edges[row, source].item(),
+                            "heads": strongest(graph.through[row], 3)})
     return {"metadata": {"slug": name, "scan": run, "prompt": question.title,
                          "prompt_tokens": question.pieces, "node_threshold": NODES, "schema_version": 1,
-                         "info": summary(graph)},
+                         "info": found},
             "qParams": {"pinnedIds": [], "supernodes": [], "linkType": "both", "clickedId": "", "sg_pos": ""},
-            "nodes": written, "links": found}
+            "nodes": written, "links": connections}
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -174,16 +173,16 @@ def run(options, settings):
     coder = read_transcoder(folder, options.name, checkpoint)
     [question], word, _ = questions_of(checkpoint, run, [options.prompt])
     graph = graph_of(model, coder, torch.tensor(question.ids), position_of(question, options.at))
-    print("\n".join(lines_of(graph, question, word)))
+    found = summary(graph)
+    print("\n".join(lines_of(graph, found, question, word)))
     name = "graph-" + (re.sub(r"\W+", "-", question.title).strip("-") or "prompt")
     place = os.path.join(folder, name + (f"-{options.at}" if options.at else "") + ".json")
-    write_json(place, as_json(graph, question, word, run, name))
+    write_json(place, as_json(graph, found, question, word, run, name))
     print(f"for circuit-tracer's and Neuronpedia's pages: {place}")
 
 
-def lines_of(graph, question, word):
-    """What is printed, a list of lines."""
-    found, heads = summary(graph), heads_of(graph)
+def lines_of(graph, found, question, word):
+    """What is printed, a list of lines. found: the graph's `summary`."""
     first = len(graph.targets) - len(graph.chances)
     answers = [f"{word(node.number)!r} {100 * chance:.1f} %"
                for node, chance in zip(graph.targets[first:], graph.chances.tolist())]
@@ -192,7 +191,8 @@ def lines_of(graph, question, word):
              f"replacement score {found['replacement']:.2f}, completeness {found['completeness']:.2f}",
              f"80 % of what heads carry: {found['heads_80']} of {found['all_heads']} heads, "
              f"{found['attention_edges_80']} of {found['attention_edges']} attention edges"]
-    named = [f"{layer}.{head} {100 * share:.0f} %" for layer, head, share in strongest(heads, SHOWN)]
+    heads = strongest(torch.tensor(found["heads"]), SHOWN)
+    named = [f"{layer}.{head} {100 * share:.0f} %" for layer, head, share in heads]
     lines.append("heads: " + ", ".join(named))
     lines.append(f"what speaks for {label(graph.targets[first], question, word)}, and against it, most:")
     edge = graph.edges[first]

@@ -32,6 +32,7 @@ import torch
 
 from circuits.transcoder import read_and_written
 
+QUERY, KEY, VALUE = range(3)
 LOGITS, COVERED = 10, 0.95  # at most so many logits are targets; the likeliest, up to so much probability
 
 
@@ -53,6 +54,7 @@ class Graph(NamedTuple):
     values: torch.Tensor  # (targets,) z of a feature; a logit minus the mean one
     chances: torch.Tensor  # (logits,) probability
     streams: torch.Tensor  # (L, S, T, C) dx^l, below each layer
+    spread: dict  # of Frozen
 
 
 class Frozen(NamedTuple):
@@ -115,7 +117,7 @@ def graph_of(model, coder, tokens, at=-1):
     sources = features + [Node("embedding", -1, j, int(tokens[j])) for j in range(T)]
     sources += [Node("error", layer, j, -1) for layer in range(L) for j in range(T)]
     sources.append(Node("bias", -1, -1, -1))
-    BIAS, decoders = len(sources) - 1, coder.decoders()
+    BIAS, decoders = -1, coder.decoders()  # the last source
 
     dx = frozen.errors.new_zeros(len(sources), T, C)  # what of the stream is due to each source
     embedded = model.transformer.wte(tokens) + model.transformer.wpe(torch.arange(T, device=tokens.device))
@@ -132,19 +134,19 @@ def graph_of(model, coder, tokens, at=-1):
         edges.append(edge)
         through.append(back.new_zeros(L, H))
         reads.append(back.new_zeros(L, H, T))
-        for layer, v in enumerate(carried):
+        for layer, (v, w_o) in enumerate(carried):
             weights = frozen.attention[layer][:, position]  # (H, T)
-            by_head = split_heads(model.blocks[layer], H)[2] @ back  # (H, D) reads the head's mixed values
-            shares = weights * torch.einsum("sjhd,hd->shj", v, by_head)
+            shares = weights * torch.einsum("sjhd,hd->shj", v, w_o @ back)
             through[-1][layer] = shares.sum(-1).abs().sum(0)
             reads[-1][layer] = shares.abs().sum(0)
         values.append(value)
 
     for layer, block in enumerate(model.blocks):
         streams.append(dx)
-        carried.append(head_values(block, frozen, dx, BIAS))
-        w_o = split_heads(block, H)[2]
-        middle = dx + torch.einsum("hij,sjhd,hdc->sic", frozen.attention[layer], carried[-1], w_o)
+        v = parts_of(block, frozen.spread[block.ln_1], dx, VALUE, H)
+        w_o = block.attn.c_proj.weight.T.view(H, C // H, C)  # what a head writes is its mixed values @ w_o
+        carried.append((v, w_o))
+        middle = dx + torch.einsum("hij,sjhd,hdc->sic", frozen.attention[layer], v, w_o)
         middle[BIAS] += bias_of(block.attn.c_proj, dx)
         for node in (node for node in features if node.layer == layer):
             z = frozen.features[node.position, layer, node.number]
@@ -168,38 +170,25 @@ def graph_of(model, coder, tokens, at=-1):
         read(model.transformer.ln_f, dx, at, unembedding[token], 0.0, value)
     targets = features + [Node("logit", -1, at, token) for token in likeliest[:most].tolist()]
     return Graph(sources, targets, torch.stack(edges), torch.stack(through), torch.stack(reads),
-                 torch.stack(values), chances[:most], torch.stack(streams))
+                 torch.stack(values), chances[:most], torch.stack(streams), frozen.spread)
 
 
-def split_heads(block, H):
-    """W_Q, W_K, W_V (H, D, C), their biases (H, D), and W_O (H, D, C): what a head writes is mixed @ W_O."""
-    C = block.attn.c_proj.weight.shape[0]
-    weights = block.attn.c_attn.weight.view(3, H, C // H, C)
-    biases = bias_of(block.attn.c_attn, weights).expand(3 * C).view(3, H, C // H)
-    return weights, biases, block.attn.c_proj.weight.T.view(H, C // H, C)
-
-
-def head_values(block, frozen, dx, BIAS):
-    """(S, T, H, D): the part of each head's values that is due to each source, dx (S, T, C)."""
-    weights, biases, _ = split_heads(block, frozen.attention[0].shape[0])
-    u = centred(block.ln_1, frozen.spread[block.ln_1], dx)
-    u[BIAS] += bias_of(block.ln_1, dx)
-    v = torch.einsum("stc,hdc->sthd", u, weights[2])
-    v[BIAS] += biases[2]
-    return v
+def parts_of(block, spread, dx, role, H):
+    """(S, T, H, D): the part of each head's queries, keys or values (role) that is due to each source,
+    dx (S, T, C), the last being the biases.
+    """
+    C = dx.shape[-1]
+    weight = block.attn.c_attn.weight.view(3, H, C // H, C)[role]
+    u = centred(block.ln_1, spread, dx)
+    u[-1] += bias_of(block.ln_1, dx)
+    found = torch.einsum("stc,hdc->sthd", u, weight)
+    found[-1] += bias_of(block.attn.c_attn, dx).expand(3 * C).view(3, H, C // H)[role]
+    return found
 
 
 @torch.no_grad()
-def why_open(model, coder, graph, tokens, layer, head, i, j):
+def why_open(model, graph, layer, head, i, j):
     """(S, S): what each pair of sources, one at the query i, one at the key j, adds to the score a_ij."""
-    frozen, block = freeze(model, coder.folded(), tokens), model.blocks[layer]
-    weights, biases, _ = split_heads(block, model.config.n_head)
-
-    def seen(position, role):
-        u = centred(block.ln_1, frozen.spread[block.ln_1][position], graph.streams[layer, :, position])
-        u[-1] += bias_of(block.ln_1, u)
-        found = u @ weights[role, head].T
-        found[-1] += biases[role, head]
-        return found
-
-    return seen(i, 0) @ seen(j, 1).T / math.sqrt(weights.shape[2])
+    block, dx, H = model.blocks[layer], graph.streams[layer], model.config.n_head
+    q, k = (parts_of(block, graph.spread[block.ln_1], dx, role, H)[:, :, head] for role in (QUERY, KEY))
+    return q[:, i] @ k[:, j].T / math.sqrt(q.shape[-1])

@@ -212,7 +212,7 @@ def test_pairs_of_sources_sum_to_the_score_that_opens_the_edge(settings):
     for attention in model.attentions:
         del attention.attend
     for layer, head, i, j in ((0, 0, 3, 1), (1, 1, 5, 0), (2, 0, 4, 4)):
-        found = why_open(model, coder, graph, tokens, layer, head, i, j)
+        found = why_open(model, graph, layer, head, i, j)
         assert found.shape == (len(graph.sources), len(graph.sources))
         assert found.sum().item() == pytest.approx(scores_of[layer][head, i, j].item(), abs=1e-9)
         if settings["gated"]:
