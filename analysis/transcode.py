@@ -1,7 +1,7 @@
 """Train a transcoder for a run's model: its MLPs in few features (circuits/transcoder.py).
 
-    python analyze.py transcode out/addition                      writes out/addition/transcoder.pt and .json
-    python analyze.py transcode out/addition_dense --price=3      sparser
+    python analyze.py transcode out/addition --price=0.1          writes out/addition/transcoder.pt and .json
+    python analyze.py transcode out/stdlib --price=3              sparser
     python analyze.py transcode out/stdlib --per-layer --name=per-layer       the control
 
 What the MLPs read and write on training text is computed once and kept in memory, in half precision; a step
