@@ -50,6 +50,7 @@ class Graph(NamedTuple):
     targets: list  # of Node: the same features, then logits
     edges: torch.Tensor  # (targets, S), edge(s -> t)
     through: torch.Tensor  # (targets, L, H), sum over sources of |share|
+    net: torch.Tensor  # (targets, L, H), sum over sources of share
     reads: torch.Tensor  # (targets, L, H, T), the same of what the head reads at each position alone
     values: torch.Tensor  # (targets,) z of a feature; a logit minus the mean one
     chances: torch.Tensor  # (logits,) probability
@@ -94,10 +95,10 @@ def centred(norm, spread, x):
     return norm.weight * (x - x.mean(-1, keepdim=True)) / spread
 
 
-def centred_back(norm, spread, reader):
-    """What reads x as reader (C,) reads centred(norm, spread, x): the transpose of that."""
-    gains = norm.weight * reader / spread
-    return gains - gains.mean()
+def centred_back(norm, spread, readers):
+    """What reads x as readers (R, C) read centred(norm, spread, x): the transpose of that."""
+    gains = norm.weight * readers / spread
+    return gains - gains.mean(-1, keepdim=True)
 
 
 def bias_of(module, like):
@@ -106,8 +107,10 @@ def bias_of(module, like):
 
 
 @torch.no_grad()
-def graph_of(model, coder, tokens, at=-1):
-    """The Graph of one prompt, tokens (T,), in evaluation mode. at: the position whose logits are targets."""
+def graph_of(model, coder, tokens, at=-1, answer=None):
+    """The Graph of one prompt, tokens (T,), in evaluation mode. at: the position whose logits are targets;
+    answer: the one token whose logit is a target, in place of the likeliest.
+    """
     coder = coder.folded()
     frozen = freeze(model, coder, tokens)
     c, T = model.config, len(tokens)
@@ -124,34 +127,36 @@ def graph_of(model, coder, tokens, at=-1):
     for s, node in enumerate(sources):
         if node.kind == "embedding":
             dx[s, node.position] = embedded[node.position]
-    streams, carried, edges, through, reads, values = [], [], [], [], [], []
+    streams, carried, rows = [], [], []
 
-    def read(norm, stream, position, reader, bias, value):
-        """A target: reader (C,) reads norm(stream) at a position."""
-        back = centred_back(norm, frozen.spread[norm][position], reader)  # reads the stream itself
-        edge = stream[:, position] @ back
-        edge[BIAS] += bias_of(norm, reader).expand(C) @ reader + bias
-        edges.append(edge)
-        through.append(back.new_zeros(L, H))
-        reads.append(back.new_zeros(L, H, T))
-        for layer, (v, w_o) in enumerate(carried):
-            weights = frozen.attention[layer][:, position]  # (H, T)
-            shares = weights * torch.einsum("sjhd,hd->shj", v, w_o @ back)
-            through[-1][layer] = shares.sum(-1).abs().sum(0)
-            reads[-1][layer] = shares.abs().sum(0)
-        values.append(value)
+    def read(norm, stream, i, readers, biases, values):
+        """R targets at position i: readers (R, C) read norm(stream)."""
+        back = centred_back(norm, frozen.spread[norm][i], readers)  # (R, C) that read the stream itself
+        edges = back @ stream[:, i].T
+        edges[:, BIAS] += readers @ bias_of(norm, back).expand(C) + biases
+        through, net = back.new_zeros(2, len(back), L, H)
+        reads = back.new_zeros(len(back), L, H, T)
+        for layer, (v, mixed, w_o) in enumerate(carried):
+            heard = w_o @ back.T  # (H, D, R), that read what a head has mixed
+            shares = torch.einsum("shd,hdr->rsh", mixed[:, i], heard)
+            through[:, layer], net[:, layer] = shares.abs().sum(1), shares.sum(1)
+            by_key = (v[:, :i + 1].flatten(1, 2) @ heard).view(H, i + 1, len(sources), len(back))
+            weights = frozen.attention[layer][:, i, :i + 1, None]
+            reads[:, layer, :, :i + 1] = (weights * by_key.abs().sum(2)).permute(2, 0, 1)
+        rows.append((edges, through, net, reads, values))
 
     for layer, block in enumerate(model.blocks):
         streams.append(dx)
         v = parts_of(block, frozen.spread[block.ln_1], dx, VALUE, H)
         w_o = block.attn.c_proj.weight.T.view(H, C // H, C)  # what a head writes is its mixed values @ w_o
-        carried.append((v, w_o))
-        middle = dx + torch.einsum("hij,sjhd,hdc->sic", frozen.attention[layer], v, w_o)
+        mixed = torch.einsum("hij,sjhd->sihd", frozen.attention[layer], v)
+        carried.append((v.permute(2, 1, 0, 3).contiguous(), mixed, w_o))  # v (H, T, S, D)
+        middle = dx + torch.einsum("sihd,hdc->sic", mixed, w_o)
         middle[BIAS] += bias_of(block.attn.c_proj, dx)
-        for node in (node for node in features if node.layer == layer):
-            z = frozen.features[node.position, layer, node.number]
-            read(block.ln_2, middle, node.position, coder.encoder[layer, node.number],
-                 coder.b_enc[layer, node.number], z)
+        for i in range(T):
+            numbers = frozen.features[i, layer].nonzero().flatten()
+            read(block.ln_2, middle, i, coder.encoder[layer, numbers], coder.b_enc[layer, numbers],
+                 frozen.features[i, layer, numbers])
         dx = middle.clone()
         dx[BIAS] += coder.b_dec[layer]
         for s, node in enumerate(sources):
@@ -162,15 +167,20 @@ def graph_of(model, coder, tokens, at=-1):
                 dx[s, node.position] += frozen.errors[node.position, layer]
 
     at = at % T
-    chances, likeliest = frozen.logits[at].softmax(-1).topk(min(LOGITS, c.vocab_size))
+    answers, chances = likeliest(frozen.logits[at]) if answer is None else ([answer], torch.ones(1).to(dx))
+    readers = model.lm_head.weight[answers] - model.lm_head.weight.mean(0)
+    read(model.transformer.ln_f, dx, at, readers, 0.0, frozen.logits[at, answers] - frozen.logits[at].mean())
+    targets = features + [Node("logit", -1, at, token) for token in answers]
+    return Graph(sources, targets, *map(torch.cat, zip(*rows)), chances, torch.stack(streams), frozen.spread)
+
+
+def likeliest(logits):
+    """The likeliest tokens of logits (V,), a list: COVERED of the probability, LOGITS at most; and their
+    probabilities.
+    """
+    chances, tokens = logits.softmax(-1).topk(min(LOGITS, len(logits)))
     most = int((chances.cumsum(0) < COVERED).sum()) + 1
-    unembedding = model.lm_head.weight - model.lm_head.weight.mean(0)
-    for token in likeliest[:most].tolist():
-        value = frozen.logits[at, token] - frozen.logits[at].mean()
-        read(model.transformer.ln_f, dx, at, unembedding[token], 0.0, value)
-    targets = features + [Node("logit", -1, at, token) for token in likeliest[:most].tolist()]
-    return Graph(sources, targets, torch.stack(edges), torch.stack(through), torch.stack(reads),
-                 torch.stack(values), chances[:most], torch.stack(streams), frozen.spread)
+    return tokens[:most].tolist(), chances[:most]
 
 
 def parts_of(block, spread, dx, role, H):

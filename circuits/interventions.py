@@ -1,0 +1,128 @@
+"""Does an attribution graph say what happens? Features and heads cut in the real model, where nothing is frozen.
+
+    foretold(s)    - [ edge(s -> answer) + sum over features t of edge(s -> t) / z_t * total(t) ]
+    seen(s)        the answer's logit, minus the mean one, without s; minus the same with it
+
+The graph is linear, so it foretells what the answer gains when all that a feature or a head has written is
+taken away (total: what stands in brackets; z_t falls by edge(s -> t), and what t passes on falls with it). In
+the real model attention, gates, LayerNorms and MLPs all answer to the cut. If the graph is right, the sign is
+mostly the same, and what it ranks high moves the answer more than what it does not.
+
+Notable:
+- A feature is cut by taking its writes a W_dec off what the MLPs write, at its position, in its own and all
+  later layers: the model keeps its MLPs, and with them what the transcoder gets wrong.
+- A head is cut at all positions. Foretold is what passes it last on the way to a feature or to the answer
+  (attribution_graph.py counts a path there); what goes on through other heads is left out.
+- Cutting is deterministic; random nodes are drawn from those that the ranking left over.
+"""
+
+from typing import NamedTuple
+
+import torch
+
+from circuits.influence import heads_of, influence_of, square
+
+FEATURES, HEADS = 10, 3  # the strongest so many are cut, and as many others
+
+
+class Cut(NamedTuple):
+    """What one cut does to the answer, nats."""
+
+    foretold: float
+    seen: float
+
+
+def totals(graph):
+    """(S,): what of the likeliest answer's logit is due to each source, over all paths."""
+    n = len(graph.targets) - len(graph.chances)
+    passed_on = graph.edges[:n] / graph.values[:n, None]
+    total = graph.edges[n]
+    while True:  # the graph has no cycles, so this ends
+        now = graph.edges[n] + total[:n] @ passed_on
+        if torch.allclose(now, total, rtol=1e-12, atol=1e-12):
+            return now
+        total = now
+
+
+def totals_of_heads(graph):
+    """(L, H): what of it passes each head last, on the way to a feature or to the answer."""
+    n = len(graph.targets) - len(graph.chances)
+    weights = totals(graph)[:n] / graph.values[:n]
+    return graph.net[n] + torch.einsum("t,tlh->lh", weights, graph.net[:n])
+
+
+@torch.no_grad()
+def answer_of(model, tokens, node, keep=None):
+    """The logit of a graph's answer, its Node, minus the mean logit there. tokens (T,); keep as in model.py."""
+    logits = model(tokens[None], keep=keep)[0][0, node.position]
+    return (logits[node.number] - logits.mean()).item()
+
+
+def without_feature(model, coder, tokens, feature, activation, answer):
+    """answer_of, with a feature's writes taken away. coder: a Transcoder; feature and answer: Nodes."""
+    decoders, hooks = coder.folded().decoders(), []
+    for layer in range(feature.layer, len(model.blocks)):
+        written = activation * decoders[feature.layer, layer, feature.number]
+
+        def cut(mlp, arguments, output, written=written):
+            output = output.clone()
+            output[0, feature.position] -= written
+            return output
+
+        hooks.append(model.blocks[layer].mlp.register_forward_hook(cut))
+    try:
+        return answer_of(model, tokens, answer)
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def without_head(model, tokens, layer, head, answer):
+    """answer_of, with all edges of a head shut."""
+    T = len(tokens)
+    keep = torch.ones(model.config.n_layer, model.config.n_head, T, T, dtype=torch.bool)
+    keep[layer, head] = False
+    return answer_of(model, tokens, answer, keep)
+
+
+def strongest_and_others(strength, most, seed):
+    """([index] of the `most` strongest, [index] of as many others, drawn). strength (n,): 0 takes no part."""
+    order = strength.argsort(descending=True)[:int((strength > 0).sum())]
+    rest = order[most:]
+    drawn = torch.randperm(len(rest), generator=torch.Generator().manual_seed(seed))[:most]
+    return order[:most].tolist(), rest[drawn].tolist()
+
+
+def interventions(model, coder, tokens, graph, seed=0):
+    """{'features', 'heads': ([Cut] of the strongest, [Cut] of others)}, on one prompt's Graph."""
+    n = len(graph.targets) - len(graph.chances)
+    answer, due, due_to_heads = graph.targets[n], totals(graph), totals_of_heads(graph)
+    before, H = answer_of(model, tokens, answer), due_to_heads.shape[1]
+
+    def of_feature(i):
+        after = without_feature(model, coder, tokens, graph.sources[i], graph.values[i], answer)
+        return Cut(-due[i].item(), after - before)
+
+    def of_head(i):
+        after = without_head(model, tokens, i // H, i % H, answer)
+        return Cut(-due_to_heads.flatten()[i].item(), after - before)
+
+    found = {}
+    for kind, strength, most, cut in (("features", influence_of(*square(graph))[:n], FEATURES, of_feature),
+                                      ("heads", heads_of(graph).flatten(), HEADS, of_head)):
+        found[kind] = tuple([cut(i) for i in some] for some in strongest_and_others(strength, most, seed))
+    return found
+
+
+def in_short(cuts):
+    """{'same_sign', 'strongest', 'others', 'correlation'} of one kind of cuts, [(strongest, others)] of many
+    prompts: the share of the strongest whose sign was foretold; how far the strongest and the others move the
+    answer, the mean of |seen|; the correlation of foretold and seen over all. nan of nothing.
+    """
+    first, others = ([cut for pair in cuts for cut in pair[part]] for part in (0, 1))
+    everything = torch.tensor([*first, *others], dtype=torch.float64).reshape(-1, 2)
+    moves = [torch.tensor([abs(cut.seen) for cut in some]).mean().item() for some in (first, others)]
+    same = [cut.foretold * cut.seen > 0 for cut in first]
+    correlation = torch.corrcoef(everything.T)[0, 1].item() if len(everything) > 2 else float("nan")
+    return {"same_sign": sum(same) / len(same) if same else float("nan"), "strongest": moves[0],
+            "others": moves[1], "correlation": correlation}
