@@ -8,12 +8,12 @@
 
 For prompts that both models know: how many heads, and how many attention edges, hold 80 % of what attention
 carries (circuits/influence.py), and what pruning leaves. A worse transcoder makes a simpler graph, so the two
-models are compared twice, with the transcoders that are closest in features that fire (L0) and with those that
-are closest in variance explained. Several runs, of several seeds, make a table with their range.
+models are compared twice, with the transcoders that are closest in features that fire (L0) and with those
+that are closest in variance explained. Several runs, of several seeds, make a table with their range.
 
 Beside it stand the controls: the same model with a transcoder that was never trained; a *nonsense* answer, a
-token drawn at random in place of the one the model gives; and what happens in the real model when the strongest
-features and heads are cut, and others (circuits/interventions.py). Written to RUN/n80.json.
+token drawn at random in place of the one the model gives; and what happens in the real model when the
+strongest features and heads are cut, and others (circuits/interventions.py). Written to RUN/n80.json.
 """
 
 import json
@@ -38,11 +38,12 @@ MATCHED = {"l0": "as many features fire", "explained": "as much is explained"}
 
 
 def models_of(run):
-    """{'dense', 'sparse': (folder of its transcoders, checkpoint, model)} of a gated run. Raises UserError."""
+    """{'dense', 'sparse': (folder of its transcoders, checkpoint, model)} of a gated run; or a UserError."""
     path = checkpoint_named(run)
     checkpoint = read_checkpoint(path)
     if not checkpoint["model_args"].get("gated"):
-        raise UserError(f"{run} is a dense run: n80 compares a gated run, such as out/addition, with its parent")
+        raise UserError(f"{run} is a dense run: n80 compares a gated run, such as out/addition, with its "
+                        "parent")
     found, parent = {}, checkpoint["reference"]
     for name, place in (("dense", parent), ("sparse", path)):
         own = read_checkpoint(place)
@@ -99,8 +100,8 @@ def measure(model, coder, asked, progress):
         anything = int(torch.randint(model.config.vocab_size, (), generator=draw))
         nonsense.append(summary(graph_of(model, coder, tokens, at, answer=anything)))
         progress.update()
-    found = {key: statistics.mean(one[key] for one in sizes) for key in (*SIZES, "replacement", "completeness",
-                                                                          "all_heads", "attention_edges")}
+    kept = (*SIZES, "replacement", "completeness", "all_heads", "attention_edges")
+    found = {key: statistics.mean(one[key] for one in sizes) for key in kept}
     found["nonsense"] = {key: statistics.mean(one[key] for one in nonsense) for key in SIZES}
     return found | {kind: in_short([one[kind] for one in cuts]) for kind in ("features", "heads")}
 
@@ -136,8 +137,8 @@ def compare(run, names, tasks, n):
 
 
 def add_arguments(parser):
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="gated runs, whose parents are found by themselves")
-    parser.add_argument("--names", default="transcoder", help="of transcoders, as in `transcode`, with commas")
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="gated runs; their parents are known")
+    parser.add_argument("--names", default="transcoder", help="of transcoders, with commas")
     parser.add_argument("--tasks", required=True, help="such as bracket,quote")
     parser.add_argument("--n", type=int, default=8, help="prompts of each task")
 
@@ -162,26 +163,25 @@ def lines_of(result):
     lines = [f"{result['run']}, {result['prompts']} prompts of {', '.join(result['tasks'])}"]
     for by, words in MATCHED.items():
         for kind, found in result[by].items():
-            sizes = "; ".join(f"{found[key]:.1f} {words}" for key, words in SIZES.items())
-            lines.append(f"  {words}, {kind:6}  {100 * found['explained']:.1f} % explained, {found['l0']:.1f} "
-                         f"features fire: {sizes} (nonsense: {found['nonsense']['heads_80']:.1f}, "
-                         f"{found['nonsense']['attention_edges_80']:.1f})")
-            lines.append(f"    {in_words(found)}")
+            lines.append(f"  {words}, {kind}: {100 * found['explained']:.1f} % explained, {found['l0']:.1f} "
+                         "features fire")
+            lines += in_words(found)
     for kind, found in result["untrained"].items():
-        sizes = "; ".join(f"{found[key]:.1f} {words}" for key, words in SIZES.items())
-        lines.append(f"  untrained, {kind:6}  {sizes}")
-        lines.append(f"    {in_words(found)}")
+        lines += [f"  untrained, {kind}", *in_words(found)]
     return lines
 
 
 def in_words(found):
-    """What the scores and the interventions say, a line."""
+    """Sizes, scores and interventions of one model, lines."""
+    sizes = "; ".join(f"{found[key]:.1f} {size}" for key, size in SIZES.items())
+    nonsense = ", ".join(f"{found['nonsense'][key]:.1f}" for key in SIZES)
     cuts = "; ".join(
         f"{kind}: {100 * found[kind]['same_sign']:.0f} % of signs foretold, the strongest move the answer by "
         f"{found[kind]['strongest']:.2f}, others by {found[kind]['others']:.2f}, correlation "
         f"{found[kind]['correlation']:.2f}" for kind in ("features", "heads"))
-    return (f"replacement score {found['replacement']:.2f}, completeness {found['completeness']:.2f}. Cut, "
-            f"{cuts}")
+    return [f"    {sizes} (of a nonsense answer {nonsense})",
+            f"    replacement score {found['replacement']:.2f}, completeness {found['completeness']:.2f}",
+            f"    cut: {cuts}"]
 
 
 def lines_of_all(results):

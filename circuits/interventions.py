@@ -1,4 +1,4 @@
-"""Does an attribution graph say what happens? Features and heads cut in the real model, where nothing is frozen.
+"""Does an attribution graph say what happens? Features and heads cut in the real model, nothing frozen.
 
     foretold(s)    - [ edge(s -> answer) + sum over features t of edge(s -> t) / z_t * total(t) ]
     seen(s)        the answer's logit, minus the mean one, without s; minus the same with it
@@ -53,7 +53,7 @@ def totals_of_heads(graph):
 
 @torch.no_grad()
 def answer_of(model, tokens, node, keep=None):
-    """The logit of a graph's answer, its Node, minus the mean logit there. tokens (T,); keep as in model.py."""
+    """The logit of a graph's answer, its Node, minus the mean one there. tokens (T,); keep as in model.py."""
     logits = model(tokens[None], keep=keep)[0][0, node.position]
     return (logits[node.number] - logits.mean()).item()
 

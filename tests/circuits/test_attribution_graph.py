@@ -60,9 +60,10 @@ def test_what_comes_in_sums_to_the_pre_activation_and_to_the_logit(settings, cro
     assert graph.chances.sum() >= 0.95 or len(graph.chances) == 10
 
 
-def replay(model, coder, tokens, scale=None):
+def replay(model, coder, tokens, scale=None, passing=False):
     """The local replacement model, run: z (T, L, F) and last logits. scale: {source Node: factor of what it
-    writes}. Written apart from graph_of: one stream, no sources.
+    writes}; passing: features that fire say what this run makes of them, else what they were. Written apart
+    from graph_of: one stream, no sources.
     """
     plain, scale = coder.folded(), scale or {}
     frozen, parts = freeze(model, plain, tokens), model.transformer
@@ -88,7 +89,10 @@ def replay(model, coder, tokens, scale=None):
         for below in range(layer + 1):
             for t in range(T):
                 for i in range(F):
-                    a = frozen.features[t, below, i] * factor("feature", below, t, i)
+                    a = frozen.features[t, below, i]
+                    if passing and a > 0:
+                        a = found[below][t, i]
+                    a = a * factor("feature", below, t, i)
                     write[t] += a * plain.decoders()[below, layer, i]
         for t in range(T):
             write[t] += factor("error", layer, t, -1) * frozen.errors[t, layer]
@@ -161,6 +165,7 @@ def test_direct_and_heads_make_the_edge():
         torch.testing.assert_close(graph.reads[t], shares.abs().sum(0))
         shares = shares.sum(-1)
         torch.testing.assert_close(graph.through[t], shares.abs().sum(0))
+        torch.testing.assert_close(graph.net[t], shares.sum(0))
         norm = model.transformer.ln_f if node.kind == "logit" else model.blocks[node.layer].ln_2
         top = L if node.kind == "logit" else node.layer
         reader = plain.encoder[node.layer, node.number]
@@ -217,6 +222,15 @@ def test_pairs_of_sources_sum_to_the_score_that_opens_the_edge(settings):
         assert found.sum().item() == pytest.approx(scores_of[layer][head, i, j].item(), abs=1e-9)
         if settings["gated"]:
             assert bool(opened[layer][head, i, j]) == bool(found.sum() + settings["gate_bias"] > 0)
+
+
+def test_any_answer_can_be_asked_for():
+    model, coder, tokens, graph = case(CASES[0])
+    logits = model(tokens[None])[0][0, 2]
+    found = graph_of(model, coder, tokens, at=2, answer=7)
+    assert found.targets[-1] == Node("logit", -1, 2, 7) and found.chances.tolist() == [1.0]
+    assert found.values[-1].item() == pytest.approx((logits[7] - logits.mean()).item())
+    torch.testing.assert_close(found.edges[:-1], graph.edges[:len(found.edges) - 1])
 
 
 def test_influence_is_the_sum_over_all_paths():

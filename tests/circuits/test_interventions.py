@@ -1,0 +1,113 @@
+"""Interventions: the graph foretells what the frozen model does; cuts in the real one are what they say."""
+
+import math
+
+import pytest
+import torch
+from test_attribution_graph import CASES, C, H, L, T, case, replay
+
+from circuits.interventions import (
+    FEATURES,
+    HEADS,
+    Cut,
+    answer_of,
+    in_short,
+    interventions,
+    strongest_and_others,
+    totals,
+    totals_of_heads,
+    without_feature,
+    without_head,
+)
+from gate import by_layer
+
+
+@pytest.mark.parametrize("cross", [True, False])
+@torch.no_grad()
+def test_what_is_due_to_a_source_is_what_the_frozen_model_loses_without_it(cross):
+    model, coder, tokens, graph = case(CASES[0], cross)
+    token = graph.targets[-len(graph.chances)].number
+    _, before = replay(model, coder, tokens, passing=True)
+    due = totals(graph)
+    for s in range(0, len(graph.sources) - 1, 7):
+        _, logits = replay(model, coder, tokens, {graph.sources[s]: 0.0}, passing=True)
+        lost = (before - logits)[token] - (before - logits).mean()
+        assert due[s].item() == pytest.approx(lost.item(), abs=1e-8)
+
+
+@torch.no_grad()
+def test_what_is_due_to_a_head_adds_up_over_all_that_it_passes_on_to():
+    _, _, _, graph = case(CASES[0])
+    n, due = len(graph.targets) - len(graph.chances), totals(graph)
+    by_hand = graph.net[n].clone()
+    for t in range(n):
+        by_hand += graph.net[t] * due[t] / graph.values[t]
+    torch.testing.assert_close(totals_of_heads(graph), by_hand)
+
+
+def by_hand(model, coder, tokens, feature, activation, answer):
+    """The forward pass, block by block, a feature's writes taken off."""
+    parts, decoders = model.transformer, coder.folded().decoders()
+    x, own = parts.wte(tokens) + parts.wpe(torch.arange(T)), by_layer(model.config, None, "cpu")
+    for layer, block in enumerate(model.blocks):
+        x = x + block.attn(block.ln_1(x)[None], **own[layer])[0][0]
+        written = block.mlp(block.ln_2(x))
+        if layer >= feature.layer:
+            written[feature.position] -= activation * decoders[feature.layer, layer, feature.number]
+        x = x + written
+    logits = model.lm_head(parts.ln_f(x))[answer.position]
+    return (logits[answer.number] - logits.mean()).item()
+
+
+@torch.no_grad()
+def test_a_feature_is_cut_where_it_writes_and_the_model_is_whole_again_after():
+    model, coder, tokens, graph = case(CASES[0])
+    answer = graph.targets[-len(graph.chances)]
+    before = answer_of(model, tokens, answer)
+    moved = 0
+    for i in range(0, len(graph.targets) - len(graph.chances), 5):
+        of = model, coder, tokens, graph.sources[i], graph.values[i], answer
+        found = without_feature(*of)
+        assert found == pytest.approx(by_hand(*of))
+        moved += abs(found - before) > 1e-3
+        assert answer_of(model, tokens, answer) == before
+    assert moved > 3
+
+
+@pytest.mark.parametrize("settings", CASES[:2])
+@torch.no_grad()
+def test_a_head_that_is_cut_writes_nothing(settings):
+    model, _, tokens, graph = case(settings)
+    answer = graph.targets[-len(graph.chances)]
+    found = without_head(model, tokens, 1, 1, answer)
+    model.blocks[1].attn.c_proj.weight[:, C // H:] = 0
+    assert found == pytest.approx(answer_of(model, tokens, answer))
+
+
+def test_others_are_drawn_from_what_the_ranking_left():
+    strength = torch.tensor([0.0, 5.0, 1.0, 4.0, 2.0, 3.0, 0.0])
+    first, others = strongest_and_others(strength, 2, seed=0)
+    assert first == [1, 3] and set(others) <= {2, 4, 5} and len(set(others)) == 2
+    assert strongest_and_others(torch.tensor([0.0, 1.0]), 3, seed=0) == ([1], [])
+    drawn = {tuple(strongest_and_others(strength, 2, seed)[1]) for seed in range(20)}
+    assert len(drawn) > 2
+
+
+@torch.no_grad()
+def test_what_is_foretold_and_seen_of_a_prompt():
+    model, coder, tokens, graph = case(CASES[0])
+    found = interventions(model, coder, tokens, graph)
+    assert [len(cuts) for cuts in found["features"]] == [FEATURES, FEATURES]
+    assert [len(cuts) for cuts in found["heads"]] == [HEADS, L * H - HEADS]
+    due = {round(-x, 6) for x in totals_of_heads(graph).flatten().tolist()}
+    assert {round(cut.foretold, 6) for part in found["heads"] for cut in part} <= due
+
+
+def test_in_short():
+    one = [Cut(-1.0, -2.0), Cut(-1.0, 0.5)], [Cut(0.1, 0.2)]
+    two = [Cut(2.0, 1.0), Cut(0.5, 0.5)], []
+    found = in_short([one, two])
+    assert found["same_sign"] == 0.75
+    assert found["strongest"] == pytest.approx(1.0) and found["others"] == pytest.approx(0.2)
+    assert 0 < found["correlation"] < 1
+    assert all(math.isnan(value) for value in in_short([([], [])]).values())
