@@ -40,6 +40,7 @@ COMMANDS = {  # name: (its file, what it answers)
     "tasks": ("circuits.tasks", "the tasks that `circuit` knows, and their prompts"),
     "transcode": ("analysis.transcode", "what do the MLPs compute? trains a transcoder, features for MLPs"),
     "graph": ("analysis.graph", "which features, through which heads, made a model say this?"),
+    "opens": ("analysis.opens", "addition: which features open an edge, and on which sums do they fire?"),
     "n80": ("analysis.n80", "are a sparse model's attribution graphs smaller than its parent's?"),
     "view": ("analysis.view", "a page to look into a model, in any browser"),
     "sample": ("analysis.sample", "text from a model, and what every token read"),

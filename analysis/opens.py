@@ -1,0 +1,177 @@
+"""Addition: which features open an edge, and on which sums do they fire?
+
+    python analyze.py transcode out/addition --price=0.1     first, once
+    python analyze.py opens out/addition                     of the edge that opens on about half of the sums
+
+An edge is open where its score a = q k / sqrt(D) plus the head's bias is above 0, and the score splits
+exactly into pairs, a source of the query and a source of the key (`why_open` in
+circuits/attribution_graph.py). So what opens an edge is what adds more to the score on sums on which it is
+open than on others:
+
+    difference of a pair = its mean on sums with the edge open - its mean on sums with the edge shut
+
+and the differences of all pairs sum to that of the score. The tables have the largest, and what either side
+adds, summed over the other; opens.png draws their features as *operand plots* (Anthropic's, "On the biology
+of a large language model", addition): one dot for every sum a + b of 0 .. 99, brighter where the feature
+fires more strongly. The first is the gate itself, open or shut.
+
+Notable: sums are drawn, half with the edge open, half shut; the operand plots are of all 10,000.
+"""
+
+import os
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from analysis import feature_figures
+from analysis.explain import population, read_addition_run, run_sums
+from analysis.graph import label, read_transcoder
+from analysis.view import sum_question
+from circuits.attribution_graph import graph_of, why_open
+from circuits.transcoder import read_and_written
+from models.checkpoint import checkpoint_named, folder_of_answers, read_checkpoint
+from storage.addition import addition_rows, token_names
+from storage.files import UserError, write_json
+
+SHOWN = 6  # lines of each table
+DRAWN = 8  # features, at most
+MOST_WRITTEN = 500  # pairs in opens.json
+
+
+def edge_named(words, is_open, names):
+    """(layer, head, query, key) of `2.0.s1.=`; of no words, that which is open on a share of the sums closest
+    to a half. is_open (n_layer, H, T, T, N). Raises UserError.
+    """
+    shares = is_open.mean(-1)
+    if not words:
+        return tuple(int(i) for i in np.unravel_index(np.abs(shares - 0.5).argmin(), shares.shape))
+    try:
+        layer, head, query, key = words.split(".")
+        edge = int(layer), int(head), names.index(query), names.index(key)
+        share = shares[edge]
+    except (ValueError, IndexError) as error:
+        raise UserError(f"--edge={words}: an edge is named layer.head.query.key, such as 2.0.s1.=, with "
+                        f"tokens {' '.join(names)}") from error
+    if not 0 < share < 1:
+        raise UserError(f"--edge={words} is open on {100 * share:.0f} % of the sums: nothing to explain")
+    return edge
+
+
+def parts_of_score(model, coder, question, edge):
+    """(sources in words, their Nodes, (S, S) what each pair adds to the edge's score) on one sum."""
+    layer, head, i, j = edge
+    graph = graph_of(model, coder, torch.tensor(question.ids))
+    words = [label(node, question, str) for node in graph.sources]
+    return words, graph.sources, why_open(model, graph, layer, head, i, j).numpy()
+
+
+def mean_of(sums, order):
+    """(N, N): the mean over sums of what each pair adds, 0 where a source is missing. order: {words: place}.
+    """
+    total = np.zeros((len(order), len(order)))
+    for words, _, matrix in sums:
+        places = [order[one] for one in words]
+        total[np.ix_(places, places)] += matrix
+    return total / len(sums)
+
+
+def differences(on_open, on_shut):
+    """{'pairs', 'key', 'query': [[in words, mean where open, mean where shut]]}, the largest difference
+    first: pairs of a source at the query and one at the key, and each side by itself, summed over the other.
+    What never adds anything is left out. on_open, on_shut: lists of `parts_of_score`.
+    """
+    words = sorted({one for sums in (on_open, on_shut) for some, _, _ in sums for one in some})
+    order = {one: place for place, one in enumerate(words)}
+    means = np.stack([mean_of(sums, order) for sums in (on_open, on_shut)])  # (2, query, key)
+    pairs = [([words[i], words[j]], means[:, i, j]) for i, j in np.argwhere((means != 0).any(0)).tolist()]
+    sides = {"key": means.sum(1), "query": means.sum(2)}
+    found = {"pairs": pairs} | {side: [([word], both[:, place]) for place, word in enumerate(words)]
+                                for side, both in sides.items()}
+    for side, rows in found.items():
+        rows = [[*words, *both.tolist()] for words, both in rows if both.any()]
+        found[side] = sorted(rows, key=lambda row: -abs(row[-2] - row[-1]))
+    return found
+
+
+@torch.no_grad()
+def operand_plots(model, coder, task, nodes):
+    """(len(nodes), 100, 100): how strongly each feature, a Node, fires on a + b; a downwards, b across."""
+    a, b = np.divmod(np.arange(10_000), 100)
+    questions = torch.from_numpy(addition_rows(a, b, *task).astype(np.int64))[:, 0]
+    grids = []
+    for chunk in questions.split(1000):
+        read, _ = read_and_written(model, chunk)
+        grids.append(torch.stack([coder.features(read[:, node.position])[:, node.layer, node.number]
+                                  for node in nodes]))
+    return torch.cat(grids, dim=1).view(len(nodes), 100, 100).numpy()
+
+
+def add_arguments(parser):
+    parser.add_argument("run", metavar="RUN", help="a gated run on two-digit addition, with a transcoder")
+    parser.add_argument("--edge", default="", help="layer.head.query.key, such as 2.0.s1.=")
+    parser.add_argument("--name", default="transcoder", help="of the transcoder, as in `transcode`")
+    parser.add_argument("--n", type=int, default=200, help="sums that the table is made of")
+    parser.add_argument("--seed", type=int, default=1, help="by which they are drawn")
+
+
+def run(options, settings):
+    """`analyze.py opens`."""
+    run = options.run.rstrip("/")
+    model, data, task = read_addition_run(run)
+    if not model.config.gated or task.digits != 2:
+        raise UserError(f"{run}: opens looks at the gates of two-digit addition, such as out/addition's")
+    if options.n < 2:
+        raise UserError("--n must be at least 2: a sum with the edge open, and one with it shut")
+    folder = folder_of_answers(run)
+    coder = read_transcoder(folder, options.name, read_checkpoint(checkpoint_named(run)))
+    model.eval()
+    names = token_names(task)
+    a, b = population(data, task)
+    _, is_open = run_sums(model, task, a, b)
+    edge = edge_named(options.edge, is_open, names)
+    opens = is_open[edge]
+
+    draw, parts = np.random.default_rng(options.seed), []
+    for which in (opens, ~opens):
+        drawn = draw.choice(np.flatnonzero(which), min(options.n // 2, int(which.sum())), replace=False)
+        questions = [sum_question(f"{a[number]}+{b[number]}", task, run) for number in drawn]
+        parts.append([parts_of_score(model, coder, question, edge)
+                      for question in tqdm(questions, unit="sum", leave=False, disable=None)])
+    table = differences(*parts)
+    nodes = {one: node for words, sources, _ in sum(parts, []) for one, node in zip(words, sources)}
+    title = f"layer {edge[0]} head {edge[1]}, {names[edge[2]]} reads {names[edge[3]]}"
+    print("\n".join(lines_of(title, opens, table)))
+    write_json(os.path.join(folder, "opens.json"), {"edge": edge, "open_on": int(opens.sum())} | {
+        side: rows[:MOST_WRITTEN] for side, rows in table.items()})
+    shown = features_of(table, nodes)
+    grids = []
+    if shown:  # no feature feeds an edge of layer 0
+        grids = operand_plots(model, coder, task, [nodes[one] for one in shown])
+    path = os.path.join(folder, "opens.png")
+    feature_figures.operand_plots(path, [f"the gate: {title}", *shown], [opens.reshape(100, 100), *grids])
+    print(f"on which sums these features fire: {path}")
+
+
+def features_of(table, nodes):
+    """The features to draw, in words: those of the key, then those of the query, half of DRAWN each."""
+    found = []
+    for side in ("key", "query"):
+        found += [row[0] for row in table[side] if nodes[row[0]].kind == "feature"][:DRAWN // 2]
+    return list(dict.fromkeys(found))
+
+
+def lines_of(title, opens, table):
+    """What is printed, a list of lines."""
+    total = sum(row[-2] - row[-1] for row in table["pairs"])
+    lines = [f"{title}: open on {opens.sum():,} of {len(opens):,} sums, with a score {total:.2f} higher"]
+    for side, what in (("key", "what stands at the key"), ("query", "what stands at the query"),
+                       ("pairs", "pairs of both, query x key")):
+        rows = table[side]
+        lines += ["", f"{'open - shut':>12}  {'open':>8}  {'shut':>8}  {what}"]
+        for *words, where_open, where_shut in rows[:SHOWN]:
+            lines.append(f"{where_open - where_shut:+12.2f}  {where_open:+8.2f}  {where_shut:+8.2f}  "
+                         + " x ".join(words))
+        rest = sum(row[-2] - row[-1] for row in rows[SHOWN:])
+        lines.append(f"{rest:+12.2f}  all others, {max(0, len(rows) - SHOWN):,}")
+    return lines
