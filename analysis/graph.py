@@ -6,7 +6,8 @@
 
 Prints how much heads and attention edges carry, how many hold 80 % of it, and what feeds the answer most
 (circuits/attribution_graph.py, influence.py). Writes graph-<prompt>.json into the run's folder, in the format
-of circuit-tracer and Neuronpedia (schema version 1), pruned; a link's `heads` says what goes through which.
+of circuit-tracer and Neuronpedia (schema version 1), pruned; a link's `heads` says what share of it goes
+through which, the rest being direct.
 """
 
 import os
@@ -14,8 +15,8 @@ import re
 
 import torch
 
-from analysis.view import questions_of
-from circuits.attribution_graph import graph_of
+from analysis.questions import questions_of
+from circuits.attribution_graph import graph_of, shares_of
 from circuits.influence import (
     NODES,
     attention_edges_of,
@@ -93,6 +94,17 @@ def strongest(heads, most):
     return [[i // H, i % H, share] for share, i in zip(best.values.tolist(), best.indices.tolist()) if share]
 
 
+def heads_of_link(model, graph, t, s, most=3):
+    """[[layer, head, share of the link]] of the heads that carry most of the link from source s to target t.
+    What shares lack to 1 is direct, or goes through other heads.
+    """
+    shares = shares_of(model, graph, t, s)
+    direct = (graph.edges[t, s] - shares.sum()).abs()
+    H, shares = shares.shape[1], shares.abs() / (direct + shares.abs().sum()).clamp(min=1e-30)
+    best = shares.flatten().topk(min(most, shares.numel()))
+    return [[i // H, i % H, share] for share, i in zip(*map(torch.Tensor.tolist, best)) if share > 0.01]
+
+
 # ------------------------------------------------------------------------------------------------------------
 # The file for circuit-tracer's and Neuronpedia's pages
 
@@ -114,7 +126,7 @@ def identity(node, L):
     return f"{layer}_{number}_{node.position}", str(layer), feature, js
 
 
-def as_json(graph, found, question, word, run, name):
+def as_json(model, graph, found, question, word, run, name):
     """The pruned graph as a dict, schema version 1. found: its `summary`."""
     matrix, ends = square(graph)
     influence = influence_of(matrix, ends) + ends
@@ -142,7 +154,7 @@ def as_json(graph, found, question, word, run, name):
         row = target if target < features else features + target - len(graph.sources)
         connections.append({"source": named[source], "target": named[target],
                             "weight": graph.edges[row, source].item(),
-                            "heads": strongest(graph.through[row], 3)})
+                            "heads": heads_of_link(model, graph, row, source)})
     return {"metadata": {"slug": name, "scan": run, "prompt": question.title,
                          "prompt_tokens": question.pieces, "node_threshold": NODES, "schema_version": 1,
                          "info": found},
@@ -177,7 +189,7 @@ def run(options, settings):
     print("\n".join(lines_of(graph, found, question, word)))
     name = "graph-" + (re.sub(r"\W+", "-", question.title).strip("-") or "prompt")
     place = os.path.join(folder, name + (f"-{options.at}" if options.at else "") + ".json")
-    write_json(place, as_json(graph, found, question, word, run, name))
+    write_json(place, as_json(model, graph, found, question, word, run, name))
     print(f"for circuit-tracer's and Neuronpedia's pages: {place}")
 
 

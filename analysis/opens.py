@@ -27,7 +27,7 @@ from tqdm import tqdm
 from analysis import feature_figures
 from analysis.explain import population, read_addition_run, run_sums
 from analysis.graph import label, read_transcoder
-from analysis.view import sum_question
+from analysis.questions import sum_question
 from circuits.attribution_graph import graph_of, why_open
 from circuits.transcoder import read_and_written
 from models.checkpoint import checkpoint_named, folder_of_answers, read_checkpoint

@@ -52,17 +52,6 @@ NAMED = 2  # edges that opened because of a cut: the page says which
 EDGE = ("layer", "head", "query", "key", "weight", "a", "s", "score", "rank", "cut")
 
 
-class Question(NamedTuple):
-    """One prompt, and where the model answers it."""
-
-    title: str
-    ids: list  # token ids (T,)
-    pieces: list  # what the page writes for each token
-    names: list  # what its position is called, '' if nothing
-    positions: list  # where the answer is read
-    expected: str | None  # the right answer, of sums
-
-
 class Outcome(NamedTuple):
     """What a model answers with some edges cut."""
 

@@ -55,6 +55,8 @@ class Graph(NamedTuple):
     values: torch.Tensor  # (targets,) z of a feature; a logit minus the mean one
     chances: torch.Tensor  # (logits,) probability
     streams: torch.Tensor  # (L, S, T, C) dx^l, below each layer
+    mixed: torch.Tensor  # (L, S, T, H, D) what of a head's mixed values is due to each source
+    readers: torch.Tensor  # (targets, C) by which a target reads the residual stream at its position
     spread: dict  # of Frozen
 
 
@@ -143,12 +145,12 @@ def graph_of(model, coder, tokens, at=-1, answer=None):
             by_key = (v[:, :i + 1].flatten(1, 2) @ heard).view(H, i + 1, len(sources), len(back))
             weights = frozen.attention[layer][:, i, :i + 1, None]
             reads[:, layer, :, :i + 1] = (weights * by_key.abs().sum(2)).permute(2, 0, 1)
-        rows.append((edges, through, net, reads, values))
+        rows.append((edges, through, net, reads, values, back))
 
     for layer, block in enumerate(model.blocks):
         streams.append(dx)
         v = parts_of(block, frozen.spread[block.ln_1], dx, VALUE, H)
-        w_o = block.attn.c_proj.weight.T.view(H, C // H, C)  # what a head writes is its mixed values @ w_o
+        w_o = writing(block, H)
         mixed = torch.einsum("hij,sjhd->sihd", frozen.attention[layer], v)
         carried.append((v.permute(2, 1, 0, 3).contiguous(), mixed, w_o))  # v (H, T, S, D)
         middle = dx + torch.einsum("sihd,hdc->sic", mixed, w_o)
@@ -171,7 +173,15 @@ def graph_of(model, coder, tokens, at=-1, answer=None):
     readers = model.lm_head.weight[answers] - model.lm_head.weight.mean(0)
     read(model.transformer.ln_f, dx, at, readers, 0.0, frozen.logits[at, answers] - frozen.logits[at].mean())
     targets = features + [Node("logit", -1, at, token) for token in answers]
-    return Graph(sources, targets, *map(torch.cat, zip(*rows)), chances, torch.stack(streams), frozen.spread)
+    *columns, readers = map(torch.cat, zip(*rows))
+    return Graph(sources, targets, *columns, chances, torch.stack(streams),
+                 torch.stack([mixed for _, mixed, _ in carried]), readers, frozen.spread)
+
+
+def writing(block, H):
+    """(H, D, C): what a head writes is its mixed values times this."""
+    C = block.attn.c_proj.weight.shape[0]
+    return block.attn.c_proj.weight.T.view(H, C // H, C)
 
 
 def likeliest(logits):
@@ -193,6 +203,18 @@ def parts_of(block, spread, dx, role, H):
     u[-1] += bias_of(block.ln_1, dx)
     found = torch.einsum("stc,hdc->sthd", u, weight)
     found[-1] += bias_of(block.attn.c_attn, dx).expand(3 * C).view(3, H, C // H)[role]
+    return found
+
+
+@torch.no_grad()
+def shares_of(model, graph, t, s):
+    """(L, H): share(s, t, l, h) of one edge, from the source to the target of these numbers."""
+    node, H = graph.targets[t], model.config.n_head
+    found = graph.readers.new_zeros(len(model.blocks), H)
+    for layer, block in enumerate(model.blocks):
+        if node.kind == "logit" or layer <= node.layer:
+            heard = writing(block, H) @ graph.readers[t]
+            found[layer] = (graph.mixed[layer, s, node.position] * heard).sum(-1)
     return found
 
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 import analyze
-from circuits.attribution_graph import graph_of
+from analysis.graph import heads_of_link
+from circuits.attribution_graph import graph_of, shares_of
 from circuits.influence import attention_edges_of, heads_of, n80, pruned
 from circuits.transcoder import Transcoder
 from helpers import call
@@ -73,6 +74,16 @@ def test_the_file_fits_the_schema_and_every_link_has_its_ends(made):
     layer, number, position = map(int, feature["node_id"].split("_"))
     assert feature["feature"] == (layer + number) * (layer + number + 1) // 2 + number
     assert feature["ctx_idx"] == position and feature["layer"] == str(layer)
+
+
+def test_what_a_link_says_of_heads_is_its_own(made):
+    """The share of the link itself: what goes through the heads, beside what is direct."""
+    model, _, graph = made
+    for t, s in ((0, 0), (len(graph.targets) - 1, 3), (len(graph.targets) - 1, len(graph.sources) - 1)):
+        shares = shares_of(model, graph, t, s)
+        whole = shares.abs().sum() + (graph.edges[t, s] - shares.sum()).abs()
+        for layer, head, share in heads_of_link(model, graph, t, s):
+            assert share == pytest.approx((shares[layer, head].abs() / whole).item(), abs=1e-6)
 
 
 def test_mistakes_are_answered(made):

@@ -15,7 +15,7 @@ import torch
 
 import analyze
 import prepare_data
-from analysis import report, view, view_data
+from analysis import questions, report, view, view_data
 from circuits.attention_edges import curves, exact_scores
 from circuits.tasks import LOGIT
 from model import GPT, GPTConfig
@@ -52,11 +52,11 @@ def olmo(**gates):
 
 
 def sums(*prompts):
-    return [view.sum_question(prompt, TASK, "out/sparse") for prompt in prompts]
+    return [questions.sum_question(prompt, TASK, "out/sparse") for prompt in prompts]
 
 
 def texts(*prompts):
-    return [view.text_question(prompt, text.tokenizer("bytes"), 64) for prompt in prompts]
+    return [questions.text_question(prompt, text.tokenizer("bytes"), 64) for prompt in prompts]
 
 
 @pytest.fixture(scope="module")
@@ -175,9 +175,9 @@ def test_what_to_choose_from(addition_page, text_page):
 
 def test_the_snippets_fit_into_any_context():
     tokens = text.tokenizer("bytes")
-    assert view.default_snippets(tokens, 64) == list(view.SNIPPETS)
-    for words in view.default_snippets(tokens, 8):
-        assert len(view.text_question(words, tokens, 8).ids) == 8
+    assert questions.default_snippets(tokens, 64) == list(questions.SNIPPETS)
+    for words in questions.default_snippets(tokens, 8):
+        assert len(questions.text_question(words, tokens, 8).ids) == 8
 
 
 def test_without_its_parent_the_sparse_model_alone(place, capsys):

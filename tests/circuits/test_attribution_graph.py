@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from circuits.attribution_graph import Node, centred, freeze, graph_of, why_open
+from circuits.attribution_graph import Node, centred, freeze, graph_of, shares_of, why_open
 from circuits.influence import (
     attention_edges_of,
     heads_of,
@@ -166,6 +166,8 @@ def test_direct_and_heads_make_the_edge():
         shares = shares.sum(-1)
         torch.testing.assert_close(graph.through[t], shares.abs().sum(0))
         torch.testing.assert_close(graph.net[t], shares.sum(0))
+        for s in (0, 9, len(graph.sources) - 1):
+            torch.testing.assert_close(shares_of(model, graph, t, s), shares[s])
         norm = model.transformer.ln_f if node.kind == "logit" else model.blocks[node.layer].ln_2
         top = L if node.kind == "logit" else node.layer
         reader = plain.encoder[node.layer, node.number]

@@ -1,0 +1,177 @@
+// Features on the page of `analyze.py view`, where the run has a transcoder: what stands in an edge's message.
+//
+//   a dot       a feature that fires, at its position, above its layer: it is made there, from what attention
+//               brought; squares are tokens, diamonds what the transcoder gets wrong
+//   a line      what one adds to another: in a head's colour if most of it goes through that head, grey if it is
+//               direct; thicker, the more
+//
+// view.html inlines this file and calls: has_features, build_features, paint_features, about_features, opened_by.
+
+const features = name => model(name).features ?? null;
+const has_features = () => models().some(name => features(name));
+const graph_shown = name => features(name).graphs[state.answer];
+const dots = {};  // {model: [element of every node]}
+
+const PER_COLUMN = 5;  // dots above each other
+const MARKS = {embedding: "M-4 -4h8v8h-8z", error: "M0 -5l5 5l-5 5l-5 -5z", bias: "M-4 -4h8v8h-8z",
+               feature: "M-4 0a4 4 0 1 0 8 0a4 4 0 1 0 -8 0", logit: "M-5 4h10l-5 -9z"};
+const FILLS = {embedding: "#ffffff", error: "#c9c9c2", bias: "#ffffff", feature: "#8a4fb0", logit: "#1b1b1b"};
+
+/** Where a node stands: tokens at the bottom, features above their layer, the answer on top. */
+function place_of(name, nodes) {
+  const taken = {};
+  return nodes.map(node => {
+    if (node.kind === "bias") return {x: place.left(name) + 22, y: place.y(0)};
+    const x = place.x(name, node.position);
+    if (node.kind === "embedding") return {x, y: place.y(0)};
+    if (node.kind === "logit") return {x, y: place.y(page.layers) - 2};
+    const column = `${node.layer} ${node.position}`;
+    const number = taken[column] = (taken[column] ?? -1) + 1;
+    const room = (place.y(0) - place.y(1)) / (PER_COLUMN + 1);
+    const aside = Math.floor(number / PER_COLUMN) * Math.min(9, place.pitch / 3);
+    return {x: x + aside, y: place.y(node.layer + 1) + (number % PER_COLUMN) * Math.min(11, room)};
+  });
+}
+
+function build_features(name, group) {
+  dots[name] = [];
+  if (!features(name)) return;
+  const layer = svg("g", {class: "features"}, group);
+  svg("g", {class: "links"}, layer);
+  const nodes = nodes_of(name);
+  const places = place_of(name, nodes);
+  dots[name] = nodes.map((node, id) => {
+    const {x, y} = places[id];
+    const dot = svg("path", {d: MARKS[node.kind], transform: `translate(${x} ${y})`, fill: FILLS[node.kind],
+                             stroke: "#1b1b1b", "stroke-width": 0.8, class: "dot", "data-model": name,
+                             "data-feature": id}, layer);
+    svg("title", {}, dot, node.words);
+    return {dot, x, y};
+  });
+}
+
+/** The nodes of the graph that is shown, as objects. */
+function nodes_of(name) {
+  return graph_shown(name).nodes.map((row, id) => (
+    {id, ...Object.fromEntries(page.node_columns.map((column, i) => [column, row[i]]))}));
+}
+
+function links_of(name) {
+  return graph_shown(name).links.map(row => (
+    Object.fromEntries(page.link_columns.map((column, i) => [column, row[i]]))));
+}
+
+const chosen_node = () => state.feature === null ? null : nodes_of(state.active)[state.feature];
+const into = (name, id) => links_of(name).filter(link => link.target === id);
+const out_of = (name, id) => links_of(name).filter(link => link.source === id);
+
+/** The head that carries more than half of a link, or null: it is direct, or spread. */
+function carrier(link) {
+  const [first] = link.heads;
+  return first && first[2] > 0.5 ? first : null;
+}
+
+function paint_features(name) {
+  const group = by_id("drawing").querySelector(`g[data-model=${name}] .features`);
+  if (!group) return;
+  group.style.display = state.features ? "" : "none";
+  if (!state.features) return;
+  const chosen = name === state.active ? state.feature : null;
+  const near = new Set([chosen]);
+  const lines = group.querySelector(".links");
+  lines.replaceChildren();
+  const drawn = chosen === null ? [] : [...into(name, chosen), ...out_of(name, chosen)];
+  const most = Math.max(...drawn.map(link => Math.abs(link.weight)), 1e-9);
+  for (const link of drawn) {
+    near.add(link.source).add(link.target);
+    const from = dots[name][link.source], to = dots[name][link.target];
+    const middle = (from.y + to.y) / 2;
+    const head = carrier(link);
+    svg("path", {d: `M${from.x} ${from.y} C${from.x} ${middle} ${to.x} ${middle} ${to.x} ${to.y}`, fill: "none",
+                 stroke: head ? colour(head[1]) : "#8a8a84", "stroke-dasharray": link.weight < 0 ? "3 3" : "",
+                 "stroke-width": 0.6 + 3.4 * Math.abs(link.weight) / most}, lines);
+  }
+  dots[name].forEach(({dot}, id) => {
+    dot.setAttribute("opacity", chosen === null || near.has(id) ? 1 : 0.15);
+    dot.setAttribute("stroke-width", id === chosen ? 3 : 0.8);
+    dot.setAttribute("stroke", id === chosen ? "#ffb000" : "#1b1b1b");
+  });
+}
+
+// ----------------------------------------------------------------------------------------------------------
+// the panel
+
+/** Rows of links: a button to the node at the other end, the weight, the head that carries it. */
+function link_rows(name, links, end) {
+  const MOST = 8;
+  const nodes = nodes_of(name);
+  const sorted = links.slice().sort((one, other) => Math.abs(other.weight) - Math.abs(one.weight));
+  const rows = sorted.slice(0, MOST).map(link => {
+    const node = nodes[link[end]];
+    const through = link.heads.map(([layer, head, share]) => `${layer}.${head} ${percent(share)}`).join(", ");
+    const button = html("button", {className: "link", onclick: () => choose_feature(name, node.id)}, node.words);
+    return line(cell(button), cell(decimal(link.weight), "number"), cell(html("small", {}, through || "direct")));
+  });
+  if (links.length > MOST) rows.push(line(cell(`and ${links.length - MOST} weaker ones`, "quiet")));
+  return html("table", {}, ...rows);
+}
+
+function about_feature() {
+  const node = chosen_node(), name = state.active;
+  const parts = [html("h2", {}, node.words), html("p", {className: "quiet"}, `${name} model`)];
+  if (node.value !== null) parts.push(html("p", {}, `It fires with ${decimal(node.value)}.`));
+  const feeds = into(name, node.id), fed = out_of(name, node.id);
+  if (feeds.length) parts.push(html("h3", {}, "What makes it: weight, and through which head"),
+                               link_rows(name, feeds, "source"));
+  if (fed.length) parts.push(html("h3", {}, "What it goes into"), link_rows(name, fed, "target"));
+  return parts;
+}
+
+/** When features are shown and none is chosen: which answer, and where to begin. */
+function about_features() {
+  const answers = prompt().positions.map((position, i) => {
+    const chosen = i === state.answer;
+    return html("button", {className: chosen ? "main" : "", onclick: () => show_answer(i)}, called(position));
+  });
+  const parts = [
+    html("h2", {}, "Features"),
+    html("p", {}, "A dot is a feature: one thing that an MLP found, at one position. Click it: what made it, " +
+         "through which heads, and what it goes into. Squares are tokens, diamonds what no feature explains."),
+  ];
+  if (answers.length > 1) parts.push(html("p", {}, "The graph behind ", ...answers));
+  for (const name of models().filter(name => features(name))) {
+    const nodes = nodes_of(name).filter(node => node.kind === "logit" || node.kind === "feature");
+    const {replacement, completeness} = graph_shown(name).scores;
+    parts.push(html("h3", {}, `${name}: replacement score ${replacement}, completeness ${completeness}`));
+    const buttons = nodes.slice(0, 6).map(node => line(cell(
+      html("button", {className: "link", onclick: () => choose_feature(name, node.id)}, node.words))));
+    parts.push(html("table", {}, ...buttons));
+  }
+  return parts;
+}
+
+/** In the panel of an edge: the pairs of sources that add most to its score. */
+function opened_by(edge) {
+  const found = features(state.active)?.opened[edge.id];
+  if (!found) return [];
+  const [pairs, rest] = found;
+  const rows = pairs.map(([query, key, adds]) => line(cell(`${query} × ${key}`), cell(decimal(adds), "number")));
+  rows.push(line(cell("all other pairs", "quiet"), cell(decimal(rest), "number")));
+  return [html("h3", {}, "What makes its score? At the query × at the key"), html("table", {id: "opened"}, ...rows)];
+}
+
+// ----------------------------------------------------------------------------------------------------------
+// what changes the state
+
+const choose_feature = (name, feature) => change({active: name, feature, edge: null, token: null, hover: null,
+                                                  cut: false});
+
+function show_answer(answer) {
+  Object.assign(state, {answer, feature: null});
+  build();
+  paint();
+}
+
+function toggle_features() {
+  if (has_features()) change({features: !state.features, feature: null, edge: null, token: null, cut: false});
+}

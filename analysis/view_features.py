@@ -1,0 +1,87 @@
+"""What the page of `view` shows of features: the graph behind each answer, and what opens an edge.
+
+A run that has a transcoder (`analyze.py transcode RUN`) gets an attribution graph for every position that the
+prompt is answered at (circuits/attribution_graph.py), pruned (influence.py), and for its best open edges the
+pairs of sources that add most to their score (`why_open`). All plain numbers, for view_features.js to draw.
+"""
+
+import copy
+import os
+
+import torch
+
+from analysis.graph import heads_of_link, label, read_transcoder
+from analysis.view_data import rounded
+from circuits.attribution_graph import graph_of, why_open
+from circuits.influence import influence_of, pruned, scores, square
+from model import GPT
+from models.checkpoint import folder_of_answers, read_checkpoint
+from storage.files import UserError
+
+NODES, LINKS = 120, 400  # of a graph, at most: the strongest
+HEADS = 2  # of a link
+OPENED, PAIRS = 60, 4  # best edges whose score is taken apart, and the pairs that are named
+# a node's and a link's row on the page
+NODE = ("kind", "layer", "position", "words", "value", "influence")
+LINK = ("source", "target", "weight", "heads")
+
+
+def coders_of(places, models, name):
+    """{model's name: Transcoder}, of those models that have one. places: {name: its checkpoint's path}."""
+    found = {}
+    for kind, path in places.items():
+        folder = folder_of_answers(os.path.dirname(path))
+        if not isinstance(models[kind], GPT) or not os.path.exists(os.path.join(folder, name + ".pt")):
+            continue
+        try:
+            found[kind] = read_transcoder(folder, name, read_checkpoint(path))
+        except UserError as error:
+            print(f"{error}. The page leaves its features away")
+    return found
+
+
+def graph_on_page(model, graph, question, word):
+    """A pruned graph as {'scores', 'nodes', 'links'}, the strongest of each."""
+    matrix, ends = square(graph)
+    influence = influence_of(matrix, ends) + ends
+    kept, links = pruned(graph)
+    S, features = len(graph.sources), len(graph.targets) - len(graph.chances)
+    best = [i for i in influence.argsort(descending=True).tolist() if kept[i]][:NODES]
+    place, nodes = {i: number for number, i in enumerate(best)}, []
+    for i in best:
+        node = graph.sources[i] if i < S else graph.targets[features + i - S]
+        value = graph.values[i].item() if node.kind == "feature" else None
+        nodes.append([node.kind, node.layer, node.position, label(node, question, word), rounded(value),
+                      rounded(influence[i].item())])
+    weights, rows = matrix * influence[:, None] * links, []
+    for flat in weights.flatten().argsort(descending=True)[:LINKS].tolist():
+        target, source = divmod(flat, len(influence))
+        if weights[target, source] <= 0 or target not in place or source not in place:
+            continue
+        row = target if target < S else features + target - S
+        heads = [[layer, head, rounded(share, 2)] for layer, head, share in
+                 heads_of_link(model, graph, row, source, HEADS)]
+        rows.append([place[source], place[target], rounded(graph.edges[row, source].item()), heads])
+    return {"scores": {key: rounded(value, 2) for key, value in scores(graph).items()}, "nodes": nodes,
+            "links": rows}
+
+
+def opened_by(model, graph, edge, words):
+    """[[query's source, key's source, what the pair adds]] of the PAIRS that add most to an edge's score, and
+    the sum of all others.
+    """
+    matrix = why_open(model, graph, *edge)
+    best = matrix.flatten().abs().topk(min(PAIRS, matrix.numel())).indices.tolist()
+    pairs = [divmod(flat, len(words)) for flat in best]
+    rest = matrix.sum().item() - sum(matrix[pair].item() for pair in pairs)
+    return [[words[r], words[s], rounded(matrix[r, s].item())] for r, s in pairs], rounded(rest)
+
+
+def features_of(model, coder, question, word, edges):
+    """The features of one prompt in one model. edges: its rows on the page (view_data.EDGE)."""
+    model = copy.deepcopy(model).cpu()
+    graphs = [graph_of(model, coder, torch.tensor(question.ids), at) for at in question.positions]
+    words = [label(node, question, word) for node in graphs[0].sources]
+    best = sorted(range(len(edges)), key=lambda number: edges[number][8])[:OPENED]  # by rank
+    return {"graphs": [graph_on_page(model, graph, question, word) for graph in graphs],
+            "opened": {number: opened_by(model, graphs[0], edges[number][:4], words) for number in best}}
