@@ -24,6 +24,7 @@ import torch
 from tqdm import tqdm
 
 from analysis.graph import read_transcoder, summary
+from analysis.questions import questions_of
 from circuits import prompt_circuits
 from circuits.attribution_graph import graph_of
 from circuits.compare import prompts, vocabulary_of
@@ -51,8 +52,10 @@ def models_of(run):
     return found
 
 
-def prompts_of(tasks, models, n):
-    """[(tokens, position asked)] of n prompts a task, such that both models know the answer there."""
+def prompts_of(tasks, models, n, own=(), run=""):
+    """[(tokens, position asked)] of n prompts a task, such that both models know the answer there; and of
+    one's own prompts, as they are.
+    """
     _, checkpoint, sparse = models["sparse"]
     vocabulary = vocabulary_of(tokenizer_of(checkpoint), sparse.config.vocab_size)
     found = []
@@ -62,6 +65,8 @@ def prompts_of(tasks, models, n):
         if not known:
             raise UserError(f"there is no prompt of {task} that both models know. Leave it away: --tasks=...")
         found += [(torch.tensor(pair.clean), pair.positions[0]) for pair in known]
+    for question in questions_of(checkpoint, run, own)[0] if own else ():
+        found += [(torch.tensor(question.ids), position) for position in question.positions]
     return found
 
 
@@ -106,16 +111,16 @@ def measure(model, coder, asked, progress):
     return found | {kind: in_short([one[kind] for one in cuts]) for kind in ("features", "heads")}
 
 
-def compare(run, names, tasks, n):
+def compare(run, names, tasks, n, own=()):
     """What n80.json holds of one gated run: {'l0', 'explained': {'dense', 'sparse': measured},
     'untrained': likewise}.
     """
     models = models_of(run)
-    asked = prompts_of(tasks, models, n)
+    asked = prompts_of(tasks, models, n, own, run)
     known = {kind: {name: read_transcoder(folder, name, checkpoint) for name in names}
              for kind, (folder, checkpoint, _) in models.items()}
     quality = {kind: qualities(folder, names) for kind, (folder, _, _) in models.items()}
-    result, measured = {"run": run, "tasks": tasks, "prompts": len(asked)}, {}
+    result, measured = {"run": run, "tasks": [*tasks, *own], "prompts": len(asked)}, {}
     with tqdm(desc=run, unit="graph", leave=False, disable=None) as progress:
         for by in MATCHED:
             result[by] = {}
@@ -141,6 +146,7 @@ def add_arguments(parser):
     parser.add_argument("--names", default="transcoder", help="of transcoders, with commas")
     parser.add_argument("--tasks", required=True, help="such as bracket,quote")
     parser.add_argument("--n", type=int, default=8, help="prompts of each task")
+    parser.add_argument("--prompt", action="append", default=[], help="one more, of your own; may be repeated")
 
 
 def run(options, settings):
@@ -151,7 +157,7 @@ def run(options, settings):
     results = []
     for run in options.runs:
         run = run.rstrip("/")
-        results.append(compare(run, names, tasks, options.n))
+        results.append(compare(run, names, tasks, options.n, options.prompt))
         write_json(os.path.join(folder_of_answers(run), "n80.json"), results[-1])
         print("\n".join(lines_of(results[-1])))
     if len(results) > 1:

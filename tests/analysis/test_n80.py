@@ -67,6 +67,12 @@ def test_means_are_those_of_the_prompts(made):
         assert found[key] == pytest.approx(statistics.mean(one[key] for one in one_by_one))
 
 
+def test_prompts_of_ones_own_are_asked_too(made):
+    done = call(analyze.main, *COMMAND, "--prompt=x = (1", "--prompt=if a")
+    assert done.returncode in (0, None), done.stderr
+    assert "out/sparse, 4 prompts of quote, x = (1, if a" in done.stdout
+
+
 def test_several_runs_make_a_range(made):
     done = call(analyze.main, "n80", "out/sparse", "out/sparse", "--names=a", "--tasks=quote", "--n=1")
     assert done.returncode in (0, None), done.stderr
