@@ -146,7 +146,7 @@ def add_arguments(parser):
     parser.add_argument("--names", default="transcoder", help="of transcoders, with commas")
     parser.add_argument("--tasks", required=True, help="such as bracket,quote")
     parser.add_argument("--n", type=int, default=8, help="prompts of each task")
-    parser.add_argument("--prompt", action="append", default=[], help="one more, of your own; may be repeated")
+    parser.add_argument("--prompt", action="append", default=[], help="one more, of your own; repeatable")
 
 
 def run(options, settings):
