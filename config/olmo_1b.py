@@ -33,10 +33,12 @@ distill_weight = 1.0
 loss_slack = 0.01
 constraint_paired = True
 constraint_interval = 16
-constraint_scale = 0.01
-lambda_init = 0.1
-lambda_min = 0.01
-lambda_max = 0.1
+constraint_scale = 0.02
+peak_slack = 0.05  # this and lambda as in config/gpt2.py
+lambda_rate = 0.02
+lambda_init = 0.3
+lambda_min = 0.001
+lambda_max = 1000.0
 noise_free_steps = 5000
 
 # 256 x 512 tokens per step, as in config/gpt2.py; 10,000 steps are 1.3 billion tokens
