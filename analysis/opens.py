@@ -13,7 +13,8 @@ open than on others:
 and the differences of all pairs sum to that of the score. The tables have the largest, and what either side
 adds, summed over the other; opens.png draws their features as *operand plots* (Anthropic's, "On the biology
 of a large language model", addition): one dot for every sum a + b of 0 .. 99, brighter where the feature
-fires more strongly. The first is the gate itself, open or shut.
+fires more strongly. The first is the gate itself, open or shut. At last the key's features are cut in the
+real model, one by one and together (circuits/interventions.py): on how many sums does the edge still open?
 
 Notable: sums are drawn, half with the edge open, half shut; the operand plots are of all 10,000.
 """
@@ -29,6 +30,7 @@ from analysis.explain import population, read_addition_run, run_sums
 from analysis.graph import label, read_transcoder
 from analysis.questions import sum_question
 from circuits.attribution_graph import graph_of, why_open
+from circuits.interventions import without
 from circuits.transcoder import read_and_written
 from models.checkpoint import checkpoint_named, folder_of_answers, read_checkpoint
 from storage.addition import addition_rows, token_names
@@ -151,6 +153,16 @@ def run(options, settings):
     path = os.path.join(folder, "opens.png")
     feature_figures.operand_plots(path, [f"the gate: {title}", *shown], [opens.reshape(100, 100), *grids])
     print(f"on which sums these features fire: {path}")
+    at_key = [nodes[one] for one in shown if nodes[one].position == edge[3]]
+    for cut in [[node] for node in at_key] + [at_key] * (len(at_key) > 1):
+        with without(model, coder.folded(), cut):
+            _, now = run_sums(model, task, a, b)
+        print(f"without {in_words(cut)} the edge opens on {now[edge].sum():,} sums")
+
+
+def in_words(nodes):
+    """`feature 1.98`, or the numbers of several."""
+    return "feature " + ", ".join(f"{node.layer}.{node.number}" for node in nodes)
 
 
 def features_of(table, nodes):

@@ -16,6 +16,7 @@ Notable:
 - Cutting is deterministic; random nodes are drawn from those that the ranking left over.
 """
 
+import contextlib
 from typing import NamedTuple
 
 import torch
@@ -58,20 +59,33 @@ def answer_of(model, tokens, node, keep=None):
     return (logits[node.number] - logits.mean()).item()
 
 
-def without_feature(model, coder, tokens, feature, activation, answer):
-    """answer_of, with a feature's writes taken away. coder: a Transcoder; feature and answer: Nodes."""
-    decoders, hooks = coder.folded().decoders(), []
-    for layer in range(feature.layer, len(model.blocks)):
-        written = activation * decoders[feature.layer, layer, feature.number]
+@contextlib.contextmanager
+def without(model, coder, features):
+    """While this lasts, what these features, Nodes, write is taken off what the MLPs write. coder: a
+    Transcoder with its scales folded. What they would write is found on the way, so a batch may have many
+    prompts.
+    """
+    decoders, fires, hooks = coder.decoders(), {}, []
 
-        def cut(mlp, arguments, output, written=written):
+    def cut_in(layer):
+        def cut(mlp, arguments, output):
             output = output.clone()
-            output[0, feature.position] -= written
+            for feature in features:
+                if feature.layer == layer:
+                    z = arguments[0][:, feature.position] @ coder.encoder[layer, feature.number]
+                    z = z + coder.b_enc[layer, feature.number]
+                    fires[feature] = z * (z > coder.log_theta[layer, feature.number].exp())
+                if feature.layer <= layer:
+                    written = fires[feature][:, None] * decoders[feature.layer, layer, feature.number]
+                    output[:, feature.position] -= written
             return output
 
-        hooks.append(model.blocks[layer].mlp.register_forward_hook(cut))
+        return cut
+
+    for layer, block in enumerate(model.blocks):
+        hooks.append(block.mlp.register_forward_hook(cut_in(layer)))
     try:
-        return answer_of(model, tokens, answer)
+        yield
     finally:
         for hook in hooks:
             hook.remove()
@@ -95,12 +109,13 @@ def strongest_and_others(strength, most, seed):
 
 def interventions(model, coder, tokens, graph, seed=0):
     """{'features', 'heads': ([Cut] of the strongest, [Cut] of others)}, on one prompt's Graph."""
-    n = len(graph.targets) - len(graph.chances)
+    n, coder = len(graph.targets) - len(graph.chances), coder.folded()
     answer, due, due_to_heads = graph.targets[n], totals(graph), totals_of_heads(graph)
     before, H = answer_of(model, tokens, answer), due_to_heads.shape[1]
 
     def of_feature(i):
-        after = without_feature(model, coder, tokens, graph.sources[i], graph.values[i], answer)
+        with without(model, coder, [graph.sources[i]]):
+            after = answer_of(model, tokens, answer)
         return Cut(-due[i].item(), after - before)
 
     def of_head(i):

@@ -16,9 +16,10 @@ from circuits.interventions import (
     strongest_and_others,
     totals,
     totals_of_heads,
-    without_feature,
+    without,
     without_head,
 )
+from circuits.transcoder import read_and_written
 from gate import by_layer
 
 
@@ -66,12 +67,39 @@ def test_a_feature_is_cut_where_it_writes_and_the_model_is_whole_again_after():
     before = answer_of(model, tokens, answer)
     moved = 0
     for i in range(0, len(graph.targets) - len(graph.chances), 5):
-        of = model, coder, tokens, graph.sources[i], graph.values[i], answer
-        found = without_feature(*of)
-        assert found == pytest.approx(by_hand(*of))
+        with without(model, coder.folded(), [graph.sources[i]]):
+            found = answer_of(model, tokens, answer)
+        by = by_hand(model, coder, tokens, graph.sources[i], graph.values[i], answer)
+        assert found == pytest.approx(by)
         moved += abs(found - before) > 1e-3
         assert answer_of(model, tokens, answer) == before
     assert moved > 3
+
+
+@torch.no_grad()
+def test_several_features_are_cut_on_many_prompts_at_once():
+    """Later ones fire anew once the first is cut."""
+    model, coder, tokens, graph = case(CASES[0])
+    plain = coder.folded()
+    first = next(node for node in graph.sources if node.kind == "feature" and node.layer == 0)
+    later = next(node for node in graph.sources if node.kind == "feature" and node.layer == 2
+                 and node.position >= first.position)
+    others = torch.stack([tokens, tokens.flip(0)])
+    with without(model, plain, [first, later]):
+        together = model(others)[0]
+        alone = [model(one[None])[0][0] for one in others]
+    torch.testing.assert_close(together, torch.stack(alone))
+    with without(model, plain, [first]):
+        read, _ = read_and_written(model, tokens[None])
+    activation = plain.features(read)[0, later.position, 2, later.number]
+    assert activation != graph.values[graph.sources.index(later)]
+    with without(model, plain, [first]):
+        removed = activation * plain.decoders()[2, 2, later.number]
+        hook = model.blocks[2].mlp.register_forward_hook(
+            lambda mlp, arguments, output: output - removed * (torch.arange(T) == later.position)[:, None])
+        by_hand_then = model(tokens[None])[0][0]
+        hook.remove()
+    torch.testing.assert_close(together[0], by_hand_then)
 
 
 @pytest.mark.parametrize("settings", CASES[:2])
