@@ -11,6 +11,7 @@
 9. induction.py        which heads copy
 10. transcoder.py      features in place of MLPs
 11. attribution_graph.py   features and heads that made a model say something; influence.py: which matter
+12. interventions.py   do they, in the real model?
 
 Imports gate, models/ and storage/; draws nothing.
 """
