@@ -4,8 +4,8 @@
 2. explain.py  when every edge of an addition model opens, and what for; ask.py: one sum
 3. seeds.py    the same run with many seeds; seeds_table.py: their table
    ablate.py   with one change at a time; baselines.py: other ways to cut edges; curve.py: edges over loss
-4. view.py     a page to look into a model: view_data.py computes it, view.html draws; view_features.py and .js
-   its features; questions.py: the prompts
+4. view.py     a page to look into a model: view_data.py computes it, view.html draws; view_features.py and
+               view_features.js, its features; questions.py: the prompts
    transcode.py, graph.py   features and heads behind an answer
    opens.py    which features open an edge; feature_figures.py draws them
    n80.py      dense against sparse: heads and edges that carry 80 % of a graph

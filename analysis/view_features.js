@@ -17,18 +17,19 @@ const MARKS = {embedding: "M-4 -4h8v8h-8z", error: "M0 -5l5 5l-5 5l-5 -5z", bias
                feature: "M-4 0a4 4 0 1 0 8 0a4 4 0 1 0 -8 0", logit: "M-5 4h10l-5 -9z"};
 const FILLS = {embedding: "#ffffff", error: "#c9c9c2", bias: "#ffffff", feature: "#8a4fb0", logit: "#1b1b1b"};
 
-/** Where a node stands: tokens at the bottom, features above their layer, the answer on top. */
+/** Where a node stands: tokens at the bottom, features above their layer, answers on top, side by side. */
 function place_of(name, nodes) {
   const taken = {};
   return nodes.map(node => {
     if (node.kind === "bias") return {x: place.left(name) + 22, y: place.y(0)};
     const x = place.x(name, node.position);
     if (node.kind === "embedding") return {x, y: place.y(0)};
-    if (node.kind === "logit") return {x, y: place.y(page.layers) - 2};
-    const column = `${node.layer} ${node.position}`;
+    const column = `${node.kind === "logit"} ${node.layer} ${node.position}`;
     const number = taken[column] = (taken[column] ?? -1) + 1;
+    if (node.kind === "logit") return {x: x - 12 * number, y: place.y(page.layers) - 2};
     const room = (place.y(0) - place.y(1)) / (PER_COLUMN + 1);
-    const aside = Math.floor(number / PER_COLUMN) * Math.min(9, place.pitch / 3);
+    const k = Math.floor(number / PER_COLUMN);  // columns go right and left of the stream, in turns
+    const aside = (k % 2 ? (k + 1) / 2 : -k / 2) * Math.min(9, place.pitch / 3);
     return {x: x + aside, y: place.y(node.layer + 1) + (number % PER_COLUMN) * Math.min(11, room)};
   });
 }
@@ -140,7 +141,8 @@ function about_features() {
   ];
   if (answers.length > 1) parts.push(html("p", {}, "The graph behind ", ...answers));
   for (const name of models().filter(name => features(name))) {
-    const nodes = nodes_of(name).filter(node => node.kind === "logit" || node.kind === "feature");
+    const [likeliest, ...others] = nodes_of(name).filter(node => ["logit", "feature"].includes(node.kind));
+    const nodes = [likeliest, ...others.filter(node => node.kind === "feature")];
     const {replacement, completeness} = graph_shown(name).scores;
     parts.push(html("h3", {}, `${name}: replacement score ${replacement}, completeness ${completeness}`));
     const buttons = nodes.slice(0, 6).map(node => line(cell(

@@ -79,9 +79,13 @@ def opened_by(model, graph, edge, words):
 
 def features_of(model, coder, question, word, edges):
     """The features of one prompt in one model. edges: its rows on the page (view_data.EDGE)."""
+    def shown(token):
+        return word(token).replace(" ", "␣")
+
+    question = question._replace(pieces=[piece.replace(" ", "␣") for piece in question.pieces])
     model = copy.deepcopy(model).cpu()
     graphs = [graph_of(model, coder, torch.tensor(question.ids), at) for at in question.positions]
-    words = [label(node, question, word) for node in graphs[0].sources]
+    words = [label(node, question, shown) for node in graphs[0].sources]
     best = sorted(range(len(edges)), key=lambda number: edges[number][8])[:OPENED]  # by rank
-    return {"graphs": [graph_on_page(model, graph, question, word) for graph in graphs],
+    return {"graphs": [graph_on_page(model, graph, question, shown) for graph in graphs],
             "opened": {number: opened_by(model, graphs[0], edges[number][:4], words) for number in best}}
