@@ -151,7 +151,8 @@ def run(options, settings):
     if shown:  # no feature feeds an edge of layer 0
         grids = operand_plots(model, coder, task, [nodes[one] for one in shown])
     path = os.path.join(folder, "opens.png")
-    feature_figures.operand_plots(path, [f"the gate: {title}", *shown], [opens.reshape(100, 100), *grids])
+    titles = [f"the gate: {title}", *(f"{words}: {adds:+.2f}" for words, adds in shown.items())]
+    feature_figures.operand_plots(path, titles, [opens.reshape(100, 100), *grids])
     print(f"on which sums these features fire: {path}")
     at_key = [nodes[one] for one in shown if nodes[one].position == edge[3]]
     for cut in [[node] for node in at_key] + [at_key] * (len(at_key) > 1):
@@ -166,11 +167,14 @@ def in_words(nodes):
 
 
 def features_of(table, nodes):
-    """The features to draw, in words: those of the key, then those of the query, half of DRAWN each."""
-    found = []
-    for side in ("key", "query"):
-        found += [row[0] for row in table[side] if nodes[row[0]].kind == "feature"][:DRAWN // 2]
-    return list(dict.fromkeys(found))
+    """{feature to draw, in words: what it adds, open - shut}: those of the key, then those of the query, half
+    of DRAWN each.
+    """
+    found = {}
+    for side in ("query", "key"):  # what stands at both, since an edge may lead to its own place, as the key
+        rows = [row for row in table[side] if nodes[row[0]].kind == "feature"][:DRAWN // 2]
+        found = {words: where_open - where_shut for words, where_open, where_shut in rows} | found
+    return found
 
 
 def lines_of(title, opens, table):

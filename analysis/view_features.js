@@ -1,11 +1,12 @@
 // Features on the page of `analyze.py view`, where the run has a transcoder: what stands in an edge's message.
 //
 //   a dot       a feature that fires, at its position, above its layer: it is made there, from what attention
-//               brought; squares are tokens, diamonds what the transcoder gets wrong
+//               brought; squares are tokens, diamonds what the transcoder gets wrong, triangles answers
 //   a line      what one adds to another: in a head's colour if most of it goes through that head, grey if it is
 //               direct; thicker, the more
 //
-// view.html inlines this file and calls: has_features, build_features, paint_features, about_features, opened_by.
+// view.html inlines this file and calls: has_features, build_features, paint_features, about_features,
+// about_feature, legend_of_features, opened_by, toggle_features.
 
 const features = name => model(name).features ?? null;
 const has_features = () => models().some(name => features(name));
@@ -14,7 +15,7 @@ const dots = {};  // {model: [element of every node]}
 
 const PER_COLUMN = 5;  // dots above each other
 const MARKS = {embedding: "M-4 -4h8v8h-8z", error: "M0 -5l5 5l-5 5l-5 -5z", bias: "M-4 -4h8v8h-8z",
-               feature: "M-4 0a4 4 0 1 0 8 0a4 4 0 1 0 -8 0", logit: "M-5 4h10l-5 -9z"};
+               feature: "M-4 0a4 4 0 1 0 8 0a4 4 0 1 0 -8 0", logit: "M-4 2h8l-4 -6z"};
 const FILLS = {embedding: "#ffffff", error: "#c9c9c2", bias: "#ffffff", feature: "#8a4fb0", logit: "#1b1b1b"};
 
 /** Where a node stands: tokens at the bottom, features above their layer, answers on top, side by side. */
@@ -26,7 +27,7 @@ function place_of(name, nodes) {
     if (node.kind === "embedding") return {x, y: place.y(0)};
     const column = `${node.kind === "logit"} ${node.layer} ${node.position}`;
     const number = taken[column] = (taken[column] ?? -1) + 1;
-    if (node.kind === "logit") return {x: x - 12 * number, y: place.y(page.layers) - 2};
+    if (node.kind === "logit") return {x: x - 12 * number, y: place.y(page.layers) - 5};
     const room = (place.y(0) - place.y(1)) / (PER_COLUMN + 1);
     const k = Math.floor(number / PER_COLUMN);  // columns go right and left of the stream, in turns
     const aside = (k % 2 ? (k + 1) / 2 : -k / 2) * Math.min(9, place.pitch / 3);
@@ -47,6 +48,7 @@ function build_features(name, group) {
                              stroke: "#1b1b1b", "stroke-width": 0.8, class: "dot", "data-model": name,
                              "data-feature": id}, layer);
     svg("title", {}, dot, node.words);
+    if (node.kind === "bias") svg("text", {x: x - 12, y: y + 15, "font-size": 10, fill: "#5a5a55"}, layer, "biases");
     return {dot, x, y};
   });
 }
@@ -102,28 +104,42 @@ function paint_features(name) {
 // ----------------------------------------------------------------------------------------------------------
 // the panel
 
-/** Rows of links: a button to the node at the other end, the weight, the head that carries it. */
-function link_rows(name, links, end) {
+/** Through which heads a link goes, in words; what they lack to all of it is direct. */
+function through(link) {
+  const direct = 1 - link.heads.reduce((sum, [, , share]) => sum + share, 0);
+  const parts = link.heads.map(([layer, head, share]) => `head ${layer}.${head} ${percent(share)}`);
+  if (direct > 0.02) parts.push(parts.length ? `direct ${percent(direct)}` : "direct");
+  return parts.join(", ");
+}
+
+/** Rows of links: a button to the node at the other end, the weight, the head that carries it. all: what they
+    would sum to if pruning had left none out. */
+function link_rows(name, links, end, all = null) {
   const MOST = 8;
   const nodes = nodes_of(name);
   const sorted = links.slice().sort((one, other) => Math.abs(other.weight) - Math.abs(one.weight));
   const rows = sorted.slice(0, MOST).map(link => {
     const node = nodes[link[end]];
-    const through = link.heads.map(([layer, head, share]) => `${layer}.${head} ${percent(share)}`).join(", ");
     const button = html("button", {className: "link", onclick: () => choose_feature(name, node.id)}, node.words);
-    return line(cell(button), cell(decimal(link.weight), "number"), cell(html("small", {}, through || "direct")));
+    return line(cell(button), cell(decimal(link.weight), "number"), cell(html("small", {}, through(link))));
   });
-  if (links.length > MOST) rows.push(line(cell(`and ${links.length - MOST} weaker ones`, "quiet")));
+  const sum = some => some.reduce((total, link) => total + link.weight, 0);
+  if (links.length > MOST) rows.push(line(cell(`and ${links.length - MOST} weaker ones`, "quiet"),
+                                          cell(decimal(sum(sorted.slice(MOST))), "number")));
+  if (all !== null) rows.push(line(cell("not in the picture", "quiet"), cell(decimal(all - sum(links)), "number")));
   return html("table", {}, ...rows);
 }
 
 function about_feature() {
   const node = chosen_node(), name = state.active;
-  const parts = [html("h2", {}, node.words), html("p", {className: "quiet"}, `${name} model`)];
-  if (node.value !== null) parts.push(html("p", {}, `It fires with ${decimal(node.value)}.`));
+  const back = html("button", {className: "link", onclick: () => change({feature: null})}, "← all features");
+  const parts = [html("div", {className: "apart"}, html("h2", {}, node.words), back),
+                 html("p", {className: "quiet"}, `${name} model`)];
+  if (node.kind === "feature") parts.push(html("p", {}, `It fires with ${decimal(node.value)}.`));
+  if (node.kind === "logit") parts.push(html("p", {}, `Its logit is ${decimal(node.value)} above the mean one.`));
   const feeds = into(name, node.id), fed = out_of(name, node.id);
   if (feeds.length) parts.push(html("h3", {}, "What makes it: weight, and through which head"),
-                               link_rows(name, feeds, "source"));
+                               link_rows(name, feeds, "source", node.value));
   if (fed.length) parts.push(html("h3", {}, "What it goes into"), link_rows(name, fed, "target"));
   return parts;
 }
@@ -137,14 +153,19 @@ function about_features() {
   const parts = [
     html("h2", {}, "Features"),
     html("p", {}, "A dot is a feature: one thing that an MLP found, at one position. Click it: what made it, " +
-         "through which heads, and what it goes into. Squares are tokens, diamonds what no feature explains."),
+         "through which heads, and what it goes into. 1.98 is feature 98 of layer 1, head 2.0 head 0 of layer 2."),
+    html("p", {}, "Drawn is what holds 80 % of the influence on the answer. It is that of the uncut model."),
   ];
+  if (prompt().expected) parts.push(html("p", {className: "quiet"}, "On which sums a feature fires: analyze.py opens."));
   if (answers.length > 1) parts.push(html("p", {}, "The graph behind ", ...answers));
   for (const name of models().filter(name => features(name))) {
     const [likeliest, ...others] = nodes_of(name).filter(node => ["logit", "feature"].includes(node.kind));
     const nodes = [likeliest, ...others.filter(node => node.kind === "feature")];
     const {replacement, completeness} = graph_shown(name).scores;
-    parts.push(html("h3", {}, `${name}: replacement score ${replacement}, completeness ${completeness}`));
+    parts.push(html("h3", {}, name),
+               html("p", {className: "quiet"}, `of the tokens' influence ${percent(replacement)} goes through ` +
+                    `features, not errors (replacement score); of all that comes in, ${percent(completeness)} is ` +
+                    "explained (completeness)"));
     const buttons = nodes.slice(0, 6).map(node => line(cell(
       html("button", {className: "link", onclick: () => choose_feature(name, node.id)}, node.words))));
     parts.push(html("table", {}, ...buttons));
@@ -152,15 +173,25 @@ function about_features() {
   return parts;
 }
 
-/** In the panel of an edge: the pairs of sources that add most to its score. */
+/** In the panel of an edge: what at the key adds most to its score, with all that stands at the query. */
 function opened_by(edge) {
   const found = features(state.active)?.opened[edge.id];
   if (!found) return [];
-  const [pairs, rest] = found;
-  const rows = pairs.map(([query, key, adds]) => line(cell(`${query} × ${key}`), cell(decimal(adds), "number")));
-  rows.push(line(cell("all other pairs", "quiet"), cell(decimal(rest), "number")));
-  return [html("h3", {}, "What makes its score? At the query × at the key"), html("table", {id: "opened"}, ...rows)];
+  const [sources, rest] = found;
+  const nodes = nodes_of(state.active);
+  const rows = sources.map(([words, adds]) => {
+    const node = nodes.find(one => one.words === words);
+    const show = () => { state.features = true; choose_feature(state.active, node.id); };
+    const named = node ? html("button", {className: "link", onclick: show}, words) : words;
+    return line(cell(named), cell(decimal(adds), "number"));
+  });
+  rows.push(line(cell("all else there", "quiet"), cell(decimal(rest), "number")));
+  return [html("h3", {}, "What at the key makes its score?"), html("table", {id: "opened"}, ...rows)];
 }
+
+const legend_of_features = () => html("p", {hidden: !state.features}, html("b", {}, "Features: "),
+  "● a feature, □ a token, ◇ what no feature explains, ▲ an answer. Lines: coloured through a head, grey " +
+  "direct, dashed negative.");
 
 // ----------------------------------------------------------------------------------------------------------
 // what changes the state

@@ -2,7 +2,7 @@
 
 A run that has a transcoder (`analyze.py transcode RUN`) gets an attribution graph for every position that the
 prompt is answered at (circuits/attribution_graph.py), pruned (influence.py), and for its best open edges the
-pairs of sources that add most to their score (`why_open`). All plain numbers, for view_features.js to draw.
+sources at the key that add most to their score (`why_open`). All plain numbers, for view_features.js to draw.
 """
 
 import copy
@@ -20,7 +20,7 @@ from storage.files import UserError
 
 NODES, LINKS = 120, 400  # of a graph, at most: the strongest
 HEADS = 2  # of a link
-OPENED, PAIRS = 60, 4  # best edges whose score is taken apart, and the pairs that are named
+OPENED, NAMED = 60, 5  # best edges whose score is taken apart, and the sources at the key that are named
 # a node's and a link's row on the page
 NODE = ("kind", "layer", "position", "words", "value", "influence")
 LINK = ("source", "target", "weight", "heads")
@@ -50,7 +50,8 @@ def graph_on_page(model, graph, question, word):
     place, nodes = {i: number for number, i in enumerate(best)}, []
     for i in best:
         node = graph.sources[i] if i < S else graph.targets[features + i - S]
-        value = graph.values[i].item() if node.kind == "feature" else None
+        row = features + i - S if i >= S else i
+        value = graph.values[row].item() if node.kind in ("feature", "logit") else None
         nodes.append([node.kind, node.layer, node.position, label(node, question, word), rounded(value),
                       rounded(influence[i].item())])
     weights, rows = matrix * influence[:, None] * links, []
@@ -67,14 +68,13 @@ def graph_on_page(model, graph, question, word):
 
 
 def opened_by(model, graph, edge, words):
-    """[[query's source, key's source, what the pair adds]] of the PAIRS that add most to an edge's score, and
-    the sum of all others.
+    """[[source at the key, what it adds]] of the NAMED that add most to an edge's score, with all that stands
+    at the query; and the sum of all others.
     """
-    matrix = why_open(model, graph, *edge)
-    best = matrix.flatten().abs().topk(min(PAIRS, matrix.numel())).indices.tolist()
-    pairs = [divmod(flat, len(words)) for flat in best]
-    rest = matrix.sum().item() - sum(matrix[pair].item() for pair in pairs)
-    return [[words[r], words[s], rounded(matrix[r, s].item())] for r, s in pairs], rounded(rest)
+    adds = why_open(model, graph, *edge).sum(0)
+    best = adds.abs().topk(min(NAMED, len(adds))).indices
+    rest = adds.sum() - adds[best].sum()
+    return [[words[s], rounded(adds[s].item())] for s in best.tolist()], rounded(rest.item())
 
 
 def features_of(model, coder, question, word, edges):

@@ -58,11 +58,11 @@ def test_what_makes_a_score_adds_up_to_it(found):
     data, model, coder, question = found
     graph = graph_of(model, coder, torch.tensor(question.ids))
     assert data["features"]["opened"]
-    for number, (pairs, rest) in data["features"]["opened"].items():
+    for number, (sources, rest) in data["features"]["opened"].items():
         edge = data["edges"][int(number)]
-        assert sum(adds for *_, adds in pairs) + rest == pytest.approx(edge[5], rel=0.02, abs=0.02)
-        largest = why_open(model, graph, *edge[:4]).abs().max().item()
-        assert abs(pairs[0][2]) == pytest.approx(largest, rel=0.01)
+        assert sum(adds for _, adds in sources) + rest == pytest.approx(edge[5], rel=0.02, abs=0.02)
+        largest = why_open(model, graph, *edge[:4]).sum(0).abs().max().item()
+        assert abs(sources[0][1]) == pytest.approx(largest, rel=0.01)
 
 
 def test_a_transcoder_of_other_weights_is_left_away_with_a_word(place, featured_page, capsys):  # noqa: F811
@@ -99,8 +99,13 @@ def test_features_are_shown_and_one_leads_to_the_next(opened, featured_page, fou
     feeds = [link for link in shown["links"] if link[1] == number]
     assert page.locator("[data-model=sparse] .links path").count() == len(feeds)
     strongest = max(feeds, key=lambda link: abs(link[2]))
+    left_out = node[4] - sum(link[2] for link in feeds)
+    said = page.locator("#about table >> nth=0").locator("tr", has_text="not in the picture").inner_text()
+    assert float(said.split()[-1]) == pytest.approx(left_out, abs=0.02)
     page.click("#about table button >> nth=0")
     assert shown["nodes"][strongest[0]][3] in page.inner_text("#about h2")
+    page.keyboard.press("Escape")
+    assert page.inner_text("#about h2") == "Features"
     page.keyboard.press("f")
     assert page.locator("[data-model=sparse] .dot:visible").count() == 0
 
@@ -115,9 +120,9 @@ def test_another_answer_has_another_graph(opened, featured_page, found):  # noqa
     assert page.locator("[data-model=sparse] .dot:visible").count() == len(shown["nodes"])
 
 
-def test_an_edge_says_which_pairs_make_its_score(opened, featured_page):  # noqa: F811
+def test_an_edge_says_what_at_the_key_makes_its_score(opened, featured_page):  # noqa: F811
     page = opened(featured_page)
     edge = page.evaluate("best('sparse')")
     page.locator(f"[data-model=sparse][data-edge='{edge['id']}'] .hit").dispatch_event("click")
     rows = page.locator("#opened tr").count()
-    assert rows == view_features.PAIRS + 1 and "all other pairs" in panel(page)
+    assert rows == view_features.NAMED + 1 and "all else there" in panel(page)
