@@ -7,7 +7,7 @@
 Prints how much heads and attention edges carry, how many hold 80 % of it, and what feeds the answer most
 (circuits/attribution_graph.py, influence.py). Writes graph-<prompt>.json into the run's folder, in the format
 of circuit-tracer and Neuronpedia (schema version 1), pruned; a link's `heads` says what share of it goes
-through which, the rest being direct.
+through which; the rest is direct, or goes through more of them.
 """
 
 import os
@@ -94,15 +94,17 @@ def strongest(heads, most):
     return [[i // H, i % H, share] for share, i in zip(best.values.tolist(), best.indices.tolist()) if share]
 
 
-def heads_of_link(model, graph, t, s, most=3):
-    """[[layer, head, share of the link]] of the heads that carry most of the link from source s to target t.
-    What shares lack to 1 is direct, or goes through other heads.
+def parts_of_link(model, graph, t, s, most=3):
+    """([[layer, head, share of the link]] of the heads that carry most of the link from source s to target t,
+    the share that is direct). Shares of absolute values: heads may work against each other.
     """
     shares = shares_of(model, graph, t, s)
     direct = (graph.edges[t, s] - shares.sum()).abs()
-    H, shares = shares.shape[1], shares.abs() / (direct + shares.abs().sum()).clamp(min=1e-30)
+    whole = (direct + shares.abs().sum()).clamp(min=1e-30)
+    H, shares = shares.shape[1], shares.abs() / whole
     best = shares.flatten().topk(min(most, shares.numel()))
-    return [[i // H, i % H, share] for share, i in zip(*map(torch.Tensor.tolist, best)) if share > 0.01]
+    heads = [[i // H, i % H, share] for share, i in zip(*map(torch.Tensor.tolist, best)) if share > 0.01]
+    return heads, (direct / whole).item()
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -129,7 +131,7 @@ def identity(node, L):
 def as_json(model, graph, found, question, word, run, name):
     """The pruned graph as a dict, schema version 1. found: its `summary`."""
     matrix, ends = square(graph)
-    influence = influence_of(matrix, ends) + ends
+    influence = influence_of(matrix, ends)
     order = influence.argsort(descending=True)
     reached = torch.zeros(len(influence))
     reached[order] = (influence[order].cumsum(0) / influence.sum()).float()  # small is important
@@ -147,14 +149,15 @@ def as_json(model, graph, found, question, word, run, name):
         written.append({
             "node_id": node_id, "feature": feature, "layer": layer, "ctx_idx": max(node.position, 0),
             "feature_type": TYPES[node.kind], "jsNodeId": js, "clerp": clerp,
-            "influence": reached[i].item(), "token_prob": chance.get(node, 0.0),
+            "influence": None if node.kind == "logit" else reached[i].item(),
+            "token_prob": chance.get(node, 0.0),
             "is_target_logit": i == len(graph.sources),
             "activation": graph.values[i].item() if node.kind == "feature" else None})
     for target, source in links.nonzero().tolist():
         row = target if target < features else features + target - len(graph.sources)
         connections.append({"source": named[source], "target": named[target],
                             "weight": graph.edges[row, source].item(),
-                            "heads": heads_of_link(model, graph, row, source)})
+                            "heads": parts_of_link(model, graph, row, source)[0]})
     return {"metadata": {"slug": name, "scan": run, "prompt": question.title,
                          "prompt_tokens": question.pieces, "node_threshold": NODES, "schema_version": 1,
                          "info": found},

@@ -6,30 +6,37 @@
     done
     python analyze.py n80 out/addition --names=price-0.1,price-0.2,price-0.4 --tasks=addition,carry
 
-For prompts that both models know: how many heads, and how many attention edges, hold 80 % of what attention
-carries (circuits/influence.py), and what pruning leaves. A worse transcoder makes a simpler graph, so the two
-models are compared twice, with the transcoders that are closest in features that fire (L0) and with those
-that are closest in variance explained. Several runs, of several seeds, make a table with their range.
+For prompts that both models answer right: how many heads, and how many attention edges, hold 80 % of what
+attention carries to that answer (circuits/influence.py), and what pruning leaves. A worse transcoder makes a
+simpler graph, so the two models are compared twice, with the transcoders of the two names that are closest in
+features that fire (L0) and with those that are closest in variance explained, the same for all runs. Several
+runs, of several seeds, make a table with their range.
 
 Beside it stand the controls: the same model with a transcoder that was never trained; a *nonsense* answer, a
-token drawn at random in place of the one the model gives; and what happens in the real model when the
-strongest features and heads are cut, and others (circuits/interventions.py). Written to RUN/n80.json.
+token drawn at random in place of the right one; and what happens in the real model when the strongest
+features and heads are cut, and others (circuits/interventions.py). Written to RUN/n80.json.
+
+Notable: in our measurements the controls' sizes are nearly those of the answer. So they say how much of a
+model's attention is at work on a prompt, and not how much of it one answer needs: that is what `circuit` asks.
 """
 
+import itertools
 import json
+import math
 import os
 import statistics
+from typing import NamedTuple
 
 import torch
 from tqdm import tqdm
 
 from analysis.graph import read_transcoder, summary
 from analysis.questions import questions_of
-from circuits import prompt_circuits
 from circuits.attribution_graph import graph_of
 from circuits.compare import prompts, vocabulary_of
 from circuits.interventions import in_short, interventions
 from circuits.transcoder import Transcoder, read_and_written
+from model import GPT
 from models.checkpoint import checkpoint_named, folder_of_answers, model_of, read_checkpoint, tokenizer_of
 from storage.files import UserError, write_json
 
@@ -45,28 +52,53 @@ def models_of(run):
     if not checkpoint["model_args"].get("gated"):
         raise UserError(f"{run} is a dense run: n80 compares a gated run, such as out/addition, with its "
                         "parent")
-    found, parent = {}, checkpoint["reference"]
-    for name, place in (("dense", parent), ("sparse", path)):
+    found = {}
+    for name, place in (("dense", checkpoint["parent"]), ("sparse", path)):
         own = read_checkpoint(place)
-        found[name] = folder_of_answers(os.path.dirname(place)), own, model_of(own, place, "cpu").eval()
+        model = model_of(own, place, "cpu").eval()
+        if not isinstance(model, GPT):
+            raise UserError(f"{run} is no GPT: attribution graphs are made for GPTs alone so far")
+        found[name] = folder_of_answers(os.path.dirname(place)), own, model
     return found
 
 
+class Asked(NamedTuple):
+    """A prompt, and the answer whose graph is drawn."""
+
+    tokens: torch.Tensor  # (T,)
+    position: int
+    answer: int
+
+
+@torch.no_grad()
+def first_choice(model, tokens, position):
+    """The token that a model answers with."""
+    return int(model(tokens[None])[0][0, position].argmax())
+
+
 def prompts_of(tasks, models, n, own=(), run=""):
-    """[(tokens, position asked)] of n prompts a task, such that both models know the answer there; and of
-    one's own prompts, as they are.
+    """[Asked]: n prompts of each task whose answer is right and both models' first choice; and one's own
+    prompts, with the dense model's first choice.
     """
     _, checkpoint, sparse = models["sparse"]
+    dense = models["dense"][2]
     vocabulary = vocabulary_of(tokenizer_of(checkpoint), sparse.config.vocab_size)
     found = []
     for task in tasks:
-        pairs, _, metric = prompts(task, 4 * n, 1, vocabulary, sparse.config.block_size)
-        known = prompt_circuits.known_to([models["dense"][2], sparse], pairs, metric, "zero")[:n]
+        pairs, *_ = prompts(task, 8 * n, 1, vocabulary, sparse.config.block_size)
+        known = []
+        for pair in pairs:
+            tokens, position = torch.tensor(pair.clean), pair.positions[0]
+            answers = {first_choice(model, tokens, position) for model in (dense, sparse)}
+            if len(answers) == 1 and answers <= set(pair.right[0]):
+                known.append(Asked(tokens, position, *answers))
         if not known:
-            raise UserError(f"there is no prompt of {task} that both models know. Leave it away: --tasks=...")
-        found += [(torch.tensor(pair.clean), pair.positions[0]) for pair in known]
+            raise UserError(f"there is no prompt of {task} that both models answer right. Leave it away: "
+                            "--tasks=...")
+        found += known[:n]
     for question in questions_of(checkpoint, run, own)[0] if own else ():
-        found += [(torch.tensor(question.ids), position) for position in question.positions]
+        tokens = torch.tensor(question.ids)
+        found += [Asked(tokens, at, first_choice(dense, tokens, at)) for at in question.positions]
     return found
 
 
@@ -79,10 +111,18 @@ def qualities(folder, names):
     return found
 
 
-def closest(dense, sparse, by):
-    """(name of a dense model's transcoder, name of a sparse one's), the pair that differs least in `by`."""
-    return min(((a, b) for a in dense for b in sparse),
-               key=lambda pair: abs(dense[pair[0]][by] - sparse[pair[1]][by]))
+def closest(qualities_of_runs, names, by):
+    """(name of the dense models' transcoders, of the sparse ones'): the pair that differs least in `by`, in
+    the mean over runs; in L0 by its logarithm. qualities_of_runs: [{'dense', 'sparse': `qualities`}].
+    """
+    scale = (lambda value: math.log(max(value, 1e-9))) if by == "l0" else float
+
+    def apart(pair):
+        both = [[scale(found[kind][name][by]) for kind, name in zip(("dense", "sparse"), pair)]
+                for found in qualities_of_runs]
+        return sum(abs(one - other) for one, other in both)
+
+    return min(itertools.product(names, names), key=apart)
 
 
 def untrained(model, tokens, like):
@@ -97,13 +137,13 @@ def untrained(model, tokens, like):
 def measure(model, coder, asked, progress):
     """Means over prompts, a dict: sizes, scores, the same of a nonsense answer, and interventions."""
     sizes, nonsense, cuts = [], [], []
-    draw = torch.Generator().manual_seed(0)
-    for tokens, at in asked:
-        graph = graph_of(model, coder, tokens, at)
+    draw, V = torch.Generator().manual_seed(0), model.config.vocab_size
+    for tokens, at, answer in asked:
+        graph = graph_of(model, coder, tokens, at, answer)
         sizes.append(summary(graph))
         cuts.append(interventions(model, coder, tokens, graph))
-        anything = int(torch.randint(model.config.vocab_size, (), generator=draw))
-        nonsense.append(summary(graph_of(model, coder, tokens, at, answer=anything)))
+        another = (answer + int(torch.randint(1, V, (), generator=draw))) % V
+        nonsense.append(summary(graph_of(model, coder, tokens, at, another)))
         progress.update()
     kept = (*SIZES, "replacement", "completeness", "all_heads", "attention_edges")
     found = {key: statistics.mean(one[key] for one in sizes) for key in kept}
@@ -111,29 +151,28 @@ def measure(model, coder, asked, progress):
     return found | {kind: in_short([one[kind] for one in cuts]) for kind in ("features", "heads")}
 
 
-def compare(run, names, tasks, n, own=()):
+def compare(folder, models, quality, matched, options):
     """What n80.json holds of one gated run: {'l0', 'explained': {'dense', 'sparse': measured},
-    'untrained': likewise}.
+    'untrained': likewise}. quality: {'dense', 'sparse': `qualities`}; matched: {by: `closest`}.
     """
-    models = models_of(run)
-    asked = prompts_of(tasks, models, n, own, run)
-    known = {kind: {name: read_transcoder(folder, name, checkpoint) for name in names}
-             for kind, (folder, checkpoint, _) in models.items()}
-    quality = {kind: qualities(folder, names) for kind, (folder, _, _) in models.items()}
-    result, measured = {"run": run, "tasks": [*tasks, *own], "prompts": len(asked)}, {}
-    with tqdm(desc=run, unit="graph", leave=False, disable=None) as progress:
-        for by in MATCHED:
+    tasks = options.tasks.split(",")
+    asked = prompts_of(tasks, models, options.n, options.prompt, folder)
+    result, measured = {"run": folder, "tasks": tasks + options.prompt, "prompts": len(asked)}, {}
+    with tqdm(desc=folder, unit="graph", leave=False, disable=None) as progress:
+        for by, pair in matched.items():
             result[by] = {}
-            for kind, name in zip(models, closest(quality["dense"], quality["sparse"], by)):
+            for (kind, (place, checkpoint, model)), name in zip(models.items(), pair):
                 if (kind, name) not in measured:
-                    measured[kind, name] = measure(models[kind][2], known[kind][name], asked, progress)
-                own = {key: quality[kind][name][key] for key in (*MATCHED, "kl", "agrees")}
-                result[by][kind] = {"transcoder": name, **own, **measured[kind, name]}
+                    coder = read_transcoder(place, name, checkpoint)
+                    measured[kind, name] = measure(model, coder, asked, progress)
+                known = {key: quality[kind][name][key] for key in (*MATCHED, "kl", "agrees")}
+                result[by][kind] = {"transcoder": name, **known, **measured[kind, name]}
         result["untrained"] = {}
-        for kind, (_, _, model) in models.items():
-            batch = torch.stack([tokens[:min(len(one) for one, _ in asked)] for tokens, _ in asked])
-            fresh = untrained(model, batch, known[kind][names[0]])
-            result["untrained"][kind] = measure(model, fresh, asked, progress)
+        shortest = min(len(one.tokens) for one in asked)
+        batch = torch.stack([one.tokens[:shortest] for one in asked])
+        for kind, (place, checkpoint, model) in models.items():
+            like = read_transcoder(place, matched["l0"][0], checkpoint)
+            result["untrained"][kind] = measure(model, untrained(model, batch, like), asked, progress)
     return result
 
 
@@ -153,13 +192,18 @@ def run(options, settings):
     """`analyze.py n80`."""
     if options.n < 1:
         raise UserError("--n must be at least 1")
-    names, tasks = options.names.split(","), options.tasks.split(",")
+    names, folders = options.names.split(","), [run.rstrip("/") for run in options.runs]
+    models = [models_of(folder) for folder in folders]
+    for place, checkpoint, _ in (model for both in models for model in both.values()):
+        for name in names:
+            read_transcoder(place, name, checkpoint)  # a missing one is found before anything is measured
+    quality = [{kind: qualities(place, names) for kind, (place, _, _) in both.items()} for both in models]
+    matched = {by: closest(quality, names, by) for by in MATCHED}
     results = []
-    for run in options.runs:
-        run = run.rstrip("/")
-        results.append(compare(run, names, tasks, options.n, options.prompt))
-        write_json(os.path.join(folder_of_answers(run), "n80.json"), results[-1])
-        print("\n".join(lines_of(results[-1])))
+    for folder, both, known in zip(folders, models, quality):
+        results.append(compare(folder, both, known, matched, options))
+        write_json(os.path.join(folder_of_answers(folder), "n80.json"), results[-1])
+        print("\n".join(lines_of(results[-1])), flush=True)
     if len(results) > 1:
         print("\n".join(lines_of_all(results)))
 
@@ -181,10 +225,12 @@ def in_words(found):
     """Sizes, scores and interventions of one model, lines."""
     sizes = "; ".join(f"{found[key]:.1f} {size}" for key, size in SIZES.items())
     nonsense = ", ".join(f"{found['nonsense'][key]:.1f}" for key in SIZES)
+    numbers = {kind: {key: float("nan") if value is None else value for key, value in found[kind].items()}
+               for kind in ("features", "heads")}
     cuts = "; ".join(
-        f"{kind}: {100 * found[kind]['same_sign']:.0f} % of signs foretold, the strongest move the answer by "
-        f"{found[kind]['strongest']:.2f}, others by {found[kind]['others']:.2f}, correlation "
-        f"{found[kind]['correlation']:.2f}" for kind in ("features", "heads"))
+        f"{kind}: {100 * cut['same_sign']:.0f} % of signs foretold, the strongest move the answer by "
+        f"{cut['strongest']:.2f}, others by {cut['others']:.2f}, correlation {cut['correlation']:.2f}"
+        for kind, cut in numbers.items())
     return [f"    {sizes} (of a nonsense answer {nonsense})",
             f"    replacement score {found['replacement']:.2f}, completeness {found['completeness']:.2f}",
             f"    cut: {cuts}"]

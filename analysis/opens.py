@@ -16,7 +16,9 @@ of a large language model", addition): one dot for every sum a + b of 0 .. 99, b
 fires more strongly. The first is the gate itself, open or shut. At last the key's features are cut in the
 real model, one by one and together (circuits/interventions.py): on how many sums does the edge still open?
 
-Notable: sums are drawn, half with the edge open, half shut; the operand plots are of all 10,000.
+Notable: sums are drawn, half with the edge open, half shut; the operand plots are of all 10,000. LayerNorm
+divides everything at a position by one number, and that differs from sum to sum: so what is always there, a
+token or the biases, adds more on one than on another, and only because something else is larger or smaller.
 """
 
 import os
@@ -47,6 +49,8 @@ def edge_named(words, is_open, names):
     """
     shares = is_open.mean(-1)
     if not words:
+        if not ((shares > 0) & (shares < 1)).any():
+            raise UserError("every edge of this model is always open, or never: there is nothing to explain")
         return tuple(int(i) for i in np.unravel_index(np.abs(shares - 0.5).argmin(), shares.shape))
     try:
         layer, head, query, key = words.split(".")
@@ -61,18 +65,21 @@ def edge_named(words, is_open, names):
 
 
 def parts_of_score(model, coder, question, edge):
-    """(sources in words, their Nodes, (S, S) what each pair adds to the edge's score) on one sum."""
+    """(sources in words, their Nodes, (S, S) what each pair adds to the edge's score, (by what LayerNorm
+    divides at the query, at the key)) on one sum.
+    """
     layer, head, i, j = edge
     graph = graph_of(model, coder, torch.tensor(question.ids))
     words = [label(node, question, str) for node in graph.sources]
-    return words, graph.sources, why_open(model, graph, layer, head, i, j).numpy()
+    spread = graph.spread[model.blocks[layer].ln_1][:, 0]
+    return words, graph.sources, why_open(model, graph, layer, head, i, j).numpy(), spread[[i, j]].numpy()
 
 
 def mean_of(sums, order):
     """(N, N): the mean over sums of what each pair adds, 0 where a source is missing. order: {words: place}.
     """
     total = np.zeros((len(order), len(order)))
-    for words, _, matrix in sums:
+    for words, _, matrix, _ in sums:
         places = [order[one] for one in words]
         total[np.ix_(places, places)] += matrix
     return total / len(sums)
@@ -83,7 +90,7 @@ def differences(on_open, on_shut):
     first: pairs of a source at the query and one at the key, and each side by itself, summed over the other.
     What never adds anything is left out. on_open, on_shut: lists of `parts_of_score`.
     """
-    words = sorted({one for sums in (on_open, on_shut) for some, _, _ in sums for one in some})
+    words = sorted({one for sums in (on_open, on_shut) for some, *_ in sums for one in some})
     order = {one: place for place, one in enumerate(words)}
     means = np.stack([mean_of(sums, order) for sums in (on_open, on_shut)])  # (2, query, key)
     pairs = [([words[i], words[j]], means[:, i, j]) for i, j in np.argwhere((means != 0).any(0)).tolist()]
@@ -141,9 +148,12 @@ def run(options, settings):
         parts.append([parts_of_score(model, coder, question, edge)
                       for question in tqdm(questions, unit="sum", leave=False, disable=None)])
     table = differences(*parts)
-    nodes = {one: node for words, sources, _ in sum(parts, []) for one, node in zip(words, sources)}
+    nodes = {one: node for words, sources, *_ in sum(parts, []) for one, node in zip(words, sources)}
     title = f"layer {edge[0]} head {edge[1]}, {names[edge[2]]} reads {names[edge[3]]}"
     print("\n".join(lines_of(title, opens, table)))
+    spreads = [np.mean([part[3] for part in some], axis=0) for some in parts]
+    print(f"LayerNorm divides by {spreads[0][0]:.2f} at the query where open, by {spreads[1][0]:.2f} "
+          f"where shut; at the key by {spreads[0][1]:.2f} and {spreads[1][1]:.2f}: so even what is always there differs")
     write_json(os.path.join(folder, "opens.json"), {"edge": edge, "open_on": int(opens.sum())} | {
         side: rows[:MOST_WRITTEN] for side, rows in table.items()})
     shown = features_of(table, nodes)
@@ -158,7 +168,8 @@ def run(options, settings):
     for cut in [[node] for node in at_key] + [at_key] * (len(at_key) > 1):
         with without(model, coder.folded(), cut):
             _, now = run_sums(model, task, a, b)
-        print(f"without {in_words(cut)} the edge opens on {now[edge].sum():,} sums")
+        still, newly = (now[edge] & opens).sum(), (now[edge] & ~opens).sum()
+        print(f"without {in_words(cut)} the edge is still open on {still:,} sums, newly open on {newly:,}")
 
 
 def in_words(nodes):
@@ -171,9 +182,9 @@ def features_of(table, nodes):
     of DRAWN each.
     """
     found = {}
-    for side in ("query", "key"):  # what stands at both, since an edge may lead to its own place, as the key
+    for side in ("query", "key"):  # of an edge to its own place a feature stands at both: the key's number
         rows = [row for row in table[side] if nodes[row[0]].kind == "feature"][:DRAWN // 2]
-        found = {words: where_open - where_shut for words, where_open, where_shut in rows} | found
+        found = found | {words: where_open - where_shut for words, where_open, where_shut in rows}
     return found
 
 

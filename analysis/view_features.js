@@ -104,12 +104,11 @@ function paint_features(name) {
 // ----------------------------------------------------------------------------------------------------------
 // the panel
 
-/** Through which heads a link goes, in words; what they lack to all of it is direct. */
+/** Through which heads a link goes, in words, and what of it is direct. */
 function through(link) {
-  const direct = 1 - link.heads.reduce((sum, [, , share]) => sum + share, 0);
   const parts = link.heads.map(([layer, head, share]) => `head ${layer}.${head} ${percent(share)}`);
-  if (direct > 0.02) parts.push(parts.length ? `direct ${percent(direct)}` : "direct");
-  return parts.join(", ");
+  if (link.direct > 0.02) parts.push(parts.length ? `direct ${percent(link.direct)}` : "direct");
+  return parts.join(", ") || "many heads";
 }
 
 /** Rows of links: a button to the node at the other end, the weight, the head that carries it. all: what they

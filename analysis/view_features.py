@@ -10,7 +10,7 @@ import os
 
 import torch
 
-from analysis.graph import heads_of_link, label, read_transcoder
+from analysis.graph import label, parts_of_link, read_transcoder
 from analysis.view_data import rounded
 from circuits.attribution_graph import graph_of, why_open
 from circuits.influence import influence_of, pruned, scores, square
@@ -23,7 +23,7 @@ HEADS = 2  # of a link
 OPENED, NAMED = 60, 5  # best edges whose score is taken apart, and the sources at the key that are named
 # a node's and a link's row on the page
 NODE = ("kind", "layer", "position", "words", "value", "influence")
-LINK = ("source", "target", "weight", "heads")
+LINK = ("source", "target", "weight", "heads", "direct")
 
 
 def coders_of(places, models, name):
@@ -60,9 +60,10 @@ def graph_on_page(model, graph, question, word):
         if weights[target, source] <= 0 or target not in place or source not in place:
             continue
         row = target if target < S else features + target - S
-        heads = [[layer, head, rounded(share, 2)] for layer, head, share in
-                 heads_of_link(model, graph, row, source, HEADS)]
-        rows.append([place[source], place[target], rounded(graph.edges[row, source].item()), heads])
+        heads, direct = parts_of_link(model, graph, row, source, HEADS)
+        heads = [[layer, head, rounded(share, 2)] for layer, head, share in heads]
+        rows.append([place[source], place[target], rounded(graph.edges[row, source].item()), heads,
+                     rounded(direct, 2)])
     return {"scores": {key: rounded(value, 2) for key, value in scores(graph).items()}, "nodes": nodes,
             "links": rows}
 

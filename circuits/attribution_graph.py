@@ -51,7 +51,8 @@ class Graph(NamedTuple):
     edges: torch.Tensor  # (targets, S), edge(s -> t)
     through: torch.Tensor  # (targets, L, H), sum over sources of |share|
     net: torch.Tensor  # (targets, L, H), sum over sources of share
-    reads: torch.Tensor  # (targets, L, H, T), the same of what the head reads at each position alone
+    # (targets, L, H, T), as `through` of what the head reads at each position alone: in sum no less than that
+    reads: torch.Tensor
     values: torch.Tensor  # (targets,) z of a feature; a logit minus the mean one
     chances: torch.Tensor  # (logits,) probability
     streams: torch.Tensor  # (L, S, T, C) dx^l, below each layer
@@ -73,19 +74,20 @@ class Frozen(NamedTuple):
 @torch.no_grad()
 def freeze(model, coder, tokens):
     """Frozen, of one prompt, tokens (T,). coder: a Transcoder with its scales folded."""
-    spread, attention = {}, []
+    spread, attention, logits = {}, [], []
 
     def look(norm, arguments, output):
         spread[norm] = (arguments[0][0].var(-1, unbiased=False, keepdim=True) + norm.eps).sqrt()
 
     hooks = [norm.register_forward_hook(look) for norm in norms(model)]
+    hooks.append(model.lm_head.register_forward_hook(lambda head, x, output: logits.append(output[0])))
     try:
-        logits = model(tokens[None], record=lambda layer, g: attention.append((g.open * g.pattern)[0]))[0][0]
+        x, y = read_and_written(model, tokens[None],
+                                record=lambda layer, gates: attention.append((gates.open * gates.pattern)[0]))
     finally:
         for hook in hooks:
             hook.remove()
-    x, y = read_and_written(model, tokens[None])
-    return Frozen(attention, spread, coder.features(x)[0], (y - coder(x))[0], logits)
+    return Frozen(attention, spread, coder.features(x)[0], (y - coder(x))[0], logits[0])
 
 
 def norms(model):

@@ -3,8 +3,8 @@
     A           |edge| as a share of all that comes into its target
     influence   w (A + A^2 + A^3 + ...)         w: the logits' probabilities. All paths to what is said
 
-    kept        nodes with 80 % of the influence; of the edges between them those with 98 % of
-                A_ts (influence_t + w_t); then features that nothing comes into, or out of, go
+    kept        nodes with 80 % of the influence, and all tokens; of the edges between them those with 98 %
+                of A_ts (influence_t + w_t); then features that nothing comes into, or out of, go
     replacement score     the tokens' influence beside that of tokens and errors
     completeness score    sum (1 - error's share of what comes in) (influence + w) / sum (influence + w)
     a head      sum over targets of (influence + w) sum_s |share| / sum_s |edge|
@@ -38,11 +38,12 @@ def square(graph):
 def influence_of(matrix, ends):
     """(n,): ends (A + A^2 + ...). The graph has no cycles, so the sum ends."""
     total, now = torch.zeros_like(ends), ends
-    while True:
+    for _ in range(len(ends)):  # no path is longer
         now = now @ matrix
         if not now.any():
-            return total
+            break
         total = total + now
+    return total
 
 
 def scores(graph):
@@ -56,16 +57,15 @@ def scores(graph):
     is_token = torch.tensor([kind == "embedding" for kind in kinds] + [False] * len(graph.chances))
     tokens, errors = influence[is_token].sum(), influence[is_error].sum()
     weight = influence + ends
-    fed = matrix.sum(1) > 0
     right = 1 - matrix[:, is_error].sum(1)
     return {"replacement": (tokens / (tokens + errors)).item(),
-            "completeness": ((right * weight)[fed].sum() / weight[fed].sum()).item()}
+            "completeness": ((right * weight).sum() / weight.sum()).item()}
 
 
 def least_that_hold(weights, share):
-    """Mask of the fewest entries, the largest first, that hold `share` of the sum of all."""
+    """Mask of the fewest entries, the largest first, that hold `share` of the sum; where it is 0, of none."""
     ordered, order = weights.flatten().sort(descending=True)
-    few = int((ordered.cumsum(0) < share * ordered.sum()).sum()) + 1
+    few = int((ordered.cumsum(0) < share * ordered.sum()).sum()) + 1 if ordered.any() else 0
     mask = torch.zeros(weights.numel(), dtype=torch.bool)
     mask[order[:few]] = True
     return mask.view(weights.shape)
@@ -73,18 +73,20 @@ def least_that_hold(weights, share):
 
 def pruned(graph):
     """(nodes (n,) bool, edges (n, n) bool) that are kept, of `square`'s nodes: those with NODES of the
-    influence, and of the edges between them those with EDGES of it; then features that nothing comes into or
-    nothing comes out of go, until none is left.
+    influence, tokens and logits, and of the edges between them those with EDGES of it; then features that
+    nothing comes into or nothing comes out of go, until none is left; errors and biases that lead nowhere,
+    too.
     """
     matrix, ends = square(graph)
-    keep = least_that_hold(influence_of(matrix, ends), NODES) | (ends > 0)
+    kinds = [node.kind for node in graph.sources] + ["logit"] * len(graph.chances)
+    is_token = torch.tensor([kind == "embedding" for kind in kinds])
+    is_end = (ends > 0) | is_token
+    keep = least_that_hold(influence_of(matrix, ends), NODES) | is_end
     matrix = matrix * keep[:, None] * keep
     matrix = matrix / matrix.sum(1, keepdim=True).clamp(min=1e-30)
     weights = matrix * (influence_of(matrix, ends) + ends)[:, None]
     edges = least_that_hold(weights, EDGES) & (weights > 0)
-    kinds = [node.kind for node in graph.sources] + ["logit"] * len(graph.chances)
     is_feature = torch.tensor([kind == "feature" for kind in kinds])
-    is_end = ends > 0
     while True:
         alive = keep & (is_end | edges.any(0)) & (~is_feature | edges.any(1))
         if torch.equal(alive, keep):

@@ -1,12 +1,15 @@
 """Does an attribution graph say what happens? Features and heads cut in the real model, nothing frozen.
 
-    foretold(s)    - [ edge(s -> answer) + sum over features t of edge(s -> t) / z_t * total(t) ]
-    seen(s)        the answer's logit, minus the mean one, without s; minus the same with it
+    total(s)      edge(s -> answer) + sum over features t of edge(s -> t) / z_t * total(t)
+    total(l, h)   share(answer, l, h) + sum over features t of share(t, l, h) / z_t * total(t)
+    foretold      - total
+    seen          the answer's logit, minus the mean one, without it; minus the same with it
 
 The graph is linear, so it foretells what the answer gains when all that a feature or a head has written is
-taken away (total: what stands in brackets; z_t falls by edge(s -> t), and what t passes on falls with it). In
-the real model attention, gates, LayerNorms and MLPs all answer to the cut. If the graph is right, the sign is
-mostly the same, and what it ranks high moves the answer more than what it does not.
+taken away (z_t falls by edge(s -> t), and what t passes on falls with it). In the real model attention,
+gates, LayerNorms and MLPs all answer to the cut. If the graph is right, the sign is mostly the same, and what
+it ranks high moves the answer more than what it does not. The first is easily had: a transcoder that was
+never trained foretells signs as well. The second is not: what it finds hardly moves the answer.
 
 Notable:
 - A feature is cut by taking its writes a W_dec off what the MLPs write, at its position, in its own and all
@@ -38,11 +41,11 @@ def totals(graph):
     n = len(graph.targets) - len(graph.chances)
     passed_on = graph.edges[:n] / graph.values[:n, None]
     total = graph.edges[n]
-    while True:  # the graph has no cycles, so this ends
-        now = graph.edges[n] + total[:n] @ passed_on
-        if torch.allclose(now, total, rtol=1e-12, atol=1e-12):
-            return now
-        total = now
+    for _ in range(n + 1):  # no path is longer
+        before, total = total, graph.edges[n] + total[:n] @ passed_on
+        if torch.allclose(before, total, rtol=1e-12, atol=1e-12):
+            break
+    return total
 
 
 def totals_of_heads(graph):
@@ -132,12 +135,17 @@ def interventions(model, coder, tokens, graph, seed=0):
 def in_short(cuts):
     """{'same_sign', 'strongest', 'others', 'correlation'} of one kind of cuts, [(strongest, others)] of many
     prompts: the share of the strongest whose sign was foretold; how far the strongest and the others move the
-    answer, the mean of |seen|; the correlation of foretold and seen over all. nan of nothing.
+    answer, the mean of |seen|; the correlation of foretold and seen over all. None of nothing.
     """
     first, others = ([cut for pair in cuts for cut in pair[part]] for part in (0, 1))
-    everything = torch.tensor([*first, *others], dtype=torch.float64).reshape(-1, 2)
-    moves = [torch.tensor([abs(cut.seen) for cut in some]).mean().item() for some in (first, others)]
     same = [cut.foretold * cut.seen > 0 for cut in first]
-    correlation = torch.corrcoef(everything.T)[0, 1].item() if len(everything) > 2 else float("nan")
-    return {"same_sign": sum(same) / len(same) if same else float("nan"), "strongest": moves[0],
-            "others": moves[1], "correlation": correlation}
+    found = {"same_sign": mean(same), "strongest": mean([abs(cut.seen) for cut in first]),
+             "others": mean([abs(cut.seen) for cut in others]), "correlation": None}
+    if len(first) + len(others) > 2:
+        found["correlation"] = torch.corrcoef(torch.tensor([*first, *others]).T)[0, 1].item()
+    return found
+
+
+def mean(values):
+    """Their mean; None of nothing."""
+    return sum(values) / len(values) if values else None

@@ -10,7 +10,7 @@ in one (Lange et al. 2026). Trained to
 
     L = sum_l |y^l - MLP^l|^2  +  c sum_i tanh(4 |W_i| a_i)  +  d sum_i ReLU(theta_i - z_i) |W_i|
 
-the squared error, a price for every feature that fires, the same for weak and strong ones, and a pull that
+the squared error, a price for every feature that fires, the same for all that are not weak, and a pull that
 brings features back that never fire. |W_i|: all decoders of feature i together. Means over tokens.
 
 Notable:
@@ -123,8 +123,8 @@ class Transcoder(nn.Module):
 
 
 @torch.no_grad()
-def read_and_written(model, tokens):
-    """What every MLP reads and what it writes, both (B, T, L, C). tokens (B, T)."""
+def read_and_written(model, tokens, **options):
+    """What every MLP reads and what it writes, both (B, T, L, C). tokens (B, T); options: of the model."""
     read, written = [], []
 
     def look(mlp, arguments, output):
@@ -133,7 +133,7 @@ def read_and_written(model, tokens):
 
     hooks = [block.mlp.register_forward_hook(look) for block in model.blocks]
     try:
-        model(tokens)
+        model(tokens, **options)
     finally:
         for hook in hooks:
             hook.remove()

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import analyze
-from analysis.graph import heads_of_link
+from analysis.graph import parts_of_link
 from circuits.attribution_graph import graph_of, shares_of
 from circuits.influence import attention_edges_of, heads_of, n80, pruned
 from circuits.transcoder import Transcoder
@@ -79,10 +79,13 @@ def test_the_file_fits_the_schema_and_every_link_has_its_ends(made):
 def test_what_a_link_says_of_heads_is_its_own(made):
     """The share of the link itself: what goes through the heads, beside what is direct."""
     model, _, graph = made
-    for t, s in ((0, 0), (len(graph.targets) - 1, 3), (len(graph.targets) - 1, len(graph.sources) - 1)):
+    last = len(graph.targets) - 1
+    for t, s in ((0, int(graph.edges[0].abs().argmax())), (last, 3), (last, len(graph.sources) - 1)):
         shares = shares_of(model, graph, t, s)
         whole = shares.abs().sum() + (graph.edges[t, s] - shares.sum()).abs()
-        for layer, head, share in heads_of_link(model, graph, t, s):
+        heads, direct = parts_of_link(model, graph, t, s)
+        assert direct == pytest.approx(((graph.edges[t, s] - shares.sum()).abs() / whole).item(), abs=1e-6)
+        for layer, head, share in heads:
             assert share == pytest.approx((shares[layer, head].abs() / whole).item(), abs=1e-6)
 
 

@@ -9,7 +9,6 @@ import torch
 import analyze
 from analysis import n80
 from analysis.graph import summary
-from circuits import prompt_circuits
 from circuits.attribution_graph import graph_of
 from circuits.transcoder import Transcoder
 from helpers import call
@@ -22,17 +21,19 @@ COMMAND = ["n80", "out/sparse", "--names=a,b", "--tasks=quote", "--n=2"]
 
 
 @pytest.fixture
-def made(workplace, monkeypatch):
-    """Random models out/dense and out/sparse, two random transcoders each; every prompt counts as known."""
+def made(workplace):
+    """out/dense and out/sparse, random but for closing every quote, with two random transcoders each."""
     torch.manual_seed(0)
     for run, settings in (("dense", {"gated": False}), ("sparse", {"gated": True, "gate_bias": 0.1})):
         model = GPT(GPTConfig(block_size=64, vocab_size=256, n_layer=2, n_head=2, n_embd=16, **settings))
         for parameter in model.parameters():
             torch.nn.init.normal_(parameter, std=0.5)
+        with torch.no_grad():
+            model.lm_head.weight[ord('"')] += 3 * model.transformer.ln_f.bias
         place = workplace / "out" / run
         place.mkdir(parents=True)
         path = str(place / "best.pt")
-        save_checkpoint(path, checkpoint_of(model, data=BYTES) | {"reference": "out/dense/best.pt"})
+        save_checkpoint(path, checkpoint_of(model, data=BYTES) | {"parent": "out/dense/best.pt"})
         for name, (explained, l0) in QUALITY[run].items():
             coder = Transcoder(2, 16, 20)
             torch.nn.init.normal_(coder.b_enc, std=0.5)
@@ -40,7 +41,6 @@ def made(workplace, monkeypatch):
             save_checkpoint(str(place / f"{name}.pt"), parts | {"of": fingerprint(read_checkpoint(path))})
             quality = {"explained": explained, "l0": l0, "kl": 0.1, "agrees": 0.5}
             (place / f"{name}.json").write_text(json.dumps(quality))
-    monkeypatch.setattr(prompt_circuits, "known_to", lambda models, pairs, metric, ablation: pairs)
 
 
 def test_transcoders_of_equal_quality_are_compared(made):
@@ -62,7 +62,8 @@ def test_means_are_those_of_the_prompts(made):
     model, checkpoint = load_checkpoint("out/sparse/best.pt").eval(), read_checkpoint("out/sparse/best.pt")
     coder = n80.read_transcoder("out/sparse", "b", checkpoint)
     asked = n80.prompts_of(["quote"], models, 2)
-    one_by_one = [summary(graph_of(model, coder, tokens, at)) for tokens, at in asked]
+    assert [chr(one.answer) for one in asked] == ['"', '"']
+    one_by_one = [summary(graph_of(model, coder, *one)) for one in asked]
     for key in (*n80.SIZES, "replacement"):
         assert found[key] == pytest.approx(statistics.mean(one[key] for one in one_by_one))
 
@@ -92,7 +93,19 @@ def test_mistakes_are_answered(made):
         assert done.returncode == 1 and answer in done.stderr, (words, done.stderr)
 
 
-def test_a_prompt_that_nobody_knows_is_none(made, monkeypatch):
-    monkeypatch.setattr(prompt_circuits, "known_to", lambda models, pairs, metric, ablation: [])
+def test_a_prompt_counts_if_both_models_answer_it_right(made, monkeypatch):
+    choices = iter([ord('"'), ord("x")] * 99)
+    monkeypatch.setattr(n80, "first_choice", lambda model, tokens, position: next(choices))
     done = call(analyze.main, *COMMAND)
-    assert done.returncode == 1 and "there is no prompt of quote that both models know" in done.stderr
+    assert done.returncode == 1 and "there is no prompt of quote that both models answer right" in done.stderr
+
+
+def test_all_runs_are_matched_by_the_same_names():
+    """The pair that is closest in the mean, and of L0 by its logarithm."""
+    def quality(**l0):
+        return {name: {"l0": value, "explained": value / 100} for name, value in l0.items()}
+
+    runs = [{"dense": quality(a=4, b=40), "sparse": quality(a=5, b=43)},
+            {"dense": quality(a=4, b=40), "sparse": quality(a=8, b=44)}]
+    assert n80.closest(runs, ["a", "b"], "l0") == ("b", "b")
+    assert n80.closest(runs, ["a", "b"], "explained") == ("a", "a")

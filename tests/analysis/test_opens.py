@@ -17,6 +17,7 @@ from helpers import call
 from model import GPT, GPTConfig
 from models.checkpoint import checkpoint_of, fingerprint, read_checkpoint, save_checkpoint
 from storage.addition import ADDITION_TOKENS, AdditionTask, addition_rows, token_names
+from storage.files import UserError
 
 TASK = AdditionTask(2)
 NAMES = token_names(TASK)
@@ -44,9 +45,9 @@ def made(workplace):
 
 def test_differences_are_of_means_over_sums_and_both_sides_add_up():
     a, b, c = (Node("feature", 0, 0, number) for number in range(3))
-    on_open = [(["a", "b"], [a, b], np.array([[1.0, 2.0], [0.0, 4.0]])),
-               (["b", "c"], [b, c], np.array([[2.0, 0.0], [0.0, 6.0]]))]
-    on_shut = [(["a"], [a], np.array([[3.0]]))]
+    on_open = [(["a", "b"], [a, b], np.array([[1.0, 2.0], [0.0, 4.0]]), None),
+               (["b", "c"], [b, c], np.array([[2.0, 0.0], [0.0, 6.0]]), None)]
+    on_shut = [(["a"], [a], np.array([[3.0]]), None)]
     found = differences(on_open, on_shut)
     assert found["pairs"] == [["b", "b", 3.0, 0.0], ["c", "c", 3.0, 0.0], ["a", "a", 0.5, 3.0],
                               ["a", "b", 1.0, 0.0]]
@@ -60,6 +61,8 @@ def test_an_edge_is_the_one_that_is_named_or_the_one_nearest_to_a_half():
     is_open[0, 0, 8, 0] = [True, False, False, False]
     assert edge_named("", is_open, NAMES) == (1, 0, 9, 5)
     assert edge_named(f"0.0.{NAMES[8]}.{NAMES[0]}", is_open, NAMES) == (0, 0, 8, 0)
+    with pytest.raises(UserError, match="every edge of this model is always open, or never"):
+        edge_named("", is_open[..., :1], NAMES)
 
 
 @torch.no_grad()

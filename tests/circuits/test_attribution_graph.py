@@ -253,14 +253,16 @@ def test_scores_are_one_without_errors_and_less_with_them():
     assert perfect == {"replacement": 1.0, "completeness": 1.0}
 
 
-def test_pruning_keeps_logits_and_leaves_nothing_dangling():
+def test_pruning_keeps_tokens_and_logits_and_leaves_nothing_dangling():
     _, _, _, graph = case(CASES[0])
     nodes, edges = pruned(graph)
     S = len(graph.sources)
     assert nodes[S:].all() and 0 < nodes[:S].sum() < S
     assert not edges[~nodes].any() and not edges[:, ~nodes].any()
     for s, node in enumerate(graph.sources):
-        if nodes[s]:
+        if node.kind == "embedding":
+            assert nodes[s]
+        elif nodes[s]:
             assert edges[:, s].any()
             if node.kind == "feature":
                 assert edges[s].any()
@@ -270,7 +272,7 @@ def test_the_fewest_that_hold_a_share():
     weights = torch.tensor([[5.0, 1.0], [3.0, 1.0]])
     assert least_that_hold(weights, 0.5).tolist() == [[True, False], [False, False]]
     assert least_that_hold(weights, 0.8).tolist() == [[True, False], [True, False]]
-    assert n80(weights) == 2 and n80(torch.ones(4, 4)) == 13
+    assert n80(weights) == 2 and n80(torch.ones(4, 4)) == 13 and n80(torch.zeros(3, 2)) == 0
 
 
 def test_a_head_counts_by_the_influence_of_what_it_feeds():
