@@ -17,7 +17,7 @@ token drawn at random in place of the right one; and what happens in the real mo
 features and heads are cut, and others (circuits/interventions.py). Written to RUN/n80.json.
 
 Notable: in our measurements the controls' sizes are nearly those of the answer. So they say how much of a
-model's attention is at work on a prompt, and not how much of it one answer needs: that is what `circuit` asks.
+model's attention is at work on a prompt, and not how much of it one answer needs: that asks `circuit`.
 """
 
 import itertools

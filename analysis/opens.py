@@ -151,9 +151,9 @@ def run(options, settings):
     nodes = {one: node for words, sources, *_ in sum(parts, []) for one, node in zip(words, sources)}
     title = f"layer {edge[0]} head {edge[1]}, {names[edge[2]]} reads {names[edge[3]]}"
     print("\n".join(lines_of(title, opens, table)))
-    spreads = [np.mean([part[3] for part in some], axis=0) for some in parts]
-    print(f"LayerNorm divides by {spreads[0][0]:.2f} at the query where open, by {spreads[1][0]:.2f} "
-          f"where shut; at the key by {spreads[0][1]:.2f} and {spreads[1][1]:.2f}: so even what is always there differs")
+    (query, key), (query_shut, key_shut) = [np.mean([part[3] for part in some], axis=0) for some in parts]
+    print(f"LayerNorm divides by {query:.2f} at the query where open, by {query_shut:.2f} where shut; at the key "
+          f"by {key:.2f} and {key_shut:.2f}: so biases and tokens differ, too")
     write_json(os.path.join(folder, "opens.json"), {"edge": edge, "open_on": int(opens.sum())} | {
         side: rows[:MOST_WRITTEN] for side, rows in table.items()})
     shown = features_of(table, nodes)
