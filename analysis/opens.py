@@ -152,8 +152,8 @@ def run(options, settings):
     title = f"layer {edge[0]} head {edge[1]}, {names[edge[2]]} reads {names[edge[3]]}"
     print("\n".join(lines_of(title, opens, table)))
     (query, key), (query_shut, key_shut) = [np.mean([part[3] for part in some], axis=0) for some in parts]
-    print(f"LayerNorm divides by {query:.2f} at the query where open, by {query_shut:.2f} where shut; at the key "
-          f"by {key:.2f} and {key_shut:.2f}: so biases and tokens differ, too")
+    print(f"LayerNorm divides by {query:.2f} at the query where open, by {query_shut:.2f} where shut; at the "
+          f"key by {key:.2f} and {key_shut:.2f}: so biases and tokens differ, too")
     write_json(os.path.join(folder, "opens.json"), {"edge": edge, "open_on": int(opens.sum())} | {
         side: rows[:MOST_WRITTEN] for side, rows in table.items()})
     shown = features_of(table, nodes)
@@ -190,8 +190,9 @@ def features_of(table, nodes):
 
 def lines_of(title, opens, table):
     """What is printed, a list of lines."""
-    total = sum(row[-2] - row[-1] for row in table["pairs"])
-    lines = [f"{title}: open on {opens.sum():,} of {len(opens):,} sums, with a score {total:.2f} higher"]
+    score, total = (sum(row[-2] - shut * row[-1] for row in table["pairs"]) for shut in (0, 1))
+    lines = [f"{title}: open on {opens.sum():,} of {len(opens):,} sums, with a score of {score:.2f},",
+             f"{total:.2f} more than on the others. It opens above minus the bias of its head"]
     for side, what in (("key", "what stands at the key"), ("query", "what stands at the query"),
                        ("pairs", "pairs of both, query x key")):
         rows = table[side]

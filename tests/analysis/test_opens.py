@@ -92,7 +92,7 @@ def test_what_is_printed_adds_up_to_the_difference_of_the_score(made, workplace,
     done = call(analyze.main, "opens", "out/run", "--n=6", named(made[0], layer))
     assert ("feature 0." in done.stdout) == (layer == 1)
     assert done.returncode in (0, None), done.stderr
-    total = float(re.search(r"with a score (-?[\d.]+) higher", done.stdout)[1])
+    total = float(re.search(r"(-?[\d.]+) more than on the others", done.stdout)[1])
     for block in done.stdout.split("\n\n")[1:]:
         added = [float(line.split()[0]) for line in block.splitlines()[1:] if re.match(r" *[+-]\d", line)]
         assert sum(added) == pytest.approx(total, abs=0.05)
