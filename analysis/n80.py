@@ -237,12 +237,21 @@ def in_words(found):
 
 
 def lines_of_all(results):
-    """Dense over sparse, its mean and range over the runs."""
+    """Dense over sparse, its mean and range over the runs, and beside it the controls' mean."""
+    def ratios(pairs, key):
+        return [dense[key] / max(sparse[key], 1e-9) for dense, sparse in pairs]
+
     lines = [f"{len(results)} runs, dense against sparse, mean (range):"]
+    of_untrained = [(one["untrained"]["dense"], one["untrained"]["sparse"]) for one in results]
     for by, words in MATCHED.items():
+        pairs = [(one[by]["dense"], one[by]["sparse"]) for one in results]
+        of_nonsense = [(dense["nonsense"], sparse["nonsense"]) for dense, sparse in pairs]
         for key, size in SIZES.items():
-            ratios = [one[by]["dense"][key] / max(one[by]["sparse"][key], 1e-9) for one in results]
-            means = [statistics.mean(one[by][kind][key] for one in results) for kind in ("dense", "sparse")]
-            lines.append(f"  {words}: {size} {means[0]:.1f} against {means[1]:.1f}, "
-                         f"{statistics.mean(ratios):.1f}x fewer ({min(ratios):.1f} to {max(ratios):.1f})")
+            fewer = ratios(pairs, key)
+            means = [statistics.mean(model[key] for model in models) for models in zip(*pairs)]
+            nonsense, untrained = (statistics.mean(ratios(some, key)) for some in (of_nonsense, of_untrained))
+            mean, low, high = statistics.mean(fewer), min(fewer), max(fewer)
+            lines.append(f"  {words}: {size} {means[0]:.1f} against {means[1]:.1f}, {mean:.1f}x fewer ({low:.1f} "
+                         f"to {high:.1f}); of a nonsense answer {nonsense:.1f}x, with an untrained transcoder "
+                         f"{untrained:.1f}x")
     return lines
