@@ -250,8 +250,7 @@ def lines_of_all(results):
             fewer = ratios(pairs, key)
             means = [statistics.mean(model[key] for model in models) for models in zip(*pairs)]
             nonsense, untrained = (statistics.mean(ratios(some, key)) for some in (of_nonsense, of_untrained))
-            mean, low, high = statistics.mean(fewer), min(fewer), max(fewer)
-            lines.append(f"  {words}: {size} {means[0]:.1f} against {means[1]:.1f}, {mean:.1f}x fewer ({low:.1f} "
-                         f"to {high:.1f}); of a nonsense answer {nonsense:.1f}x, with an untrained transcoder "
-                         f"{untrained:.1f}x")
+            lines.append(f"  {words}: {size} {means[0]:.1f} against {means[1]:.1f}, "
+                         f"{statistics.mean(fewer):.1f}x fewer ({min(fewer):.1f} to {max(fewer):.1f}); "
+                         f"nonsense {nonsense:.1f}x, an untrained transcoder {untrained:.1f}x")
     return lines
