@@ -5,8 +5,8 @@ constraint alone decide how many. config/stdlib.py with another parent and anoth
     python train.py config/python.py       the parent first, if it is not there yet
 
 The target comes down with the learning rate (`peak_slack`), lambda holds the loss at it, and its bounds are
-nowhere near. On three seeds it ends with 3 % of the edges and 0.003 nats above its target: docs/text.md. How
-these values were found: docs/ablations.md.
+nowhere near. It ends with 1 % of the edges; with --loss_slack=0.03 with 3 %, and 0.003 nats above that
+target: docs/text.md. How these values were found: docs/ablations.md.
 """
 
 base = 'config/stdlib.py'
@@ -15,7 +15,7 @@ init_from = 'config/python_dense.py'
 dataset = 'python'
 open_above = 0.005
 
-loss_slack = 0.03  # nats; 0.01 is out of reach in so many steps
+loss_slack = 0.08  # nats; 0.03 is missed by 0.003 in so many steps
 # paper: 0. At this learning rate a model without gates is worse than it was, too; and what is cut deep at
 # first is mended better than it could have been cut with care
 peak_slack = 0.1
