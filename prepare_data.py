@@ -73,7 +73,7 @@ def advice(name):
     if name.partition("-")[0] in DATASETS:
         return f"Make it: {how_to_make(name)}"
     return f"Datasets that can be made: {', '.join(DATASETS)}, for instance: {how_to_make('addition')}. " \
-           "One of your own: docs/text.md"
+           "One of your own: docs/data.md"
 
 
 # ------------------------------------------------------------------------------------------------------------

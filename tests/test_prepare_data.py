@@ -233,7 +233,7 @@ def test_two_texts_of_ones_own_lie_side_by_side(workplace):
 
 
 def test_the_dataset_that_the_docs_make_is_one(workplace):
-    with open(os.path.join(REPOSITORY, "docs/text.md"), encoding="utf-8") as f:
+    with open(os.path.join(REPOSITORY, "docs/data.md"), encoding="utf-8") as f:
         code = f.read().split("```python\n")[1].partition("```")[0]
     exec(code, {})
     x, y = load("subtraction").batch("val", range(161), 3)
