@@ -111,9 +111,9 @@ function through(link) {
   return parts.join(", ") || "many heads";
 }
 
-/** Rows of links: a button to the node at the other end, the weight, the head that carries it. all: what they
-    would sum to if pruning had left none out. */
-function link_rows(name, links, end, all = null) {
+/** Rows of links: a button to the node at the other end, the weight, the head that carries it. of: the node whose
+    inputs they are, to say what pruning has left out. */
+function link_rows(name, links, end, of = null) {
   const MOST = 8;
   const nodes = nodes_of(name);
   const sorted = links.slice().sort((one, other) => Math.abs(other.weight) - Math.abs(one.weight));
@@ -125,7 +125,11 @@ function link_rows(name, links, end, all = null) {
   const sum = some => some.reduce((total, link) => total + link.weight, 0);
   if (links.length > MOST) rows.push(line(cell(`and ${links.length - MOST} weaker ones`, "quiet"),
                                           cell(decimal(sum(sorted.slice(MOST))), "number")));
-  if (all !== null) rows.push(line(cell("not in the picture", "quiet"), cell(decimal(all - sum(links)), "number")));
+  if (of) {
+    const plus = of.for - sum(links.filter(link => link.weight > 0));
+    const minus = of.against - sum(links.filter(link => link.weight < 0));
+    rows.push(line(cell("not drawn", "quiet"), cell(`+${decimal(plus)}`, "number"), cell(decimal(minus))));
+  }
   return html("table", {}, ...rows);
 }
 
@@ -138,7 +142,7 @@ function about_feature() {
   if (node.kind === "logit") parts.push(html("p", {}, `Its logit is ${decimal(node.value)} above the mean one.`));
   const feeds = into(name, node.id), fed = out_of(name, node.id);
   if (feeds.length) parts.push(html("h3", {}, "What makes it: weight, and through which head"),
-                               link_rows(name, feeds, "source", node.value));
+                               link_rows(name, feeds, "source", node));
   if (fed.length) parts.push(html("h3", {}, "What it goes into"), link_rows(name, fed, "target"));
   return parts;
 }

@@ -22,7 +22,7 @@ NODES, LINKS = 120, 400  # of a graph, at most: the strongest
 HEADS = 2  # of a link
 OPENED, NAMED = 60, 5  # best edges whose score is taken apart, and the sources at the key that are named
 # a node's and a link's row on the page
-NODE = ("kind", "layer", "position", "words", "value", "influence")
+NODE = ("kind", "layer", "position", "words", "value", "influence", "for", "against")
 LINK = ("source", "target", "weight", "heads", "direct")
 
 
@@ -51,9 +51,12 @@ def graph_on_page(model, graph, question, word):
     for i in best:
         node = graph.sources[i] if i < S else graph.targets[features + i - S]
         row = features + i - S if i >= S else i
-        value = graph.values[row].item() if node.kind in ("feature", "logit") else None
-        nodes.append([node.kind, node.layer, node.position, label(node, question, word), rounded(value),
-                      rounded(influence[i].item())])
+        comes_in = graph.edges[row] if node.kind in ("feature", "logit") else None  # in all, pruned or not
+        sums = [None] * 3 if comes_in is None else [
+            part.sum().item() for part in (comes_in, comes_in.clamp(min=0), comes_in.clamp(max=0))]
+        value, plus, minus = map(rounded, sums)
+        nodes.append([node.kind, node.layer, node.position, label(node, question, word), value,
+                      rounded(influence[i].item()), plus, minus])
     weights, rows = matrix * influence[:, None] * links, []
     for flat in weights.flatten().argsort(descending=True)[:LINKS].tolist():
         target, source = divmod(flat, len(influence))
