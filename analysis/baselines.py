@@ -17,7 +17,8 @@ the table as well, and no rule but `threshold` and `random` goes below 1.
 
 Training on is the run's own: its batches, learning rates, number of steps, and the KL to the dense parent
 (`distill_weight`), without a penalty. Loss and edges are judged as every run's (training/evaluate.py).
-The table goes into the run's folder as baselines.json.
+The table goes into the run's folder, as baselines.json or baselines-<steps>.json; what stands there already
+is not trained again, so a command that was stopped goes on, and others add to it.
 
 Notable: a rule stands in for `attend` (circuits/attention_edges.py) and shows its gates as the gate does, so
 attention is written once here, the rules are a line or two each, edges are counted by evaluate.py, and
@@ -25,6 +26,7 @@ attention is written once here, the rules are a line or two each, edges are coun
 """
 
 import contextlib
+import json
 import math
 import os
 from typing import Callable, NamedTuple
@@ -306,21 +308,36 @@ def run(options, settings):
     loss = evaluate(dense, data, "val", c.eval_batch_size, c.eval_batches)["loss"]
     posed = {task: (prompt_circuits.known_to([dense], pairs, metric, "zero"), metric)
              for task, (pairs, metric) in posed.items()}
-    rows = []
+    name = f"baselines-{options.steps}.json" if options.steps else "baselines.json"
+    place = os.path.join(folder_of_answers(folder), name)
+    rows = known_rows(place, parent, loss)
+
+    def is_there(name, k):
+        """Print the row that an earlier command has left, if it is complete."""
+        row = rows.get((name, k))
+        if row is None or not set(tasks) <= set(row):
+            return False
+        tqdm.write(line_of(row, tasks))
+        return True
 
     def add(name, k, model, cut):
         found = {"rule": name, "budget": k, **judged(model, cut, data, c)}
         found["above_parent"] = found["loss"] - loss
         for task, (pairs, metric) in posed.items():
             found[task] = size_of_circuits(model, cut, pairs, metric)
-        rows.append(found)
+        rows[name, k] = found
+        write_json(place, {"parent": parent, "parent_loss": loss, "steps": options.steps,
+                           "rows": list(rows.values())})
         tqdm.write(line_of(found, tasks))
 
-    print(f"{folder}: the parent's held-out loss is {loss:.4f}\n{heading(tasks)}")
-    add("the gate", None, gated, None)
+    print(f"{folder}: the parent's held-out loss is {loss:.4f}\n{heading(tasks)}", flush=True)
+    if not is_there("the gate", None):
+        add("the gate", None, gated, None)
     with tqdm(total=len(rules) * len(budgets) * max(1, options.steps), leave=False, disable=None) as progress:
         for rule in rules:
             for k in budgets:
+                if is_there(rule, k):
+                    continue
                 model, cut = load_checkpoint(parent).to(device).eval(), Cut(rule, k)
                 fit(model, cut, data)
                 if options.steps:
@@ -328,10 +345,18 @@ def run(options, settings):
                 else:
                     progress.update()
                 add(rule, k, model.eval(), cut)
-    name = f"baselines-{options.steps}.json" if options.steps else "baselines.json"
-    place = os.path.join(folder_of_answers(folder), name)
-    write_json(place, {"parent": parent, "parent_loss": loss, "steps": options.steps, "rows": rows})
     print(f"the same as numbers: {place}")
+
+
+def known_rows(place, parent, loss):
+    """{(rule, budget): row} of an earlier command's file; none if it is of another parent."""
+    if not os.path.exists(place):
+        return {}
+    with open(place, encoding="utf-8") as f:
+        found = json.load(f)
+    if (found["parent"], found["parent_loss"]) != (parent, loss):
+        return {}
+    return {(row["rule"], row["budget"]): row for row in found["rows"]}
 
 
 def heading(tasks):

@@ -10,6 +10,7 @@ from tqdm import tqdm
 
 import analyze
 import prepare_data
+from analysis import baselines
 from analysis.baselines import RULES, Cut, fit, judged, size_of_circuits, spread_over, train_on
 from circuits.attention_edges import attending
 from circuits.tasks import LOGIT
@@ -190,6 +191,25 @@ def test_the_command_from_end_to_end(counting):
     assert found["rows"][0]["loss"] == pytest.approx(report["sparse"]["val_loss"], rel=1e-5)
     assert found["parent_loss"] == pytest.approx(report["dense"]["val_loss"], rel=1e-5)
     assert load_checkpoint("out/sparse/best.pt").config.gated
+
+
+def test_what_stands_in_the_table_is_not_trained_again(counting, monkeypatch):
+    run("sparse.py")
+    command = ["baselines", "out/sparse", "--budgets=2", "--steps=3"]
+    call(analyze.main, *command, "--rules=top-k")
+    trained = []
+
+    def count(model, teacher, cut, *others):
+        trained.append(cut.rule)
+        fit(model, cut, others[0])
+
+    monkeypatch.setattr(baselines, "train_on", count)
+    done = call(analyze.main, *command, "--rules=top-k,threshold")
+    assert done.returncode in (0, None), done.stderr
+    assert trained == [RULES["threshold"]] and "top-k" in done.stdout + done.stderr
+    with open("out/sparse/baselines-3.json") as f:
+        assert [row["rule"] for row in json.load(f)["rows"]] == ["the gate", "top-k", "threshold"]
+
 
 
 @pytest.mark.parametrize("words, answer", [
