@@ -3,7 +3,8 @@
 1. report.py   numbers of a run; report_figures.py: its pictures; figures.py and circuit_figures.py draw
 2. explain.py  when every edge of an addition model opens, and what for; ask.py: one sum
 3. seeds.py    the same run with many seeds; seeds_table.py: their table
-   ablate.py   with one change at a time; baselines.py: other ways to cut edges; curve.py: edges over loss
+   ablate.py   with one change at a time; curve.py: edges over loss
+   baselines.py   other ways to cut edges, which rules.py has
 4. view.py     a page to look into a model: view_data.py computes it, view.html draws; view_features.py and
                view_features.js, its features; questions.py: the prompts
    transcode.py, graph.py   features and heads behind an answer

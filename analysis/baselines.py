@@ -20,25 +20,23 @@ Training on is the run's own: its batches, learning rates, number of steps, and 
 The table goes into the run's folder, as baselines.json or baselines-<steps>.json; what stands there already
 is not trained again, so a command that was stopped goes on, and others add to it.
 
-Notable: a rule stands in for `attend` (circuits/attention_edges.py) and shows its gates as the gate does, so
-attention is written once here, the rules are a line or two each, edges are counted by evaluate.py, and
+Notable: a rule (rules.py) shows its gates as the gate does, so edges are counted by evaluate.py, and
 `--tasks=quote` measures circuits through the same door.
 """
 
 import contextlib
-import json
 import math
 import os
-from typing import Callable, NamedTuple
 
 import torch
 from tqdm import tqdm
 
 import prepare_data
+from analysis.report import read_json
+from analysis.rules import RULES, Cut
 from circuits import prompt_circuits
 from circuits.attention_edges import attending
 from circuits.compare import prompts, vocabulary_of
-from gate import Gates, shared_among_heads
 from models.checkpoint import checkpoint_named, folder_of_answers, load_checkpoint, read_checkpoint
 from storage.files import UserError, write_json
 from training import hardware
@@ -48,114 +46,6 @@ from training.evaluate import evaluate
 from training.settings import Config
 
 FITTED_ON = 16  # windows on which a head's number is chosen
-HALVINGS = 30  # of the interval in which that of entmax is looked for
-
-
-# ------------------------------------------------------------------------------------------------------------
-# The rules. scores (B, H, T, T), -inf above the diagonal; weights (B, H, T, T), 0 where an edge is cut
-
-
-class Rule(NamedTuple):
-    """level(scores, k, layer): what a layer's heads need to know, once; weights(scores, level): what they
-    attend to.
-    """
-
-    level: Callable
-    weights: Callable
-
-
-def softmax_of(scores, kept):
-    """Softmax over the kept; a row of which nothing is kept is 0."""
-    return scores.masked_fill(~kept, -math.inf).softmax(-1).nan_to_num()
-
-
-def largest(scores, k):
-    """Top-k. k is rounded."""
-    k = min(max(1, round(k)), scores.shape[-1])
-    return softmax_of(scores, (scores >= scores.topk(k, dim=-1).values[..., -1:]) & causal(scores))
-
-
-def thresholds(scores, k, layer):
-    """(H, 1, 1): the weight that k edges a query are above, in each head."""
-    B, H, T, _ = scores.shape
-    weights = scores.softmax(-1).transpose(0, 1).reshape(H, -1)
-    rank = min(max(1, round(k * B * T)), weights.shape[1])
-    return weights.topk(rank, dim=-1).values[:, -1, None, None]
-
-
-def recent(scores, k):
-    """The window and its sink."""
-    T = scores.shape[-1]
-    position = torch.arange(T, device=scores.device)
-    distance = position[:, None] - position
-    window = distance < max(1, round(k) - 1)
-    sink = (position == 0) & (round(k) > 1)
-    return softmax_of(scores, (window | sink) & causal(scores))
-
-
-def drawn(scores, k, layer):
-    """(H, T, T) bool: k T of every head's causal pairs, drawn once, others in every layer."""
-    H, T = scores.shape[1:3]
-    numbers = torch.rand(H, T, T, generator=torch.Generator().manual_seed(layer)).tril()
-    rank = min(round(k * T), T * (T + 1) // 2)
-    return (numbers >= numbers.flatten(1).topk(rank).values[:, -1, None, None]).to(scores.device)
-
-
-def entmax_of(scores, scale):
-    """1.5-entmax of scores times scale (H, 1, 1)."""
-    from entmax import entmax15
-
-    low = torch.finfo(scores.dtype).min / 1e6  # -inf makes its gradient nan
-    return entmax15((scores * scale).masked_fill(~causal(scores), low), dim=-1)
-
-
-def scales(scores, k, layer):
-    """(H, 1, 1): the scale at which 1.5-entmax leaves k edges a query, in each head, by bisection."""
-    low, high = (torch.full((scores.shape[1], 1, 1), x, device=scores.device) for x in (-7.0, 7.0))
-    for _ in range(HALVINGS):
-        middle = (low + high) / 2  # of the logarithm
-        too_many = (entmax_of(scores, middle.exp()) > 0).float().sum(-1).mean((0, 2))[:, None, None] > k
-        low, high = torch.where(too_many, middle, low), torch.where(too_many, high, middle)
-    return high.exp()
-
-
-def causal(scores):
-    return torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
-
-
-RULES = {
-    "top-k": Rule(lambda scores, k, layer: k, largest),
-    "threshold": Rule(thresholds, lambda scores, level: softmax_of(scores, scores.softmax(-1) >= level)),
-    "window": Rule(lambda scores, k, layer: k, recent),
-    "entmax": Rule(scales, entmax_of),
-    "random": Rule(drawn, lambda scores, kept: softmax_of(scores, kept[:, :scores.shape[2], :scores.shape[3]]
-                                                          & causal(scores))),
-}
-
-
-class Cut:
-    """A rule at a budget k, standing in for a model's attention: `attending(model, cut)`.
-
-    fitting: choose the levels anew in every pass, layer by layer, so that a layer sees what those below left.
-    """
-
-    def __init__(self, rule, k):
-        self.rule, self.k, self.levels, self.fitting = RULES[rule], k, {}, True
-
-    def __call__(self, layer, original, q, k, v, keep=None, return_gates=False, **of_the_gate):
-        """As `gate.gated_attention`, of which it knows keep and return_gates."""
-        k, v = shared_among_heads(k, q), shared_among_heads(v, q)
-        with torch.autocast(q.device.type, enabled=False):
-            scores = q.float() @ k.float().transpose(-2, -1) / math.sqrt(q.shape[-1])  # (B, H, T, T)
-        scores = scores.masked_fill(~causal(scores), -math.inf)
-        if self.fitting:
-            with torch.no_grad():
-                self.levels[layer] = self.rule.level(scores.detach(), self.k, layer)
-        weights = self.rule.weights(scores, self.levels[layer])
-        opened = (weights > 0).to(weights.dtype)
-        gates = opened if keep is None else opened * keep
-        y = (gates * weights).to(v.dtype) @ v
-        return y, q.new_ones(()), Gates(gates, weights) if return_gates else None
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -352,8 +242,7 @@ def known_rows(place, parent, loss):
     """{(rule, budget): row} of an earlier command's file; none if it is of another parent."""
     if not os.path.exists(place):
         return {}
-    with open(place, encoding="utf-8") as f:
-        found = json.load(f)
+    found = read_json(place)
     if (found["parent"], found["parent_loss"]) != (parent, loss):
         return {}
     return {(row["rule"], row["budget"]): row for row in found["rows"]}

@@ -51,6 +51,14 @@ def read_transcoder(folder, name, checkpoint):
     return coder.eval()
 
 
+def gpt_of(checkpoint, path, run):
+    """The GPT of a checkpoint, on the CPU, in evaluation mode. Raises UserError if it is another model."""
+    model = model_of(checkpoint, path, "cpu").eval()
+    if not isinstance(model, GPT):
+        raise UserError(f"{run} is no GPT: attribution graphs are made for GPTs alone so far")
+    return model
+
+
 def position_of(question, at):
     """The position whose answer is explained: --at names it, else the last one. Raises UserError."""
     names = [question.names[position] for position in question.positions]
@@ -88,10 +96,14 @@ def summary(graph):
 
 def strongest(heads, most):
     """[[layer, head, share of all heads]] of the strongest heads, (L, H); those that carry something."""
-    shares = heads / heads.sum().clamp(min=1e-30)
+    return largest(heads / heads.sum().clamp(min=1e-30), most, 0)
+
+
+def largest(shares, most, least):
+    """[[layer, head, share]] of the `most` largest above `least`, of shares (L, H)."""
     best = shares.flatten().topk(min(most, shares.numel()))
-    H = heads.shape[1]
-    return [[i // H, i % H, share] for share, i in zip(best.values.tolist(), best.indices.tolist()) if share]
+    H = shares.shape[1]
+    return [[i // H, i % H, share] for share, i in zip(*map(torch.Tensor.tolist, best)) if share > least]
 
 
 def parts_of_link(model, graph, t, s, most=3):
@@ -101,10 +113,7 @@ def parts_of_link(model, graph, t, s, most=3):
     shares = shares_of(model, graph, t, s)
     direct = (graph.edges[t, s] - shares.sum()).abs()
     whole = (direct + shares.abs().sum()).clamp(min=1e-30)
-    H, shares = shares.shape[1], shares.abs() / whole
-    best = shares.flatten().topk(min(most, shares.numel()))
-    heads = [[i // H, i % H, share] for share, i in zip(*map(torch.Tensor.tolist, best)) if share > 0.01]
-    return heads, (direct / whole).item()
+    return largest(shares.abs() / whole, most, 0.01), (direct / whole).item()
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -136,8 +145,7 @@ def as_json(model, graph, found, question, word, run, name):
     reached = torch.zeros(len(influence))
     reached[order] = (influence[order].cumsum(0) / influence.sum()).float()  # small is important
     kept, links = pruned(graph)
-    nodes = list(graph.sources) + graph.targets[len(graph.targets) - len(graph.chances):]
-    L, features = graph.through.shape[1], len(graph.targets) - len(graph.chances)
+    nodes, L = graph.nodes, graph.through.shape[1]
     chance = dict(zip(nodes[-len(graph.chances):], graph.chances.tolist()))
     named, written, connections = {}, [], []
     for i in kept.nonzero().flatten().tolist():
@@ -154,7 +162,7 @@ def as_json(model, graph, found, question, word, run, name):
             "is_target_logit": i == len(graph.sources),
             "activation": graph.values[i].item() if node.kind == "feature" else None})
     for target, source in links.nonzero().tolist():
-        row = target if target < features else features + target - len(graph.sources)
+        row = graph.row_of(target)
         connections.append({"source": named[source], "target": named[target],
                             "weight": graph.edges[row, source].item(),
                             "heads": parts_of_link(model, graph, row, source)[0]})
@@ -181,10 +189,7 @@ def run(options, settings):
     run = options.run.rstrip("/")
     path = checkpoint_named(run)
     checkpoint = read_checkpoint(path)
-    model = model_of(checkpoint, path, "cpu").eval()
-    if not isinstance(model, GPT):
-        raise UserError(f"{run} is no GPT: attribution graphs are made for GPTs alone so far")
-    folder = folder_of_answers(run)
+    model, folder = gpt_of(checkpoint, path, run), folder_of_answers(run)
     coder = read_transcoder(folder, options.name, checkpoint)
     [question], word, _ = questions_of(checkpoint, run, [options.prompt])
     graph = graph_of(model, coder, torch.tensor(question.ids), position_of(question, options.at))
@@ -198,7 +203,7 @@ def run(options, settings):
 
 def lines_of(graph, found, question, word):
     """What is printed, a list of lines. found: the graph's `summary`."""
-    first = len(graph.targets) - len(graph.chances)
+    first = graph.n_features
     answers = [f"{word(node.number)!r} {100 * chance:.1f} %"
                for node, chance in zip(graph.targets[first:], graph.chances.tolist())]
     lines = [f"{question.title!r}: {', '.join(answers)}",

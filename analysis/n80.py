@@ -21,7 +21,6 @@ model's attention is at work on a prompt, and not how much of it one answer need
 """
 
 import itertools
-import json
 import math
 import os
 import statistics
@@ -30,14 +29,15 @@ from typing import NamedTuple
 import torch
 from tqdm import tqdm
 
-from analysis.graph import read_transcoder, summary
+from analysis.graph import gpt_of, read_transcoder, summary
 from analysis.questions import questions_of
+from analysis.report import read_json
+from analysis.view import gated_checkpoint
 from circuits.attribution_graph import graph_of
 from circuits.compare import prompts, vocabulary_of
 from circuits.interventions import in_short, interventions
 from circuits.transcoder import Transcoder, read_and_written
-from model import GPT
-from models.checkpoint import checkpoint_named, folder_of_answers, model_of, read_checkpoint, tokenizer_of
+from models.checkpoint import folder_of_answers, read_checkpoint, tokenizer_of
 from storage.files import UserError, write_json
 
 SIZES = {"heads_80": "heads for 80 %", "attention_edges_80": "attention edges for 80 %",
@@ -47,18 +47,12 @@ MATCHED = {"l0": "as many features fire", "explained": "as much is explained"}
 
 def models_of(run):
     """{'dense', 'sparse': (folder of its transcoders, checkpoint, model)} of a gated run; or a UserError."""
-    path = checkpoint_named(run)
-    checkpoint = read_checkpoint(path)
-    if not checkpoint["model_args"].get("gated"):
-        raise UserError(f"{run} is a dense run: n80 compares a gated run, such as out/addition, with its "
-                        "parent")
+    why = "n80 compares a gated run, such as out/addition, with its parent"
+    checkpoint, path = gated_checkpoint(run, why)
     found = {}
     for name, place in (("dense", checkpoint["parent"]), ("sparse", path)):
         own = read_checkpoint(place)
-        model = model_of(own, place, "cpu").eval()
-        if not isinstance(model, GPT):
-            raise UserError(f"{run} is no GPT: attribution graphs are made for GPTs alone so far")
-        found[name] = folder_of_answers(os.path.dirname(place)), own, model
+        found[name] = folder_of_answers(os.path.dirname(place)), own, gpt_of(own, place, run)
     return found
 
 
@@ -102,24 +96,22 @@ def prompts_of(tasks, models, n, own=(), run=""):
     return found
 
 
-def qualities(folder, names):
-    """{name: what `transcode` wrote of it} of a run's transcoders."""
-    found = {}
-    for name in names:
-        with open(os.path.join(folder, name + ".json"), encoding="utf-8") as f:
-            found[name] = json.load(f)
-    return found
+def transcoders_of(models, names):
+    """{'dense', 'sparse': {name: (Transcoder, what `transcode` wrote of it)}}. Raises UserError."""
+    return {kind: {name: (read_transcoder(folder, name, checkpoint),
+                          read_json(os.path.join(folder, name + ".json"))) for name in names}
+            for kind, (folder, checkpoint, _) in models.items()}
 
 
-def closest(qualities_of_runs, names, by):
+def closest(coders_of_runs, names, by):
     """(name of the dense models' transcoders, of the sparse ones'): the pair that differs least in `by`, in
-    the mean over runs; in L0 by its logarithm. qualities_of_runs: [{'dense', 'sparse': `qualities`}].
+    the mean over runs; in L0 by its logarithm. coders_of_runs: of `transcoders_of`.
     """
     scale = (lambda value: math.log(max(value, 1e-9))) if by == "l0" else float
 
     def apart(pair):
-        both = [[scale(found[kind][name][by]) for kind, name in zip(("dense", "sparse"), pair)]
-                for found in qualities_of_runs]
+        both = [[scale(coders[kind][name][1][by]) for kind, name in zip(("dense", "sparse"), pair)]
+                for coders in coders_of_runs]
         return sum(abs(one - other) for one, other in both)
 
     return min(itertools.product(names, names), key=apart)
@@ -151,9 +143,9 @@ def measure(model, coder, asked, progress):
     return found | {kind: in_short([one[kind] for one in cuts]) for kind in ("features", "heads")}
 
 
-def compare(folder, models, quality, matched, options):
+def compare(folder, models, coders, matched, options):
     """What n80.json holds of one gated run: {'l0', 'explained': {'dense', 'sparse': measured},
-    'untrained': likewise}. quality: {'dense', 'sparse': `qualities`}; matched: {by: `closest`}.
+    'untrained': likewise}. coders: of `transcoders_of`; matched: {by: `closest`}.
     """
     tasks = options.tasks.split(",")
     asked = prompts_of(tasks, models, options.n, options.prompt, folder)
@@ -161,17 +153,17 @@ def compare(folder, models, quality, matched, options):
     with tqdm(desc=folder, unit="graph", leave=False, disable=None) as progress:
         for by, pair in matched.items():
             result[by] = {}
-            for (kind, (place, checkpoint, model)), name in zip(models.items(), pair):
+            for (kind, (*_, model)), name in zip(models.items(), pair):
+                coder, quality = coders[kind][name]
                 if (kind, name) not in measured:
-                    coder = read_transcoder(place, name, checkpoint)
                     measured[kind, name] = measure(model, coder, asked, progress)
-                known = {key: quality[kind][name][key] for key in (*MATCHED, "kl", "agrees")}
+                known = {key: quality[key] for key in (*MATCHED, "kl", "agrees")}
                 result[by][kind] = {"transcoder": name, **known, **measured[kind, name]}
         result["untrained"] = {}
         shortest = min(len(one.tokens) for one in asked)
         batch = torch.stack([one.tokens[:shortest] for one in asked])
-        for kind, (place, checkpoint, model) in models.items():
-            like = read_transcoder(place, matched["l0"][0], checkpoint)
+        for kind, (*_, model) in models.items():
+            like, _ = coders[kind][matched["l0"][0]]
             result["untrained"][kind] = measure(model, untrained(model, batch, like), asked, progress)
     return result
 
@@ -194,14 +186,11 @@ def run(options, settings):
         raise UserError("--n must be at least 1")
     names, folders = options.names.split(","), [run.rstrip("/") for run in options.runs]
     models = [models_of(folder) for folder in folders]
-    for place, checkpoint, _ in (model for both in models for model in both.values()):
-        for name in names:
-            read_transcoder(place, name, checkpoint)  # a missing one is found before anything is measured
-    quality = [{kind: qualities(place, names) for kind, (place, _, _) in both.items()} for both in models]
-    matched = {by: closest(quality, names, by) for by in MATCHED}
+    coders = [transcoders_of(both, names) for both in models]  # a missing one is found before measuring
+    matched = {by: closest(coders, names, by) for by in MATCHED}
     results = []
-    for folder, both, known in zip(folders, models, quality):
-        results.append(compare(folder, both, known, matched, options))
+    for folder, *of_run in zip(folders, models, coders):
+        results.append(compare(folder, *of_run, matched, options))
         write_json(os.path.join(folder_of_answers(folder), "n80.json"), results[-1])
         print("\n".join(lines_of(results[-1])), flush=True)
     if len(results) > 1:

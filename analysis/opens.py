@@ -133,7 +133,7 @@ def run(options, settings):
     if options.n < 2:
         raise UserError("--n must be at least 2: a sum with the edge open, and one with it shut")
     folder = folder_of_answers(run)
-    coder = read_transcoder(folder, options.name, read_checkpoint(checkpoint_named(run)))
+    coder = read_transcoder(folder, options.name, read_checkpoint(checkpoint_named(run))).folded()
     model.eval()
     names = token_names(task)
     a, b = population(data, task)
@@ -166,7 +166,7 @@ def run(options, settings):
     print(f"on which sums these features fire: {path}")
     at_key = [nodes[one] for one in shown if nodes[one].position == edge[3]]
     for cut in [[node] for node in at_key] + [at_key] * (len(at_key) > 1):
-        with without(model, coder.folded(), cut):
+        with without(model, coder, cut):
             _, now = run_sums(model, task, a, b)
         still, newly = (now[edge] & opens).sum(), (now[edge] & ~opens).sum()
         print(f"without {in_words(cut)} the edge is still open on {still:,} sums, newly open on {newly:,}")

@@ -61,13 +61,12 @@ def models_of(checkpoint, path):
     return {"sparse": sparse}, note
 
 
-def gated_checkpoint(run):
-    """(checkpoint, its path) of a gated run. Raises UserError if it has no gates."""
+def gated_checkpoint(run, why):
+    """(checkpoint, its path) of a gated run. Raises UserError, which says why, if it has no gates."""
     path = checkpoint_named(run)
     checkpoint = read_checkpoint(path)
     if not checkpoint["model_args"].get("gated"):
-        raise UserError(f"{run} is a dense run: it has no gates to look at. view needs its sparse child, "
-                        "a gated run such as out/addition, and shows both")
+        raise UserError(f"{run} is a dense run: {why}")
     return checkpoint, path
 
 
@@ -85,7 +84,7 @@ def tokens_named(models):
 
 
 def data_of_page(run, models, note, questions, word, vocab_size, coders):
-    """All that the page shows, plain values. coders: {model's name: its Transcoder}, perhaps none."""
+    """All that the page shows, plain values. coders: of `view_features.coders_of`, perhaps none."""
     config, prompts, named = models["sparse"].config, [], set()
     progress = tqdm(questions, desc="prompts", unit="prompt", disable=None)
     for question in progress:
@@ -93,8 +92,8 @@ def data_of_page(run, models, note, questions, word, vocab_size, coders):
         data = {name: view_data.data_of(model, question, vocab_size, stops)
                 for name, model in models.items()}
         named |= tokens_named(data)
-        for name, coder in coders.items():
-            data[name]["features"] = view_features.features_of(models[name], coder, question, word,
+        for name, (model, coder) in coders.items():
+            data[name]["features"] = view_features.features_of(model, coder, question, word,
                                                                data[name]["edges"])
         prompts.append({"title": question.title, "pieces": question.pieces, "names": question.names,
                         "positions": question.positions, "expected": question.expected, "stops": stops,
@@ -141,7 +140,8 @@ def add_arguments(parser):
 def run(options, settings):
     """`analyze.py view`."""
     folder = options.run.rstrip("/")
-    checkpoint, path = gated_checkpoint(folder)
+    checkpoint, path = gated_checkpoint(folder, "it has no gates to look at. view needs its sparse child, a "
+                                        "gated run such as out/addition, and shows both")
     questions, word, vocab_size = questions_of(checkpoint, folder, options.prompt)
     models, note = models_of(checkpoint, path)
     places = {"sparse": path, "dense": checkpoint.get("parent")}

@@ -13,6 +13,13 @@ const has_features = () => models().some(name => features(name));
 const graph_shown = name => features(name).graphs[state.answer];
 const dots = {};  // {model: [element of every node]}
 
+for (const {graphs} of page.prompts.flatMap(({models}) => Object.values(models)).flatMap(one => one.features ?? [])) {
+  for (const graph of graphs) {
+    graph.nodes = graph.nodes.map((row, id) => ({id, ...named(page.node_columns, row)}));
+    graph.links = graph.links.map(row => named(page.link_columns, row));
+  }
+}
+
 const PER_COLUMN = 5;  // dots above each other
 const MARKS = {embedding: "M-4 -4h8v8h-8z", error: "M0 -5l5 5l-5 5l-5 -5z", bias: "M-4 -4h8v8h-8z",
                feature: "M-4 0a4 4 0 1 0 8 0a4 4 0 1 0 -8 0", logit: "M-4 2h8l-4 -6z"};
@@ -53,17 +60,8 @@ function build_features(name, group) {
   });
 }
 
-/** The nodes of the graph that is shown, as objects. */
-function nodes_of(name) {
-  return graph_shown(name).nodes.map((row, id) => (
-    {id, ...Object.fromEntries(page.node_columns.map((column, i) => [column, row[i]]))}));
-}
-
-function links_of(name) {
-  return graph_shown(name).links.map(row => (
-    Object.fromEntries(page.link_columns.map((column, i) => [column, row[i]]))));
-}
-
+const nodes_of = name => graph_shown(name).nodes;
+const links_of = name => graph_shown(name).links;
 const chosen_node = () => state.feature === null ? null : nodes_of(state.active)[state.feature];
 const into = (name, id) => links_of(name).filter(link => link.target === id);
 const out_of = (name, id) => links_of(name).filter(link => link.source === id);

@@ -27,14 +27,17 @@ LINK = ("source", "target", "weight", "heads", "direct")
 
 
 def coders_of(places, models, name):
-    """{model's name: Transcoder}, of those models that have one. places: {name: its checkpoint's path}."""
+    """{model's name: (the model on the CPU, its Transcoder)}, of those models that have one. places: {name:
+    its checkpoint's path}.
+    """
     found = {}
     for kind, path in places.items():
         folder = folder_of_answers(os.path.dirname(path))
         if not isinstance(models[kind], GPT) or not os.path.exists(os.path.join(folder, name + ".pt")):
             continue
         try:
-            found[kind] = read_transcoder(folder, name, read_checkpoint(path))
+            coder = read_transcoder(folder, name, read_checkpoint(path))
+            found[kind] = copy.deepcopy(models[kind]).cpu(), coder
         except UserError as error:
             print(f"{error}. The page leaves its features away")
     return found
@@ -45,16 +48,15 @@ def graph_on_page(model, graph, question, word):
     matrix, ends = square(graph)
     influence = influence_of(matrix, ends) + ends
     kept, links = pruned(graph)
-    S, features = len(graph.sources), len(graph.targets) - len(graph.chances)
+    all_nodes = graph.nodes
     best = [i for i in influence.argsort(descending=True).tolist() if kept[i]][:NODES]
     place, nodes = {i: number for number, i in enumerate(best)}, []
     for i in best:
-        node = graph.sources[i] if i < S else graph.targets[features + i - S]
-        row = features + i - S if i >= S else i
-        comes_in = graph.edges[row] if node.kind in ("feature", "logit") else None  # in all, pruned or not
-        sums = [None] * 3 if comes_in is None else [
-            part.sum().item() for part in (comes_in, comes_in.clamp(min=0), comes_in.clamp(max=0))]
-        value, plus, minus = map(rounded, sums)
+        node, value, plus, minus = all_nodes[i], None, None, None
+        if node.kind in ("feature", "logit"):
+            comes_in = graph.edges[graph.row_of(i)]  # in all, pruned or not
+            value, plus, minus = (rounded(part.sum().item()) for part in (
+                comes_in, comes_in.clamp(min=0), comes_in.clamp(max=0)))
         nodes.append([node.kind, node.layer, node.position, label(node, question, word), value,
                       rounded(influence[i].item()), plus, minus])
     weights, rows = matrix * influence[:, None] * links, []
@@ -62,7 +64,7 @@ def graph_on_page(model, graph, question, word):
         target, source = divmod(flat, len(influence))
         if weights[target, source] <= 0 or target not in place or source not in place:
             continue
-        row = target if target < S else features + target - S
+        row = graph.row_of(target)
         heads, direct = parts_of_link(model, graph, row, source, HEADS)
         heads = [[layer, head, rounded(share, 2)] for layer, head, share in heads]
         rows.append([place[source], place[target], rounded(graph.edges[row, source].item()), heads,
@@ -82,12 +84,11 @@ def opened_by(model, graph, edge, words):
 
 
 def features_of(model, coder, question, word, edges):
-    """The features of one prompt in one model. edges: its rows on the page (view_data.EDGE)."""
+    """The features of one prompt in one model, on the CPU. edges: its rows on the page (view_data.EDGE)."""
     def shown(token):
         return word(token).replace(" ", "␣")
 
     question = question._replace(pieces=[piece.replace(" ", "␣") for piece in question.pieces])
-    model = copy.deepcopy(model).cpu()
     graphs = [graph_of(model, coder, torch.tensor(question.ids), at) for at in question.positions]
     words = [label(node, question, shown) for node in graphs[0].sources]
     best = sorted(range(len(edges)), key=lambda number: edges[number][8])[:OPENED]  # by rank

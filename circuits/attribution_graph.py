@@ -60,6 +60,20 @@ class Graph(NamedTuple):
     readers: torch.Tensor  # (targets, C) by which a target reads the residual stream at its position
     spread: dict  # of Frozen
 
+    @property
+    def n_features(self):
+        """How many features fire: the first sources, and the first targets."""
+        return len(self.targets) - len(self.chances)
+
+    @property
+    def nodes(self):
+        """All nodes, each once: the sources, then the logits."""
+        return self.sources + self.targets[self.n_features:]
+
+    def row_of(self, i):
+        """The number among the targets of node i, a feature or a logit."""
+        return i if i < self.n_features else i - len(self.sources) + self.n_features
+
 
 class Frozen(NamedTuple):
     """What is frozen on a prompt, and what the transcoder made of it."""

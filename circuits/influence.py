@@ -24,7 +24,7 @@ def square(graph):
     """(n, n) of all nodes, sources then logits: |edge| as a share of all that comes into a target; and the
     weights (n,) of the nodes as ends, the logits' probabilities.
     """
-    S, features = len(graph.sources), len(graph.targets) - len(graph.chances)
+    S, features = len(graph.sources), graph.n_features
     n = S + len(graph.chances)
     shares = graph.edges.abs() / graph.edges.abs().sum(1, keepdim=True).clamp(min=1e-30)
     matrix = shares.new_zeros(n, n)
@@ -46,15 +46,18 @@ def influence_of(matrix, ends):
     return total
 
 
+def of_kind(graph, kind):
+    """Mask (n,) of the nodes of a kind."""
+    return torch.tensor([node.kind == kind for node in graph.nodes])
+
+
 def scores(graph):
     """{replacement, completeness}: the share of the tokens' influence beside the errors'; the share of what
     comes into the nodes that is no error, weighted by influence.
     """
     matrix, ends = square(graph)
     influence = influence_of(matrix, ends)
-    kinds = [node.kind for node in graph.sources]
-    is_error = torch.tensor([kind == "error" for kind in kinds] + [False] * len(graph.chances))
-    is_token = torch.tensor([kind == "embedding" for kind in kinds] + [False] * len(graph.chances))
+    is_error, is_token = of_kind(graph, "error"), of_kind(graph, "embedding")
     tokens, errors = influence[is_token].sum(), influence[is_error].sum()
     weight = influence + ends
     right = 1 - matrix[:, is_error].sum(1)
@@ -78,15 +81,13 @@ def pruned(graph):
     too.
     """
     matrix, ends = square(graph)
-    kinds = [node.kind for node in graph.sources] + ["logit"] * len(graph.chances)
-    is_token = torch.tensor([kind == "embedding" for kind in kinds])
-    is_end = (ends > 0) | is_token
+    is_end = (ends > 0) | of_kind(graph, "embedding")
     keep = least_that_hold(influence_of(matrix, ends), NODES) | is_end
     matrix = matrix * keep[:, None] * keep
     matrix = matrix / matrix.sum(1, keepdim=True).clamp(min=1e-30)
     weights = matrix * (influence_of(matrix, ends) + ends)[:, None]
     edges = least_that_hold(weights, EDGES) & (weights > 0)
-    is_feature = torch.tensor([kind == "feature" for kind in kinds])
+    is_feature = of_kind(graph, "feature")
     while True:
         alive = keep & (is_end | edges.any(0)) & (~is_feature | edges.any(1))
         if torch.equal(alive, keep):
@@ -99,8 +100,8 @@ def weights_of_targets(graph):
     """(targets,): influence + w, divided by all that comes in."""
     matrix, ends = square(graph)
     weight = influence_of(matrix, ends) + ends
-    S, features = len(graph.sources), len(graph.targets) - len(graph.chances)
-    return torch.cat([weight[:features], weight[S:]]) / graph.edges.abs().sum(1).clamp(min=1e-30)
+    of_targets = torch.cat([weight[:graph.n_features], weight[len(graph.sources):]])
+    return of_targets / graph.edges.abs().sum(1).clamp(min=1e-30)
 
 
 def heads_of(graph):

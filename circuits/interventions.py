@@ -38,7 +38,7 @@ class Cut(NamedTuple):
 
 def totals(graph):
     """(S,): what of the likeliest answer's logit is due to each source, over all paths."""
-    n = len(graph.targets) - len(graph.chances)
+    n = graph.n_features
     passed_on = graph.edges[:n] / graph.values[:n, None]
     total = graph.edges[n]
     for _ in range(n + 1):  # no path is longer
@@ -50,7 +50,7 @@ def totals(graph):
 
 def totals_of_heads(graph):
     """(L, H): what of it passes each head last, on the way to a feature or to the answer."""
-    n = len(graph.targets) - len(graph.chances)
+    n = graph.n_features
     weights = totals(graph)[:n] / graph.values[:n]
     return graph.net[n] + torch.einsum("t,tlh->lh", weights, graph.net[:n])
 
@@ -112,7 +112,7 @@ def strongest_and_others(strength, most, seed):
 
 def interventions(model, coder, tokens, graph, seed=0):
     """{'features', 'heads': ([Cut] of the strongest, [Cut] of others)}, on one prompt's Graph."""
-    n, coder = len(graph.targets) - len(graph.chances), coder.folded()
+    n, coder = graph.n_features, coder.folded()
     answer, due, due_to_heads = graph.targets[n], totals(graph), totals_of_heads(graph)
     before, H = answer_of(model, tokens, answer), due_to_heads.shape[1]
 

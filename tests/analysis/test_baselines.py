@@ -11,7 +11,8 @@ from tqdm import tqdm
 import analyze
 import prepare_data
 from analysis import baselines
-from analysis.baselines import RULES, Cut, fit, judged, size_of_circuits, spread_over, train_on
+from analysis.baselines import fit, judged, size_of_circuits, spread_over, train_on
+from analysis.rules import RULES, Cut
 from circuits.attention_edges import attending
 from circuits.tasks import LOGIT
 from helpers import SMALL, call, run

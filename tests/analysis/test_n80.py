@@ -103,7 +103,7 @@ def test_a_prompt_counts_if_both_models_answer_it_right(made, monkeypatch):
 def test_all_runs_are_matched_by_the_same_names():
     """The pair that is closest in the mean, and of L0 by its logarithm."""
     def quality(**l0):
-        return {name: {"l0": value, "explained": value / 100} for name, value in l0.items()}
+        return {name: (None, {"l0": value, "explained": value / 100}) for name, value in l0.items()}
 
     runs = [{"dense": quality(a=4, b=40), "sparse": quality(a=5, b=43)},
             {"dense": quality(a=4, b=40), "sparse": quality(a=8, b=44)}]
