@@ -16,7 +16,8 @@ k, edges per head and token, is the budget; `entmax` cannot always get there. Th
 the table as well, and no rule but `threshold` and `random` goes below 1.
 
 Training on is the run's own: its batches, learning rates, number of steps, and the KL to the dense parent
-(`distill_weight`), without a penalty. Loss and edges are judged as every run's (training/evaluate.py).
+(`distill_weight`), without a penalty; what a head's number is, is chosen anew with every measurement of the
+run's constraint (`constraint_interval`). Loss and edges are judged as every run's (training/evaluate.py).
 The table goes into the run's folder, as baselines.json or baselines-<steps>.json; what stands there already
 is not trained again, so a command that was stopped goes on, and others add to it.
 
@@ -42,25 +43,20 @@ from storage.files import UserError, write_json
 from training import hardware
 from training.batches import Batches
 from training.distillation import divergence
-from training.evaluate import evaluate
+from training.evaluate import evaluate, examples_of
 from training.settings import Config
 
-FITTED_ON = 16  # windows on which a head's number is chosen
+FITTED_ON = 16  # windows, or rows, on which a head's number is chosen
 
 
 # ------------------------------------------------------------------------------------------------------------
 # Training on, and judging
 
 
-def spread_over(n):
-    """FITTED_ON numbers from 0 to n - 1, evenly spaced. Whole numbers: float32 cannot count to 10^8."""
-    return [i * (n - 1) // (FITTED_ON - 1) for i in range(FITTED_ON)]
-
-
 def fit(model, cut, data):
     """Choose the levels on training text, and keep them."""
     T = model.config.block_size
-    x, _ = data.batch("train", spread_over(data.starts("train", T)), T)
+    x, _ = data.batch("train", examples_of(data, "train", T, FITTED_ON, 1), T)
     cut.fitting = True
     with attending(model, cut), torch.no_grad():
         model.eval()(torch.from_numpy(x).to(next(model.parameters()).device))
@@ -77,10 +73,10 @@ def train_on(model, teacher, cut, data, c, steps, progress):
     warm = torch.optim.lr_scheduler.LinearLR(optimizer, 1 / c.warmup_steps, total_iters=c.warmup_steps)
     cool = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, steps - c.warmup_steps), c.min_lr)
     schedule = torch.optim.lr_scheduler.SequentialLR(optimizer, [warm, cool], [c.warmup_steps])
-    cut.fitting = True  # weights change, and with them what a level keeps
     with attending(model, cut):
         model.train()
         for step in range(steps):
+            cut.fitting = step % c.constraint_interval == 0  # weights change, and what a level keeps
             [(x, y)] = batches.at(step)
             with autocast():
                 logits, loss, _ = model(x, y)
@@ -198,8 +194,8 @@ def run(options, settings):
     loss = evaluate(dense, data, "val", c.eval_batch_size, c.eval_batches)["loss"]
     posed = {task: (prompt_circuits.known_to([dense], pairs, metric, "zero"), metric)
              for task, (pairs, metric) in posed.items()}
-    name = f"baselines-{options.steps}.json" if options.steps else "baselines.json"
-    place = os.path.join(folder_of_answers(folder), name)
+    file = f"baselines-{options.steps}.json" if options.steps else "baselines.json"
+    place = os.path.join(folder_of_answers(folder), file)
     rows = known_rows(place, parent, loss)
 
     def is_there(name, k):
@@ -221,8 +217,9 @@ def run(options, settings):
         tqdm.write(line_of(found, tasks))
 
     print(f"{folder}: the parent's held-out loss is {loss:.4f}\n{heading(tasks)}", flush=True)
-    if not is_there("the gate", None):
-        add("the gate", None, gated, None)
+    for name, model in (("the parent", dense), ("the gate", gated)):
+        if not is_there(name, None):
+            add(name, None, model, None)
     with tqdm(total=len(rules) * len(budgets) * max(1, options.steps), leave=False, disable=None) as progress:
         for rule in rules:
             for k in budgets:

@@ -46,6 +46,13 @@ def thresholds(scores, k, layer):
     return weights.topk(rank, dim=-1).values[:, -1, None, None]
 
 
+def above(scores, level):
+    """The weights that are above level (H, 1, 1), as shares of what they are together."""
+    weights = scores.softmax(-1)
+    kept = weights * (weights >= level)
+    return kept / kept.sum(-1, keepdim=True).clamp(min=torch.finfo(kept.dtype).tiny)
+
+
 def recent(scores, k):
     """The window and its sink."""
     T = scores.shape[-1]
@@ -88,7 +95,7 @@ def causal(scores):
 
 RULES = {
     "top-k": Rule(lambda scores, k, layer: k, largest),
-    "threshold": Rule(thresholds, lambda scores, level: softmax_of(scores, scores.softmax(-1) >= level)),
+    "threshold": Rule(thresholds, above),
     "window": Rule(lambda scores, k, layer: k, recent),
     "entmax": Rule(scales, entmax_of),
     "random": Rule(drawn, lambda scores, kept: softmax_of(scores, kept[:, :scores.shape[2], :scores.shape[3]]
@@ -115,7 +122,6 @@ class Cut:
             with torch.no_grad():
                 self.levels[layer] = self.rule.level(scores.detach(), self.k, layer)
         weights = self.rule.weights(scores, self.levels[layer])
-        opened = (weights > 0).to(weights.dtype)
-        gates = opened if keep is None else opened * keep
+        gates = (weights > 0).to(weights.dtype) * (1 if keep is None else keep)
         y = (gates * weights).to(v.dtype) @ v
         return y, q.new_ones(()), Gates(gates, weights) if return_gates else None

@@ -11,7 +11,7 @@ from tqdm import tqdm
 import analyze
 import prepare_data
 from analysis import baselines
-from analysis.baselines import fit, judged, size_of_circuits, spread_over, train_on
+from analysis.baselines import fit, judged, size_of_circuits, train_on
 from analysis.rules import RULES, Cut
 from circuits.attention_edges import attending
 from circuits.tasks import LOGIT
@@ -170,12 +170,6 @@ def test_the_circuit_of_a_model_that_is_cut_is_found():
     assert size_of_circuits(model, cut, PLANTED, LOGIT) == 2
 
 
-def test_windows_are_spread_over_a_text_of_any_length():
-    for n in (20, 109_045_196):
-        starts = spread_over(n)
-        assert starts[0] == 0 and starts[-1] == n - 1 and len(set(starts)) == len(starts) == 16
-
-
 def test_the_command_from_end_to_end(counting):
     run("sparse.py", distill_weight=1.0)
     assert call(analyze.main, "report", "out/sparse").returncode == 0
@@ -186,10 +180,11 @@ def test_the_command_from_end_to_end(counting):
         assert rule in done.stdout + done.stderr
     with open("out/sparse/baselines-3.json") as f:
         found = json.load(f)
-    assert [row["rule"] for row in found["rows"]] == ["the gate", *RULES]
+    assert [row["rule"] for row in found["rows"]] == ["the parent", "the gate", *RULES]
     with open("out/sparse/report.json") as f:
         report = json.load(f)
-    assert found["rows"][0]["loss"] == pytest.approx(report["sparse"]["val_loss"], rel=1e-5)
+    assert found["rows"][1]["loss"] == pytest.approx(report["sparse"]["val_loss"], rel=1e-5)
+    assert found["rows"][0]["above_parent"] == 0 and found["rows"][0]["edges"] == 4.5  # of 8 positions: (1 + ... + 8) / 8
     assert found["parent_loss"] == pytest.approx(report["dense"]["val_loss"], rel=1e-5)
     assert load_checkpoint("out/sparse/best.pt").config.gated
 
@@ -209,8 +204,7 @@ def test_what_stands_in_the_table_is_not_trained_again(counting, monkeypatch):
     assert done.returncode in (0, None), done.stderr
     assert trained == [RULES["threshold"]] and "top-k" in done.stdout + done.stderr
     with open("out/sparse/baselines-3.json") as f:
-        assert [row["rule"] for row in json.load(f)["rows"]] == ["the gate", "top-k", "threshold"]
-
+        assert [row["rule"] for row in json.load(f)["rows"]] == ["the parent", "the gate", "top-k", "threshold"]
 
 
 @pytest.mark.parametrize("words, answer", [
