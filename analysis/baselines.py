@@ -7,13 +7,14 @@ A rule says which weights of a head are cut. What is left of a row sums to 1 aga
 
     top-k       each query keeps its k largest weights
     threshold   each head keeps the weights above a number of its own: on average a query keeps k
+    shared      the same with one number for all heads of a layer: some may keep more than others
     window      each query keeps the k - 1 latest positions and the first one, the sink (Xiao et al.)
     entmax      1.5-entmax of the scores times a number of the head's own, chosen likewise, in place of
                 softmax (Peters et al. 2019; the package `entmax`)
     random      edges drawn once, the same for every text: what any choice is worth
 
 k, edges per head and token, is the budget; `entmax` cannot always get there. The gated run's own k stands in
-the table as well, and no rule but `threshold` and `random` goes below 1.
+the table as well, and no rule but `threshold`, `shared` and `random` goes below 1.
 
 Training on is the run's own: its batches, learning rates, number of steps, and the KL to the dense parent
 (`distill_weight`), without a penalty; what a head's number is, is chosen anew with every measurement of the

@@ -46,8 +46,13 @@ def thresholds(scores, k, layer):
     return weights.topk(rank, dim=-1).values[:, -1, None, None]
 
 
+def shared_threshold(scores, k, layer):
+    """(1, 1, 1): the weight that k edges a query and head are above, over all heads of the layer."""
+    return thresholds(scores.flatten(0, 1)[:, None], k, layer)  # all heads as one
+
+
 def above(scores, level):
-    """The weights that are above level (H, 1, 1), as shares of what they are together."""
+    """The weights that are above level (H or 1, 1, 1), as shares of what they are together."""
     weights = scores.softmax(-1)
     kept = weights * (weights >= level)
     return kept / kept.sum(-1, keepdim=True).clamp(min=torch.finfo(kept.dtype).tiny)
@@ -96,6 +101,7 @@ def causal(scores):
 RULES = {
     "top-k": Rule(lambda scores, k, layer: k, largest),
     "threshold": Rule(thresholds, above),
+    "shared": Rule(shared_threshold, above),
     "window": Rule(lambda scores, k, layer: k, recent),
     "entmax": Rule(scales, entmax_of),
     "random": Rule(drawn, lambda scores, kept: softmax_of(scores, kept[:, :scores.shape[2], :scores.shape[3]]
