@@ -11,6 +11,8 @@ well, so a fair price is counted from there.
 
 Notable:
 - A share of open edges depends on the context, edges per head and token does not: the axis shows the latter.
+- A parent that `baselines` has cut by another rule, and trained on for as many steps as its child, is a cross
+  in the picture.
 - Who decided how sparse a run became? Lambda, if it stayed off its bounds. The table shows the smallest and
   the largest of the second half of the run.
 """
@@ -21,7 +23,8 @@ from matplotlib import pyplot as plt
 
 from analysis.figures import GREY, save
 from analysis.report import read_json
-from models.checkpoint import kept_checkpoint, read_checkpoint
+from analysis.rules import RULES
+from models.checkpoint import folder_of_answers, kept_checkpoint, read_checkpoint
 from storage.files import UserError, write_json
 from training.folder import read_metrics
 from training.verdict import AT_CAP, bounds_of_lambda
@@ -56,6 +59,7 @@ def point_of(folder, controls):
         raise UserError(f"{folder} is a dense run. Controls go behind --controls")
     edges, loss, dense = report["edges"], report["sparse"]["val_loss"], report["dense"]["val_loss"]
     tokens, heads = len(edges["by_distance"]), sum(map(len, edges["per_head"]))
+    others = os.path.join(folder_of_answers(folder), f"baselines-{config['max_steps']}.json")
     control = controls.get(report["parent"])
     return {
         "run": folder,
@@ -72,6 +76,7 @@ def point_of(folder, controls):
         "per_head_and_token": edges["open"] / tokens / heads,
         "context": tokens,
         "lambda": lambda_of(folder, config),
+        "other_rules": read_json(others)["rows"] if os.path.exists(others) else [],
     }
 
 
@@ -115,6 +120,11 @@ def draw(path, points):
         for p in own:
             ax.plot(p["above_parent"], p["per_head_and_token"], "o", color=color,
                     mfc=color if p["met"] else "white")
+            for row in p["other_rules"]:
+                if row["rule"] in RULES:
+                    at = row["above_parent"], row["edges"]
+                    ax.plot(*at, "x", color=color)
+                    ax.annotate(row["rule"], at, (0, 6), textcoords="offset points", ha="center", fontsize=8)
         if own[0]["control_gain"] is not None:
             ax.axvline(-own[0]["control_gain"], color=color, lw=1, ls=":")
     ax.axvline(0, color=GREY, lw=1, zorder=0)

@@ -20,6 +20,9 @@ def test_the_command_puts_runs_and_controls_side_by_side(counting):
     run("control.py")
     folders = ["out/narrow", "out/wide", "out/control"]
     assert call(analyze.main, "report", "out/dense", *folders).returncode == 0
+    cut = ["baselines", "out/wide", "--rules=top-k", "--budgets=1"]
+    call(analyze.main, *cut)
+    call(analyze.main, *cut, "--steps=60")
     done = call(analyze.main, "curve", *folders[:2], "--controls", "out/control", "--to=out/found")
     assert done.returncode == 0, done.stderr
     with open("out/found.json") as f:
@@ -35,6 +38,9 @@ def test_the_command_puts_runs_and_controls_side_by_side(counting):
         assert point["per_head_and_token"] == pytest.approx(open_edges / 8 / 4)  # T = 8, 2 layers of 2 heads
         assert point["percent"] == pytest.approx(100 * open_edges / report["edges"]["total"])
         assert folder in done.stdout
+    assert points["out/narrow"]["other_rules"] == []
+    with open("out/wide/baselines-60.json") as f:  # as many steps as the run; not what is only cut
+        assert points["out/wide"]["other_rules"] == json.load(f)["rows"]
     assert {points["out/narrow"]["slack"], points["out/wide"]["slack"]} == {0.01, 0.2}
     with open("out/found.png", "rb") as f:
         assert f.read(4) == b"\x89PNG"
