@@ -11,8 +11,8 @@ well, so a fair price is counted from there.
 
 Notable:
 - A share of open edges depends on the context, edges per head and token does not: the axis shows the latter.
-- A parent that `baselines` has cut by another rule, and trained on for as many steps as its child, is a cross
-  in the picture.
+- What `baselines` cut by another rule, and trained on for as many steps as the run, has a mark of its own in
+  the picture.
 - Who decided how sparse a run became? Lambda, if it stayed off its bounds. The table shows the smallest and
   the largest of the second half of the run.
 """
@@ -28,6 +28,8 @@ from models.checkpoint import folder_of_answers, kept_checkpoint, read_checkpoin
 from storage.files import UserError, write_json
 from training.folder import read_metrics
 from training.verdict import AT_CAP, bounds_of_lambda
+
+MARKS = dict(zip(RULES, "1x+2*3"))  # of other rules in the picture
 
 
 def read_report(folder):
@@ -121,12 +123,13 @@ def draw(path, points):
             ax.plot(p["above_parent"], p["per_head_and_token"], "o", color=color,
                     mfc=color if p["met"] else "white")
             for row in p["other_rules"]:
-                if row["rule"] in RULES:
-                    at = row["above_parent"], row["edges"]
-                    ax.plot(*at, "x", color=color)
-                    ax.annotate(row["rule"], at, (0, 6), textcoords="offset points", ha="center", fontsize=8)
+                if row["rule"] in MARKS:
+                    ax.plot(row["above_parent"], row["edges"], MARKS[row["rule"]], ms=8, color=color)
         if own[0]["control_gain"] is not None:
             ax.axvline(-own[0]["control_gain"], color=color, lw=1, ls=":")
+    shown = {row["rule"] for p in points for row in p["other_rules"]}
+    for rule in [rule for rule in MARKS if rule in shown]:
+        ax.plot([], [], MARKS[rule], ms=8, color=GREY, label=f"parent, cut by {rule}, trained on")
     ax.axvline(0, color=GREY, lw=1, zorder=0)
     some = any(p["control_gain"] is not None for p in points)
     with_controls = "; dotted: what the parent would have gained without gates" if some else ""
