@@ -1,4 +1,5 @@
 """config/python.py at a context of 512: is the share of edges that a model needs smaller in a longer context?
+Half as large, on seed 2: docs/text.md.
 
     python train.py config/python512.py       the parent first, if it is not there yet
 """
