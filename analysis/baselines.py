@@ -192,11 +192,11 @@ def run(options, settings):
     parent, gated, c, data, posed = models_and_data(folder, tasks)
     dense, device = load_checkpoint(parent), hardware.pick_device("auto")
     dense, gated = dense.to(device).eval(), gated.to(device).eval()
-    loss = evaluate(dense, data, "val", c.eval_batch_size, c.eval_batches)["loss"]
+    whole = judged(dense, None, data, c)
+    loss = whole["loss"]
     posed = {task: (prompt_circuits.known_to([dense], pairs, metric, "zero"), metric)
              for task, (pairs, metric) in posed.items()}
-    file = f"baselines-{options.steps}.json" if options.steps else "baselines.json"
-    place = os.path.join(folder_of_answers(folder), file)
+    place = place_of(folder_of_answers(folder), options.steps)
     rows = known_rows(place, parent, loss)
 
     def is_there(name, k):
@@ -207,8 +207,9 @@ def run(options, settings):
         tqdm.write(line_of(row, tasks))
         return True
 
-    def add(name, k, model, cut):
-        found = {"rule": name, "budget": k, **judged(model, cut, data, c)}
+    def add(name, k, numbers, model, cut):
+        """numbers: what `judged` returns."""
+        found = {"rule": name, "budget": k, **numbers}
         found["above_parent"] = found["loss"] - loss
         for task, (pairs, metric) in posed.items():
             found[task] = size_of_circuits(model, cut, pairs, metric)
@@ -218,9 +219,10 @@ def run(options, settings):
         tqdm.write(line_of(found, tasks))
 
     print(f"{folder}: the parent's held-out loss is {loss:.4f}\n{heading(tasks)}", flush=True)
-    for name, model in (("the parent", dense), ("the gate", gated)):
-        if not is_there(name, None):
-            add(name, None, model, None)
+    if not is_there("the parent", None):
+        add("the parent", None, whole, dense, None)
+    if not is_there("the gate", None):
+        add("the gate", None, judged(gated, None, data, c), gated, None)
     with tqdm(total=len(rules) * len(budgets) * max(1, options.steps), leave=False, disable=None) as progress:
         for rule in rules:
             for k in budgets:
@@ -232,8 +234,14 @@ def run(options, settings):
                     train_on(model, dense, cut, data, c, options.steps, progress)
                 else:
                     progress.update()
-                add(rule, k, model.eval(), cut)
+                model.eval()
+                add(rule, k, judged(model, cut, data, c), model, cut)
     print(f"the same as numbers: {place}")
+
+
+def place_of(folder, steps):
+    """Where the table of a run's folder is. steps: how many were trained on."""
+    return os.path.join(folder, f"baselines-{steps}.json" if steps else "baselines.json")
 
 
 def known_rows(place, parent, loss):

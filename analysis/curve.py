@@ -21,10 +21,11 @@ import os
 
 from matplotlib import pyplot as plt
 
+from analysis.baselines import place_of
 from analysis.figures import GREY, save
 from analysis.report import read_json
 from analysis.rules import RULES
-from models.checkpoint import folder_of_answers, kept_checkpoint, read_checkpoint
+from models.checkpoint import kept_checkpoint, read_checkpoint
 from storage.files import UserError, write_json
 from training.folder import read_metrics
 from training.verdict import AT_CAP, bounds_of_lambda
@@ -61,7 +62,7 @@ def point_of(folder, controls):
         raise UserError(f"{folder} is a dense run. Controls go behind --controls")
     edges, loss, dense = report["edges"], report["sparse"]["val_loss"], report["dense"]["val_loss"]
     tokens, heads = len(edges["by_distance"]), sum(map(len, edges["per_head"]))
-    others = os.path.join(folder_of_answers(folder), f"baselines-{config['max_steps']}.json")
+    others = place_of(folder, config["max_steps"])
     control = controls.get(report["parent"])
     return {
         "run": folder,
@@ -128,8 +129,9 @@ def draw(path, points):
         if own[0]["control_gain"] is not None:
             ax.axvline(-own[0]["control_gain"], color=color, lw=1, ls=":")
     shown = {row["rule"] for p in points for row in p["other_rules"]}
-    for rule in [rule for rule in MARKS if rule in shown]:
-        ax.plot([], [], MARKS[rule], ms=8, color=GREY, label=f"parent, cut by {rule}, trained on")
+    for rule, mark in MARKS.items():
+        if rule in shown:
+            ax.plot([], [], mark, ms=8, color=GREY, label=f"parent, cut by {rule}, trained on")
     ax.axvline(0, color=GREY, lw=1, zorder=0)
     some = any(p["control_gain"] is not None for p in points)
     with_controls = "; dotted: what the parent would have gained without gates" if some else ""

@@ -13,7 +13,8 @@ const has_features = () => models().some(name => features(name));
 const graph_shown = name => features(name).graphs[state.answer];
 const dots = {};  // {model: [element of every node]}
 
-for (const {graphs} of page.prompts.flatMap(({models}) => Object.values(models)).flatMap(one => one.features ?? [])) {
+const all_models = page.prompts.flatMap(({models}) => Object.values(models));
+for (const {graphs} of all_models.flatMap(one => one.features ?? [])) {
   for (const graph of graphs) {
     graph.nodes = graph.nodes.map((row, id) => ({id, ...named(page.node_columns, row)}));
     graph.links = graph.links.map(row => named(page.link_columns, row));
