@@ -4,7 +4,7 @@
 2. explain.py  when every edge of an addition model opens, and what for; ask.py: one sum
 3. seeds.py    the same run with many seeds; seeds_table.py: their table
    ablate.py   with one change at a time; curve.py: edges over loss
-   baselines.py   other ways to cut edges, which rules.py has
+   baselines.py   other ways to cut edges, which rules.py has; baselines_table.py: their table
 4. view.py     a page to look into a model: view_data.py computes it, view.html draws; view_features.py and
                view_features.js, its features; questions.py: the prompts
    transcode.py, graph.py   features and heads behind an answer

@@ -41,6 +41,7 @@ CHANGES = {  # name: {setting: value} of a Config, the change
     "gate bias 1": lambda c: {"gate_bias": 1.0},
     "gate bias 6": lambda c: {"gate_bias": 6.0},
     "no hand-over": lambda c: {"open_above": 0.0},
+    "no peak slack": lambda c: {"peak_slack": 0.0},
     "no linear penalty": lambda c: {"linear_penalty_steps": 0},
     "no cycles": lambda c: {"cycle_steps": 0},
     "noise to the end": lambda c: {"noise_free_steps": 0},

@@ -19,8 +19,8 @@ the table as well, and no rule but `threshold`, `shared` and `random` goes below
 Training on is the run's own: its batches, learning rates, number of steps, and the KL to the dense parent
 (`distill_weight`), without a penalty; what a head's number is, is chosen anew with every measurement of the
 run's constraint (`constraint_interval`). Loss and edges are judged as every run's (training/evaluate.py).
-The table goes into the run's folder, as baselines.json or baselines-<steps>.json; what stands there already
-is not trained again, so a command that was stopped goes on, and others add to it.
+The table goes into the run's folder, as baselines.json or baselines-<steps>.json, and what is trained on into
+the folder baselines-<steps>/: a command that was stopped goes on, and others add to it (baselines_table.py).
 
 Notable: a rule (rules.py) shows its gates as the gate does, so edges are counted by evaluate.py, and
 `--tasks=quote` measures circuits through the same door.
@@ -29,18 +29,27 @@ Notable: a rule (rules.py) shows its gates as the gate does, so edges are counte
 import contextlib
 import math
 import os
+from dataclasses import replace
 
 import torch
 from tqdm import tqdm
 
 import prepare_data
-from analysis.report import read_json
+from analysis.baselines_table import Table, heading
 from analysis.rules import RULES, Cut
 from circuits import prompt_circuits
 from circuits.attention_edges import attending
 from circuits.compare import prompts, vocabulary_of
-from models.checkpoint import checkpoint_named, folder_of_answers, load_checkpoint, read_checkpoint
-from storage.files import UserError, write_json
+from models.checkpoint import (
+    checkpoint_named,
+    checkpoint_of,
+    folder_of_answers,
+    load_checkpoint,
+    load_weights,
+    read_checkpoint,
+    save_checkpoint,
+)
+from storage.files import UserError
 from training import hardware
 from training.batches import Batches
 from training.distillation import divergence
@@ -64,20 +73,22 @@ def fit(model, cut, data):
     cut.fitting = False
 
 
-def train_on(model, teacher, cut, data, c, steps, progress):
-    """Train a model that is cut for `steps` steps, as the run of the settings c was trained."""
+def train_on(model, teacher, cut, data, c, path, progress):
+    """Train a model that is cut for c.max_steps steps, as the run of the settings c was trained.
+
+    path: the model on disk, written every c.eval_interval steps; if it is there, training goes on from it.
+    """
     device = next(model.parameters()).device
     batches = Batches(data, model.config.block_size, c.batch_size, 1, c.seed, True, device)
     autocast, _ = hardware.precision(c.dtype, device.type)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=c.learning_rate, betas=(c.beta1, c.beta2),
-                                  weight_decay=c.weight_decay)
-    warm = torch.optim.lr_scheduler.LinearLR(optimizer, 1 / c.warmup_steps, total_iters=c.warmup_steps)
-    cool = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, steps - c.warmup_steps), c.min_lr)
-    schedule = torch.optim.lr_scheduler.SequentialLR(optimizer, [warm, cool], [c.warmup_steps])
+    optimizer, schedule = optimizer_of(model, c)
+    begun = go_on_from(path, model, optimizer, schedule)
+    progress.update(begun)
     with attending(model, cut):
         model.train()
-        for step in range(steps):
-            cut.fitting = step % c.constraint_interval == 0  # weights change, and what a level keeps
+        for step in range(begun, c.max_steps):
+            # weights change, and what a level keeps
+            cut.fitting = step % c.constraint_interval == 0 or step == begun
             [(x, y)] = batches.at(step)
             with autocast():
                 logits, loss, _ = model(x, y)
@@ -90,7 +101,32 @@ def train_on(model, teacher, cut, data, c, steps, progress):
             optimizer.zero_grad()
             schedule.step()
             progress.update()
+            if (step + 1) % c.eval_interval == 0 or step + 1 == c.max_steps:
+                save_checkpoint(path, checkpoint_of(model, step=step + 1, optimizer=optimizer.state_dict(),
+                                                    schedule=schedule.state_dict()))
+    model.eval()
     fit(model, cut, data)
+
+
+def optimizer_of(model, c):
+    """AdamW, and the learning rate of train.py's `get_lr`."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=c.learning_rate, betas=(c.beta1, c.beta2),
+                                  weight_decay=c.weight_decay)
+    warm = torch.optim.lr_scheduler.LinearLR(optimizer, 1 / c.warmup_steps, total_iters=c.warmup_steps)
+    rest = max(1, c.max_steps - c.warmup_steps)
+    cool = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, rest, c.min_lr)
+    return optimizer, torch.optim.lr_scheduler.SequentialLR(optimizer, [warm, cool], [c.warmup_steps])
+
+
+def go_on_from(path, model, optimizer, schedule):
+    """Load what an earlier command has left at path, if anything. Returns how many steps were done."""
+    if not os.path.exists(path):
+        return 0
+    checkpoint = read_checkpoint(path)
+    load_weights(model, checkpoint["model"], path)
+    optimizer.load_state_dict(checkpoint["optimizer"])
+    schedule.load_state_dict(checkpoint["schedule"])
+    return checkpoint["step"]
 
 
 def judged(model, cut, data, c):
@@ -190,77 +226,32 @@ def run(options, settings):
     rules, budgets, tasks = chosen(options)
     folder = options.run.rstrip("/")
     parent, gated, c, data, posed = models_and_data(folder, tasks)
-    dense, device = load_checkpoint(parent), hardware.pick_device("auto")
-    dense, gated = dense.to(device).eval(), gated.to(device).eval()
-    whole = judged(dense, None, data, c)
-    loss = whole["loss"]
+    c = replace(c, max_steps=options.steps)
+    device = hardware.pick_device("auto")
+    dense, gated = load_checkpoint(parent).to(device).eval(), gated.to(device).eval()
+    loss = judged(dense, None, data, c)["loss"]
+    table = Table(folder_of_answers(folder), parent, loss, options.steps, tasks)
     posed = {task: (prompt_circuits.known_to([dense], pairs, metric, "zero"), metric)
              for task, (pairs, metric) in posed.items()}
-    place = place_of(folder_of_answers(folder), options.steps)
-    rows = known_rows(place, parent, loss)
 
-    def is_there(name, k):
-        """Print the row that an earlier command has left, if it is complete."""
-        row = rows.get((name, k))
-        if row is None or not set(tasks) <= set(row):
-            return False
-        tqdm.write(line_of(row, tasks))
-        return True
-
-    def add(name, k, numbers, model, cut):
-        """numbers: what `judged` returns."""
-        found = {"rule": name, "budget": k, **numbers}
-        found["above_parent"] = found["loss"] - loss
-        for task, (pairs, metric) in posed.items():
-            found[task] = size_of_circuits(model, cut, pairs, metric)
-        rows[name, k] = found
-        write_json(place, {"parent": parent, "parent_loss": loss, "steps": options.steps,
-                           "rows": list(rows.values())})
-        tqdm.write(line_of(found, tasks))
+    def row_of(rule, k, model, cut):
+        circuits = {task: size_of_circuits(model, cut, *question) for task, question in posed.items()}
+        return {"rule": rule, "budget": k, **judged(model, cut, data, c), **circuits}
 
     print(f"{folder}: the parent's held-out loss is {loss:.4f}\n{heading(tasks)}", flush=True)
-    if not is_there("the parent", None):
-        add("the parent", None, whole, dense, None)
-    if not is_there("the gate", None):
-        add("the gate", None, judged(gated, None, data, c), gated, None)
-    with tqdm(total=len(rules) * len(budgets) * max(1, options.steps), leave=False, disable=None) as progress:
-        for rule in rules:
-            for k in budgets:
-                if is_there(rule, k):
-                    continue
-                model, cut = load_checkpoint(parent).to(device).eval(), Cut(rule, k)
-                fit(model, cut, data)
-                if options.steps:
-                    train_on(model, dense, cut, data, c, options.steps, progress)
-                else:
-                    progress.update()
-                model.eval()
-                add(rule, k, judged(model, cut, data, c), model, cut)
-    print(f"the same as numbers: {place}")
-
-
-def place_of(folder, steps):
-    """Where the table of a run's folder is. steps: how many were trained on."""
-    return os.path.join(folder, f"baselines-{steps}.json" if steps else "baselines.json")
-
-
-def known_rows(place, parent, loss):
-    """{(rule, budget): row} of an earlier command's file; none if it is of another parent."""
-    if not os.path.exists(place):
-        return {}
-    found = read_json(place)
-    if (found["parent"], found["parent_loss"]) != (parent, loss):
-        return {}
-    return {(row["rule"], row["budget"]): row for row in found["rows"]}
-
-
-def heading(tasks):
-    circuits = "".join(f"  {task:>9}" for task in tasks)
-    return f"{'rule':10} {'budget':>7}  {'edges per head and token':>24}  {'nats above parent':>17}{circuits}"
-
-
-def line_of(row, tasks):
-    """A row of the table, as text."""
-    budget = "" if row["budget"] is None else f"{row['budget']:g}"
-    sizes = "".join("          -" if row[task] is None else f"  {row[task]:9.1f}" for task in tasks)
-    return f"{row['rule']:10} {budget:>7}  {row['edges']:24.2f}  {row['above_parent']:17.4f}{sizes}"
+    if not table.has("the parent", None):
+        table.add(row_of("the parent", None, dense, None))
+    if not table.has("the gate", None):
+        table.add(row_of("the gate", None, gated, None))
+    ways = [(rule, k) for rule in rules for k in budgets]
+    with tqdm(total=len(ways) * options.steps, leave=False, disable=None) as progress:
+        for rule, k in ways:
+            if table.has(rule, k):
+                progress.update(options.steps)
+                continue
+            model, cut = load_checkpoint(parent).to(device).eval(), Cut(rule, k)
+            fit(model, cut, data)
+            if options.steps:
+                train_on(model, dense, cut, data, c, table.model_path(rule, k), progress)
+            table.add(row_of(rule, k, model, cut))
+    print(f"the same as numbers: {table.place}")

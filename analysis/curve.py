@@ -21,7 +21,7 @@ import os
 
 from matplotlib import pyplot as plt
 
-from analysis.baselines import place_of
+from analysis.baselines_table import place_of
 from analysis.figures import GREY, save
 from analysis.report import read_json
 from analysis.rules import RULES

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from circuits.attention_edges import attending
 from circuits.tasks import LOGIT
 from helpers import SMALL, call, run
 from model import GPT, GPTConfig
-from models.checkpoint import load_checkpoint
+from models.checkpoint import load_checkpoint, read_checkpoint
 from training.evaluate import evaluate
 from training.settings import Config
 
@@ -148,18 +149,60 @@ def test_one_stand_in_may_lie_in_another():
     assert not any("attend" in vars(attention) for attention in model.attentions)
 
 
+def settings_of_training(**more):
+    return Config(**SMALL | {"dataset": "count", "distill_weight": 0.0, "learning_rate": 1e-2,
+                             "max_steps": 60, "eval_batch_size": 50, "eval_batches": 1, **more})
+
+
 def test_training_on_brings_the_loss_down_at_the_same_budget(counting):
-    data, dense = prepare_data.load("count"), random_gpt()
-    c = Config(**SMALL | {"dataset": "count", "distill_weight": 0.0, "learning_rate": 1e-2})
-    c.eval_batch_size, c.eval_batches = 50, 1
+    data, dense, c = prepare_data.load("count"), random_gpt(), settings_of_training()
     model, cut = random_gpt(), Cut("threshold", 1.5)
     fit(model, cut, data)
     before = judged(model, cut, data, c)["loss"]
-    train_on(model, dense, cut, data, c, 60, tqdm(disable=True))
-    model.eval()
+    train_on(model, dense, cut, data, c, "model.pt", tqdm(disable=True))
     after = judged(model, cut, data, c)
     assert after["loss"] < before - 0.5
     assert after["edges"] == pytest.approx(1.5, rel=0.15)
+
+
+def test_training_that_was_stopped_ends_as_if_it_had_not_been(counting):
+    """In the middle, from a file of its own; and a model that is done is only read."""
+    data, dense, whole = prepare_data.load("count"), random_gpt(), settings_of_training(eval_interval=20)
+
+    class Stop(Exception):
+        pass
+
+    class Stopping(tqdm):
+        def update(self, n=1):
+            super().update(n)
+            if self.n == 47:
+                raise Stop
+
+    def trained(path, progress):
+        model, cut = random_gpt(), Cut("threshold", 1.5)
+        train_on(model, dense, cut, data, whole, path, progress)
+        return torch.cat([p.flatten() for p in model.parameters()]), cut.levels[1]
+
+    expected = trained("whole.pt", tqdm(disable=True))
+    with open(os.devnull, "w") as nowhere, pytest.raises(Stop):
+        trained("stopped.pt", Stopping(file=nowhere))
+    assert torch.load("stopped.pt", weights_only=True)["step"] == 40
+    for path in ("stopped.pt", "whole.pt"):
+        for found, wanted in zip(trained(path, tqdm(disable=True)), expected, strict=True):
+            assert torch.equal(found, wanted)
+
+
+def test_the_table_of_another_parent_is_left_alone(counting):
+    run("sparse.py")
+    command = ["baselines", "out/sparse", "--budgets=2", "--rules=window"]
+    call(analyze.main, *command)
+    with open("out/sparse/baselines.json") as f:
+        found = json.load(f)
+    for key, value in (("parent", "out/other/best.pt"), ("parent_loss", found["parent_loss"] + 0.1)):
+        with open("out/sparse/baselines.json", "w") as f:
+            json.dump(found | {key: value}, f)
+        done = call(analyze.main, *command)
+        assert done.returncode == 1 and "baselines.json is of another parent" in done.stderr
 
 
 def test_the_circuit_of_a_model_that_is_cut_is_found():
@@ -189,6 +232,7 @@ def test_the_command_from_end_to_end(counting):
     assert found["rows"][0]["above_parent"] == 0
     assert found["rows"][0]["edges"] == 4.5  # of 8 positions: (1 + ... + 8) / 8
     assert found["parent_loss"] == pytest.approx(report["dense"]["val_loss"], rel=1e-5)
+    assert read_checkpoint("out/sparse/baselines-3/top-k-2.pt")["step"] == 3
     assert load_checkpoint("out/sparse/best.pt").config.gated
 
 
