@@ -5,9 +5,9 @@
     python analyze.py curve out/python-* --controls out/python_control-*
 
 A point says little: how many edges are open depends on how much loss one allows. So here is the curve, with
-every run that was named, also those that missed their target (hollow), and with the *control* of each parent:
-the same parent trained on for as many steps without gates. What it gains, its child could have gained as
-well, so a fair price is counted from there.
+every run that was named, also those that missed their target (hollow), and with its *control*: the same
+parent trained on for as many steps without gates. What it gains, its child could have gained as well, so a
+fair price is counted from there.
 
 Notable:
 - A share of open edges depends on the context, edges per head and token does not: the axis shows the latter.
@@ -25,6 +25,7 @@ from analysis.baselines_table import place_of
 from analysis.figures import GREY, save
 from analysis.report import read_json
 from analysis.rules import RULES
+from analysis.seeds_table import aligned
 from models.checkpoint import kept_checkpoint, read_checkpoint
 from storage.files import UserError, write_json
 from training.folder import read_metrics
@@ -52,7 +53,7 @@ def lambda_of(folder, config):
 
 
 def point_of(folder, controls):
-    """A run as a point of the curve, a dict. controls: {parent's checkpoint: the control's loss}.
+    """A run as a point of the curve, a dict. controls: of `controls_of`.
 
     Losses in nats, held out, all on the same windows; control_gain: how far the control is below the parent;
     above_control: how far the run is above the control; both None without one.
@@ -61,13 +62,15 @@ def point_of(folder, controls):
     if not report["sparse"]:
         raise UserError(f"{folder} is a dense run. Controls go behind --controls")
     edges, loss, dense = report["edges"], report["sparse"]["val_loss"], report["dense"]["val_loss"]
+    steps = config["max_steps"]
     tokens, heads = len(edges["by_distance"]), sum(map(len, edges["per_head"]))
-    others = place_of(folder, config["max_steps"])
-    control = controls.get(report["parent"])
+    others = place_of(folder, steps)
+    control = controls.get((report["parent"], steps))
     return {
         "run": folder,
         "seed": report["seed"],
         "parent": report["parent"],
+        "steps": steps,
         "slack": config["loss_slack"],
         "met": report["meets_target"],
         "parent_loss": dense,
@@ -84,50 +87,66 @@ def point_of(folder, controls):
 
 
 def controls_of(folders):
-    """{parent's checkpoint: loss of its control, nats}."""
+    """{(parent's checkpoint, steps): the control's loss, nats}."""
     found = {}
     for folder in folders:
         report, parent = read_report(folder), read_checkpoint(kept_checkpoint(folder))["parent"]
         if report["sparse"] or not parent:
             raise UserError(f"{folder} is no control: a dense run that was trained on from a parent")
-        found[parent] = report["dense"]["val_loss"]
+        steps = read_json(os.path.join(folder, "config.json"))["max_steps"]
+        found[parent, steps] = report["dense"]["val_loss"]
     return found
 
 
 def table(points):
     """The points as text, by parent and by loss."""
-    lines = [f"{'run':44} {'slack':>6} {'target':>7} {'above parent':>12} {'above control':>13} {'open':>8} "
-             f"{'a token':>8} {'a head, token':>13}  lambda, second half"]
+    rows = [["run", "steps", "slack", "target", "above parent", "above control", "open", "a token",
+             "a head, token", "lambda, second half"]]
     for p in points:
-        control = "-" if p["above_control"] is None else f"{p['above_control']:+.4f}"
-        bounds = "" if p["lambda"]["inside"] else " AT A BOUND"
-        lines.append(
-            f"{p['run']:44} {p['slack']:6g} {'met' if p['met'] else 'MISSED':>7} {p['above_parent']:+12.4f} "
-            f"{control:>13} {p['percent']:6.2f} % {p['per_token']:8.1f} {p['per_head_and_token']:13.2f}  "
-            f"{p['lambda']['low']:.2g} to {p['lambda']['high']:.2g}{bounds}"
-        )
-    gains = {p["parent"]: p["control_gain"] for p in points if p["control_gain"] is not None}
-    for parent, gain in gains.items():
-        lines.append(f"the control of {parent} gains {gain:.4f} nats")
+        low, high, inside = p["lambda"].values()
+        rows.append([
+            p["run"],
+            f"{p['steps']:,}",
+            f"{p['slack']:g}",
+            "met" if p["met"] else "MISSED",
+            f"{p['above_parent']:+.4f}",
+            "-" if p["above_control"] is None else f"{p['above_control']:+.4f}",
+            f"{p['percent']:.2f} %",
+            f"{p['per_token']:.1f}",
+            f"{p['per_head_and_token']:.2f}",
+            f"{low:.2g} to {high:.2g}" + ("" if inside else " AT A BOUND"),
+        ])
+    lines = [aligned(rows)]
+    gains = {(p["parent"], p["steps"]): p["control_gain"] for p in points if p["control_gain"] is not None}
+    for (parent, steps), gain in gains.items():
+        lines.append(f"the control of {parent} gains {gain:.4f} nats in {steps:,} steps")
     return "\n".join(lines)
 
 
+def draw_line(ax, points, color, label):
+    """Runs of one parent and length. Left of 0 a dotted line says what their control gains."""
+    x, y = [p["above_parent"] for p in points], [p["per_head_and_token"] for p in points]
+    ax.plot(x, y, "-", color=color, lw=1, label=label)
+    for p in points:
+        ax.plot(p["above_parent"], p["per_head_and_token"], "o", color=color,
+                mfc=color if p["met"] else "white")
+        for row in p["other_rules"]:
+            if row["rule"] in MARKS:
+                ax.plot(row["above_parent"], row["edges"], MARKS[row["rule"]], ms=8, color=color)
+    if points[0]["control_gain"] is not None:
+        ax.axvline(-points[0]["control_gain"], color=color, lw=1, ls=":")
+
+
 def draw(path, points):
-    """The curve, a line for every parent. Left of 0 a line says what its control gains."""
+    """The curve, a line for every parent and number of steps."""
     figure, ax = plt.subplots(figsize=(7, 4.4), layout="constrained")
-    parents = dict.fromkeys(p["parent"] for p in sorted(points, key=lambda p: p["seed"]))
-    for color, parent in zip(plt.get_cmap("tab10").colors, parents):
-        own = sorted((p for p in points if p["parent"] == parent), key=lambda p: p["above_parent"])
-        x, y = [p["above_parent"] for p in own], [p["per_head_and_token"] for p in own]
-        ax.plot(x, y, "-", color=color, lw=1, label=f"seed {own[0]['seed']}")
-        for p in own:
-            ax.plot(p["above_parent"], p["per_head_and_token"], "o", color=color,
-                    mfc=color if p["met"] else "white")
-            for row in p["other_rules"]:
-                if row["rule"] in MARKS:
-                    ax.plot(row["above_parent"], row["edges"], MARKS[row["rule"]], ms=8, color=color)
-        if own[0]["control_gain"] is not None:
-            ax.axvline(-own[0]["control_gain"], color=color, lw=1, ls=":")
+    groups = {}
+    for p in sorted(points, key=lambda p: (p["seed"], p["steps"], p["above_parent"])):
+        groups.setdefault((p["parent"], p["steps"]), []).append(p)
+    one_length = len({p["steps"] for p in points}) == 1
+    for color, own in zip(plt.get_cmap("tab10").colors, groups.values()):
+        length = "" if one_length else f", {own[0]['steps']:,} steps"
+        draw_line(ax, own, color, f"seed {own[0]['seed']}{length}")
     shown = {row["rule"] for p in points for row in p["other_rules"]}
     for rule, mark in MARKS.items():
         if rule in shown:

@@ -17,13 +17,15 @@ def report_of(folder):
 def test_the_command_puts_runs_and_controls_side_by_side(counting):
     run("sparse.py", out_dir="out/narrow", loss_slack=0.01)
     run("sparse.py", out_dir="out/wide", loss_slack=0.2)
+    run("sparse.py", out_dir="out/short", loss_slack=0.2, max_steps=30)
     run("control.py")
-    folders = ["out/narrow", "out/wide", "out/control"]
+    folders = ["out/narrow", "out/wide", "out/control", "out/short"]
     assert call(analyze.main, "report", "out/dense", *folders).returncode == 0
     cut = ["baselines", "out/wide", "--rules=top-k", "--budgets=1"]
     call(analyze.main, *cut)
     call(analyze.main, *cut, "--steps=60")
-    done = call(analyze.main, "curve", *folders[:2], "--controls", "out/control", "--to=out/found")
+    done = call(analyze.main, "curve", *folders[:2], "out/short", "--controls", "out/control",
+                "--to=out/found")
     assert done.returncode == 0, done.stderr
     with open("out/found.json") as f:
         points = {point["run"]: point for point in json.load(f)}
@@ -38,6 +40,8 @@ def test_the_command_puts_runs_and_controls_side_by_side(counting):
         assert point["per_head_and_token"] == pytest.approx(open_edges / 8 / 4)  # T = 8, 2 layers of 2 heads
         assert point["percent"] == pytest.approx(100 * open_edges / report["edges"]["total"])
         assert folder in done.stdout
+    # the control was trained for other steps than this run
+    assert points["out/short"]["steps"] == 30 and points["out/short"]["above_control"] is None
     assert points["out/narrow"]["other_rules"] == []
     with open("out/wide/baselines-60.json") as f:  # as many steps as the run; not what is only cut
         assert points["out/wide"]["other_rules"] == json.load(f)["rows"]
