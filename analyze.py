@@ -112,6 +112,8 @@ def main(arguments):
                  f"To compute on the CPU: CUDA_VISIBLE_DEVICES= python analyze.py {' '.join(arguments)}")
     except (UserError, OSError) as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("stopped")
     if status:
         sys.exit(status)
 

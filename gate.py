@@ -75,9 +75,11 @@ def gated_attention(q, k, v, bias=3.0, temperature=1.0, sample=False, *, dense=F
     """
     k, v = shared_among_heads(k, q), shared_among_heads(v, q)
     check(q, k, v, temperature, keep)
+    # Somebody else computes it, unless a caller wants to look inside: torch where it is dense, fast/ from 64
+    # tokens on. If not, noise comes back as what fast/ would have drawn: to look changes nothing
     done, noise = dispatch.attention(q, k, v, bias, temperature, sample, dense, linear_penalty, noise,
                                      plain=keep is not None or renormalise or return_gates, impl=impl)
-    if done is not None:  # from 64 tokens on, unless somebody wants to look: the same formula in fast/
+    if done is not None:
         return *done, None
 
     # The plain formula. a_ij is exact: half precision is too coarse at the gate's threshold

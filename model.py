@@ -262,11 +262,10 @@ class GPT(nn.Module):
 # OpenAI's weights
 #
 #     our Linear:      y = x W^T + b    W (out, in)
-# their Conv1D:    y = x W + b      W (in, out)         so four matrices of every block are stored transposed
+#     their Conv1D:    y = x W + b      W (in, out)     so four matrices of every block are stored transposed
 #
 # Names are the same otherwise (nanoGPT took them over), but for a prefix `transformer.` that their files
-# lack, a tied lm_head that is not
-# stored twice, and the causal mask, which old files hold as `attn.bias`.
+# lack, a tied lm_head that is not stored twice, and the causal mask, which old files hold as `attn.bias`.
 
 # As the organisation openai-community hosts them. Size in bytes; sha256 of the one that several public
 # sources confirm; of the others the hub's own word counts
@@ -312,10 +311,9 @@ def from_openai(tensors, source, **args):
     vocab_size, n_embd = state["wte.weight"].shape
     lm_head = state.pop("lm_head.weight", state["wte.weight"])
     layers = {int(name.split(".")[1]) for name in state if name.startswith("h.")}
-    # every GPT-2 has heads of width 64
     found = {
         "n_layer": len(layers),
-        "n_head": max(1, n_embd // 64),
+        "n_head": max(1, n_embd // 64),  # every GPT-2 has heads of width 64
         "n_embd": n_embd,
         "block_size": state["wpe.weight"].shape[0],
         "vocab_size": vocab_size,

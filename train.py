@@ -14,7 +14,7 @@ long as the loss stays there. Three losses take part, and all of them are in the
   `noise_free_steps` under thresholds), straight-through;
 - lambda is moved by the loss of the same batch under the deterministic gates that count in the end, or under
   the sampled ones, as in the paper (`constraint_gates`). Its target is the dense model's loss on training
-  batches + loss_slack, and on text + peak_slack as long as the learning rate is high;
+  batches + loss_slack - constraint_margin, and on text + peak_slack as long as the learning rate is high;
 - the run is judged on the held-out set under deterministic gates (training/verdict.py).
 
 Notable:
@@ -119,7 +119,6 @@ def train_one(config, given, job=None):
     """
     c = config
     checkpoint = claim_folder(c, given)
-    check_together(c, hardware.world())
     hardware.wait_for_all()  # nobody writes into the folder before everybody has read it
     if job is None:
         job = Job.of_begun(c, checkpoint) if checkpoint else Job([c])
@@ -133,6 +132,8 @@ def train_one(config, given, job=None):
     with alone_in(c.out_dir), StopRequest() as stop, Progress(job, c, run.state.step) as progress:
         loop(run, Judge(run, progress), progress, stop)
     hardware.wait_for_all()  # a child that starts now finds the files whole
+    if c.out_dir != job.parts[-1].folder and hardware.total([stop.asked], run.device)[0]:
+        raise KeyboardInterrupt  # asked for in its last step or evaluation: no child starts
     return has_succeeded(c, vars(run.state))
 
 

@@ -16,9 +16,11 @@ A rule says which weights of a head are cut. What is left of a row sums to 1 aga
 k, edges per head and token, is the budget; `entmax` cannot always get there. The gated run's own k stands in
 the table as well, and no rule but `threshold`, `shared` and `random` goes below 1.
 
-Training on is the run's own: its batches, learning rates, number of steps, and the KL to the dense parent
-(`distill_weight`), without a penalty; what a head's number is, is chosen anew with every measurement of the
-run's constraint (`constraint_interval`). Loss and edges are judged as every run's (training/evaluate.py).
+Training on is the run's own: its batches, learning rates, number of steps, averaged weights, and the KL to
+the dense parent (`distill_weight`), without a penalty. The last step is judged; what a head's number is, is
+chosen anew with every measurement of the run's constraint (`constraint_interval`). Loss and edges are judged
+as every run's (training/evaluate.py).
+
 The table goes into the run's folder, as baselines.json or baselines-<steps>.json, and what is trained on into
 the folder baselines-<steps>/: a command that was stopped goes on, and others add to it (baselines_table.py).
 
@@ -39,7 +41,8 @@ from analysis.baselines_table import Table, heading
 from analysis.rules import RULES, Cut
 from circuits import prompt_circuits
 from circuits.attention_edges import attending
-from circuits.compare import prompts, vocabulary_of
+from circuits.compare import prompts
+from circuits.tasks import vocabulary
 from models.checkpoint import (
     checkpoint_named,
     checkpoint_of,
@@ -48,9 +51,11 @@ from models.checkpoint import (
     load_weights,
     read_checkpoint,
     save_checkpoint,
+    tokenizer_of,
 )
 from storage.files import UserError
 from training import hardware
+from training.average import follow, judged_model
 from training.batches import Batches
 from training.distillation import divergence
 from training.evaluate import evaluate, examples_of
@@ -74,15 +79,17 @@ def fit(model, cut, data):
 
 
 def train_on(model, teacher, cut, data, c, path, progress):
-    """Train a model that is cut for c.max_steps steps, as the run of the settings c was trained.
+    """Train a model that is cut for c.max_steps steps, as the run of the settings c was trained. Returns the
+    model that is to be judged: the average of its weights (average.py), if c has one.
 
-    path: the model on disk, written every c.eval_interval steps; if it is there, training goes on from it.
+    path: both on disk, written every c.eval_interval steps; if they are there, training goes on from them.
     """
     device = next(model.parameters()).device
     batches = Batches(data, model.config.block_size, c.batch_size, 1, c.seed, True, device)
     autocast, _ = hardware.precision(c.dtype, device.type)
+    average = judged_model(model, c.average_decay)
     optimizer, schedule = optimizer_of(model, c)
-    begun = go_on_from(path, model, optimizer, schedule)
+    begun = go_on_from(path, model, average, optimizer, schedule)
     progress.update(begun)
     with attending(model, cut):
         model.train()
@@ -100,30 +107,41 @@ def train_on(model, teacher, cut, data, c, path, progress):
             optimizer.step()
             optimizer.zero_grad()
             schedule.step()
+            if c.average_decay:
+                follow(average, model, c.average_decay)
             progress.update()
             if (step + 1) % c.eval_interval == 0 or step + 1 == c.max_steps:
-                save_checkpoint(path, checkpoint_of(model, step=step + 1, optimizer=optimizer.state_dict(),
+                save_checkpoint(path, checkpoint_of(average, trained=model.state_dict(), step=step + 1,
+                                                    optimizer=optimizer.state_dict(),
                                                     schedule=schedule.state_dict()))
-    model.eval()
-    fit(model, cut, data)
+    average.eval()
+    fit(average, cut, data)
+    return average
 
 
 def optimizer_of(model, c):
     """AdamW, and the learning rate of train.py's `get_lr`."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=c.learning_rate, betas=(c.beta1, c.beta2),
                                   weight_decay=c.weight_decay)
-    warm = torch.optim.lr_scheduler.LinearLR(optimizer, 1 / c.warmup_steps, total_iters=c.warmup_steps)
-    rest = max(1, c.max_steps - c.warmup_steps)
-    cool = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, rest, c.min_lr)
-    return optimizer, torch.optim.lr_scheduler.SequentialLR(optimizer, [warm, cool], [c.warmup_steps])
+
+    def share(step):
+        """Of the peak."""
+        if step < c.warmup_steps:
+            return (step + 1) / c.warmup_steps
+        done = min(1, (step - c.warmup_steps) / max(1, c.max_steps - c.warmup_steps))
+        low = c.min_lr / c.learning_rate
+        return low + (1 - low) * (1 + math.cos(math.pi * done)) / 2
+
+    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, share)
 
 
-def go_on_from(path, model, optimizer, schedule):
+def go_on_from(path, model, average, optimizer, schedule):
     """Load what an earlier command has left at path, if anything. Returns how many steps were done."""
     if not os.path.exists(path):
         return 0
     checkpoint = read_checkpoint(path)
-    load_weights(model, checkpoint["model"], path)
+    load_weights(average, checkpoint["model"], path)
+    load_weights(model, checkpoint["trained"], path)
     optimizer.load_state_dict(checkpoint["optimizer"])
     schedule.load_state_dict(checkpoint["schedule"])
     return checkpoint["step"]
@@ -211,11 +229,11 @@ def models_and_data(folder, tasks):
         raise UserError(f"{folder} is no gated run whose weights are all trained: baselines start from the "
                         "parent of one")
     c = Config(**checkpoint["config"])
-    vocabulary = vocabulary_of(checkpoint["data"]["tokenizer"], checkpoint["model_args"]["vocab_size"])
+    tokens = vocabulary(tokenizer_of(checkpoint), checkpoint["model_args"]["vocab_size"])
     room = checkpoint["model_args"]["block_size"]
     posed = {}
     for task in tasks:
-        _, pairs, metric = prompts(task, 64, 1, vocabulary, room)
+        _, pairs, metric = prompts(task, 64, 1, tokens, room)
         posed[task] = pairs, metric
     data = prepare_data.load(c.dataset)
     return checkpoint["reference"], load_checkpoint(path), c, data, posed
@@ -252,6 +270,6 @@ def run(options, settings):
             model, cut = load_checkpoint(parent).to(device).eval(), Cut(rule, k)
             fit(model, cut, data)
             if options.steps:
-                train_on(model, dense, cut, data, c, table.model_path(rule, k), progress)
+                model = train_on(model, dense, cut, data, c, table.model_path(rule, k), progress)
             table.add(row_of(rule, k, model, cut))
     print(f"the same as numbers: {table.place}")

@@ -88,7 +88,11 @@ def ways(device, T, D, dtype, splash):
         found["triton"] = gated("triton")
     if splash is not None:
         sys.path.insert(0, splash)
-        from splash_attention import splash_attention
+        try:
+            from splash_attention import splash_attention
+        except ImportError as error:
+            raise UserError(f"--splash={splash}: no package splash_attention ({error}). Clone "
+                            "github.com/hrpan/splash_attention and give its folder") from error
 
         def of_the_authors(q, k, v, bias):
             causal, sample, return_map = True, True, False

@@ -12,15 +12,14 @@ import os
 import torch
 
 from analysis import circuit_figures, figures
+from analysis.report_figures import pieces_of
 from circuits import compare
 from circuits.attention_edges import terms_of
 from circuits.graph import Graph
 from circuits.prompt_circuits import circuit_of
 from circuits.table import table
-from circuits.tasks import fitting
+from circuits.tasks import fitting, vocabulary
 from models.checkpoint import checkpoint_named, folder_of_answers, model_of, read_checkpoint, tokenizer_of
-from storage import text
-from storage.addition import ADDITION_TOKENS
 from storage.files import UserError, write_json
 from training import hardware
 
@@ -69,15 +68,6 @@ def strongest_heads(graph, kept):
     names = graph.writer_names()
     heads = [w for w in weight.argsort(descending=True).tolist() if weight[w] > 0 and "." in names[w]]
     return heads[:DRAWN_HEADS]
-
-
-def pieces_of(ids, tokenizer):
-    """Token ids as words, one string each."""
-    if tokenizer == "addition":
-        return [ADDITION_TOKENS[i] for i in ids]
-    if tokenizer in text.TOKENIZERS:
-        return text.pieces(ids, text.tokenizer(tokenizer))
-    return [str(i) for i in ids]
 
 
 @torch.no_grad()
@@ -150,7 +140,7 @@ def run(options, settings):
         raise UserError("--n must be at least 2, --steps at least 1, --seed 0 or more")
     dense, sparse, tokenizer = two_models(options.dense.rstrip("/"), options.sparse.rstrip("/"))
     if not options.task:
-        name = compare.vocabulary_of(tokenizer, sparse.config.vocab_size).name
+        name = vocabulary(tokenizer, sparse.config.vocab_size).name
         raise UserError(f"say which task: --task={' or --task='.join(fitting(name))}")
     folder = folder_of_answers(options.sparse.rstrip("/"))
     found = compare.compare(dense, sparse, tokenizer, options.task, options.n, options.seed, options.steps)

@@ -45,7 +45,7 @@ def read_report(folder):
 def lambda_of(folder, config):
     """{low, high, inside}: lambda over the second half of a run, and whether it stayed off its bounds."""
     metrics = read_metrics(os.path.join(folder, "metrics.jsonl"))
-    half = [m["lambda"] for m in metrics if m["step"] >= config["max_steps"] / 2]
+    half = [m["lambda"] for m in metrics if m["step"] >= metrics[-1]["step"] / 2]
     low, high = min(half), max(half)
     floor, cap = bounds_of_lambda(config)
     inside = low > floor / AT_CAP and high < cap * AT_CAP
@@ -144,9 +144,9 @@ def draw(path, points):
     for p in sorted(points, key=lambda p: (p["seed"], p["steps"], p["above_parent"])):
         groups.setdefault((p["parent"], p["steps"]), []).append(p)
     one_length = len({p["steps"] for p in points}) == 1
-    for color, own in zip(plt.get_cmap("tab10").colors, groups.values()):
+    for number, own in enumerate(groups.values()):
         length = "" if one_length else f", {own[0]['steps']:,} steps"
-        draw_line(ax, own, color, f"seed {own[0]['seed']}{length}")
+        draw_line(ax, own, f"C{number % 10}", f"seed {own[0]['seed']}{length}")
     shown = {row["rule"] for p in points for row in p["other_rules"]}
     for rule, mark in MARKS.items():
         if rule in shown:

@@ -38,7 +38,9 @@ TYPES = {"feature": "cross layer transcoder", "embedding": "embedding", "error":
 
 
 def read_transcoder(folder, name, checkpoint):
-    """The trained Transcoder of a run. Raises UserError."""
+    """The trained Transcoder of a run. folder: its; None of a model that is no run. Raises UserError."""
+    if folder is None:
+        raise UserError("only a run's folder, such as out/addition, can have a transcoder")
     place = os.path.join(folder, name + ".pt")
     if not os.path.exists(place):
         raise UserError(f"{folder} has no {name}.pt. Train one first: python analyze.py transcode {folder}")
@@ -46,6 +48,10 @@ def read_transcoder(folder, name, checkpoint):
     if trained["of"] != fingerprint(checkpoint):
         raise UserError(f"{place} was trained for other weights than {folder} holds now. Delete it, and: "
                         f"python analyze.py transcode {folder}")
+    steps = trained["settings"]["steps"]
+    if trained["step"] < steps:
+        raise UserError(f"{place} is not finished, {trained['step']} of {steps} steps: give "
+                        "the same transcode command again, and it goes on")
     coder = Transcoder(**trained["model_args"])
     coder.load_state_dict(trained["model"])
     return coder.eval()

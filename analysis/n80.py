@@ -34,8 +34,9 @@ from analysis.questions import questions_of
 from analysis.report import read_json
 from analysis.view import gated_checkpoint
 from circuits.attribution_graph import graph_of
-from circuits.compare import prompts, vocabulary_of
+from circuits.compare import prompts
 from circuits.interventions import in_short, interventions
+from circuits.tasks import vocabulary
 from circuits.transcoder import Transcoder, read_and_written
 from models.checkpoint import folder_of_answers, read_checkpoint, tokenizer_of
 from storage.files import UserError, write_json
@@ -76,10 +77,10 @@ def prompts_of(tasks, models, n, own=(), run=""):
     """
     _, checkpoint, sparse = models["sparse"]
     dense = models["dense"][2]
-    vocabulary = vocabulary_of(tokenizer_of(checkpoint), sparse.config.vocab_size)
+    words = vocabulary(tokenizer_of(checkpoint), sparse.config.vocab_size)
     found = []
     for task in tasks:
-        pairs, *_ = prompts(task, 8 * n, 1, vocabulary, sparse.config.block_size)
+        pairs, *_ = prompts(task, 8 * n, 1, words, sparse.config.block_size)
         known = []
         for pair in pairs:
             tokens, position = torch.tensor(pair.clean), pair.positions[0]

@@ -144,7 +144,7 @@ def run(options, settings):
     draw, parts = np.random.default_rng(options.seed), []
     for which in (opens, ~opens):
         drawn = draw.choice(np.flatnonzero(which), min(options.n // 2, int(which.sum())), replace=False)
-        questions = [sum_question(f"{a[number]}+{b[number]}", task, run) for number in drawn]
+        questions = [sum_question(f"{a[number]}+{b[number]}", task) for number in drawn]
         parts.append([parts_of_score(model, coder, question, edge)
                       for question in tqdm(questions, unit="sum", leave=False, disable=None)])
     table = differences(*parts)

@@ -1,6 +1,6 @@
 """Questions to a model: a prompt, its tokens, and where the model answers it. Of sums and of text.
 
-`view`, `graph` and `opens` ask them. A prompt that is none, or too long, is answered with a sentence.
+`view`, `graph`, `opens` and `n80` ask them. A prompt that is none, or too long, is answered with a sentence.
 """
 
 from typing import NamedTuple
@@ -52,9 +52,9 @@ def default_snippets(tokens, block_size):
     return [tokens.decode([int(i) for i in ids]) for ids in cut]
 
 
-def sum_question(prompt, task, run):
+def sum_question(prompt, task):
     """The Question of a sum. Raises UserError if the prompt is none."""
-    a, b = parse_sum(prompt, task, f"python analyze.py view {run} --prompt")
+    a, b = parse_sum(prompt, task, "--prompt")
     ids = addition_rows([a], [b], *task)[0, 0].tolist()
     positions = list(range(task.first, task.length))
     return Question(f"{a}+{b}", ids, symbols(ids), token_names(task), positions, f"{a + b:0{task.answers}d}")
@@ -80,7 +80,7 @@ def questions_of(checkpoint, run, prompts):
     dataset = checkpoint.get("data", {}).get("dataset")
     task = addition_task(prepare_data.load(dataset).meta) if dataset else None
     if task is None:
-        raise UserError(f"{run} is a run on {dataset or 'other data'}, whose tokens are no words: view knows "
-                        "addition and text. Try one of these: python analyze.py view out/addition")
-    found = [sum_question(prompt, task, run) for prompt in prompts or default_sums(task)]
+        raise UserError(f"{run} is a run on {dataset or 'other data'}, whose tokens are no words: only "
+                        "addition and text can be asked. Try out/addition")
+    found = [sum_question(prompt, task) for prompt in prompts or default_sums(task)]
     return found, lambda token: symbols([token])[0], args["vocab_size"]

@@ -124,6 +124,8 @@ def pieces_of(tokens, name):
     """What each token says, in the words of the tokenizer `name`; its number where that cannot be had, said
     aloud.
     """
+    if name == "addition":
+        return symbols(tokens)
     if name not in text.TOKENIZERS:
         return [str(token) for token in tokens]
     try:

@@ -72,7 +72,7 @@ def drawn(scores, k, layer):
     """(H, T, T) bool: k T of every head's causal pairs, drawn once, others in every layer."""
     H, T = scores.shape[1:3]
     numbers = torch.rand(H, T, T, generator=torch.Generator().manual_seed(layer)).tril()
-    rank = min(round(k * T), T * (T + 1) // 2)
+    rank = min(max(1, round(k * T)), T * (T + 1) // 2)
     return (numbers >= numbers.flatten(1).topk(rank).values[:, -1, None, None]).to(scores.device)
 
 

@@ -119,6 +119,9 @@ def run(options, settings):
     if not isinstance(model, GPT):
         raise UserError(f"{options.run} is no GPT: transcoders are made for its MLPs alone so far")
     folder = folder_of_answers(options.run.rstrip("/"))
+    if folder is None or "data" not in checkpoint:
+        raise UserError(f"{options.run} is no run, and the text it was trained on is not here: a transcoder "
+                        "is trained of a run's folder, such as out/addition")
     place = os.path.join(folder, options.name + ".pt")
     settings, of = {key: getattr(options, key) for key in SETTINGS}, fingerprint(checkpoint)
     start = begun(place, settings, of)

@@ -161,8 +161,8 @@ function about_features() {
   if (prompt().expected) parts.push(html("p", {className: "quiet"}, "On which sums a feature fires: analyze.py opens."));
   if (answers.length > 1) parts.push(html("p", {}, "The graph behind ", ...answers));
   for (const name of models().filter(name => features(name))) {
-    const [likeliest, ...others] = nodes_of(name).filter(node => ["logit", "feature"].includes(node.kind));
-    const nodes = [likeliest, ...others.filter(node => node.kind === "feature")];
+    const of_kind = kind => nodes_of(name).filter(node => node.kind === kind);
+    const nodes = [...of_kind("logit").slice(0, 1), ...of_kind("feature")];
     const {replacement, completeness} = graph_shown(name).scores;
     parts.push(html("h3", {}, name),
                html("p", {className: "quiet"}, `of the tokens' influence ${percent(replacement)} goes through ` +

@@ -32,8 +32,10 @@ def coders_of(places, models, name):
     """
     found = {}
     for kind, path in places.items():
-        folder = folder_of_answers(os.path.dirname(path))
-        if not isinstance(models[kind], GPT) or not os.path.exists(os.path.join(folder, name + ".pt")):
+        folder = folder_of_answers(os.path.dirname(path))  # None of a name such as gpt2
+        if folder is None or not isinstance(models[kind], GPT):
+            continue
+        if not os.path.exists(os.path.join(folder, name + ".pt")):
             continue
         try:
             coder = read_transcoder(folder, name, read_checkpoint(path))

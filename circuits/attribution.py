@@ -4,18 +4,18 @@ A model is a graph: heads and MLPs write to the residual stream, and read what o
 does an edge of it carry? On a pair of prompts (tasks.py) the writer's activation is d = corrupted - clean
 away from its twin's. Cutting the edge replaces, for this reader alone, the one by the other (interchange):
 
-    exact                       metric(edge cut) - metric(clean)                                           a
-                                run for every edge: `cut_edges`; for components: `patch_components`
-    attribution (EAP)           d . grad of the metric by what the reader reads                            a
-                                first-order guess, all edges at once
+    exact                       metric(edge cut) - metric(clean)
+                                a run for every edge: `cut_edges`; for components: `patch_components`
+    attribution (EAP)           d . grad of the metric by what the reader reads
+                                a first-order guess, all edges at once
     with integrated gradients   the mean of that gradient over `steps` inputs between corrupted and clean
                                 (EAP-IG), where the first order misleads
 
 A circuit keeps the n edges (or components) with the largest |score| and cuts all others. How much of the task
 it explains:
 
-    explained effect = (metric(circuit) - metric(corrupted)) / (metric(clean) - metric(corrupted))         1
-    the whole model, 0 nothing
+    explained effect = (metric(circuit) - metric(corrupted)) / (metric(clean) - metric(corrupted))
+                       1 the whole model, 0 nothing
 
 Notable:
 - Gates are computed from the patched q and k in every run: to cut an edge between components may open or shut

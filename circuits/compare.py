@@ -1,7 +1,5 @@
-"""Dense against sparse: how small is the circuit of a task in each, as a table, two curves, a gallery and a
-drawing.
-
-    python analyze.py circuit out/stdlib_dense out/stdlib --task=quote
+"""Dense against sparse: how small is the circuit of a task in each? Component edges and heads are measured
+here, attention edges by prompt_circuits.py, controls beside both. The command: analysis/circuit.py.
 
 The question of the paper's section on circuits: does sparse attention make the circuits of tasks small? For
 both models alike, heads or edges are ranked by their score on one set of prompts (circuits/attribution.py:
@@ -36,23 +34,10 @@ from circuits.attribution import (
 )
 from circuits.controls import component_controls, pairs_of_another, untrained
 from circuits.graph import Graph
-from circuits.tasks import Pair, Vocabulary, make_pairs, vocabulary
-from storage import text
+from circuits.tasks import Pair, make_pairs, vocabulary
 from storage.files import UserError
 
 EXACT = 200  # edges: in a graph of so many or fewer every one is cut by itself
-
-
-def vocabulary_of(name, size):
-    """The tasks.Vocabulary of a model's tokenizer, by its name: one of text.TOKENIZERS, 'addition', or any
-    other, which only `copy` fits.
-    """
-    if name in ("olmo", "olmo2"):
-        tokens = text.tokenizer(name)
-        return Vocabulary(name, size, lambda words: [int(i) for i in tokens.encode(words.encode())])
-    if name in ("gpt2", "bytes", "addition"):
-        return vocabulary(name)
-    return Vocabulary(name or "of its own", size, None)
 
 
 def measure(model, pairs_to_score, pairs_to_test, metric, steps, another=None, controls=True):
@@ -129,12 +114,6 @@ def size_by_chance(model, pairs_to_score, pairs_to_test, metric, steps):
     return found["by_edges"]["needed"]["0.9"]
 
 
-def ratio(dense, sparse, by, level):
-    """How many times fewer the sparse model needs; None if one of the two never gets there."""
-    a, b = (model[by]["needed"][str(level)] for model in (dense, sparse))
-    return a / b if a and b else None
-
-
 class Comparison(NamedTuple):
     """What `compare` found."""
 
@@ -169,7 +148,7 @@ def compare(dense, sparse, tokenizer, task, n, seed, steps):
 
     tokenizer: its name; n: pairs; steps: of integrated gradients.
     """
-    tokens = vocabulary_of(tokenizer, sparse.config.vocab_size)
+    tokens = vocabulary(tokenizer, sparse.config.vocab_size)
     room = min(dense.config.block_size, sparse.config.block_size)
     to_score, to_test, metric = prompts(task, n, seed, tokens, room)
     result = {
@@ -198,8 +177,4 @@ def compare(dense, sparse, tokenizer, task, n, seed, steps):
                 models, to_score, to_test, metric, ablation, another, progress
             )
             result.setdefault("attention_edges", {})[ablation] = found
-    result["fewer"] = {
-        by: {str(level): ratio(result["dense"], result["sparse"], by, level) for level in LEVELS}
-        for by in ("by_heads", "by_edges")
-    }
     return Comparison(result, scores, circuit, share, to_test[0].clean, next(iter(known["zero"]), None))

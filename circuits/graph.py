@@ -5,8 +5,8 @@ The residual stream is a sum of what components write: x = embed + sum of heads 
 graph, with an edge from every writer to every reader behind it; the q, k and v of a head are readers of their
 own, since each may listen to something else:
 
-    writers   embed, L H heads, L MLPs                        readers   3 L H of heads (q, k, v), L of MLPs,
-              the final one
+    writers   embed, L H heads, L MLPs
+    readers   3 L H of heads (q, k, v), L of MLPs, the final one
     edges     GPT-2 small: 157 writers, 445 readers, 32,491 edges
 
 A run is watched and changed by the object that it is given as `hooks` (patching.py): it calls `read` with

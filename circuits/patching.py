@@ -98,10 +98,9 @@ def run_olmo(model, idx, hooks, options, record):
 
 
 def olmo_heads(block, layer, x, rotation, hooks, options):
-    """As `gpt_heads`. The norm of q is that of all heads together, whatever each of them reads. What a head
-    writes is its share of the
+    """As `gpt_heads`. The norm of q is that of all heads together, whatever each of them reads.
 
-    normed sum: norm(sum_h y_h) = sum_h w y_h / rms(sum_h y_h).
+    What a head writes is its share of the normed sum: norm(sum_h y_h) = sum_h w y_h / rms(sum_h y_h).
     """
     attention, config, C = block.self_attn, block.self_attn.config, x.shape[-1]
     H, D = config.n_head, C // config.n_head

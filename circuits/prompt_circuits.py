@@ -134,7 +134,7 @@ def spread(values, resamples=1000, seed=0):
             "median": float(np.median(values))}
 
 
-def mean_curve(found):
+def median_curve(found):
     """{kept, share, low, high}: the median share over prompts of the k best edges, and its quartiles."""
     most = max(curve.edges for curve in found)
     grid = np.unique(np.geomspace(1, max(most, 2), GRID).round()).astype(int)
@@ -168,7 +168,7 @@ def measure(model, to_choose, to_test, metric, ablation, another, kinds=KINDS):
         "within": {str(level): spread(sizes_at(found, "within", str(level))) for level in LEVELS},
         "reaches": {str(level): spread(sizes_at(found, "reaches", str(level))) for level in LEVELS},
         "per_pair": sizes_at(found, "within", LEVEL),
-        "curve": mean_curve(found),
+        "curve": median_curve(found),
         "controls": controls,
         "nonsense": nonsense_reached(model, to_test[:MOST_PAIRS], metric, ablation, own),
         "untrained": size_by_chance(by_chance),
@@ -203,8 +203,5 @@ def circuit_of(model, pair, metric, ablation, ranking):
 
 
 def size_by_chance(found: list[Curve]):
-    """{mean size, edges} of an untrained model's circuits; None if it has no effect at all."""
-    if not found:
-        return None
-    return {"within": float(np.mean(sizes_at(found, "within", LEVEL))),
-            "edges": float(np.mean([curve.edges for curve in found])), "pairs": len(found)}
+    """Mean size of an untrained model's circuits; None if it has no effect at all."""
+    return float(np.mean(sizes_at(found, "within", LEVEL))) if found else None

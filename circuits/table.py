@@ -112,6 +112,5 @@ def controls(result):
             label = "prompts on which as few edges say a nonsense answer, %"
             lines.append(f"    {label:54} {reached[0]:9.0f} {reached[1]:9.0f}")
         chance = [found[model]["untrained"] for model in ("dense", "sparse")]
-        sizes = [x["within"] if isinstance(x, dict) else x for x in chance]
-        lines.append(row("    an untrained model of the shape: its circuit", *sizes, with_ratio=False))
+        lines.append(row("    an untrained model of the shape: its circuit", *chance, with_ratio=False))
     return lines

@@ -23,6 +23,7 @@ import random
 from typing import NamedTuple
 
 from circuits import prompts
+from storage import text
 from storage.addition import ADDITION_TOKENS
 from storage.files import UserError
 
@@ -46,24 +47,19 @@ class Vocabulary(NamedTuple):
 
 
 def vocabulary(name, size=None):
-    """The Vocabulary called 'gpt2' (through tiktoken), 'bytes', 'addition'; any other name needs its size."""
-    if name == "gpt2":
-        try:
-            import tiktoken
-
-            bpe = tiktoken.get_encoding("gpt2")
-        except Exception as error:  # no network, a damaged cache: errors of many packages
-            raise UserError(
-                f"OpenAI's vocabulary cannot be fetched ({type(error).__name__}): set TIKTOKEN_CACHE_DIR to "
-                "a folder that holds it"
-            ) from error
-        return Vocabulary("gpt2", bpe.n_vocab, bpe.encode_ordinary)
-    if name == "bytes":
-        return Vocabulary("bytes", 256, lambda text: list(text.encode()))
+    """The Vocabulary of a tokenizer, by its name (storage/text.py), or of 'addition'; any other needs its
+    size, and only `copy` fits it. Raises UserError if a tokenizer cannot be fetched.
+    """
     if name == "addition":
-        return Vocabulary("addition", len(ADDITION_TOKENS),
-                          lambda text: [ADDITION_TOKENS.index(c) for c in text])
-    return Vocabulary(name, size, None)
+        return Vocabulary(name, len(ADDITION_TOKENS), lambda words: [ADDITION_TOKENS.index(c) for c in words])
+    if name in text.TOKENIZERS:
+        tokens = text.tokenizer(name)
+
+        def encode(words):
+            return [int(i) for i in tokens.encode(words.encode())]
+
+        return Vocabulary(name, tokens.vocab_size, encode)
+    return Vocabulary(name or "of its own", size, None)
 
 
 PROBABILITY, LOGIT = "probability difference", "logit difference"
@@ -151,13 +147,9 @@ def run(options, settings):
 
 def decoder(name):
     """The function that turns token ids of the vocabulary of that name into words."""
-    if name == "gpt2":
-        import tiktoken
-
-        return tiktoken.get_encoding("gpt2").decode
-    if name == "bytes":
-        return lambda ids: bytes(ids).decode(errors="replace")
-    return lambda ids: "".join(ADDITION_TOKENS[i] for i in ids)
+    if name == "addition":
+        return lambda ids: "".join(ADDITION_TOKENS[i] for i in ids)
+    return text.tokenizer(name).decode
 
 
 def first_few(ids, show, most=4):

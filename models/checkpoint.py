@@ -191,8 +191,9 @@ def model_of(
     merged   of a checkpoint that holds LoRA adapters and the name of their base: merged into the weights,
              else beside them (lora.py)
     in_parts the checkpoint may be one of a sharded run that names a folder instead of holding weights:
-    sharding.load will bring them Raises UserError if the architecture is unknown or the weights do not fit
-    it.
+             sharding.load will bring them
+
+    Raises UserError if the architecture is unknown or the weights do not fit it.
     """
     if checkpoint["model"] is None and not in_parts:
         raise UserError(

@@ -13,7 +13,7 @@ import torch
 
 import prepare_data
 from conftest import REPOSITORY
-from models.checkpoint import read_checkpoint
+from models.checkpoint import fingerprint, read_checkpoint
 from train import train
 from training.configure import parse_command_line
 from training.settings import Config, limits, make_config
@@ -107,6 +107,12 @@ def decoded(split, data):
 
 def parameters(folder, name="last.pt"):
     return read_checkpoint(f"{folder}/{name}")["model"]
+
+
+def trained(coder, path):
+    """The file of a Transcoder that has been trained, to its end, for the checkpoint at path."""
+    return {"model": coder.state_dict(), "model_args": coder.shape, "of": fingerprint(read_checkpoint(path)),
+            "step": 1, "settings": {"steps": 1}}
 
 
 def same(a, b):

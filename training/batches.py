@@ -1,8 +1,7 @@
 """What a training step gets to see: its examples, its micro-batches, its noise. All are functions of (seed,
 step), of nothing else.
 
-    step -> batch_size examples -> micro-batches, dealt out to the processes in turn -> gates' noise and
-    dropout of each
+    step -> batch_size examples -> micro-batches, dealt out to the processes in turn -> noise, dropout of each
 
 So a run that was killed does bit for bit what it would have done (on the same CPU; GPUs add in an order of
 their own), and no generator's state has to be saved; and a step is the same for one process that accumulates

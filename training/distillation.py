@@ -1,7 +1,6 @@
 """What the dense model teaches the gated one: to be as sure as it, of every token, and not only to be right.
 
-    L_teach = distill_weight * KL(dense || gated)            mean over the positions where something is asked,
-    nats
+    L_teach = distill_weight * KL(dense || gated)      nats, mean over the positions where something is asked
 
 A target says which token came next; the dense model's distribution says how likely all others were (Hinton et
 al. 2015). Not the paper's: distill_weight = 0 is. It is added to the loss that is trained on, and lambda

@@ -28,8 +28,8 @@ from storage.addition import token_names
 from storage.files import write_whole
 from training.folder import MetricsLog, read_metrics
 
+# matplotlib's tab10, as in analysis/figures.py
 HEAD_COLORS = ((31, 119, 180), (255, 127, 14), (44, 160, 44), (214, 39, 40), (148, 103, 189),
-               # figures.py's
                (140, 86, 75), (227, 119, 194), (127, 127, 127), (188, 189, 34), (23, 190, 207))
 BLACK, GREY, PALE = (20, 20, 20), (120, 120, 120), (222, 222, 222)
 FAINTEST = 0.12  # an edge that is open in a single sum can still be seen

@@ -1,7 +1,7 @@
 """A run that cannot be lost: whose folder it is, where it goes on, how it is stopped.
 
-A run's folder out/<run>/ holds config.json, metrics.jsonl, best.pt or closest.pt, last.pt, report.json and
-figures. Its rules:
+A run's folder out/<run>/ holds config.json, metrics.jsonl, steps.csv, best.pt or closest.pt, last.pt,
+report.json and figures. Its rules:
 
 - The same command goes on where the run stands. If the run is finished there is nothing to do.
 - Other settings are refused: two runs never mix in one folder. `--init_from=resume` says that the change is

@@ -66,11 +66,11 @@ def fold_shift(model, idx, open_above, fold=True, ridge=1e-2, too_low=100.0):
 
     for attention in model.attentions:
         attention.attend = watching(attention.attend)
-    was = model.config.gated, model.training
+    was_gated, was_training = model.config.gated, model.training
     model.config.gated = False
     model.eval()(idx)
-    model.config.gated, _ = was
-    model.train(was[1])
+    model.config.gated = was_gated
+    model.train(was_training)
     for attention in model.attentions:
         del attention.attend  # and the class's own is seen again
     if fold:

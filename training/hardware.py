@@ -181,10 +181,8 @@ def first_alone():
 
 def total(values, device="cpu"):
     """Sums over all processes of a list of numbers; every process gets them. A list of floats."""
-    # which has no float64
-    summed = torch.tensor(
-        values, dtype=torch.float64, device=device if torch.device(device).type != "mps" else "cpu"
-    )
+    place = "cpu" if torch.device(device).type == "mps" else device  # mps has no float64
+    summed = torch.tensor(values, dtype=torch.float64, device=place)
     if dist.is_initialized():
         dist.all_reduce(summed)
     return summed.tolist()

@@ -43,8 +43,8 @@ class Judge:
         self.run, self.progress, self.config, self.state = run, progress, run.config, run.state
         self.start, self.is_over = run.state.step, False
         c, model = self.config, run.model
-        passes = forward_passes(c) - c.recompute_activations
-        flops = model.flops_per_token(run.context) / 3 * passes  # a forward pass is a third of a dense step
+        cost = forward_passes(c) - c.recompute_activations
+        flops = model.flops_per_token(run.context) / 3 * cost  # a forward pass is a third of a dense step
         self.began = time.time()
         self.speed = hardware.Speed(c.batch_size * run.context, flops, run.device)
         self.log = self.flow = self.steps = self.wandb = None
@@ -52,7 +52,7 @@ class Judge:
             self.open_logs()
 
     def open_logs(self):
-        """config.json, metrics.jsonl and, for sums, the flow picture.
+        """config.json, metrics.jsonl, steps.csv, Weights & Biases if asked for and, for sums, edges.jsonl.
 
         What a killed run wrote after last.pt is dropped.
         """
@@ -163,6 +163,8 @@ class Judge:
 
     def has_failed_to_repair(self, step, passes):
         """Has a cycle of cutting and repairing ended without meeting the target, though an earlier one did?
+
+        Where best.pt has fewer edges, held-out rows alone say so (`is_promising`).
         """
         c = self.config
         ends_cycle = c.gated and c.cycle_steps and step % c.cycle_steps == 0
@@ -223,7 +225,7 @@ class Judge:
                 os.path.join(c.out_dir, run.shards), state_to_save(run.model), run.model, run.optimizer
             )
         if run.sharded:
-            is_whole = not is_last or step == c.max_steps
+            is_whole = not is_last or self.is_over
             parts["model"] = sharding.whole_state(state_to_save(run.model)) if is_whole else None
         if c.average_decay and is_last:
             parts["trained"] = run.model.state_dict()

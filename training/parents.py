@@ -87,20 +87,21 @@ def lineage_of(config, given, source=""):
                 f"{setting}={parent} is a gated run. Start from a dense one: its loss is the target"
             )
         refuse_own_folder(run.out_dir, config)
-        refuse_other_shape(setting, parent, run, config, given)
+        if setting == "init_from":
+            refuse_other_shape(parent, run, config, given)
         trained = [earlier.config.out_dir for earlier in lineage]
         lineage += [new for new in lineage_of(run, names, parent) if new.config.out_dir not in trained]
     return [*lineage, own]
 
 
-def refuse_other_shape(setting, parent, run, config, given):
+def refuse_other_shape(parent, run, config, given):
     """Raise UserError if a shape was given that is not that of the run `parent`, before that is trained.
 
     A shorter context is no other shape: an OLMo takes it.
     """
-    for key in set(SHAPE) & set(given) - {"block_size"}:
+    for key in SHAPE:
         ours, theirs = getattr(config, key), getattr(run, key)
-        if setting == "init_from" and ours != theirs:
+        if key in given and key != "block_size" and ours != theirs:
             raise UserError(
                 f"{key}={ours!r}, but {parent} has {key}={theirs!r}: a run that starts from another keeps "
                 f"its shape. First python train.py {parent} --{key}={ours} --out_dir=out/PARENT, then this "
@@ -201,18 +202,16 @@ def check_sources(c, sources, origin, checkpoint):
     """Raise UserError if parent or reference are not what this run can start from, or not what it was begun
     with.
     """
-    pairs = [(sources.parent, sources.of_parent), (sources.reference, sources.of_reference)]
-    for source, found in pairs:
-        if found:
-            require_tokenizer(found, source, origin["data"]["tokenizer"])
-    if c.gated:
-        settings = [("target_from" if c.target_from else "init_from", sources.of_reference),
-                    ("init_from", sources.of_parent)]
-        for setting, found in settings:
-            if found.get("model_args", {}).get("gated"):
-                raise UserError(f"{setting}={getattr(c, setting)} is a gated run. Start from a dense one: "
-                                "its loss is the target, its gates are not open or shut yet")
-        for source, found in pairs:
+    pairs = [("target_from" if c.target_from else "init_from", sources.reference, sources.of_reference),
+             ("init_from", sources.parent, sources.of_parent)]
+    for setting, source, found in pairs:
+        if not found:
+            continue
+        require_tokenizer(found, source, origin["data"]["tokenizer"])
+        if c.gated and found["model_args"].get("gated"):
+            raise UserError(f"{setting}={getattr(c, setting)} is a gated run. Start from a dense one: its "
+                            "loss is the target, its gates are not open or shut yet")
+        if c.gated:
             require_ready(found, source)
     if not checkpoint:
         if c.lora_rank and "lora" in sources.of_parent:

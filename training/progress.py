@@ -6,8 +6,8 @@
 A *job* is what one command trains: a gated run whose parent is a config file makes two parts, with a control
 as target three. The time left is that of all parts:
 
-    seconds left = work left * seconds / work done,    work of a part = steps * sequences a step * forward
-    passes a step
+    seconds left = work left * seconds / work done
+    work of a part = steps * sequences a step * forward passes a step
 
 so the child's share is a guess while its parent trains, and a parent that may stop early (`ready_loss`) makes
 it an upper bound.
@@ -141,7 +141,7 @@ class Progress:
         """The time that all parts still take, in words: `0:58 left`."""
         c, place = self.config, self.job.place(self.config.out_dir)
         waiting = self.job.parts[place + 1:]
-        a_step = work_of(c) / max(1, c.max_steps)
+        a_step = c.batch_size * forward_passes(c)
         work = (c.max_steps - self.now) * a_step + sum(part.work for part in waiting)
         if self.now == self.start:
             return "time left unknown" if work else "done"

@@ -5,7 +5,8 @@
                   (average.py)
     dense_model   of a gated run: sets the target, is compared with on the same batch, and teaches
 
-Each has a form in which it is called: `network` (compiled, in DDP), `fast_judged`, `fast_dense` (compiled).
+Each has a form in which it is called, compiled where that pays: `called`, `called_judged`, `called_dense`;
+`network` is `called`, in DDP where there are several processes.
 
 Notable:
 - `State` is what a checkpoint remembers beside weights, optimizer and lambda.
@@ -32,7 +33,7 @@ from training.distillation import divergence
 from training.evaluate import evaluate_splits
 from training.handover import fold_shift
 from training.parents import models_of
-from training.settings import check_together
+from training.settings import check_together, micro_batches_of
 from training.verdict import cap_of
 
 MEASURED = 50  # batches of the dense loss on training data: a good mean
@@ -61,7 +62,8 @@ class Run:
     def __init__(self, config, given, checkpoint):
         c = self.config = config
         self.device = hardware.pick_device(c.device)
-        self.micro_batches = check_together(c, hardware.world())
+        check_together(c, hardware.world())
+        self.micro_batches = micro_batches_of(c, hardware.world())
         with hardware.first_alone():
             self.data = prepare_data.load(c.dataset)
         self.model, self.dense_model, self.origin = models_of(c, given, self.data, self.device, checkpoint)
@@ -81,19 +83,19 @@ class Run:
             self.go_on_from(checkpoint)
         else:
             self.start()
-        self.fast_judged = self.fast
+        self.called_judged = self.called
         if self.judged is not self.model:
-            self.fast_judged = torch.compile(self.judged) if self.compiled else self.judged
-        self.network = self.fast
+            self.called_judged = torch.compile(self.judged) if self.compiled else self.judged
+        self.network = self.called
         if hardware.world() > 1 and not self.sharded:
-            self.network = torch.nn.parallel.DistributedDataParallel(self.fast)
+            self.network = torch.nn.parallel.DistributedDataParallel(self.called)
         # samples the gates, drops out; loading and evaluating leave models in evaluation mode
         self.model.train()
 
     # --- how it computes ------------------------------------------------------------------------------------
 
     def choose_how_to_compute(self):
-        """Precision, attention, compilation: `autocast`, `impl`, `compiled`, `fast`, `fast_dense`."""
+        """Precision, attention, compilation: `autocast`, `impl`, `compiled`, `called`, `called_dense`."""
         c, config = self.config, self.model.config
         self.sharded = sharding.applies(c.parallel)
         keeps_copies = not (self.sharded or c.recompute_activations)
@@ -114,15 +116,15 @@ class Run:
         pays_dense = long and c.architecture != "gpt2"
         pays_gated = pays_dense or c.gated and long
         self.compiled = hardware.compiles(c.compile, self.device, pays_on_cpu=pays_gated)
-        self.fast = self.model
+        self.called = self.model
         if self.compiled and not self.sharded:
-            self.fast = torch.compile(self.model)
-        self.fast_dense = self.dense_model
+            self.called = torch.compile(self.model)
+        self.called_dense = self.dense_model
         if c.gated and not self.sharded and hardware.compiles(c.compile, self.device, pays_on_cpu=pays_dense):
             if isinstance(self.dense_model, lora.Base):
-                self.fast_dense = lora.Base(self.model, torch.compile(self.model))
+                self.called_dense = lora.Base(self.model, torch.compile(self.model))
             else:
-                self.fast_dense = torch.compile(self.dense_model)
+                self.called_dense = torch.compile(self.dense_model)
 
     def make_optimizer(self):
         """AdamW over what is trained, weight decay on matrices."""
@@ -152,7 +154,7 @@ class Run:
         state.dense = evaluate_splits(self.dense_model, self.data, c.eval_batch_size, c.eval_batches)
         state.target_loss = state.dense["val"]["loss"] + c.loss_slack
         # like with like: the measure and the stream of batches that the constraint sees
-        losses = [self.batches.mean_loss(step, self.fast_dense, self.autocast) for step in range(MEASURED)]
+        losses = [self.batches.mean_loss(step, self.called_dense, self.autocast) for step in range(MEASURED)]
         state.dense_on_training = sum(losses) / MEASURED
         self.geco.target = self.constraint_target()
         hardware.say(
@@ -180,11 +182,11 @@ class Run:
         if self.shards:
             folder = os.path.join(c.out_dir, os.path.basename(self.shards))
             sharding.load(folder, state_to_save(self.model), self.model, self.optimizer)
+            # --init_from=resume may change them
+            for group, decay in zip(self.optimizer.param_groups, (c.weight_decay, 0.0), strict=True):
+                group.update(weight_decay=decay, betas=(c.beta1, c.beta2))
         else:
             sharding.load_optimizer(self.optimizer, checkpoint["optimizer"])
-        # --init_from=resume may change them
-        for group, decay in zip(self.optimizer.param_groups, (c.weight_decay, 0.0), strict=True):
-            group.update(weight_decay=decay, betas=(c.beta1, c.beta2))
         self.state = State(**{key: checkpoint.get(key, value) for key, value in asdict(State()).items()})
         if self.geco:
             self.geco.load_state_dict(checkpoint["geco"])
@@ -211,12 +213,12 @@ class Run:
         """
         c = self.config
         if noisy and c.constraint_gates == "sampled":
-            measured = self.batches.mean_loss(step, self.fast, self.autocast, sampled=True)
+            measured = self.batches.mean_loss(step, self.called, self.autocast, sampled=True)
         else:
-            measured = self.batches.mean_loss(step, self.fast_judged, self.autocast)
+            measured = self.batches.mean_loss(step, self.called_judged, self.autocast)
         if c.constraint_paired:  # the dense model's luck with this batch, taken off; on average it is 0
-            luck = self.batches.mean_loss(step, self.fast_dense, self.autocast) - self.state.dense_on_training
-            measured -= luck
+            dense = self.batches.mean_loss(step, self.called_dense, self.autocast)
+            measured -= dense - self.state.dense_on_training
         self.state.constraint_loss = measured
         if not math.isfinite(measured):
             self.left_the_numbers(step, f"the constraint is {measured}")
@@ -229,7 +231,7 @@ class Run:
         """
         last = len(self.batches.ours) - 1
         for i, batch in enumerate(self.batches.at(step)):
-            if self.network is not self.fast:
+            if self.network is not self.called:
                 self.network.require_backward_grad_sync = i == last
             yield batch
 
@@ -240,7 +242,7 @@ class Run:
         if not weight:
             return 0.0
         with torch.no_grad():
-            teacher_logits = self.fast_dense(x)[0]
+            teacher_logits = self.called_dense(x)[0]
         return weight * divergence(logits, teacher_logits, y)
 
     def clip_gradient(self):

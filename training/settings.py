@@ -4,10 +4,10 @@
     python train.py config/x.py --key=value     a config file's lines win over the defaults, the command line
                                                 over both
 
-This file knows the settings by name and computes nothing. configure.py reads and checks values.
+It computes only what follows from them: a run's folder, what a step costs, its micro-batches. configure.py
+reads and checks values.
 """
 
-import math
 import os
 import re
 from dataclasses import dataclass, fields
@@ -141,11 +141,29 @@ class Config:
     # of a dense run: nats, held out; at this loss, and with all answers right, it is ready and stops; no
     # child starts from it before. 0 is off
     ready_loss: float = 0.0
-    # --- evaluation, on both splits
+    # --- evaluation
     eval_interval: int = 100  # steps
     eval_batch_size: int = 1000  # sequences
     eval_batches: int = 0  # batches of each split; 0 is all of it
     wandb: str = ""  # a project of Weights & Biases to log to as well; needs that package (steplog.py)
+
+
+CHOICES = {
+    "constraint_gates": "deterministic sampled",
+    "compile": "auto on off",
+    "attention_impl": "auto plain tiled triton",
+    "parallel": "ddp fsdp",
+    "architecture": "gpt2 olmo olmo2",
+    "gelu": "tanh none",
+    "base_dtype": "float32 bfloat16",
+    "dtype": "auto float32 bfloat16",
+}
+
+
+def one_of(words):
+    """("'a', 'b' or 'c'", test) of "a b c"."""
+    *others, last = map(repr, words.split())
+    return f"{', '.join(others)} or {last}", words.split().__contains__
 
 
 def limits():
@@ -166,21 +184,10 @@ def limits():
     fractions = "dropout average_decay lambda_average beta1 beta2 open_above"
     return {
         **{key: ("at least 1", lambda v: v >= 1) for key in at_least_1.split()},
-        **{key: ("above 0", lambda v: 0 < v < math.inf) for key in positive.split()},
-        **{key: ("0 or more", lambda v: 0 <= v < math.inf) for key in not_negative.split()},
+        **{key: ("above 0", lambda v: v > 0) for key in positive.split()},
+        **{key: ("0 or more", lambda v: v >= 0) for key in not_negative.split()},
         **{key: ("from 0 up to, not including, 1", lambda v: 0 <= v < 1) for key in fractions.split()},
-        "gate_bias": ("finite", math.isfinite),
-        "constraint_gates": ("'deterministic' or 'sampled'", lambda v: v in ("deterministic", "sampled")),
-        "compile": ("'auto', 'on' or 'off'", lambda v: v in ("auto", "on", "off")),
-        "attention_impl": (
-            "'auto', 'plain', 'tiled' or 'triton'",
-            lambda v: v in ("auto", "plain", "tiled", "triton"),
-        ),
-        "parallel": ("'ddp' or 'fsdp'", lambda v: v in ("ddp", "fsdp")),
-        "architecture": ("'gpt2', 'olmo' or 'olmo2'", lambda v: v in ("gpt2", "olmo", "olmo2")),
-        "gelu": ("'tanh' or 'none'", lambda v: v in ("tanh", "none")),
-        "base_dtype": ("'float32' or 'bfloat16'", lambda v: v in ("float32", "bfloat16")),
-        "dtype": ("'auto', 'float32' or 'bfloat16'", lambda v: v in ("auto", "float32", "bfloat16")),
+        **{key: one_of(words) for key, words in CHOICES.items()},
         "device": (
             "'auto', 'cpu', 'mps', 'cuda' or 'cuda:N'",
             lambda v: re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", v) is not None,
@@ -263,20 +270,26 @@ def make_config(path, given):
 
 
 def check_together(config, processes=1):
-    """Raise UserError if settings contradict each other, or so many processes cannot share them.
-
-    Returns how many micro-batches a step has, over all processes.
-    """
+    """Raise UserError if settings contradict each other, or so many processes cannot share them."""
     check_shape(config)
     check_adapters(config)
     check_constraint(config)
-    micro = config.micro_batch_size or config.batch_size // processes
+    micro = micro_batch_size(config, processes)
     if not micro or config.batch_size % (micro * processes):
         raise UserError(
             f"batch_size={config.batch_size} does not divide into {processes} process(es) times "
             f"micro-batches of micro_batch_size={micro}"
         )
-    return config.batch_size // micro
+
+
+def micro_batch_size(config, processes):
+    """Sequences of one forward pass."""
+    return config.micro_batch_size or config.batch_size // processes
+
+
+def micro_batches_of(config, processes):
+    """How many micro-batches a step has, over all processes."""
+    return config.batch_size // micro_batch_size(config, processes)
 
 
 def check_shape(config):

@@ -179,7 +179,9 @@ def load_optimizer(optimizer, saved):
             if isinstance(parameters[index], DTensor) and tensor.shape == parameters[index].shape:
                 moments[name] = torch.zeros_like(parameters[index])
                 copy_into(moments[name], tensor)
-    optimizer.load_state_dict(saved)
+    # moments are the checkpoint's, settings this run's: --init_from=resume may have changed them
+    own = optimizer.state_dict()["param_groups"]
+    optimizer.load_state_dict({"state": saved["state"], "param_groups": own})
 
 
 def remove_old(out_dir, keep=None):

@@ -11,8 +11,8 @@ Notable:
   lambda stood at its cap a higher cap; one that was still on its way more steps.
 - "Still learning" is a fall of the held-out loss that noise does not explain:
 
-      fall = loss three quarters through the run - loss at its end,    noise = 2 std(changes from one
-      evaluation to the next)
+      fall = loss three quarters through the run - loss at its end
+      noise = 2 std(changes from one evaluation to the next)
 
 This file reads numbers, of `evaluate`, of metrics.jsonl and of report.json.
 """
@@ -256,7 +256,7 @@ def advice_for_missed(report, config, metrics, parent):
     at_cap = is_at_cap_throughout(config, metrics)
     found = learning(metrics)
     if at_cap:
-        cap = cap_of(config, report["step"])
+        cap = cap_of(config, report["step"] - 1)
         sentences.append(
             "Lambda stood at its cap throughout, so edges went faster than training could repair: the same "
             "command with "
@@ -316,5 +316,6 @@ def bounds_of_lambda(config):
 
 def is_at_cap_throughout(config, metrics):
     """Was lambda at its cap in nine of ten evaluations after the start?"""
-    at_cap = [m["lambda"] >= AT_CAP * config[cap_of(config, m["step"])] for m in metrics[1:]]
+    # an evaluation sees the lambda that the step before it left
+    at_cap = [m["lambda"] >= AT_CAP * config[cap_of(config, m["step"] - 1)] for m in metrics[1:]]
     return sum(at_cap) >= 0.9 * len(at_cap) > 0

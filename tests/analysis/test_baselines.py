@@ -19,6 +19,7 @@ from circuits.tasks import LOGIT
 from helpers import SMALL, call, run
 from model import GPT, GPTConfig
 from models.checkpoint import load_checkpoint, read_checkpoint
+from train import get_lr
 from training.evaluate import evaluate
 from training.settings import Config
 
@@ -159,7 +160,7 @@ def test_training_on_brings_the_loss_down_at_the_same_budget(counting):
     model, cut = random_gpt(), Cut("threshold", 1.5)
     fit(model, cut, data)
     before = judged(model, cut, data, c)["loss"]
-    train_on(model, dense, cut, data, c, "model.pt", tqdm(disable=True))
+    model = train_on(model, dense, cut, data, c, "model.pt", tqdm(disable=True))
     after = judged(model, cut, data, c)
     assert after["loss"] < before - 0.5
     assert after["edges"] == pytest.approx(1.5, rel=0.15)
@@ -167,7 +168,8 @@ def test_training_on_brings_the_loss_down_at_the_same_budget(counting):
 
 def test_training_that_was_stopped_ends_as_if_it_had_not_been(counting):
     """In the middle, from a file of its own; and a model that is done is only read."""
-    data, dense, whole = prepare_data.load("count"), random_gpt(), settings_of_training(eval_interval=20)
+    data, dense = prepare_data.load("count"), random_gpt()
+    c = settings_of_training(eval_interval=20, average_decay=0.9)
 
     class Stop(Exception):
         pass
@@ -180,7 +182,7 @@ def test_training_that_was_stopped_ends_as_if_it_had_not_been(counting):
 
     def trained(path, progress):
         model, cut = random_gpt(), Cut("threshold", 1.5)
-        train_on(model, dense, cut, data, whole, path, progress)
+        model = train_on(model, dense, cut, data, c, path, progress)
         return torch.cat([p.flatten() for p in model.parameters()]), cut.levels[1]
 
     expected = trained("whole.pt", tqdm(disable=True))
@@ -190,6 +192,28 @@ def test_training_that_was_stopped_ends_as_if_it_had_not_been(counting):
     for path in ("stopped.pt", "whole.pt"):
         for found, wanted in zip(trained(path, tqdm(disable=True)), expected, strict=True):
             assert torch.equal(found, wanted)
+
+
+@pytest.mark.parametrize("warmup_steps", [0, 7])
+def test_the_learning_rate_is_that_of_the_loop(warmup_steps):
+    c = settings_of_training(warmup_steps=warmup_steps, min_lr=1e-4)
+    optimizer, schedule = baselines.optimizer_of(random_gpt(), c)
+    for step in range(c.max_steps):
+        assert optimizer.param_groups[0]["lr"] == pytest.approx(get_lr(step, c))
+        optimizer.step()
+        schedule.step()
+
+
+def test_the_average_is_what_is_judged(counting):
+    """Far behind its model after one step, as a decay of 0.9 says."""
+    data, dense, start = prepare_data.load("count"), random_gpt(), random_gpt()
+    found = {}
+    for decay in (0.0, 0.9):
+        c = settings_of_training(max_steps=1, warmup_steps=0, average_decay=decay)
+        model = train_on(random_gpt(), dense, Cut("top-k", 2), data, c, f"{decay}.pt", tqdm(disable=True))
+        found[decay] = [p - was for p, was in zip(model.parameters(), start.parameters(), strict=True)]
+    for one, averaged in zip(found[0.0], found[0.9], strict=True):
+        torch.testing.assert_close(averaged, 0.1 * one, atol=1e-6, rtol=1e-3)
 
 
 def test_the_table_of_another_parent_is_left_alone(counting):
@@ -245,6 +269,7 @@ def test_what_stands_in_the_table_is_not_trained_again(counting, monkeypatch):
     def count(model, teacher, cut, *others):
         trained.append(cut.rule)
         fit(model, cut, others[0])
+        return model
 
     monkeypatch.setattr(baselines, "train_on", count)
     done = call(analyze.main, *command, "--rules=top-k,threshold")

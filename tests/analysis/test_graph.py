@@ -12,9 +12,9 @@ from analysis.graph import parts_of_link
 from circuits.attribution_graph import graph_of, shares_of
 from circuits.influence import NODES, attention_edges_of, heads_of, n80, pruned
 from circuits.transcoder import Transcoder
-from helpers import call
+from helpers import call, trained
 from model import GPT, GPTConfig
-from models.checkpoint import checkpoint_of, fingerprint, read_checkpoint, save_checkpoint
+from models.checkpoint import checkpoint_of, read_checkpoint, save_checkpoint
 
 BYTES = {"dataset": "stdlib", "tokenizer": "bytes", "sha256": {}}
 PROMPT = "x = (1"
@@ -34,8 +34,7 @@ def made(workplace):
     torch.nn.init.normal_(coder.decoder, std=1.0)  # so that features matter, and pruning leaves some
     (workplace / "out" / "run").mkdir(parents=True)
     save_checkpoint("out/run/best.pt", checkpoint_of(model, data=BYTES))
-    save_checkpoint("out/run/transcoder.pt", {"model": coder.state_dict(), "model_args": coder.shape,
-                                              "of": fingerprint(read_checkpoint("out/run/best.pt"))})
+    save_checkpoint("out/run/transcoder.pt", trained(coder, "out/run/best.pt"))
     return model, coder, graph_of(model, coder, torch.tensor(list(PROMPT.encode())))
 
 

@@ -11,9 +11,9 @@ from analysis import n80
 from analysis.graph import summary
 from circuits.attribution_graph import graph_of
 from circuits.transcoder import Transcoder
-from helpers import call
+from helpers import call, trained
 from model import GPT, GPTConfig
-from models.checkpoint import checkpoint_of, fingerprint, load_checkpoint, read_checkpoint, save_checkpoint
+from models.checkpoint import checkpoint_of, load_checkpoint, read_checkpoint, save_checkpoint
 
 BYTES = {"dataset": "stdlib", "tokenizer": "bytes", "sha256": {}}
 QUALITY = {"dense": {"a": (0.80, 4.0), "b": (0.90, 9.0)}, "sparse": {"a": (0.70, 9.1), "b": (0.81, 20.0)}}
@@ -37,8 +37,7 @@ def made(workplace):
         for name, (explained, l0) in QUALITY[run].items():
             coder = Transcoder(2, 16, 20)
             torch.nn.init.normal_(coder.b_enc, std=0.5)
-            parts = {"model": coder.state_dict(), "model_args": coder.shape}
-            save_checkpoint(str(place / f"{name}.pt"), parts | {"of": fingerprint(read_checkpoint(path))})
+            save_checkpoint(str(place / f"{name}.pt"), trained(coder, path))
             quality = {"explained": explained, "l0": l0, "kl": 0.1, "agrees": 0.5}
             (place / f"{name}.json").write_text(json.dumps(quality))
 

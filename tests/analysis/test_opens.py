@@ -13,9 +13,9 @@ from analysis.explain import run_sums
 from analysis.opens import differences, edge_named, operand_plots
 from circuits.attribution_graph import Node
 from circuits.transcoder import Transcoder, read_and_written
-from helpers import call
+from helpers import call, trained
 from model import GPT, GPTConfig
-from models.checkpoint import checkpoint_of, fingerprint, read_checkpoint, save_checkpoint
+from models.checkpoint import checkpoint_of, save_checkpoint
 from storage.addition import ADDITION_TOKENS, AdditionTask, addition_rows, token_names
 from storage.files import UserError
 
@@ -38,8 +38,7 @@ def made(workplace):
     (workplace / "out" / "run").mkdir(parents=True)
     about = {"dataset": "addition", "sha256": data.meta["sha256"]}
     save_checkpoint("out/run/best.pt", checkpoint_of(model, data=about))
-    save_checkpoint("out/run/transcoder.pt", {"model": coder.state_dict(), "model_args": coder.shape,
-                                              "of": fingerprint(read_checkpoint("out/run/best.pt"))})
+    save_checkpoint("out/run/transcoder.pt", trained(coder, "out/run/best.pt"))
     return model, coder.eval()
 
 

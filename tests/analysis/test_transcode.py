@@ -7,8 +7,10 @@ import torch
 
 import analyze
 from analysis import transcode
+from analysis.graph import read_transcoder
 from helpers import call, run
 from models.checkpoint import read_checkpoint
+from storage.files import UserError
 
 COMMAND = ["transcode", "out/dense", "--features=12", "--batch=64", "--price=0.01"]
 
@@ -42,8 +44,7 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(echo, monkeypatch)
             raise KeyboardInterrupt
 
     monkeypatch.setattr(transcode, "save_checkpoint", save_and_stop)
-    with pytest.raises(KeyboardInterrupt):
-        call(analyze.main, *COMMAND, "--steps=40")
+    assert call(analyze.main, *COMMAND, "--steps=40").stderr == "stopped\n"
     assert read_checkpoint("out/dense/transcoder.pt")["step"] == 20
     assert call(analyze.main, *COMMAND, "--steps=40").returncode in (0, None)
     assert all(torch.equal(weights()[name], tensor) for name, tensor in weights("whole").items())
@@ -60,3 +61,17 @@ def test_other_settings_and_other_weights_are_refused(echo):
     assert changed.returncode == 1 and "for other weights" in changed.stderr
     wrong = call(analyze.main, "transcode", "out/dense", "--steps=0")
     assert wrong.returncode == 1 and "must be at least 1" in wrong.stderr
+
+
+def test_a_transcoder_that_is_not_done_is_not_asked(echo):
+    run("dense.py")
+    call(analyze.main, *COMMAND, "--steps=2")
+    path = "out/dense/transcoder.pt"
+    half = read_checkpoint(path)
+    half["step"] = 1
+    torch.save(half, path)
+    checkpoint = read_checkpoint("out/dense/best.pt")
+    with pytest.raises(UserError, match="is not finished, 1 of 2 steps: give the same transcode command"):
+        read_transcoder("out/dense", "transcoder", checkpoint)
+    with pytest.raises(UserError, match="only a run's folder, such as out/addition"):
+        read_transcoder(None, "transcoder", checkpoint)

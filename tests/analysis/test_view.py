@@ -52,7 +52,7 @@ def olmo(**gates):
 
 
 def sums(*prompts):
-    return [questions.sum_question(prompt, TASK, "out/sparse") for prompt in prompts]
+    return [questions.sum_question(prompt, TASK) for prompt in prompts]
 
 
 def texts(*prompts):
@@ -305,11 +305,11 @@ def test_of_many_edges_the_best_are_cut_and_the_heaviest_drawn(monkeypatch):
 @pytest.mark.parametrize("arguments, message", [
     (["out/dense"], "out/dense is a dense run: it has no gates to look at. view needs its sparse child"),
     (["out/sparse", "--prompt=36-28"], "'36-28' is not a sum. Type two numbers from 0 to 99, for instance: "
-                                       "python analyze.py view out/sparse --prompt 33[+]49"),
+                                       "--prompt 33[+]49"),
     (["out/sparse", "--prompt="], "there is no sum to ask for. Type two numbers"),
     (["out/text", "--prompt="], "the prompt is empty. Type some text, for instance: --prompt="),
     (["out/text", "--prompt=" + 65 * "a"], "the prompt has 65 tokens, this model's context has 64. Type "),
-    (["out/other"], "out/other is a run on other, whose tokens are no words: view knows addition and text"),
+    (["out/other"], "out/other is a run on other, whose tokens are no words: only addition and text can"),
     (["out/none"], "there is no checkpoint out/none"),
 ])
 def test_mistakes_are_one_sentence(place, monkeypatch, arguments, message):

@@ -9,7 +9,8 @@ from analysis.view_data import rounded
 from circuits.attribution_graph import graph_of, why_open
 from circuits.influence import pruned
 from circuits.transcoder import Transcoder
-from models.checkpoint import checkpoint_of, fingerprint, load_checkpoint, read_checkpoint, save_checkpoint
+from helpers import trained
+from models.checkpoint import checkpoint_of, load_checkpoint, read_checkpoint, save_checkpoint
 from storage.addition import AdditionTask
 
 TASK = AdditionTask()
@@ -27,8 +28,7 @@ def featured_page(place):  # noqa: F811
     coder = Transcoder(2, 8, 12)
     torch.nn.init.normal_(coder.b_enc, std=0.5)
     torch.nn.init.normal_(coder.decoder, std=1.0)
-    save_checkpoint(str(folder / "transcoder.pt"), {
-        "model": coder.state_dict(), "model_args": coder.shape, "of": fingerprint(read_checkpoint(path))})
+    save_checkpoint(str(folder / "transcoder.pt"), trained(coder, path))
     return page_at(place, "featured", PROMPT)
 
 
@@ -38,7 +38,7 @@ def found(featured_page):
     path = str(featured_page.parent / "best.pt")
     coder = view_features.read_transcoder(str(featured_page.parent), "transcoder", read_checkpoint(path))
     return (data_in(featured_page)["prompts"][0]["models"]["sparse"], load_checkpoint(path).eval(), coder,
-            questions.sum_question(PROMPT, TASK, "out/featured"))
+            questions.sum_question(PROMPT, TASK))
 
 
 def test_nodes_and_links_are_those_of_the_pruned_graph(found):

@@ -8,7 +8,6 @@ import torch
 
 import analyze
 from circuits.attribution import effects
-from circuits.compare import ratio
 from circuits.graph import Graph
 from circuits.tasks import make_pairs, vocabulary
 from model import GPT, GPTConfig
@@ -74,12 +73,6 @@ def test_circuit_prints_a_table_and_leaves_numbers_and_pictures(runs, capsys, ta
     assert set(result["attention_edges"]) == {"zero", "interchange"}
     for name in ("", "-graph", "-gallery"):
         assert os.path.getsize(f"out/sparse/circuit-{task}{name}.png") > 3000
-
-
-def test_the_ratio_is_how_many_times_fewer():
-    dense, sparse = {"by_edges": {"needed": {"0.9": 300.0}}}, {"by_edges": {"needed": {"0.9": 3.0}}}
-    assert ratio(dense, sparse, "by_edges", 0.9) == 100
-    assert ratio(dense, {"by_edges": {"needed": {"0.9": None}}}, "by_edges", 0.9) is None
 
 
 def test_induction_writes_every_head(runs, capsys):

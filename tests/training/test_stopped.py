@@ -1,5 +1,6 @@
 """A run that is stopped, killed or gone on with ends like one that is not."""
 
+import itertools
 import json
 import os
 import signal
@@ -8,6 +9,7 @@ import sys
 import time
 
 import pytest
+import torch
 
 from conftest import REPOSITORY
 from helpers import metrics, parameters, run, same
@@ -15,6 +17,7 @@ from models.checkpoint import read_checkpoint, save_checkpoint
 from storage.files import UserError
 from training import judge
 from training.folder import StopRequest
+from training.sharding import load_optimizer
 
 
 class Killed(BaseException):
@@ -84,6 +87,31 @@ def test_a_run_that_is_stopped_and_killed_everywhere_ends_bit_for_bit_like_one_t
             assert {k: v for k, v in x.items() if k not in ("seconds", "tokens_per_second")} == {
                 k: v for k, v in y.items() if k not in ("seconds", "tokens_per_second")
             }
+
+
+def test_who_is_stopped_in_the_last_step_of_a_parent_gets_no_child(echo, monkeypatch):
+    """Then no step is left that could see it; and the same command goes on."""
+    with monkeypatch.context() as patch:
+        asked = itertools.chain([False] * 59, itertools.repeat(True))  # of 60 steps
+        patch.setattr(StopRequest, "asked", property(lambda self: next(asked), lambda self, value: None),
+                      raising=False)
+        with pytest.raises(KeyboardInterrupt):
+            run("sparse.py")
+    assert read_checkpoint("out/dense/last.pt")["step"] == 60
+    assert not os.path.exists("out/sparse/last.pt")
+    run("sparse.py", max_steps=1)
+    assert read_checkpoint("out/sparse/last.pt")["step"] == 1
+
+
+def test_an_optimizer_takes_over_moments_but_no_settings():
+    """best.pt, to which a run goes back, may be older than its settings."""
+    weights = torch.nn.Parameter(torch.ones(3))
+    old, new = (torch.optim.AdamW([weights], weight_decay=decay) for decay in (0.5, 0.1))
+    weights.sum().backward()
+    old.step()
+    load_optimizer(new, old.state_dict())
+    assert new.param_groups[0]["weight_decay"] == 0.1
+    assert torch.equal(new.state[weights]["exp_avg"], old.state[weights]["exp_avg"])
 
 
 def test_a_run_that_goes_back_and_is_killed_near_its_end_ends_like_one_that_is_not(echo, monkeypatch):
