@@ -77,6 +77,12 @@ def test_a_transcoder_of_other_weights_is_left_away_with_a_word(place, featured_
     assert "features" not in data_in(page)["prompts"][0]["models"]["sparse"]
 
 
+def test_a_parent_that_is_a_name_has_no_transcoder():
+    """OpenAI's gpt2, of a child of it."""
+    model = gpt(**GATED)
+    assert view_features.coders_of({"dense": "gpt2"}, {"dense": model}, "transcoder") == {}
+
+
 def test_without_a_transcoder_there_is_no_button(opened, addition_page):  # noqa: F811
     page = opened(addition_page)
     assert not page.is_visible("#features")
