@@ -86,14 +86,11 @@ def report(run):
     data.require_same(checkpoint["data"]["sha256"], run)
     judged = evaluate_splits(model, data, config["eval_batch_size"], config["eval_batches"])
 
-    gated, parent = model.config.gated, None
+    gated = model.config.gated
+    parent = metrics_of_parent(checkpoint) if gated else None
     seconds = {"dense": metrics[-1]["seconds"], "sparse": None}
     if gated:
-        seconds = {"dense": None, "sparse": metrics[-1]["seconds"]}
-        folder = os.path.dirname(checkpoint["parent"])
-        if os.path.exists(os.path.join(folder, "metrics.jsonl")):
-            parent = read_metrics(os.path.join(folder, "metrics.jsonl")), folder
-            seconds["dense"] = parent[0][-1]["seconds"]
+        seconds = {"dense": parent and parent[0][-1]["seconds"], "sparse": metrics[-1]["seconds"]}
     result = {
         "run": run,
         "seed": config["seed"],
@@ -122,6 +119,13 @@ def report(run):
     write_json(os.path.join(folder_of_answers(run), "report.json"), result)
     draw(result, config, metrics, checkpoint, model, data)
     return result
+
+
+def metrics_of_parent(checkpoint):
+    """(lines of metrics.jsonl, folder) of the run that a run started from; None of a model that is no run."""
+    folder = os.path.dirname(checkpoint["parent"])
+    path = os.path.join(folder, "metrics.jsonl")
+    return (read_metrics(path), folder) if os.path.exists(path) else None
 
 
 def text_seen(name, meta):

@@ -56,46 +56,10 @@ def measure(model, pairs_to_score, pairs_to_test, metric, steps, another=None, c
         # what a component writes reaches everything through its edges, and the derivative of a sum is the sum
         components = scores.sum(dim=1)
     found = {"heads": int((~dead).sum()), "heads_off": int(dead.sum()), "edges": int(edges.sum())}
-
-    def curve(counts, circuits):
-        """Explained effect with its band; and the two metrics between which it lies."""
-        clean, corrupted, values = effects(model, pairs_to_test, metric, circuits)
-        if clean.mean() <= corrupted.mean():
-            which = "sparse" if model.config.gated else "dense"
-            raise UserError(
-                f"the {which} model does not know the task: {metric} {clean.mean():.2f} on clean prompts, "
-                f"{corrupted.mean():.2f} on corrupted ones. There is no effect to explain"
-            )
-        share, low, high = (part.tolist() for part in explained(clean, corrupted, values))
-        found["metric"] = {"clean": clean.mean().item(), "corrupted": corrupted.mean().item()}
-        return {
-            "n": counts,
-            "explained": share,
-            "low": low,
-            "high": high,
-            "needed": {str(level): needed([max(n, 1) for n in counts], share, level) for level in LEVELS},
-        }
-
-    is_head, always = torch.zeros(2, graph.W, dtype=torch.bool)
-    for layer in range(graph.L):
-        is_head[graph.writer("heads", layer)] = ~dead[layer]
-        always[graph.writer("mlp", layer)] = True
-    always[0] = True
-    ranked = torch.where(is_head, components.abs(), -1.0).argsort(descending=True)
-    counts = [0] + (list(range(1, found["heads"] + 1)) if found["heads"] <= 40 else sizes(found["heads"]))
-    circuits = []
-    for n in counts:
-        kept = always.clone()
-        kept[ranked[:n]] = True
-        circuits.append(graph.of_components(kept))
-    found["by_heads"] = curve(counts, circuits)
-
-    circuits = {}  # by their size
-    for n in sizes(found["edges"]):
-        kept = graph.on_paths(best_edges(scores, edges, n))
-        if kept.any():
-            circuits.setdefault(int(kept.sum()), kept)
-    found["by_edges"] = curve(list(circuits), list(circuits.values()))
+    circuits = circuits_of_heads(graph, components, dead)
+    found["by_heads"], found["metric"] = curve_of(model, pairs_to_test, metric, circuits)
+    circuits = circuits_of_edges(graph, scores, edges)
+    found["by_edges"], _ = curve_of(model, pairs_to_test, metric, circuits)
     chosen = min(settles(found["by_edges"]["explained"], 0.9), len(circuits) - 1)
     circuit = list(circuits.values())[chosen]
     if controls:
@@ -103,6 +67,53 @@ def measure(model, pairs_to_score, pairs_to_test, metric, steps, another=None, c
                                                steps, exact, another)
         found["untrained"] = size_by_chance(model, pairs_to_score, pairs_to_test, metric, steps)
     return found, scores, circuit, found["by_edges"]["explained"][chosen]
+
+
+def circuits_of_heads(graph, components, dead):
+    """{n: the edges between embedding, MLPs and the n heads with the largest score}. components (W,): scores;
+    dead (L, H) bool.
+    """
+    is_head, always = torch.zeros(2, graph.W, dtype=torch.bool)
+    for layer in range(graph.L):
+        is_head[graph.writer("heads", layer)] = ~dead[layer]
+        always[graph.writer("mlp", layer)] = True
+    always[0] = True
+    ranked = torch.where(is_head, components.abs(), -1.0).argsort(descending=True)
+    heads, circuits = int(is_head.sum()), {}
+    for n in [0, *(range(1, heads + 1) if heads <= 40 else sizes(heads))]:
+        kept = always.clone()
+        kept[ranked[:n]] = True
+        circuits[n] = graph.of_components(kept)
+    return circuits
+
+
+def circuits_of_edges(graph, scores, edges):
+    """{size: those of the n best edges that lie on a path}, for n from 1 to all."""
+    circuits = {}
+    for n in sizes(int(edges.sum())):
+        kept = graph.on_paths(best_edges(scores, edges, n))
+        if kept.any():
+            circuits.setdefault(int(kept.sum()), kept)
+    return circuits
+
+
+def curve_of(model, pairs, metric, circuits):
+    """(explained effect over size, with its band; the metrics between which it lies).
+
+    circuits: {size: edges}. Raises UserError if there is no effect to explain.
+    """
+    clean, corrupted, values = effects(model, pairs, metric, list(circuits.values()))
+    if clean.mean() <= corrupted.mean():
+        which = "sparse" if model.config.gated else "dense"
+        raise UserError(
+            f"the {which} model does not know the task: {metric} {clean.mean():.2f} on clean prompts, "
+            f"{corrupted.mean():.2f} on corrupted ones. There is no effect to explain"
+        )
+    counts = list(circuits)
+    share, low, high = (part.tolist() for part in explained(clean, corrupted, values))
+    reached = {str(level): needed([max(n, 1) for n in counts], share, level) for level in LEVELS}
+    return ({"n": counts, "explained": share, "low": low, "high": high, "needed": reached},
+            {"clean": clean.mean().item(), "corrupted": corrupted.mean().item()})
 
 
 def size_by_chance(model, pairs_to_score, pairs_to_test, metric, steps):
