@@ -5,7 +5,7 @@ constraint alone decide how many. config/stdlib.py with another parent and anoth
     python train.py config/python.py       the parent first, if it is not there yet
 
 The target comes down with the learning rate (`peak_slack`), lambda holds the loss at it, and its bounds are
-nowhere near. It ends with 1 % of the edges; with --loss_slack=0.03 with 3 %, and 0.003 nats above that
+nowhere near. It ends with 1 % of the edges; with --loss_slack=0.03 with 3 %, 0.003 nats or more above that
 target, which four times the steps meet with 1 %: docs/text.md. How these values were found:
 docs/ablations.md.
 """
