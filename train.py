@@ -32,7 +32,6 @@ gated without a shock, handover.py.
 """
 
 import gc
-import math
 import os
 import subprocess
 import sys
@@ -48,22 +47,9 @@ from training.folder import StopRequest, alone_in, claim_folder, settle
 from training.judge import Judge
 from training.parents import lineage_of
 from training.progress import Job, Progress
-from training.run import Run
+from training.run import Run, cosine, get_lr
 from training.settings import Config, check_together, limits, make_config
 from training.verdict import MISSED, has_succeeded
-
-
-def cosine(step, c):
-    """1 until the warm-up is over, then half a cosine down to 0."""
-    done = max(0, step - c.warmup_steps) / max(1, c.max_steps - c.warmup_steps)
-    return (1 + math.cos(math.pi * min(1, done))) / 2
-
-
-def get_lr(step, c):
-    """Linear warm-up, then a cosine from learning_rate to min_lr."""
-    if step < c.warmup_steps:
-        return c.learning_rate * (step + 1) / c.warmup_steps
-    return c.min_lr + (c.learning_rate - c.min_lr) * cosine(step, c)
 
 
 def loop(run, judge, progress, stop):

@@ -59,6 +59,7 @@ from training.average import follow, judged_model
 from training.batches import Batches
 from training.distillation import divergence
 from training.evaluate import evaluate, examples_of
+from training.run import get_lr
 from training.settings import Config
 
 FITTED_ON = 16  # windows, or rows, on which a head's number is chosen
@@ -88,14 +89,16 @@ def train_on(model, teacher, cut, data, c, path, progress):
     batches = Batches(data, model.config.block_size, c.batch_size, 1, c.seed, True, device)
     autocast, _ = hardware.precision(c.dtype, device.type)
     average = judged_model(model, c.average_decay)
-    optimizer, schedule = optimizer_of(model, c)
-    begun = go_on_from(path, model, average, optimizer, schedule)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=c.learning_rate, betas=(c.beta1, c.beta2),
+                                  weight_decay=c.weight_decay)
+    begun = go_on_from(path, model, average, optimizer)
     progress.update(begun)
     with attending(model, cut):
         model.train()
         for step in range(begun, c.max_steps):
             # weights change, and what a level keeps
             cut.fitting = step % c.constraint_interval == 0 or step == begun
+            optimizer.param_groups[0]["lr"] = get_lr(step, c)
             [(x, y)] = batches.at(step)
             with autocast():
                 logits, loss, _ = model(x, y)
@@ -106,36 +109,18 @@ def train_on(model, teacher, cut, data, c, path, progress):
             torch.nn.utils.clip_grad_norm_(model.parameters(), c.grad_clip or math.inf)
             optimizer.step()
             optimizer.zero_grad()
-            schedule.step()
             if c.average_decay:
                 follow(average, model, c.average_decay)
             progress.update()
             if (step + 1) % c.eval_interval == 0 or step + 1 == c.max_steps:
                 save_checkpoint(path, checkpoint_of(average, trained=model.state_dict(), step=step + 1,
-                                                    optimizer=optimizer.state_dict(),
-                                                    schedule=schedule.state_dict()))
+                                                    optimizer=optimizer.state_dict()))
     average.eval()
     fit(average, cut, data)
     return average
 
 
-def optimizer_of(model, c):
-    """AdamW, and the learning rate of train.py's `get_lr`."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=c.learning_rate, betas=(c.beta1, c.beta2),
-                                  weight_decay=c.weight_decay)
-
-    def share(step):
-        """Of the peak."""
-        if step < c.warmup_steps:
-            return (step + 1) / c.warmup_steps
-        done = min(1, (step - c.warmup_steps) / max(1, c.max_steps - c.warmup_steps))
-        low = c.min_lr / c.learning_rate
-        return low + (1 - low) * (1 + math.cos(math.pi * done)) / 2
-
-    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, share)
-
-
-def go_on_from(path, model, average, optimizer, schedule):
+def go_on_from(path, model, average, optimizer):
     """Load what an earlier command has left at path, if anything. Returns how many steps were done."""
     if not os.path.exists(path):
         return 0
@@ -143,7 +128,6 @@ def go_on_from(path, model, average, optimizer, schedule):
     load_weights(average, checkpoint["model"], path)
     load_weights(model, checkpoint["trained"], path)
     optimizer.load_state_dict(checkpoint["optimizer"])
-    schedule.load_state_dict(checkpoint["schedule"])
     return checkpoint["step"]
 
 
@@ -247,20 +231,21 @@ def run(options, settings):
     c = replace(c, max_steps=options.steps)
     device = hardware.pick_device("auto")
     dense, gated = load_checkpoint(parent).to(device).eval(), gated.to(device).eval()
-    loss = judged(dense, None, data, c)["loss"]
-    table = Table(folder_of_answers(folder), parent, loss, options.steps, tasks)
+    whole = judged(dense, None, data, c)
+    table = Table(folder_of_answers(folder), parent, whole["loss"], options.steps, tasks)
     posed = {task: (prompt_circuits.known_to([dense], pairs, metric, "zero"), metric)
              for task, (pairs, metric) in posed.items()}
 
-    def row_of(rule, k, model, cut):
+    def row_of(rule, k, model, cut, numbers):
+        """numbers: what `judged` returns."""
         circuits = {task: size_of_circuits(model, cut, *question) for task, question in posed.items()}
-        return {"rule": rule, "budget": k, **judged(model, cut, data, c), **circuits}
+        return {"rule": rule, "budget": k, **numbers, **circuits}
 
-    print(f"{folder}: the parent's held-out loss is {loss:.4f}\n{heading(tasks)}", flush=True)
+    print(f"{folder}: the parent's held-out loss is {whole['loss']:.4f}\n{heading(tasks)}", flush=True)
     if not table.has("the parent", None):
-        table.add(row_of("the parent", None, dense, None))
+        table.add(row_of("the parent", None, dense, None, whole))
     if not table.has("the gate", None):
-        table.add(row_of("the gate", None, gated, None))
+        table.add(row_of("the gate", None, gated, None, judged(gated, None, data, c)))
     ways = [(rule, k) for rule in rules for k in budgets]
     with tqdm(total=len(ways) * options.steps, leave=False, disable=None) as progress:
         for rule, k in ways:
@@ -271,5 +256,5 @@ def run(options, settings):
             fit(model, cut, data)
             if options.steps:
                 model = train_on(model, dense, cut, data, c, table.model_path(rule, k), progress)
-            table.add(row_of(rule, k, model, cut))
+            table.add(row_of(rule, k, model, cut, judged(model, cut, data, c)))
     print(f"the same as numbers: {table.place}")

@@ -170,6 +170,12 @@ def file_like(path):
     return ""
 
 
+def one_of(words):
+    """("'a', 'b' or 'c'", test) of "a b c": a limit, for `check`."""
+    *others, last = map(repr, words.split())
+    return f"{', '.join(others)} or {last}", words.split().__contains__
+
+
 def check(key, value, where, config_class, limits):
     """Return value, an int made a float where a float is wanted; raise UserError if key, type or range is
     wrong.

@@ -295,6 +295,19 @@ class Run:
         return ", ".join(words)
 
 
+def cosine(step, c):
+    """1 until the warm-up is over, then half a cosine down to 0."""
+    done = max(0, step - c.warmup_steps) / max(1, c.max_steps - c.warmup_steps)
+    return (1 + math.cos(math.pi * min(1, done))) / 2
+
+
+def get_lr(step, c):
+    """Linear warm-up, then a cosine from learning_rate to min_lr."""
+    if step < c.warmup_steps:
+        return c.learning_rate * (step + 1) / c.warmup_steps
+    return c.min_lr + (c.learning_rate - c.min_lr) * cosine(step, c)
+
+
 def smaller_step(c):
     """Advice for a run that has left the numbers."""
     smaller = f"--learning_rate={c.learning_rate / 3:.1g}"

@@ -14,7 +14,7 @@ from dataclasses import dataclass, fields
 
 from gate import GateConfig
 from storage.files import UserError
-from training.configure import beside, read_config_file
+from training.configure import beside, one_of, read_config_file
 
 
 @dataclass
@@ -158,12 +158,6 @@ CHOICES = {
     "base_dtype": "float32 bfloat16",
     "dtype": "auto float32 bfloat16",
 }
-
-
-def one_of(words):
-    """("'a', 'b' or 'c'", test) of "a b c"."""
-    *others, last = map(repr, words.split())
-    return f"{', '.join(others)} or {last}", words.split().__contains__
 
 
 def limits():
