@@ -13,20 +13,17 @@ names the folders: finished runs are not trained again. What fails stays in the 
     above        held-out loss above the parent's, nats, likewise
 """
 
-import math
 import sys
 
 from analysis.seeds import add_shared_arguments, folder_for, read_shared, runs_for, train_all
 from analysis.seeds_table import aligned, spread
 from storage.files import UserError, write_json
 from training.settings import make_config
-from training.verdict import bounds_of_lambda
 
 
 def fixed_penalty(c):
-    """Lambda stands still, in the middle of its bounds, as an ordinary L0 penalty does."""
-    middle = float(f"{math.sqrt(math.prod(bounds_of_lambda(vars(c)))):.2g}")
-    return {"lambda_min": middle, "lambda_init": middle, "lambda_max": middle, "repair_lambda_max": 0.0}
+    """Lambda stays where it begins, as in an ordinary L0 penalty."""
+    return {"lambda_min": c.lambda_init, "lambda_max": c.lambda_init, "repair_lambda_max": 0.0}
 
 
 CHANGES = {  # name: {setting: value} of a Config, the change

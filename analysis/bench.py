@@ -4,8 +4,8 @@
                                                        on a GPU B=8 in bfloat16
     python analyze.py bench --open=1,0.1,0.01,0.004    the same at other shares of open edges
     python analyze.py bench --lengths                  T from 128 to 8192: table and chart
-    python analyze.py bench --model=stdlib             a training step of a whole model: dense, gated, taught
-                                                       by a dense one. The text experiment's, or --model=gpt2
+    python analyze.py bench --model=text               a training step of a whole model: dense, gated, taught
+                                                       by a dense one. Of 4 layers, 128 bytes; or --model=gpt2
     python analyze.py bench --split                    where the seconds of config/addition.py go
     python analyze.py bench --circuit                  all 32,491 edge scores of a GPT-2 124M (random
                                                        weights), 64 pairs of 20 tokens; 30 circuits

@@ -1,6 +1,6 @@
 """How fast is a whole model? Its training step, dense, gated and taught; and the scores of all its edges.
 
-    python analyze.py bench --model=stdlib|gpt2        forward, backward, AdamW, compiled
+    python analyze.py bench --model=text|gpt2          forward, backward, AdamW, compiled
     python analyze.py bench --circuit                  circuits/attribution.py on a GPT-2 124M
 
     MFU = FLOP of a step / seconds / the data sheet's bf16 FLOP/s
@@ -21,7 +21,7 @@ from training import hardware
 from training.distillation import divergence
 
 SHAPES = {
-    "stdlib": dict(vocab_size=256, n_layer=4, n_head=16, n_embd=128, block_size=128),
+    "text": dict(vocab_size=256, n_layer=4, n_head=16, n_embd=128, block_size=128),
     "gpt2": dict(vocab_size=50304),
 }
 

@@ -1,7 +1,9 @@
-"""The laptop experiment on text: shut the attention edges that a model of Python code can do without, at the
-loss of its dense parent.
+"""The laptop experiment on text, for a class: shut the attention edges that a model of Python code can do
+without, and let the constraint alone decide how many. Half an hour with its parent, on one core.
 
-Where we depart from the paper a comment says so.
+The target comes down with the learning rate (`peak_slack`), lambda holds the loss at it, and its bounds are
+nowhere near. config/python.py is the same with a parent that has ten times the text. Where we depart from the
+paper a comment says so; how these values were found: docs/ablations.md.
 """
 
 init_from = 'config/stdlib_dense.py'  # trained first, if it is not there yet
@@ -11,28 +13,32 @@ dtype = 'auto'
 
 gate_bias = 3.0
 # paper: nothing of the kind. Edges with an attention weight above this start open: no shock (handover.py)
-open_above = 0.01
+open_above = 0.005
 distill_weight = 1.0  # the dense model that sets the target teaches, too
 
-loss_slack = 0.0  # nats: no worse than the parent at all
+loss_slack = 0.08  # nats
+# paper: 0. At this learning rate a model without gates is worse than it was, too; and what is cut deep at
+# first is mended better than it could have been cut with care
+peak_slack = 0.1
 constraint_gates = 'deterministic'  # paper: 'sampled'. What counts in the end are deterministic gates
 # parent and child on the same batch: a batch's luck is larger than what is to be seen
 constraint_paired = True
-constraint_scale = 0.01  # nats
-lambda_init = 0.1
-lambda_min = 0.02
-# low: most of the run gets rid of edges at this price, lambda at its cap; the loss comes back as the learning
-# rate falls
-lambda_max = 0.2
+constraint_interval = 8
+constraint_scale = 0.02  # nats
+lambda_rate = 0.02
+lambda_init = 0.3
+lambda_min = 0.001  # neither floor nor cap is ever met
+lambda_max = 1000.0
+average_decay = 0.995  # paper: 0. The average of the weights is measured, judged and kept
 
 # the paper's penalty alone: text needs thousands of edges, and the linear one charges them for being certain
 linear_penalty_steps = 0
-noise_free_steps = 18000  # paper: 0. Trained as it is judged: in trials a third fewer edges at the same loss
+noise_free_steps = 8000  # paper: 0. All of the run: trained as it is judged
 batch_size = 8
-max_steps = 24000
+max_steps = 8000
 learning_rate = 1e-3
 min_lr = 5e-5
-eval_interval = 2000
+eval_interval = 500
 eval_batch_size = 20
 # 1,000 windows of held-out files, the same for parent, control and child; small batches of T x T matrices
 # stay in the cache

@@ -35,7 +35,7 @@ def test_what_is_on_goes_off_and_what_is_off_goes_on():
     assert {"no cycles", "no linear penalty", "temperature 1"} <= set(addition) - set(text)
     assert {"no hand-over", "noise to the end", "temperature 3"} <= set(text) - set(addition)
     fixed = addition["fixed penalty"]
-    assert fixed == {"lambda_min": 2.4, "lambda_init": 2.4, "lambda_max": 2.4, "repair_lambda_max": 0.0}
+    assert fixed == {"lambda_min": 4.0, "repair_lambda_max": 0.0}  # lambda_init and lambda_max are 4, too
 
 
 def test_settings_hold_for_all_and_some_changes_can_be_chosen():

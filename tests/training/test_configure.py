@@ -119,19 +119,26 @@ def test_the_projects_own_config_files_are_right(name, monkeypatch):
         assert config.batch_size % (8 * config.micro_batch_size) == 0
 
 
-def test_a_child_and_its_control_differ_in_the_gates_alone(monkeypatch):
-    """Or the control would control nothing.
-
-    config/stdlib_strict.py is config/stdlib.py but for its parent and the price that a nat has.
-    """
+@pytest.mark.parametrize("name", ["stdlib", "python", "gpu_text"])
+def test_a_child_and_its_control_differ_in_the_gates_alone(name, monkeypatch):
+    """Or the control would control nothing."""
     monkeypatch.chdir(REPOSITORY)
-    child, control, strict = (
-        vars(make_config(f"config/{name}.py", {})[0])
-        for name in ("stdlib", "stdlib_control", "stdlib_strict")
-    )
+    child, control = (vars(make_config(f"config/{name}{of}.py", {})[0]) for of in ("", "_control"))
     about_gates = {"gated", "target_from", "out_dir", "open_above", "distill_weight", *GATED_ONLY}
+    if name == "gpu_text":
+        about_gates.add("eval_interval")  # the control is looked at less often
     assert {key for key in child if child[key] != control[key]} <= about_gates
-    assert {key for key in child if child[key] != strict[key]} == {"init_from", "out_dir", "lambda_max"}
+
+
+def test_the_text_configurations_have_one_constraint(monkeypatch):
+    """Its bounds leave lambda free, so that no hand decides how many edges stay."""
+    monkeypatch.chdir(REPOSITORY)
+    stdlib = vars(make_config("config/stdlib.py", {})[0])
+    for name in ("python", "python512"):
+        other = vars(make_config(f"config/{name}.py", {})[0])
+        differ = {key for key in other if other[key] != stdlib[key]}
+        assert not {key for key in differ if key.startswith(("lambda", "constraint", "loss", "peak"))}
+    assert stdlib["lambda_max"] / stdlib["lambda_min"] == pytest.approx(1e6)
 
 
 @pytest.mark.parametrize(
