@@ -1,8 +1,7 @@
 """The dense parent of config/stdlib.py: a small GPT that reads and writes Python, byte by byte.
 
 Trained on the standard library of the Python that runs it, 11 million bytes, most of them once; whole files
-are held out. So it does not learn them by heart, and a loss on training text says what one on held-out text does.
-config/stdlib_control.py shows what more steps would have brought.
+are held out. config/stdlib_control.py shows what more steps would have brought.
 """
 
 dataset = 'stdlib'
