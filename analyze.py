@@ -21,6 +21,7 @@ Everything is computed again from the checkpoint, by the code that judged the ru
 import argparse
 import difflib
 import importlib
+import signal
 import sys
 
 import torch
@@ -119,4 +120,6 @@ def main(arguments):
 
 
 if __name__ == "__main__":
+    if hasattr(signal, "SIGPIPE"):  # as other tools do: `| head` ends the command, and that is no error
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     main(sys.argv[1:])

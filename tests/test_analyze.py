@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 
@@ -268,6 +269,14 @@ def test_a_commands_own_file_points_to_the_door():
                           capture_output=True, text=True)
     assert done.returncode == 1
     assert "type python analyze.py kill-loop" in done.stderr
+
+
+def test_a_reader_that_has_read_enough_is_no_error():
+    started = subprocess.Popen([sys.executable, os.path.join(REPOSITORY, "analyze.py"), "--help"],
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    started.stdout.close()
+    assert started.stderr.read() == ""
+    assert started.wait() == -signal.SIGPIPE
 
 
 def test_a_report_says_which_text_a_run_saw():
