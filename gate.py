@@ -75,8 +75,8 @@ def gated_attention(q, k, v, bias=3.0, temperature=1.0, sample=False, *, dense=F
     """
     k, v = shared_among_heads(k, q), shared_among_heads(v, q)
     check(q, k, v, temperature, keep)
-    # Somebody else computes it, unless a caller wants to look inside: torch where it is dense, fast/ from 64
-    # tokens on. If not, noise comes back as what fast/ would have drawn: to look changes nothing
+    # A fast form computes it, unless a caller wants to look inside: torch's where it is dense, fast/ from 64
+    # tokens on. Otherwise `noise` is what that form would have drawn: to look inside changes nothing
     done, noise = dispatch.attention(q, k, v, bias, temperature, sample, dense, linear_penalty, noise,
                                      plain=keep is not None or renormalise or return_gates, impl=impl)
     if done is not None:

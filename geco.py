@@ -21,7 +21,7 @@ Notable, all five against *windup*, an integrator that stays far away long after
 - A target that cannot be met yet is no target: at a high learning rate even a model without gates is worse
   than it was, and lambda climbs for thousands of steps. So on text the target comes down with the learning
   rate (`peak_slack` in train.py), lambda holds the loss at it all along, and no cap has to.
-- lambda is the only integrator: the clip acts on the state itself, no hidden sum behind it has to unwind.
+- The clip acts on lambda itself: no sum behind it has to unwind. What C remembers is gone in a few updates.
 
 Source: Rezende & Viola 2018, "Taming VAEs".
 This file imports no other file of ours.

@@ -12,9 +12,10 @@ The gated run starts from a dense one (`init_from`), measures the dense model's 
 long as the loss stays there. Three losses take part, and all of them are in the log:
 - the gradient is that of the mean loss of a training batch under sampled gates (in the last
   `noise_free_steps` under thresholds), straight-through;
-- lambda is moved by the loss of the same batch under the deterministic gates that count in the end, or under
-  the sampled ones, as in the paper (`constraint_gates`). Its target is the dense model's loss on training
-  batches + loss_slack - constraint_margin, and on text + peak_slack as long as the learning rate is high;
+- lambda is moved, every `constraint_interval` steps, by the loss of the same batch under deterministic gates
+  and averaged weights, as the run is judged, or under sampled gates, as in the paper (`constraint_gates`).
+  Its target is the dense model's loss on training batches + loss_slack - constraint_margin; on text a
+  peak_slack is added, which shrinks with the learning rate;
 - the run is judged on the held-out set under deterministic gates (training/verdict.py).
 
 Notable:
@@ -66,7 +67,7 @@ def loop(run, judge, progress, stop):
         noise = None if noisy else 0.0  # None: gate.py draws it
         cutting = is_cutting(step, c.linear_penalty_steps, c.cycle_steps)
 
-        # --- 1. lambda: is the loss above its target? Then a nat shall cost more ----------------------------
+        # --- 1. lambda: up if the loss is above its target, else down ---------------------------------------
         if c.gated and step % c.constraint_interval == 0:  # from lambda_init on, and at step 0 already
             geco.lambda_max = run.cap_of_lambda(step)  # one while cutting, another while repairing
             geco.target = run.constraint_target() + c.peak_slack * cosine(step, c)

@@ -14,7 +14,7 @@ gate_bias = 3.0
 gate_temperature = 3.0  # paper: 1. A shut edge hears from further away that it is missed
 
 linear_penalty_steps = 330  # paper: 0. The first phase of every cycle
-cycle_steps = 1000
+cycle_steps = 1000  # paper: 0
 constraint_gates = 'deterministic'  # paper: 'sampled'. What counts in the end are deterministic gates
 # paper: 0. Training jumps about; the average of its weights is measured, judged and kept
 average_decay = 0.99
@@ -24,7 +24,7 @@ constraint_scale = 0.001  # nats; loss_slack, so that lambda can fall as fast as
 lambda_rate = 0.03  # from cap to floor in 100 measurements, 400 steps
 lambda_min = 0.2
 lambda_max = 4.0  # of the first phase: low, so that edges go
-repair_lambda_max = 30.0  # of the second: high, so that needed ones come back
+repair_lambda_max = 30.0  # paper: 0, one cap. Of the second phase: high, so that needed ones come back
 lambda_init = 4.0  # strict from the start: the loss jumps when the gates begin to sample
 
 batch_size = 32

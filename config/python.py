@@ -1,4 +1,4 @@
-"""The claim on text, fairly: config/stdlib.py with a parent that reads ten times the text, none of it twice.
+"""The claim on text, fairly: config/stdlib.py with twice the context and ten times the text to read from.
 
     python prepare_data.py python          once
     python train.py config/python.py       the parent first, if it is not there yet

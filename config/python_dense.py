@@ -1,5 +1,5 @@
 """A parent that has learned what it can: the model of config/stdlib_dense.py with twice the context, trained
-on 41 of 109 million bytes of Python, none of them twice, to the end of its learning rate.
+on 41 million bytes, drawn at random from 109 million bytes of Python, to the end of its learning rate.
 
     python prepare_data.py python        once; needs no network: the source of the packages that you have
 

@@ -2,7 +2,7 @@
 without, and let the constraint alone decide how many: 1 % after 20 minutes with its parent, on one core.
 
 The target comes down with the learning rate (`peak_slack`), lambda holds the loss at it, and its bounds are
-nowhere near. config/python.py is the same with a parent that has ten times the text. Where we depart from the
+nowhere near. config/python.py is the same with ten times the text to read from. Where we depart from the
 paper a comment says so; how these values were found: docs/ablations.md.
 """
 
@@ -14,14 +14,14 @@ dtype = 'auto'
 gate_bias = 3.0
 # paper: nothing of the kind. Edges with an attention weight above this start open: no shock (handover.py)
 open_above = 0.005
-distill_weight = 1.0  # the dense model that sets the target teaches, too
+distill_weight = 1.0  # paper: 0. The dense model that sets the target teaches, too
 
 loss_slack = 0.08  # nats
 # paper: 0. At this learning rate a model without gates is worse than it was, too; and what is cut deep at
 # first is mended better than it could have been cut with care
 peak_slack = 0.1
 constraint_gates = 'deterministic'  # paper: 'sampled'. What counts in the end are deterministic gates
-# parent and child on the same batch: a batch's luck is larger than what is to be seen
+# paper: False. Parent and child on the same batch: a batch's luck is larger than what is to be seen
 constraint_paired = True
 constraint_interval = 8
 constraint_scale = 0.02  # nats

@@ -1,7 +1,7 @@
 """The dense parent of config/stdlib.py: a small GPT that reads and writes Python, byte by byte.
 
-Trained on the standard library of the Python that runs it, 11 million bytes, most of them once; whole files
-are held out. config/stdlib_control.py shows what more steps would have brought.
+Trained on 8 million bytes, drawn at random from the 11 million of the standard library of your own Python;
+whole files are held out. config/stdlib_control.py shows what more steps would have brought.
 """
 
 dataset = 'stdlib'

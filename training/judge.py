@@ -240,7 +240,7 @@ class Judge:
             sharding.remove_old(c.out_dir, keep=parts.get("shards"))
 
     def go_back(self):
-        """Return to best.pt, the last state that met the target."""
+        """Return to best.pt, the state with the fewest edges of those that met the target."""
         run = self.run
         hardware.wait_for_all()  # process 0 has written it
         best = read_checkpoint(os.path.join(self.config.out_dir, "best.pt"))

@@ -210,7 +210,7 @@ def test_inside_a_compiled_model_without_a_graph_break_under_autocast_and_checkp
     torch._dynamo.reset()
     device = DEVICE[impl]
     model = GPT(
-        GPTConfig(block_size=70, vocab_size=20, n_layer=2, n_head=2, n_embd=32, gated=True, gate_bias=0.5)
+        GPTConfig(block_size=70, vocab_size=20, n_layer=1, n_head=2, n_embd=32, gated=True, gate_bias=0.5)
     ).to(device)
     model.attention_impl = impl
     x = torch.randint(0, 20, (2, 70), device=device)

@@ -118,8 +118,10 @@ def test_a_run_that_goes_back_and_is_killed_near_its_end_ends_like_one_that_is_n
     """The last evaluation is the best, the one before it goes back to an earlier best.pt: killed before every
     rename of the last two.
     """
-    def judged(found, dense, target):  # as good as a coin, but the same for the same weights
-        return int(found["val"]["loss"] * 1e7) % 5 < 2
+    verdicts = {}  # of a held-out loss. The evaluations of steps 5 and 40, the second and the ninth, pass
+
+    def judged(found, dense, target):
+        return verdicts.setdefault(found["val"]["loss"], len(verdicts) in (1, 8))
 
     monkeypatch.setattr(judge, "meets_target", judged)
     settings = {"average_decay": 0.9, "cycle_steps": 5, "linear_penalty_steps": 2, "max_steps": 40,
