@@ -87,10 +87,10 @@ def report(run):
     judged = evaluate_splits(model, data, config["eval_batch_size"], config["eval_batches"])
 
     gated = model.config.gated
-    parent = metrics_of_parent(checkpoint) if gated else None
+    parent = parent_of(checkpoint) if gated else None
     seconds = {"dense": metrics[-1]["seconds"], "sparse": None}
     if gated:
-        seconds = {"dense": parent and parent[0][-1]["seconds"], "sparse": metrics[-1]["seconds"]}
+        seconds = {"dense": parent and parent.metrics[-1]["seconds"], "sparse": metrics[-1]["seconds"]}
     result = {
         "run": run,
         "seed": config["seed"],
@@ -103,7 +103,7 @@ def report(run):
         "parent": checkpoint["parent"] if gated else None,
         "closest": None,
         "ready": bool(checkpoint.get("ready")) if config["ready_loss"] and not gated else None,
-        "still_learning": None if gated else verdict.still_learning(metrics),
+        "still_learning": None if gated else verdict.still_learning(metrics, config),
         "edges": {key: judged["val"][key] for key in COUNTED},
         "heads_off": sum(fraction == 0 for layer in judged["val"]["per_head"] for fraction in layer),
         "seconds": seconds,
@@ -113,7 +113,7 @@ def report(run):
         held_out, nats, training = verdict.distance_from_target(judged, dense, target)
         result["closest"] = {"answers_lost": held_out + training, "nats_too_many": nats}
     result["headline"] = verdict.headline(result, config, metrics)
-    if parent and read_json(os.path.join(parent[1], "config.json")).get("ready_loss"):
+    if parent and parent.config.get("ready_loss"):
         parent = None  # else no child would have been let in: it was ready, and had no need to settle
     result["advice"] = verdict.advice(result, config, metrics, parent)
     write_json(os.path.join(folder_of_answers(run), "report.json"), result)
@@ -121,11 +121,13 @@ def report(run):
     return result
 
 
-def metrics_of_parent(checkpoint):
-    """(lines of metrics.jsonl, folder) of the run that a run started from; None of a model that is no run."""
+def parent_of(checkpoint):
+    """The verdict.Parent of a gated run; None where it started from a model that is no run."""
     folder = os.path.dirname(checkpoint["parent"])
     path = os.path.join(folder, "metrics.jsonl")
-    return (read_metrics(path), folder) if os.path.exists(path) else None
+    if not os.path.exists(path):
+        return None
+    return verdict.Parent(folder, read_json(os.path.join(folder, "config.json")), read_metrics(path))
 
 
 def text_seen(name, meta):

@@ -200,7 +200,7 @@ def test_other_data_than_the_runs_is_named(folder):
 
 def test_a_parent_that_was_ready_is_not_called_unfinished(folder, monkeypatch):
     """It stops as soon as it is ready, its loss still falling."""
-    monkeypatch.setattr(verdict, "still_learning", lambda lines: True)
+    monkeypatch.setattr(verdict, "still_learning", lambda lines, config: True)
     path = folder / "out/dense/config.json"
     before = path.read_text()
     assert "Its parent was still learning" in analyze(folder, "report", "out/sparse").stdout

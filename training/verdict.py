@@ -14,6 +14,9 @@ Notable:
       fall = loss three quarters through the run - loss at its end
       noise = 2 std(changes from one evaluation to the next)
 
+  Where the learning rate has come down to its end, the loss falls with it: only a control, the run trained on
+  for as long, can tell what is left to learn (docs/text.md).
+
 This file reads numbers, of `evaluate`, of metrics.jsonl and of report.json.
 """
 
@@ -25,6 +28,7 @@ from geco import is_cutting
 # nats; a loss that falls by less in the last quarter of a run has settled: the slack that addition's child is
 # given
 SETTLED = 0.001
+COOLED = 0.2  # of its peak; a learning rate that ends below has come down
 AT_CAP = 0.99  # of lambda_max, and more, is the cap
 
 MISSED = 2  # the exit status of train.py where a run at its end is not what it was to become
@@ -103,13 +107,28 @@ def learning(metrics):
     return Learning(losses[0] - losses[-1], 2 * statistics.stdev(changes))
 
 
-def still_learning(metrics):
-    """Did a run end before its held-out loss had settled?
-
-    False also where there are too few evaluations to tell.
-    """
+def is_falling(metrics):
+    """Did the held-out loss fall in the last quarter, by more than noise? False also where none can tell."""
     found = learning(metrics)
     return found is not None and found.fall > max(found.noise, SETTLED)
+
+
+def has_cooled(metrics, config):
+    """Has a run's learning rate come down to its end? config: of config.json."""
+    return metrics[-1]["step"] >= config["max_steps"] and config["min_lr"] < COOLED * config["learning_rate"]
+
+
+def still_learning(metrics, config):
+    """Did a run end before its held-out loss had settled? False also where nobody can tell."""
+    return is_falling(metrics) and not has_cooled(metrics, config)
+
+
+class Parent(NamedTuple):
+    """The run that a gated run started from."""
+
+    folder: str
+    config: dict  # of config.json
+    metrics: list  # lines of metrics.jsonl
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -170,7 +189,12 @@ def headline_of_dense(report, config, metrics):
     found = learning(metrics)
     if found is None:
         return f"{run}: {state}; too few evaluations to tell whether it was still learning"
-    if still_learning(metrics):
+    if is_falling(metrics) and has_cooled(metrics, config):
+        return (
+            f"{run}: {state}, at the end of its learning rate. What more steps would have brought, only a "
+            "control can tell: docs/text.md"
+        )
+    if is_falling(metrics):
         return (
             f"{run} was STILL LEARNING at its end: {state}. The loss fell by {found.fall:.2g} nats in the "
             "last quarter of "
@@ -188,7 +212,7 @@ def advice(report, config, metrics, parent=None):
     """What to do about a run that is not what it was to become: a list of sentences, each with what to type;
     empty if there is nothing to do.
 
-    parent: of a gated run, the lines of its parent's metrics.jsonl and its folder, or None.
+    parent: of a gated run its Parent, or None.
     """
     run, longer = report["run"], 2 * config["max_steps"]
     if report["sparse"]:
@@ -200,7 +224,7 @@ def advice(report, config, metrics, parent=None):
     if config["ready_loss"] and not report["ready"]:
         steps = config["max_steps"] if metrics[-1]["step"] < config["max_steps"] else longer
         return [f"No child can start from it. Train it on: {train_on(run, steps)}"]
-    if not config["ready_loss"] and still_learning(metrics):
+    if not config["ready_loss"] and still_learning(metrics, config):
         return [
             f"A child that keeps its loss keeps that of an unfinished model. Train it on: "
             f"{train_on(run, longer)}"
@@ -217,11 +241,10 @@ def train_on(folder, steps=None):
 def remarks_on_met(report, config, parent):
     """What to know of a gated run that met its target: how much the target is worth, and an early best."""
     remarks = []
-    if parent and still_learning(parent[0]):
-        lines, folder = parent
+    if parent and still_learning(parent.metrics, parent.config):
         remarks.append(
             "Its parent was still learning when it ended, so what was kept is an unfinished model's loss. To "
-            f"train that on: {train_on(folder, 2 * lines[-1]['step'])}; then a new child"
+            f"train that on: {train_on(parent.folder, 2 * parent.metrics[-1]['step'])}; then a new child"
         )
     if report["step"] < config["max_steps"] / 4:
         remarks.append(f"best.pt is of step {report['step']} of {config['max_steps']}: no later evaluation "
@@ -232,12 +255,11 @@ def remarks_on_met(report, config, parent):
 def advice_for_missed(report, config, metrics, parent):
     """The advice for a gated run that came to its end and never met its target: by cause."""
     run, sentences = report["run"], []
-    if parent and still_learning(parent[0]):
-        lines, folder = parent
+    if parent and still_learning(parent.metrics, parent.config):
         sentences.append(
             f"Its parent was still learning when it ended. Train that on: "
-            f"{train_on(folder, 2 * lines[-1]['step'])}; then the same command as for this run with "
-            f"--out_dir={run}-again"
+            f"{train_on(parent.folder, 2 * parent.metrics[-1]['step'])}; then the same command as for this "
+            f"run with --out_dir={run}-again"
         )
     if not report["closest"]["nats_too_many"]:
         return [

@@ -18,9 +18,10 @@ from models.checkpoint import read_checkpoint
 from train import main
 from training import verdict
 from training.settings import Config
-from training.verdict import advice, headline, learning, still_learning
+from training.verdict import Parent, advice, headline, learning, still_learning
 
 CONFIG = vars(Config(max_steps=400, gated=True))
+CONSTANT = CONFIG | {"min_lr": CONFIG["learning_rate"]}
 
 
 def lines(losses, **columns):
@@ -52,6 +53,10 @@ def report(step=400, answers_lost=0, nats_too_many=0.0, **changes):
     } | changes
 
 
+def parent_with(losses):
+    return Parent("out/dense", CONSTANT, lines(losses))
+
+
 FALLING = [1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2]
 FLAT = [1.0, 0.5, 0.3, 0.21, 0.2, 0.21, 0.2, 0.21, 0.2]
 
@@ -64,7 +69,19 @@ FLAT = [1.0, 0.5, 0.3, 0.21, 0.2, 0.21, 0.2, 0.21, 0.2]
     ([0.3, 0.2, 0.1], False),  # too few to tell
 ])
 def test_still_learning_is_a_fall_that_noise_does_not_explain(losses, expected):
-    assert still_learning(lines(losses)) is expected
+    assert still_learning(lines(losses), CONSTANT) is expected
+
+
+def test_a_loss_that_falls_with_the_learning_rate_tells_nothing():
+    assert not still_learning(lines(FALLING), CONFIG)
+    assert still_learning(lines(FALLING), CONFIG | {"max_steps": 800})  # not at its end
+    dense = report(sparse=None, meets_target=True)
+    assert headline(dense, CONFIG, lines(FALLING)) == (
+        "out/x: held-out loss 0.5000, 90 of 100 answers right, at the end of its learning rate. What more "
+        "steps would have brought, only a control can tell: docs/text.md"
+    )
+    assert advice(dense, CONFIG | {"gated": False}, lines(FALLING)) == []
+    assert headline(dense, CONFIG, lines(FLAT)).startswith("out/x has settled")
 
 
 def test_the_fall_is_counted_from_three_quarters_of_the_run():
@@ -141,11 +158,11 @@ def test_advice_fits_the_cause(what, metrics, found, words):
 
 
 def test_a_parent_that_was_still_learning_is_named_first():
-    first, second = advice(report(400, 0, 0.1), CONFIG, lines(FLAT), (lines(FALLING), "out/dense"))
+    first, second = advice(report(400, 0, 0.1), CONFIG, lines(FLAT), parent_with(FALLING))
     assert first.startswith("Its parent was still learning")
     assert "--init_from=resume --out_dir=out/dense --max_steps=800" in first
     assert "--loss_slack" in second
-    assert advice(report(), CONFIG, lines(FLAT), (lines(FLAT), "out/dense"))[0] != first
+    assert advice(report(), CONFIG, lines(FLAT), parent_with(FLAT))[0] != first
 
 
 def test_headlines():
@@ -162,7 +179,7 @@ def test_headlines():
     assert headline(report(0, 0, 0.1), CONFIG, lines(FLAT)[:1]).startswith(
         "NOT TRAINED: out/x is at its start"
     )
-    dense, config = report(sparse=None, meets_target=True), CONFIG | {"gated": False}
+    dense, config = report(sparse=None, meets_target=True), CONSTANT | {"gated": False}
     assert headline(dense, config, lines(FALLING)).startswith(
         "out/x was STILL LEARNING at its end: held-out loss 0.5000, 90 of 100 answers right. The loss fell "
         "by 0.2 nats"
@@ -275,10 +292,10 @@ def test_what_came_closest_is_forgotten_once_the_target_is_met(echo):
 
 def test_a_target_that_is_worth_little_and_an_early_best_are_said():
     met = report(step=300, meets_target=True, closest=None)
-    assert advice(met, CONFIG, lines(FLAT), (lines(FLAT), "out/dense")) == []
-    [remark] = advice(met, CONFIG, lines(FLAT), (lines(FALLING), "out/dense"))
+    assert advice(met, CONFIG, lines(FLAT), parent_with(FLAT)) == []
+    [remark] = advice(met, CONFIG, lines(FLAT), parent_with(FALLING))
     assert "unfinished model's loss" in remark and "--out_dir=out/dense --max_steps=800" in remark
-    [remark] = advice(met | {"step": 50}, CONFIG, lines(FLAT), (lines(FLAT), "out/dense"))
+    [remark] = advice(met | {"step": 50}, CONFIG, lines(FLAT), parent_with(FLAT))
     assert "best.pt is of step 50 of 400" in remark
 
 
