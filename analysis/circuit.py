@@ -131,7 +131,7 @@ def add_arguments(parser):
                         help="pairs of prompts to rank on, and as many others to test on")
     parser.add_argument("--seed", type=int, default=1, help="of the prompts")
     parser.add_argument("--steps", type=int, default=5,
-                        help="of integrated gradients; 1 is plain attribution")
+                        help="of integrated gradients (EAP-IG) on component edges; 1 is plain attribution")
 
 
 def run(options, settings):

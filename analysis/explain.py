@@ -9,9 +9,9 @@ next to the baseline, the agreement of the better constant guess ("always" or "n
 measured by shutting it, it alone, on every sum, and counting which answer digits go wrong (an ablation).
 
 The library is in conditions.py. This goes further than the paper, which shows the carry edge on three
-examples (its first figure): found by counting, not by eye. All 10,000 sums of two digits are counted; of more
-digits, those of the dataset. Notable: a shut edge may have a twin that opens instead: gates are computed from
-queries and keys, which change with what was read.
+examples (its first figure): found by counting, not by eye. All 10,000 sums of two digits are counted; of one
+or three digits, those of the dataset. Notable: a shut edge may have a twin that opens instead: gates are
+computed from queries and keys, which change with what was read.
 """
 
 import os

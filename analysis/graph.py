@@ -1,10 +1,10 @@
 """Which features, through which heads, made a model say this? One prompt's attribution graph.
 
-    python analyze.py transcode out/addition                       first, once
+    python analyze.py transcode out/addition --price=0.1           first, once
     python analyze.py graph out/addition --prompt=36+28 --at=s1    the tens
     python analyze.py graph out/stdlib --prompt="name = 'main"     the next byte
 
-Prints how much heads and attention edges carry, how many hold 80 % of it, and what feeds the answer most
+Prints each head's share, how many heads and attention edges hold 80 %, and what feeds the answer most
 (circuits/attribution_graph.py, influence.py). Writes graph-<prompt>.json into the run's folder, in the format
 of circuit-tracer and Neuronpedia (schema version 1), pruned; a link's `heads` says what share of it goes
 through which; the rest is direct, or goes through more of them.

@@ -9,7 +9,7 @@ keeps (1) or cuts (0) each:
     interchange    z_ij = A'_ij p'_ij v'_j       the edge carries what it carries on the corrupted prompt
 
 Everything else is computed anew in a run that is cut: scores, softmax, and the gates of edges that are
-kept. An edge that was shut with nothing cut stays shut. M(m) is the metric of the pair
+kept. With `zero`, an edge that was shut with nothing cut stays shut. M(m) is the metric of the pair
 (attribution.metric_of). What does M lose when edge e is cut?
 
     exact          M(1) - M(1 without e)                      a run for every edge

@@ -11,8 +11,7 @@ Shares are those of the effect that the circuit itself is measured by: of attent
 all edges cut and all kept (attention_edges.py); of component edges between the corrupted and the clean run
 (attribution.py).
 
-Notable: the circuit of another task is taken to a prompt by position: of attention edges, aligned at the last
-token.
+Notable: another task's attention edges are transferred by position, aligned at the last token.
 """
 
 import random
@@ -25,7 +24,7 @@ from circuits.graph import Graph
 from circuits.tasks import Vocabulary, fitting, make_pairs
 from storage.files import UserError
 
-MOST_PAIRS = 32  # on which controls are computed
+MOST_PAIRS = 32  # for nonsense labels and the untrained model
 
 
 def nonsense(pairs, seed=0):

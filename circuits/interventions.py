@@ -14,8 +14,8 @@ never trained foretells signs as well. The second is not: what it finds hardly m
 Notable:
 - A feature is cut by taking its writes a W_dec off what the MLPs write, at its position, in its own and all
   later layers: the model keeps its MLPs, and with them what the transcoder gets wrong.
-- A head is cut at all positions. Foretold is what passes it last on the way to a feature or to the answer
-  (attribution_graph.py counts a path there); what goes on through other heads is left out.
+- A head is cut at all positions. Foretold are the paths on which it is the last head before a feature or the
+  answer (attribution_graph.py counts them there); what goes on through other heads is left out.
 - Cutting is deterministic; random nodes are drawn from those that the ranking left over.
 """
 
