@@ -11,7 +11,7 @@
                                                       90 GB of disk; needs `datasets`
     python prepare_data.py fineweb --shards=10        ready GPT-2 tokens, 100 million (200 MB) a shard, by URL
     python prepare_data.py dolma --shards=2           a sample of OLMo's training data: 103 files of 160 MB
-                                                      and 80 million tokens; needs `datasets`
+                                                      and about 90 million tokens; needs `datasets`
 
 A dataset is a folder data/<name>/ of rows (a question and its answer) or of one long stream of tokens (text):
 storage/dataset.py has the format. `load` opens one, and makes it first where that needs no network.
@@ -185,9 +185,11 @@ OFFLINE = {"addition": ("addition", {}),
 OFFLINE |= {f"addition{d}": ("addition", {"digits": d}) for d in range(1, MOST_DIGITS + 1) if d != 2}
 # what was made for a dataset: a config, and what must be said beside it
 MADE_FOR = {"addition": "config/addition.py", "addition3": "config/addition3.py",
-            "stdlib": "config/stdlib.py", "stdlib-gpt2": "config/gpt2_smoke.py",
+            "stdlib": "config/stdlib.py", "python": "config/python.py", "stdlib-gpt2": "config/gpt2_smoke.py",
             "openwebtext": "config/gpt2.py", "fineweb": "config/gpt2.py --dataset=fineweb",
-            "dolma": "config/olmo_1b.py"}
+            "dolma": "config/olmo_1b.py",
+            "dolma-olmo2": "config/olmo_1b.py --init_from=allenai/OLMo-2-0425-1B --dataset=dolma-olmo2 "
+                           "--out_dir=out/olmo2_1b"}
 # made for this tokenizer, and named without it; others for bytes
 STANDARD = {"openwebtext": "gpt2", "fineweb": "gpt2", "dolma": "olmo"}
 

@@ -25,7 +25,7 @@ Notable:
   process that accumulates gradients does what many processes do.
 - The same command continues an unfinished run. A folder is never overwritten by a run with other settings.
 - Exit status: 0, the run is what it was to become; 2, it is at its end and is not (a target missed, a parent
-  not ready); 1, an error, or stopped.
+  not ready); 1, an error, or stopped (torchrun makes every status but 0 a 1).
 
 What stands around the loop: settings and their meaning, training/settings.py; where a run comes from,
 parents.py; models, optimizer and devices, run.py; evaluation and checkpoints, judge.py; how dense becomes

@@ -24,7 +24,8 @@ constraint_paired = True
 constraint_interval = 4
 constraint_scale = 0.01
 lambda_rate = 0.05  # few steps: so that 100 of them can move lambda by a factor of 3
-lambda_init = 0.1  # these three as in config/olmo_tiny.py, a constraint older than config/stdlib.py's
+# a constraint older than config/stdlib.py's, like that of config/olmo_tiny.py
+lambda_init = 0.1
 lambda_min = 0.02
 lambda_max = 0.2
 

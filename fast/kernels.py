@@ -25,8 +25,8 @@ Notable:
 - Half-precision inputs are multiplied as they are and summed in float32, so a is exact at the gate's
   threshold. e and A p are rounded to the inputs' type for their products, as in flash attention. float16
   needs a loss scaler, or the penalty's gradient underflows; bfloat16 needs none.
-- Every tile is computed whole, open edges or none. Branches that left out the products of dead tiles gained 3
-  % on an H100 and were compiled wrongly there: in float32 dv was noise (torch 2.11, Triton 3.6; docs/gpu.md).
+- Every tile is computed whole, open edges or none. Branches that left out the products of dead tiles were
+  compiled wrongly on an H100: in float32 dv was noise (torch 2.11, Triton 3.6; docs/gpu.md).
 - Widths that are no power of two are padded inside the kernel. Queries beyond the end of the text are zeros:
   what is computed for them is finite, meets zeros, and is not stored.
 - TRITON_INTERPRET=1 runs all of it on a CPU (tests/fast/test_op.py).

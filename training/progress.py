@@ -1,6 +1,6 @@
 """What a waiting person sees: one line that knows the whole job, not only the run that trains right now.
 
-    part 2 of 2, out/addition  61%|######    | 2750/4500, 0:58 left, loss 0.0021 (target 0.0014), 9,998 of
+    part 2 of 2, out/addition  61%|######    | 2750/9000, 00:58 left, loss 0.0021 (target 0.0014), 9,998 of
                                10,000 right, 12.4 of 264 edges open, ...
 
 A *job* is what one command trains: a gated run whose parent is a config file makes two parts, with a control
@@ -138,7 +138,7 @@ class Progress:
             print(f"{name}: step {self.now} of {steps}, {words}", file=self.stream, flush=True)
 
     def left(self):
-        """The time that all parts still take, in words: `0:58 left`."""
+        """The time that all parts still take, in words: `00:58 left`."""
         c, place = self.config, self.job.place(self.config.out_dir)
         waiting = self.job.parts[place + 1:]
         a_step = c.batch_size * forward_passes(c)

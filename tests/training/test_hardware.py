@@ -23,13 +23,15 @@ GATED = ["--init_from=out/dense", "--gated=True", "--distill_weight=0.5", "--con
          "--open_above=0.02", "--linear_penalty_steps=10", "--attention_impl=tiled"]
 
 
-def test_two_processes_do_what_one_does_with_accumulation(workplace):
+@pytest.mark.parametrize("compiled", ["off", pytest.param("on", marks=pytest.mark.slow)])
+def test_two_processes_do_what_one_does_with_accumulation(workplace, compiled):
     count_dataset()
     launch(1, *SETTINGS, "--out_dir=out/dense")
     shape = [s for s in SETTINGS if not s.startswith(("--n_", "--block", "--dropout"))]
     launch(1, *shape, *GATED, "--micro_batch_size=8", "--out_dir=out/one")
-    out = launch(2, *shape, *GATED, "--micro_batch_size=8", "--out_dir=out/two")
-    assert "2 x cpu" in out and out.count("held-out loss, sparse") == 1  # one process prints and reports
+    out = launch(2, *shape, *GATED, "--micro_batch_size=8", "--out_dir=out/two", f"--compile={compiled}")
+    assert "2 x cpu" in out and ("not compiled" in out) == (compiled == "off")
+    assert out.count("held-out loss, sparse") == 1  # one process prints and reports
     one, two = metrics("out/one"), metrics("out/two")
     assert len(one) == len(two) == 21 and one[-1]["lambda"] != one[0]["lambda"]
     for a, b in zip(one, two):
