@@ -14,7 +14,7 @@ Notable:
   A head whose edges are all shut writes exactly zero (then c_proj adds its bias): whole heads switch off.
 - Training samples the gates (binary Gumbel-softmax, straight-through). In evaluation A = [s > 0].
 - The penalty is the expected open fraction, the mean of sigmoid(s) over causal pairs: an L0 norm made smooth.
-  One addition of ours, off by default, keeps it from going flat: see linear_penalty below.
+  One addition of ours keeps it from going flat: see linear_penalty below.
 - A pair with j > i is never open, never counted, and sends no gradient.
 
 Everything here is written for reading: it stores T x T matrices. fast/ computes the same without.

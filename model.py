@@ -127,8 +127,6 @@ class GPT(nn.Module):
                 f"n_embd={config.n_embd} must be a multiple of n_head={config.n_head}: the heads share the "
                 "width"
             )
-        if config.gate_temperature <= 0:
-            raise ValueError(f"gate_temperature must be above 0, not {config.gate_temperature}")
         self.config = config
         self.transformer = nn.ModuleDict(dict(
             wte=nn.Embedding(config.vocab_size, config.n_embd),

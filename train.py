@@ -50,7 +50,7 @@ from training.parents import lineage_of
 from training.progress import Job, Progress
 from training.run import Run, cosine, get_lr
 from training.settings import Config, check_together, limits, make_config
-from training.verdict import MISSED, has_succeeded
+from training.verdict import MISSED, has_succeeded, is_finished
 
 
 def loop(run, judge, progress, stop):
@@ -61,8 +61,9 @@ def loop(run, judge, progress, stop):
             judge(step)  # evaluate, log, best.pt, last.pt
             if judge.is_over:
                 break
+        learning_rate = get_lr(step, c)
         for group in run.optimizer.param_groups:
-            group["lr"] = get_lr(step, c)
+            group["lr"] = learning_rate
         noisy = step < c.max_steps - c.noise_free_steps  # else gates are thresholds, as when they are judged
         noise = None if noisy else 0.0  # None: gate.py draws it
         cutting = is_cutting(step, c.linear_penalty_steps, c.cycle_steps)
@@ -92,7 +93,7 @@ def loop(run, judge, progress, stop):
         batch_loss, density, objective = (number / run.micro_batches for number in sums)
         run.require_finite(step, batch_loss, objective, norm)
         run.update_weights()
-        judge.note(step, loss=batch_loss, density=density, gradient_norm=norm, learning_rate=get_lr(step, c))
+        judge.note(step, loss=batch_loss, density=density, gradient_norm=norm, learning_rate=learning_rate)
         judge.speed.step()
         progress.step()
         if stopping and step + 1 < c.max_steps:  # after the last step only the evaluation is left
@@ -109,7 +110,7 @@ def train_one(config, given, job=None):
     hardware.wait_for_all()  # nobody writes into the folder before everybody has read it
     if job is None:
         job = Job.of_begun(c, checkpoint) if checkpoint else Job([c])
-    if checkpoint and (checkpoint["step"] >= c.max_steps or checkpoint.get("ready")):
+    if checkpoint and is_finished(checkpoint, c):
         if hardware.rank() == 0:
             settle(c.out_dir, finished=True)
         hardware.say(f"{job.name(c.out_dir)} is finished ({checkpoint['step']} steps)")

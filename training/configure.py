@@ -189,9 +189,7 @@ def check(key, value, where, config_class, limits):
         message = f"unknown setting {key} {where}."
         if near:
             message += f" Did you mean {near[0]}?"
-        few = len(types) <= 10
-        message += f" There are {', '.join(types)}" if few else " `python train.py --help` lists all settings"
-        raise UserError(message)
+        raise UserError(f"{message} `python train.py --help` lists all settings")
     wanted = types[key]
     if wanted is float and type(value) is int:
         value = float(value)

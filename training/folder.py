@@ -42,7 +42,8 @@ def claim_folder(config, given):
         require_new(config.out_dir, resume)
         return None  # new, or killed before its first checkpoint: nothing to lose
     before = settings_of(config.out_dir)
-    taken_over = SETTINGS if resume else SHAPE
+    # out_dir: a folder may have been moved
+    taken_over = [key for key in SETTINGS if key != "out_dir"] if resume else SHAPE
     for key in taken_over:
         if key not in given or key == "init_from":
             setattr(config, key, before[key])

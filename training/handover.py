@@ -28,15 +28,16 @@ Where there is no key bias to fold into (OLMo, bias=False), or weights are not t
 number for each head takes the place of q_i . c / sqrt(D): the same regression with one unknown, and
 `gate_bias` becomes a list [layer][head].
 
-Notable: D unknowns per head, solved once from a few thousand queries; no parameter is added, the dense
-function stays what it was (a test proves it), and training moves the shift on from there. `open_above = 0`
-leaves it out: one constant bias and nothing else, the paper's form.
+Notable: D unknowns per head, solved once from the first batch's queries, at most 8,192; no parameter is
+added, the dense function stays what it was (a test proves it), and training moves the shift on from there.
+`open_above = 0` leaves it out: one constant bias and nothing else, the paper's form.
 """
 
 import math
 
 import torch
 
+from gate import shared_among_heads
 from models.checkpoint import copy_into
 from training.sharding import whole
 
@@ -45,7 +46,7 @@ from training.sharding import whole
 def fold_shift(model, idx, open_above, fold=True, ridge=1e-2, too_low=100.0):
     """Shift the gates of `model` (changed in place) so that edges with p_ij > open_above start open.
 
-    idx         (B, T) tokens of the training set to fit the shift on; some thousands in all
+    idx         (B, T) tokens of the training set to fit the shift on
     open_above  p0, an attention weight between 0 and 1; smaller is gentler and starts denser
     fold        into the key biases, where the model has some; else, and with False, one number per head into
                 config.gate_bias
@@ -92,9 +93,7 @@ def shift_of(q, k, open_above, bias, fold, ridge, too_low):
     causal = torch.ones(T, T, dtype=torch.bool, device=q.device).tril()
     q = q / math.sqrt(D)
     # a_ij (B, H, T, T)
-    scores = (q @ k.repeat_interleave(H // k.shape[1], dim=1).transpose(-2, -1)).masked_fill(
-        ~causal, -math.inf
-    )
+    scores = (q @ shared_among_heads(k, q).transpose(-2, -1)).masked_fill(~causal, -math.inf)
     wanted = -scores.logsumexp(dim=-1) - math.log(open_above) - bias  # w_i (B, H, T)
     q = q if fold else torch.ones_like(q[..., :1])  # one unknown: the same for all queries
     q, wanted = q.transpose(0, 1).reshape(H, B * T, -1), wanted.transpose(0, 1).reshape(H, B * T, 1)

@@ -78,8 +78,7 @@ class Judge:
         )
         self.require_finite(step, found["val"]["loss"])
         passes = not c.gated or meets_target(found, state.dense, state.target_loss)
-        if c.ready_loss and not c.gated:
-            state.ready = is_ready(found, c.ready_loss)
+        state.ready = is_ready(found, c.ready_loss) if c.ready_loss and not c.gated else None
         kept = self.names_to_keep(step, found, passes)
         self.progress.evaluated(found, state.target_loss, state.best, geco and geco.lam)
         self.is_over = step == c.max_steps or bool(state.ready)
@@ -101,7 +100,9 @@ class Judge:
 
     def note(self, step, **measured):
         """A step has been made: what was measured goes into steps.csv; see steplog.py."""
-        self.run.remember(measured["loss"], measured["density"])
+        before, loss = self.state.batch_loss, measured["loss"]
+        self.state.batch_loss = loss if before is None else 0.95 * before + 0.05 * loss
+        self.state.density = measured["density"]
         if not self.steps:
             return
         if self.run.geco:

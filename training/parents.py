@@ -97,11 +97,14 @@ def lineage_of(config, given, source=""):
 def refuse_other_shape(parent, run, config, given):
     """Raise UserError if a shape was given that is not that of the run `parent`, before that is trained.
 
-    A shorter context is no other shape: an OLMo takes it.
+    A shorter context is no other shape to an OLMo.
     """
+    if run.init_from != "scratch":
+        return  # it has the shape of its own parent
     for key in SHAPE:
         ours, theirs = getattr(config, key), getattr(run, key)
-        if key in given and key != "block_size" and ours != theirs:
+        shorter = key == "block_size" and run.architecture != "gpt2" and ours < theirs
+        if key in given and ours != theirs and not shorter:
             raise UserError(
                 f"{key}={ours!r}, but {parent} has {key}={theirs!r}: a run that starts from another keeps "
                 f"its shape. First python train.py {parent} --{key}={ours} --out_dir=out/PARENT, then this "
@@ -131,10 +134,9 @@ def find_dense(source, config, given, setting):
     path = kept_checkpoint(folder)
     if path is None:
         raise UserError(
-            f"{setting}={source}: there is no best.pt or last.pt in {folder}. init_from takes 'scratch', "
-            "'resume', "
-            "the folder of a run, a config file, a checkpoint of nanoGPT or transformers, "
-            f"or one of {', '.join(PRETRAINED)}"
+            f"{setting}={source}: there is no best.pt or last.pt in {folder}. It takes the folder of a run, "
+            "a config file, a checkpoint of nanoGPT or transformers, "
+            f"or one of {', '.join(PRETRAINED)}; init_from also 'scratch' and 'resume'"
         )
     return path
 
@@ -170,9 +172,9 @@ def find_sources(c, given, checkpoint):
             raise UserError(f"{c.out_dir} is to keep the loss of {reference}, which is gone. Put it back, or "
                             "train it again with the command that made it")
     else:
-        found = {setting: None if source == "scratch" else find_dense(source, c, given, setting)
-                 for setting, source in sources_of(c)}
-        parent = found["init_from"]
+        found = {setting: find_dense(source, c, given, setting) for setting, source in sources_of(c)
+                 if (setting, source) != ("init_from", "scratch")}
+        parent = found.get("init_from")
         reference = found.get("target_from", parent) if c.gated else None
     with hardware.first_alone():  # who downloads, if need be
         of_reference = read_checkpoint(reference) if c.gated else {}

@@ -166,7 +166,7 @@ class Run:
     def hand_over(self):
         """Shift the gates so that edges with some attention start open (handover.py)."""
         c = self.config
-        rows = self.batches.indices(0)[:max(1, 8192 // self.context)]  # some thousand queries are plenty
+        rows = self.batches.indices(0)[:max(1, 8192 // self.context)]
         x, _ = self.data.batch("train", rows, self.context)
         # once, with a new function in every layer: not worth compiling
         with torch.compiler.set_stance("force_eager"):
@@ -256,12 +256,6 @@ class Run:
         self.optimizer.zero_grad(set_to_none=True)
         if self.config.average_decay:
             follow(self.judged, self.model, self.config.average_decay)
-
-    def remember(self, batch_loss, density):
-        """The last step, for the log."""
-        before = self.state.batch_loss
-        self.state.batch_loss = batch_loss if before is None else 0.95 * before + 0.05 * batch_loss
-        self.state.density = density
 
     def require_finite(self, step, batch_loss, objective, norm):
         """Raise UserError if training has left the numbers."""

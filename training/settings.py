@@ -267,7 +267,8 @@ def check_together(config, processes=1):
     """Raise UserError if settings contradict each other, or so many processes cannot share them."""
     check_shape(config)
     check_adapters(config)
-    check_constraint(config)
+    if config.gated:
+        check_constraint(config)
     micro = micro_batch_size(config, processes)
     if not micro or config.batch_size % (micro * processes):
         raise UserError(
@@ -323,7 +324,7 @@ def check_adapters(config):
             "average_decay holds a second copy of the whole model: it goes with neither parallel='fsdp' nor "
             "lora_rank. Set it to 0"
         )
-    if config.cycle_steps and in_parts:
+    if config.gated and config.cycle_steps and in_parts:
         raise UserError(
             "cycle_steps goes back to whole checkpoints: it goes with neither parallel='fsdp' nor lora_rank. "
             "Set it to 0"
@@ -336,6 +337,11 @@ def check_constraint(config):
         raise UserError(
             f"lambda_init={config.lambda_init} must lie between lambda_min={config.lambda_min} and "
             f"lambda_max={config.lambda_max}"
+        )
+    if 0 < config.repair_lambda_max < config.lambda_min:
+        raise UserError(
+            f"repair_lambda_max={config.repair_lambda_max} is a cap below the floor "
+            f"lambda_min={config.lambda_min}. Make it larger, or 0: lambda_max all along"
         )
     if config.cycle_steps % config.eval_interval:
         raise UserError(

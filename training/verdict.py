@@ -86,6 +86,12 @@ def has_succeeded(config, state):
     return not config.ready_loss or bool(state.get("ready"))
 
 
+def is_finished(checkpoint, config):
+    """Is a run at its end? checkpoint: its last.pt; config: its settings now, a Config."""
+    is_ready = checkpoint.get("ready") and checkpoint["config"]["ready_loss"] == config.ready_loss
+    return bool(is_ready or checkpoint["step"] >= config.max_steps)
+
+
 class Learning(NamedTuple):
     """How the held-out loss moved in the last quarter of a run, nats."""
 
@@ -261,7 +267,7 @@ def advice_for_missed(report, config, metrics, parent):
             f"{train_on(parent.folder, 2 * parent.metrics[-1]['step'])}; then the same command as for this "
             f"run with --out_dir={run}-again"
         )
-    if not report["closest"]["nats_too_many"]:
+    if not report["closest"]["nats_too_many"] and config["loss_slack"]:
         return [
             *sentences,
             "Answers were lost while the loss was met, so the slack is too wide: the same command with "
@@ -305,7 +311,8 @@ def smaller_steps_and_higher_floor(config):
     flags = [f"--learning_rate={config['learning_rate'] / 2:g}", f"--lambda_min={floor:g}"]
     if config["min_lr"] > config["learning_rate"] / 2:
         flags.append(f"--min_lr={config['learning_rate'] / 2:g}")
-    flags += [f"--{key}={floor:g}" for key in ("lambda_init", "lambda_max") if config[key] < floor]
+    flags += [f"--{key}={floor:g}" for key in ("lambda_init", "lambda_max", "repair_lambda_max")
+              if 0 < config[key] < floor]
     return " ".join(flags)
 
 

@@ -26,6 +26,8 @@ def test_a_run_that_cannot_start_from_its_parent_says_why(echo):
         run("sparse.py", init_from="out/dense", n_layer=4)
     with pytest.raises(UserError, match="no best.pt or last.pt in out/gone"):
         run("sparse.py", init_from="out/gone")
+    with pytest.raises(UserError, match="target_from=scratch: there is no best.pt"):
+        run("sparse.py", init_from="out/dense", target_from="scratch")
     run("sparse.py", init_from="out/dense", max_steps=1)
     for target in ({}, {"target_from": "out/dense"}):
         with pytest.raises(UserError, match="init_from=out/sparse is a gated run"):
@@ -173,11 +175,22 @@ def test_an_unready_parent_is_refused_and_a_ready_one_stops(echo):
     assert last["ready"] and last["step"] < 2000 and metrics("out/dense")[-1]["val_loss"] <= 0.05
     run("sparse.py", init_from="out/dense", max_steps=20)
     assert metrics("out/sparse")[-1]["step"] == 20
+    # ready for less: it goes on
+    run("dense.py", init_from="resume", max_steps=2000, ready_loss=0.5 * metrics("out/dense")[-1]["val_loss"])
+    assert read_checkpoint("out/dense/last.pt")["step"] > last["step"]
+
+
+def test_a_folder_that_was_moved_goes_on_where_it_is(echo):
+    os.rename(run("dense.py", max_steps=20, seed=2), "out/dense")
+    assert run("dense.py", init_from="resume", max_steps=40) == "out/dense"
+    assert read_checkpoint("out/dense/last.pt")["step"] == 40 and os.listdir("out") == ["dense"]
 
 
 def test_another_shape_than_the_parents_is_refused_before_the_parent_is_trained(echo):
     with pytest.raises(UserError, match="n_layer=3, but dense.py has n_layer=2.* --out_dir=out/PARENT"):
         run("sparse.py", n_layer=3)
+    with pytest.raises(UserError, match="block_size=8, but dense.py has block_size=4"):
+        run("sparse.py", block_size=8)
     assert not os.path.exists("out/dense")
 
 

@@ -312,7 +312,9 @@ def test_a_run_of_the_same_table_is_not_advised_again():
     ({"lambda_min": 0.01, "lambda_init": 0.01}, "--learning_rate=0.001 --lambda_min=0.02 --lambda_init=0.02"),
     ({"lambda_min": 0.02, "lambda_init": 0.02, "lambda_max": 0.02, "min_lr": 2e-3},
      "--learning_rate=0.001 --lambda_min=0.04 --min_lr=0.001 --lambda_init=0.04 --lambda_max=0.04"),
+    ({"lambda_min": 0.2, "repair_lambda_max": 0.3},
+     "--learning_rate=0.001 --lambda_min=0.4 --repair_lambda_max=0.4"),
 ])
 def test_more_care_is_smaller_steps_and_a_floor_that_is_higher_than_it_was(given, flags):
-    config = {"learning_rate": 2e-3, "min_lr": 0.0, "lambda_init": 4.0, "lambda_max": 4.0} | given
+    config = CONFIG | {"learning_rate": 2e-3} | given
     assert verdict.smaller_steps_and_higher_floor(config) == flags
