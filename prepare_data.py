@@ -134,7 +134,7 @@ def make_text(folder, options):
         raise UserError("text needs your files: python prepare_data.py text --file=A.txt --file=B.txt")
     command = "python prepare_data.py " + shlex.join(sys.argv[1:])
     if os.path.exists(os.path.join(folder, "meta.json")):
-        before = open_dataset(folder, command).remedy
+        before = open_dataset(folder, command).meta.get("made_by", "not made by this command")
         if before != command:
             raise UserError(f"{folder} holds another text ({before}). Give this one a name: --as=NAME, or "
                             f"delete {folder} first")
@@ -233,7 +233,8 @@ def refuse_what_does_not_fit(options):
         raise UserError(f"--digits must be 1 to {MOST_DIGITS}, the digits of each of the two numbers")
     if options.shards is not None and not 1 <= options.shards <= 103:
         raise UserError("--shards must be 1 to 103")
-    if options.called in DATASETS or "/" in (options.called or "") or options.called == "":
+    taken = {*DATASETS, *OFFLINE, "", ".", ".."}
+    if options.called in taken or "/" in (options.called or ""):
         raise UserError(f"--as={options.called} is no name for a dataset of yours. Choose another")
     if options.processes < 1:
         raise UserError("--processes must be at least 1")

@@ -46,7 +46,7 @@ def models_to_compare(checkpoint, path):
         context = checkpoint["model_args"]["block_size"]
         return load_checkpoint(checkpoint["parent"], hardware.pick_device("auto"), block_size=context)
 
-    if not checkpoint["model_args"]["gated"]:
+    if not checkpoint["model_args"].get("gated"):
         return {"dense": judged}
     return {"dense": parent, "sparse": judged}
 

@@ -73,13 +73,8 @@ def strongest_heads(graph, kept):
 @torch.no_grad()
 def patterns(model, ids, heads, graph):
     """What each head, by its number among the writers, attends to on one prompt: a list of (T, T)."""
-    layers = []
-
-    def note(layer, gates):
-        layers.append((gates.open * gates.pattern)[0].cpu().numpy())
-
     prompt = torch.tensor([ids], device=next(model.parameters()).device)
-    model(prompt, record=note)
+    layers = [terms.weights[0].cpu().numpy() for terms in terms_of(model, prompt)]
     per_layer = graph.H + 1  # the heads and the MLP; the embedding is number 0
     return [layers[(w - 1) // per_layer][(w - 1) % per_layer] for w in heads]
 

@@ -26,7 +26,7 @@ from analysis.figures import GREY, save
 from analysis.report import read_json
 from analysis.rules import RULES
 from analysis.seeds_table import aligned
-from models.checkpoint import kept_checkpoint, read_checkpoint
+from models.checkpoint import checkpoint_named, read_checkpoint
 from storage.files import UserError, write_json
 from training.folder import read_metrics
 from training.verdict import AT_CAP, bounds_of_lambda
@@ -90,7 +90,7 @@ def controls_of(folders):
     """{(parent's checkpoint, steps): the control's loss, nats}."""
     found = {}
     for folder in folders:
-        report, parent = read_report(folder), read_checkpoint(kept_checkpoint(folder))["parent"]
+        report, parent = read_report(folder), read_checkpoint(checkpoint_named(folder))["parent"]
         if report["sparse"] or not parent:
             raise UserError(f"{folder} is no control: a dense run that was trained on from a parent")
         steps = read_json(os.path.join(folder, "config.json"))["max_steps"]

@@ -43,11 +43,12 @@ def read_transcoder(folder, name, checkpoint):
         raise UserError("only a run's folder, such as out/addition, can have a transcoder")
     place = os.path.join(folder, name + ".pt")
     if not os.path.exists(place):
-        raise UserError(f"{folder} has no {name}.pt. Train one first: python analyze.py transcode {folder}")
+        raise UserError(f"{folder} has no {name}.pt. Train one first: python analyze.py transcode {folder} "
+                        f"--name={name}")
     trained = read_checkpoint(place)
     if trained["of"] != fingerprint(checkpoint):
         raise UserError(f"{place} was trained for other weights than {folder} holds now. Delete it, and: "
-                        f"python analyze.py transcode {folder}")
+                        f"python analyze.py transcode {folder} --name={name}")
     steps = trained["settings"]["steps"]
     if trained["step"] < steps:
         raise UserError(f"{place} is not finished, {trained['step']} of {steps} steps: give "

@@ -51,9 +51,10 @@ def models_of(run):
     why = "n80 compares a gated run, such as out/addition, with its parent"
     checkpoint, path = gated_checkpoint(run, why)
     found = {}
-    for name, place in (("dense", checkpoint["parent"]), ("sparse", path)):
+    parent = checkpoint["parent"]
+    for name, place, folder in (("dense", parent, os.path.dirname(parent)), ("sparse", path, run)):
         own = read_checkpoint(place)
-        found[name] = folder_of_answers(os.path.dirname(place)), own, gpt_of(own, place, run)
+        found[name] = folder_of_answers(folder), own, gpt_of(own, place, run)
     return found
 
 
@@ -163,8 +164,8 @@ def compare(folder, models, coders, matched, options):
         result["untrained"] = {}
         shortest = min(len(one.tokens) for one in asked)
         batch = torch.stack([one.tokens[:shortest] for one in asked])
-        for kind, (*_, model) in models.items():
-            like, _ = coders[kind][matched["l0"][0]]
+        for (kind, (*_, model)), name in zip(models.items(), matched["l0"]):
+            like, _ = coders[kind][name]
             result["untrained"][kind] = measure(model, untrained(model, batch, like), asked, progress)
     return result
 

@@ -36,7 +36,7 @@ from storage.files import UserError
 from training.configure import parse_command_line
 from training.folder import read_metrics
 from training.hardware import PEAK_FLOPS
-from training.settings import Config, check_together, forward_passes, limits, make_config
+from training.settings import Config, check_together, forward_passes, limits, make_config, micro_batch_size
 
 OVERHEAD = 2e9  # bytes: assumed
 CONFIGS = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "config")
@@ -151,7 +151,7 @@ def plan(name, settings, gpus, context):
     model = built(replace(MODELS[name][1], block_size=context), settings)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     parameters = sum(p.numel() for p in model.parameters())
-    micro = settings.micro_batch_size or settings.batch_size // gpus
+    micro = micro_batch_size(settings, gpus)
     of_blocks, of_logits = activations(model, micro, context, settings)
     forward = model.flops_per_token(context) / 3  # FLOPs of a forward pass
     return {"parameters": parameters, "trained": trained,
@@ -219,9 +219,10 @@ def fits(found, gpu):
 def what_would_fit(name, given, options):
     """The flags with which a model fits that does not, as few as do, or None: nothing here helps."""
     settings, _ = plan_of(name, given, options)
-    flags = {}
-    for key, value in (("parallel", "fsdp"), ("recompute_activations", True), ("micro_batch_size", 4),
-                       ("micro_batch_size", 1)):
+    flags, micro = {}, micro_batch_size(settings, options.gpus)
+    sizes = [size for size in (4, 1) if size < micro and settings.batch_size % (size * options.gpus) == 0]
+    for key, value in (("parallel", "fsdp"), ("recompute_activations", True),
+                       *(("micro_batch_size", size) for size in sizes)):
         if getattr(settings, key) == value or options.gpus == 1 and key == "parallel":
             continue
         flags[key] = value
@@ -289,5 +290,6 @@ def show(rows, share, options):
         print(f"{name:8}{found['parameters']:14,}{found['trained']:14,}{gigabytes}"
               f"{sum(memory) / 1e9:14.1f}{steps:14,.0f}{settings.max_steps / steps:8.1f}")
         recomputed = ", activations recomputed" if settings.recompute_activations else ""
-        print(f"{'':8}{MODELS[name][0]}, {settings.parallel}, micro-batches of {settings.micro_batch_size}, "
+        print(f"{'':8}{MODELS[name][0]}, {settings.parallel}, "
+              f"micro-batches of {micro_batch_size(settings, options.gpus)}, "
               f"{settings.max_steps:,} steps of {settings.batch_size} x {options.context} tokens{recomputed}")

@@ -30,7 +30,7 @@ from storage.files import UserError, write_json
 from training.configure import parse_command_line
 from training.folder import read_metrics
 from training.parents import PASSED_ON
-from training.settings import FREE, SHAPE, Config, limits, make_config
+from training.settings import FREE, SHAPE, Config, check_together, limits, make_config
 from training.verdict import MISSED, distance_in_words
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -89,6 +89,7 @@ def runs_for(path, settings, seed):
     One, unless a parent must be told of its shape.
     """
     config, _ = make_config(path, settings)
+    check_together(config)
     ours = dict(settings)
     runs = []
     of_parent = {key: value for key, value in settings.items() if key in OF_PARENT}

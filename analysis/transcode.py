@@ -145,8 +145,8 @@ def run(options, settings):
         if not start:
             coder.start(x[:10_000].float(), y[:10_000].float())
         train(coder, x, y, options, start, save)
-    tokens = torch.cat(list(batches_of(data, "val", T, JUDGED * T)))
-    found = quality(model, coder.eval(), tokens.to(next(model.parameters()).device))
+    held_out = (x.to(next(model.parameters()).device) for x in batches_of(data, "val", T, JUDGED * T))
+    found = quality(model, coder.eval(), held_out)
     found |= {"run": options.run, "seconds": read_checkpoint(place)["seconds"]} | settings
     write_json(os.path.join(folder, options.name + ".json"), found)
     print(f"{place}: {in_words(found)}")

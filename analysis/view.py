@@ -20,7 +20,6 @@ Notable: a prompt may say anything, </script> too. So the JSON has no <, > or &,
 import json
 import os
 
-import torch
 from tqdm import tqdm
 
 from analysis import view_data, view_features
@@ -144,9 +143,10 @@ def run(options, settings):
                                         "gated run such as out/addition, and shows both")
     questions, word, vocab_size = questions_of(checkpoint, folder, options.prompt)
     models, note = models_of(checkpoint, path)
-    places = {"sparse": path, "dense": checkpoint.get("parent")}
+    parent = checkpoint.get("parent")
+    places = {"sparse": (path, folder_of_answers(folder)),
+              "dense": (parent, folder_of_answers(os.path.dirname(parent or "")))}
     coders = view_features.coders_of({name: places[name] for name in models}, models, options.name)
-    torch.manual_seed(0)
     page = os.path.join(folder_of_answers(folder), "view.html")
     size = write_page(page, data_of_page(folder, models, note, questions, word, vocab_size, coders))
     prompts = ", ".join(repr(question.title) for question in questions)

@@ -15,7 +15,7 @@ from analysis.view_data import rounded
 from circuits.attribution_graph import graph_of, why_open
 from circuits.influence import influence_of, pruned, scores, square
 from model import GPT
-from models.checkpoint import folder_of_answers, read_checkpoint
+from models.checkpoint import read_checkpoint
 from storage.files import UserError
 
 NODES, LINKS = 120, 400  # of a graph, at most: the strongest
@@ -28,11 +28,10 @@ LINK = ("source", "target", "weight", "heads", "direct")
 
 def coders_of(places, models, name):
     """{model's name: (the model on the CPU, its Transcoder)}, of those models that have one. places: {name:
-    its checkpoint's path}.
+    (its checkpoint's path, the folder of its transcoders, None of a name such as gpt2)}.
     """
     found = {}
-    for kind, path in places.items():
-        folder = folder_of_answers(os.path.dirname(path))  # None of a name such as gpt2
+    for kind, (path, folder) in places.items():
         if folder is None or not isinstance(models[kind], GPT):
             continue
         if not os.path.exists(os.path.join(folder, name + ".pt")):

@@ -200,16 +200,16 @@ def edges_of(present, pair):
     return [(layer, pair, head, query, key) for layer, head, query, key in present.nonzero().tolist()]
 
 
-def signed_scores(kind, model, batch, metric, steps=5):
-    """Scores (n_layer, B, H, T, T) of a kind: 'gradient', 'integrated' (over `steps` parts) or 'exact'."""
+def signed_scores(kind, model, batch, metric):
+    """Scores (n_layer, B, H, T, T) of a kind: 'gradient', 'integrated' or 'exact'."""
     if kind == "exact":
         return exact_scores(model, batch, metric).to(batch.tokens.device)
-    return integrated_scores(model, batch, metric, 1 if kind == "gradient" else steps)
+    return integrated_scores(model, batch, metric, **({"steps": 1} if kind == "gradient" else {}))
 
 
-def scores_by(ranking, model, batch, metric, steps=5):
+def scores_by(ranking, model, batch, metric):
     """Scores (n_layer, B, H, T, T), the largest for the best edges. ranking: one of RANKINGS."""
-    scores = signed_scores(ranking.strip("|"), model, batch, metric, steps)
+    scores = signed_scores(ranking.strip("|"), model, batch, metric)
     return scores.abs() if ranking.startswith("|") else scores
 
 

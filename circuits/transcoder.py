@@ -165,26 +165,38 @@ def replacing(model, transcoder):
 
 
 @torch.no_grad()
-def quality(model, transcoder, tokens):
-    """How well it stands in, on tokens (B, T), a dict:
+def quality(model, transcoder, batches):
+    """How well it stands in, on batches of tokens, (B, T) each, a dict:
 
     explained  share of the variance of what the MLPs write, all layers together, and by_layer
     l0         features that fire on a token, a layer
     dead       share of features that fire on none of these tokens
     kl         KL(model || model with its MLPs replaced), nats a token; agrees: share of equal first choices
     """
-    x, y = read_and_written(model, tokens)
-    off = (transcoder(x) - y).square().sum((0, 1, 3))
-    spread = (y - y.mean((0, 1))).square().sum((0, 1, 3))
-    fires = transcoder.features(x) > 0
-    before = model(tokens)[0].log_softmax(-1)
-    with replacing(model, transcoder):
-        after = model(tokens)[0].log_softmax(-1)
+    parts = [sums_of_quality(model, transcoder, tokens) for tokens in batches]
+    n, y, y_squared, off, fires, kl, agrees = (sum(part) for part in zip(*parts))
+    spread = (y_squared - y.square() / n).sum(-1)  # (L,)
     return {
         "explained": 1 - (off.sum() / spread.sum()).item(),
         "by_layer": (1 - off / spread).tolist(),
-        "l0": fires.sum(-1).float().mean().item(),
-        "dead": 1 - fires.flatten(0, 1).any(0).float().mean().item(),
-        "kl": (before.exp() * (before - after)).sum(-1).mean().item(),
-        "agrees": (before.argmax(-1) == after.argmax(-1)).float().mean().item(),
+        "l0": fires.sum().item() / n / len(fires),
+        "dead": (fires == 0).double().mean().item(),
+        "kl": kl.item() / n,
+        "agrees": agrees.item() / n,
     }
+
+
+@torch.no_grad()
+def sums_of_quality(model, transcoder, tokens):
+    """Sums over the n tokens of one batch: (n, y (L, C), y^2 (L, C), squared error (L,), firings (L, F), KL,
+    equal first choices).
+    """
+    x, y = read_and_written(model, tokens)
+    off, fires = transcoder(x) - y, transcoder.features(x) > 0  # (B, T, L, C), (B, T, L, F)
+    before = model(tokens)[0].log_softmax(-1)
+    with replacing(model, transcoder):
+        after = model(tokens)[0].log_softmax(-1)
+    y = y.double()
+    return (tokens.numel(), y.sum((0, 1)), y.square().sum((0, 1)), off.double().square().sum((0, 1, 3)),
+            fires.sum((0, 1)), (before.exp() * (before - after)).sum(dtype=torch.float64),
+            (before.argmax(-1) == after.argmax(-1)).sum())

@@ -220,6 +220,17 @@ def test_another_text_does_not_take_the_place_of_the_first(workplace, monkeypatc
     assert b"This is a." in bytes(load("text").train[:100].astype(np.uint8))
 
 
+def test_a_text_does_not_take_the_place_of_a_dataset_of_ones_own(workplace):
+    tokens = np.zeros(100, dtype=np.uint16)
+    prepare_data.write_dataset("data/mine", tokens, tokens, kind="stream", vocab_size=1)
+    (workplace / "a.txt").write_text("This is a.\n\n" * 300)
+    with pytest.raises(SystemExit, match="data/mine holds another text \\(not made by this command\\)"):
+        prepare_data.main(["text", "--file=a.txt", "--as=mine"])
+    with pytest.raises(SystemExit, match="--as=addition3 is no name for a dataset of yours"):
+        prepare_data.main(["text", "--file=a.txt", "--as=addition3"])
+    assert len(load("mine").train) == 100
+
+
 def test_two_texts_of_ones_own_lie_side_by_side(workplace):
     for name, words in (("hamlet", "To be, or not to be.\n\n"), ("romeo", "But soft, what light?\n\n")):
         (workplace / f"{name}.txt").write_text(words * 300)

@@ -115,4 +115,7 @@ def test_what_does_not_fit_says_so_and_with_which_flags_it_would(capsys):
     assert "DOES NOT FIT" not in capsys.readouterr().out
     analyze.main(["plan", "--model=30b", "--gpus=1", "--gpu=L4"])
     assert "30b DOES NOT FIT into the 24 GB of a L4: more GPUs" in capsys.readouterr().out
+    # no micro-batch that is larger, or does not divide, is proposed
+    analyze.main(["plan", "--model=30b", "--gpus=1", "--gpu=L4", "--batch_size=1", "--micro_batch_size=1"])
+    assert "30b DOES NOT FIT" in capsys.readouterr().out
     assert set(plan.GPU_MEMORY) == set(plan.PEAK_FLOPS)

@@ -69,6 +69,12 @@ def test_what_one_seed_runs(echo):
     assert seeds.folder_for("sparse.py", {"init_from": "out/x"}, 2) == "out/sparse-init_from=out_x-seed2"
 
 
+def test_settings_that_contradict_each_other_are_found_before_anything_is_trained(echo):
+    done = call(main, "seeds", "sparse.py", "--seeds=1", "--cycle_steps=7")
+    assert done.returncode == 1 and "cycle_steps=7 must be a multiple of eval_interval=20" in done.stderr
+    assert not os.path.exists("out")
+
+
 def test_seeds_are_trained_skipped_and_compared(echo):
     with open("sparse.py", "a") as f:
         f.write("loss_slack = 0.5\ndevice = 'cpu'\n")  # easily met

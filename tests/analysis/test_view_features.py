@@ -80,7 +80,7 @@ def test_a_transcoder_of_other_weights_is_left_away_with_a_word(place, featured_
 def test_a_parent_that_is_a_name_has_no_transcoder():
     """OpenAI's gpt2, of a child of it."""
     model = gpt(**GATED)
-    assert view_features.coders_of({"dense": "gpt2"}, {"dense": model}, "transcoder") == {}
+    assert view_features.coders_of({"dense": ("gpt2", None)}, {"dense": model}, "transcoder") == {}
 
 
 def test_without_a_transcoder_there_is_no_button(opened, addition_page):  # noqa: F811

@@ -127,7 +127,7 @@ def test_quality_is_one_for_a_perfect_stand_in_and_the_definition_else():
     model, tokens = random_model(), torch.randint(0, 11, (2, 5))
     coder = random_transcoder()
     x, y = read_and_written(model, tokens)
-    found = quality(model, coder, tokens)
+    found = quality(model, coder, tokens[:, None])
     by_hand = 1 - (coder(x) - y).square().sum() / (y - y.flatten(0, 1).mean(0)).square().sum()
     assert found["explained"] == pytest.approx(by_hand.item())
     assert found["l0"] == pytest.approx((coder.features(x) > 0).sum().item() / (10 * L))
@@ -135,7 +135,7 @@ def test_quality_is_one_for_a_perfect_stand_in_and_the_definition_else():
         block.mlp.c_proj.weight.zero_()
     coder.decoder.zero_()
     coder.b_dec.copy_(torch.stack([block.mlp.c_proj.bias for block in model.blocks]) * coder.scale_out)
-    found = quality(model, coder, tokens)
+    found = quality(model, coder, tokens[:, None])
     assert found["kl"] == pytest.approx(0, abs=1e-9) and found["agrees"] == 1
 
 
