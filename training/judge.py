@@ -219,7 +219,8 @@ class Judge:
         """
         run, c, is_last = self.run, self.config, name == "last.pt"
         state = asdict(self.state) | {"step": step, "seconds": self.seconds()}
-        parts = {"optimizer": None if run.sharded else run.optimizer.state_dict()}
+        goes_on_from_it = is_last or c.cycle_steps  # `go_back`; else best.pt is a third as large without
+        parts = {"optimizer": run.optimizer.state_dict() if goes_on_from_it and not run.sharded else None}
         if run.sharded and is_last:
             run.shards = parts["shards"] = sharding.folder_for(step, run.shards)
             sharding.save(
@@ -247,7 +248,8 @@ class Judge:
         best = read_checkpoint(os.path.join(self.config.out_dir, "best.pt"))
         for weights in {run.model, run.judged}:
             load_weights(weights, best["model"])
-        sharding.load_optimizer(run.optimizer, best["optimizer"])
+        if best["optimizer"]:  # not of a time without cycles
+            sharding.load_optimizer(run.optimizer, best["optimizer"])
         run.geco.violation = 0.0
 
     def save_and_exit(self, step):
