@@ -50,7 +50,7 @@ from training.parents import lineage_of
 from training.progress import Job, Progress
 from training.run import Run, cosine, get_lr
 from training.settings import Config, check_together, limits, make_config
-from training.verdict import MISSED, has_succeeded, is_finished
+from training.verdict import MISSED, has_succeeded, is_at_end
 
 
 def loop(run, judge, progress, stop):
@@ -110,7 +110,7 @@ def train_one(config, given, job=None):
     hardware.wait_for_all()  # nobody writes into the folder before everybody has read it
     if job is None:
         job = Job.of_begun(c, checkpoint) if checkpoint else Job([c])
-    if checkpoint and is_finished(checkpoint, c):
+    if checkpoint and is_at_end(checkpoint, c):
         if hardware.rank() == 0:
             settle(c.out_dir, finished=True)
         hardware.say(f"{job.name(c.out_dir)} is finished ({checkpoint['step']} steps)")

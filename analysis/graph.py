@@ -37,6 +37,17 @@ TYPES = {"feature": "cross layer transcoder", "embedding": "embedding", "error":
          "bias": "bias", "logit": "logit"}
 
 
+def places_of(checkpoint, path, run):
+    """{'dense', 'sparse': (its checkpoint, the folder of its transcoders)} of a gated run and its parent.
+
+    checkpoint, path: the run's, and where it lies. A parent that is a name, such as gpt2, has no folder but
+    None.
+    """
+    parent = checkpoint.get("parent") or ""
+    return {"dense": (parent, folder_of_answers(os.path.dirname(parent))),
+            "sparse": (path, folder_of_answers(run))}
+
+
 def read_transcoder(folder, name, checkpoint):
     """The trained Transcoder of a run. folder: its; None of a model that is no run. Raises UserError."""
     if folder is None:

@@ -29,7 +29,7 @@ from typing import NamedTuple
 import torch
 from tqdm import tqdm
 
-from analysis.graph import gpt_of, read_transcoder, summary
+from analysis.graph import gpt_of, places_of, read_transcoder, summary
 from analysis.questions import questions_of
 from analysis.report import read_json
 from analysis.view import gated_checkpoint
@@ -51,10 +51,9 @@ def models_of(run):
     why = "n80 compares a gated run, such as out/addition, with its parent"
     checkpoint, path = gated_checkpoint(run, why)
     found = {}
-    parent = checkpoint["parent"]
-    for name, place, folder in (("dense", parent, os.path.dirname(parent)), ("sparse", path, run)):
+    for name, (place, folder) in places_of(checkpoint, path, run).items():
         own = read_checkpoint(place)
-        found[name] = folder_of_answers(folder), own, gpt_of(own, place, run)
+        found[name] = folder, own, gpt_of(own, place, run)
     return found
 
 

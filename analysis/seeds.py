@@ -31,7 +31,7 @@ from training.configure import parse_command_line
 from training.folder import read_metrics
 from training.parents import PASSED_ON
 from training.settings import FREE, SHAPE, Config, check_together, limits, make_config
-from training.verdict import MISSED, distance_in_words
+from training.verdict import MISSED, distance_in_words, is_at_end
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 OF_PARENT = (*SHAPE, "dataset")  # settings that a child takes from its parent, or shares with it
@@ -129,8 +129,7 @@ def is_finished(path, settings):
     inherited = [key for key in SHAPE if key not in names]
     now = {key: value for key, value in vars(config).items() if key not in (*FREE, *inherited)}
     is_same = all(before.get(key) == value for key, value in now.items())
-    at_end = last["step"] >= config.max_steps or last.get("ready")
-    return bool(is_same and at_end and is_reported)
+    return is_same and is_at_end(last, config) and is_reported
 
 
 def train_seed(path, settings, seed, options):

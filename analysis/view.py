@@ -23,6 +23,7 @@ import os
 from tqdm import tqdm
 
 from analysis import view_data, view_features
+from analysis.graph import places_of
 from analysis.questions import questions_of
 from models.checkpoint import (
     checkpoint_named,
@@ -143,9 +144,7 @@ def run(options, settings):
                                         "gated run such as out/addition, and shows both")
     questions, word, vocab_size = questions_of(checkpoint, folder, options.prompt)
     models, note = models_of(checkpoint, path)
-    parent = checkpoint.get("parent")
-    places = {"sparse": (path, folder_of_answers(folder)),
-              "dense": (parent, folder_of_answers(os.path.dirname(parent or "")))}
+    places = places_of(checkpoint, path, folder)
     coders = view_features.coders_of({name: places[name] for name in models}, models, options.name)
     page = os.path.join(folder_of_answers(folder), "view.html")
     size = write_page(page, data_of_page(folder, models, note, questions, word, vocab_size, coders))

@@ -204,7 +204,9 @@ def signed_scores(kind, model, batch, metric):
     """Scores (n_layer, B, H, T, T) of a kind: 'gradient', 'integrated' or 'exact'."""
     if kind == "exact":
         return exact_scores(model, batch, metric).to(batch.tokens.device)
-    return integrated_scores(model, batch, metric, **({"steps": 1} if kind == "gradient" else {}))
+    if kind == "gradient":
+        return integrated_scores(model, batch, metric, steps=1)
+    return integrated_scores(model, batch, metric)
 
 
 def scores_by(ranking, model, batch, metric):

@@ -186,7 +186,6 @@ def quality(model, transcoder, batches):
     }
 
 
-@torch.no_grad()
 def sums_of_quality(model, transcoder, tokens):
     """Sums over the n tokens of one batch: (n, y (L, C), y^2 (L, C), squared error (L,), firings (L, F), KL,
     equal first choices).

@@ -87,23 +87,25 @@ def lineage_of(config, given, source=""):
                 f"{setting}={parent} is a gated run. Start from a dense one: its loss is the target"
             )
         refuse_own_folder(run.out_dir, config)
+        runs = lineage_of(run, names, parent)
         if setting == "init_from":
-            refuse_other_shape(parent, run, config, given)
+            refuse_other_shape(parent, runs[0].config, config, given)
         trained = [earlier.config.out_dir for earlier in lineage]
-        lineage += [new for new in lineage_of(run, names, parent) if new.config.out_dir not in trained]
+        lineage += [new for new in runs if new.config.out_dir not in trained]
     return [*lineage, own]
 
 
-def refuse_other_shape(parent, run, config, given):
+def refuse_other_shape(parent, first, config, given):
     """Raise UserError if a shape was given that is not that of the run `parent`, before that is trained.
 
-    A shorter context is no other shape to an OLMo.
+    first: the settings of the first run of its lineage, which has the shape of all. A shorter context is no
+    other shape to an OLMo.
     """
-    if run.init_from != "scratch":
-        return  # it has the shape of its own parent
+    if first.init_from != "scratch":
+        return  # a model that is there: it says so itself, before anything is trained
     for key in SHAPE:
-        ours, theirs = getattr(config, key), getattr(run, key)
-        shorter = key == "block_size" and run.architecture != "gpt2" and ours < theirs
+        ours, theirs = getattr(config, key), getattr(first, key)
+        shorter = key == "block_size" and first.architecture != "gpt2" and ours < theirs
         if key in given and ours != theirs and not shorter:
             raise UserError(
                 f"{key}={ours!r}, but {parent} has {key}={theirs!r}: a run that starts from another keeps "

@@ -86,7 +86,7 @@ def has_succeeded(config, state):
     return not config.ready_loss or bool(state.get("ready"))
 
 
-def is_finished(checkpoint, config):
+def is_at_end(checkpoint, config):
     """Is a run at its end? checkpoint: its last.pt; config: its settings now, a Config."""
     is_ready = checkpoint.get("ready") and checkpoint["config"]["ready_loss"] == config.ready_loss
     return bool(is_ready or checkpoint["step"] >= config.max_steps)
@@ -195,16 +195,16 @@ def headline_of_dense(report, config, metrics):
     found = learning(metrics)
     if found is None:
         return f"{run}: {state}; too few evaluations to tell whether it was still learning"
-    if is_falling(metrics) and has_cooled(metrics, config):
-        return (
-            f"{run}: {state}, at the end of its learning rate. What more steps would have brought, only a "
-            "control can tell: docs/text.md"
-        )
-    if is_falling(metrics):
+    if still_learning(metrics, config):
         return (
             f"{run} was STILL LEARNING at its end: {state}. The loss fell by {found.fall:.2g} nats in the "
             "last quarter of "
             f"the run, where noise explains {found.noise:.1g}"
+        )
+    if is_falling(metrics):
+        return (
+            f"{run}: {state}, at the end of its learning rate. What more steps would have brought, only a "
+            "control can tell: docs/text.md"
         )
     moved = f"{abs(found.fall):.1g} nats"
     return f"{run} has settled: {state}. The loss moved by {moved} in the last quarter of the run"

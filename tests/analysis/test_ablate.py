@@ -54,6 +54,13 @@ def test_a_failed_seed_stays_in_the_table():
     assert table([line]).splitlines()[1].split() == ["renormalised", "0", "of", "1", "-", "-"]
 
 
+def test_a_line_holds_all_seeds_sorted():
+    rows = [{"failed": None, "met": met, "open": edges, "total": 40, "loss": loss, "parent_loss": 1.0}
+            for met, edges, loss in ((True, 9.0, 1.5), (False, 7.0, 1.25))]
+    line = line_of("as it is", {}, rows)
+    assert (line["met"], line["of"], line["open"], line["above"]) == (1, 2, [7.0, 9.0], [0.25, 0.5])
+
+
 def test_the_command_trains_each_change_and_says_what_became_of_it(counting):
     done = call(analyze.main, "ablate", "sparse.py", "--seeds=1", "--max_steps=20", "--only=renormalised")
     assert done.returncode is None or done.returncode == 0, done.stderr
