@@ -38,6 +38,7 @@ class GateConfig:
     gated: bool = False  # attention through Bernoulli gates
     gate_bias: float | list = 3.0  # b in s = a + b; a list has one for each head, [layer][head] (handover.py)
     gate_temperature: float = 1.0  # of the straight-through gradient
+    gate_on_weights: bool = False  # an ablation: s = log softmax_j(a_i.)_j + b
     renormalise: bool = False  # an ablation: the weights of open edges sum to 1 again
 
 
@@ -49,7 +50,8 @@ class Gates(NamedTuple):
 
 
 def gated_attention(q, k, v, bias=3.0, temperature=1.0, sample=False, *, dense=False, linear_penalty=False,
-                    noise=None, keep=None, renormalise=False, return_gates=False, impl="auto"):
+                    noise=None, keep=None, on_weights=False, renormalise=False, return_gates=False,
+                    impl="auto"):
     """Causal attention with a Bernoulli gate on every edge, as the paper writes it.
 
     q, k, v       (B, H, T, D) queries, keys, values. k and v may have fewer heads, each for a group of q's
@@ -65,6 +67,8 @@ def gated_attention(q, k, v, bias=3.0, temperature=1.0, sample=False, *, dense=F
                   then values are those of evaluation, gradients those of training
     keep          ([B,] [H,] T, T) bool: an edge that is False here is shut. The penalty ignores it. A float
                   multiplies the gate, so that a gradient by edges can be had
+    on_weights    not the paper's, an ablation (docs/ablations.md): s_ij = log p_ij + b, p_ij the softmax, so
+                  that an edge is open where its attention weight is above exp(-b)
     renormalise   not the paper's, an ablation (docs/ablations.md): a row's open weights are divided by their
                   sum, so that to shut one edge strengthens the others
     return_gates  True: the third value is a `Gates`, else it is None
@@ -78,7 +82,8 @@ def gated_attention(q, k, v, bias=3.0, temperature=1.0, sample=False, *, dense=F
     # A fast form computes it, unless a caller wants to look inside: torch's where it is dense, fast/ from 64
     # tokens on. Otherwise `noise` is what that form would have drawn: to look inside changes nothing
     done, noise = dispatch.attention(q, k, v, bias, temperature, sample, dense, linear_penalty, noise,
-                                     plain=keep is not None or renormalise or return_gates, impl=impl)
+                                     plain=keep is not None or on_weights or renormalise or return_gates,
+                                     impl=impl)
     if done is not None:
         return *done, None
 
@@ -88,6 +93,8 @@ def gated_attention(q, k, v, bias=3.0, temperature=1.0, sample=False, *, dense=F
     causal = torch.ones(T, T, dtype=torch.bool, device=q.device).tril()  # (T, T), True where j <= i
     with torch.autocast(q.device.type, enabled=False):
         scores = q.to(exact) @ k.to(exact).transpose(-2, -1) / math.sqrt(D)  # a_ij              (B, H, T, T)
+    if on_weights:  # log p_ij in place of a_ij: the softmax of both is the same, the gate's threshold is not
+        scores = scores - scores.masked_fill(~causal, -math.inf).logsumexp(-1, keepdim=True)
     pattern = scores.masked_fill(~causal, -math.inf).softmax(dim=-1)  # over all causal keys     (B, H, T, T)
 
     if dense:
@@ -152,9 +159,9 @@ def check(q, k, v, temperature, keep=None):
 
 
 def by_layer(config, keep, device):
-    """For every layer {'bias', 'keep', 'renormalise'} of `gated_attention`: config's gate_bias, of a list
-    [layer][head] a (H, 1, 1); its part of keep (n_layer, ...), or None. Raises ValueError if keep has no such
-    parts.
+    """For every layer {'bias', 'keep', 'on_weights', 'renormalise'} of `gated_attention`: config's gate_bias,
+    of a list [layer][head] a (H, 1, 1); its part of keep (n_layer, ...), or None. Raises ValueError if keep
+    has no such parts.
     """
     biases, kept = [config.gate_bias] * config.n_layer, [None] * config.n_layer
     if isinstance(config.gate_bias, list):
@@ -164,4 +171,5 @@ def by_layer(config, keep, device):
             raise ValueError("keep must be (n_layer, H, T, T) or (n_layer, B, H, T, T) with n_layer="
                              f"{config.n_layer}, not {tuple(keep.shape)}")
         kept = keep
-    return [{"bias": b, "keep": k, "renormalise": config.renormalise} for b, k in zip(biases, kept)]
+    same = {"on_weights": config.gate_on_weights, "renormalise": config.renormalise}
+    return [{"bias": b, "keep": k, **same} for b, k in zip(biases, kept)]

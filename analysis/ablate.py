@@ -43,6 +43,9 @@ CHANGES = {  # name: {setting: value} of a Config, the change
     "no cycles": lambda c: {"cycle_steps": 0},
     "noise to the end": lambda c: {"noise_free_steps": 0},
     "renormalised": lambda c: {"renormalise": True},
+    # weights above exp(-3.5) = 0.03 start open, and it takes no hand-over
+    "gate on renormalised weights": lambda c: {"gate_on_weights": True, "renormalise": True, "gate_bias": 3.5,
+                                               "open_above": 0.0},
 }
 
 

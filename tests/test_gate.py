@@ -268,3 +268,46 @@ def test_renormalised_gradients_are_those_of_the_formula():
         expected[i] = expected[i] + through[i]
     for one, other in zip(found, expected):
         torch.testing.assert_close(one, other)
+
+
+def test_gates_on_weights_are_open_above_a_weight_and_do_not_feel_a_shift_of_a_row():
+    q, k, v = qkv(T=7)
+    y, density, gates = gated_attention(q, k, v, 1.5, on_weights=True, return_gates=True)
+    causal = torch.ones(7, 7, dtype=torch.bool).tril()
+    p = (q @ k.transpose(-2, -1) / math.sqrt(3)).masked_fill(~causal, -math.inf).softmax(-1)
+    torch.testing.assert_close(gates.pattern, p)
+    assert torch.equal(gates.open, (p > math.exp(-1.5)).double())
+    assert 0 < gates.open.sum() < causal.sum() * 2
+    torch.testing.assert_close(y, (p * gates.open) @ v)
+    chance = 1 / (1 + math.exp(-1.5) / p[..., causal])  # sigmoid(log p + b)
+    torch.testing.assert_close(density, chance.mean())
+    shifted = gated_attention(q, k + torch.randn(3, dtype=k.dtype), v, 1.5, on_weights=True)
+    torch.testing.assert_close(shifted[0], y)
+    torch.testing.assert_close(shifted[1], density)
+    long = [torch.randn(1, 1, 80, 4) for _ in range(3)]  # a context that a fast form would take
+    one, other = (gated_attention(*long, 1.5, on_weights=True, impl=impl)[0] for impl in ("auto", "plain"))
+    assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("renormalise", [False, True])
+def test_gradients_of_gates_on_weights_are_those_of_the_formula(renormalise):
+    """Straight-through, s_ij = log p_ij + b: through A and through p."""
+    q, k, v = qkv(T=5)
+    y, density, _ = gated_attention(q, k, v, 1.2, sample=True, noise=0.0, on_weights=True,
+                                    renormalise=renormalise)
+    dy = torch.randn_like(y)
+    found = torch.autograd.grad((y * dy).sum() + density, (q, k, v))
+    causal = torch.ones(5, 5, dtype=torch.bool).tril()
+    a = (q @ k.transpose(-2, -1) / math.sqrt(3)).masked_fill(~causal, -1e4)
+    log_p = a.log_softmax(-1)
+    s, p = log_p + 1.2, log_p.exp() * causal
+    A = ((s > 0) & causal).double().requires_grad_()
+    norm = (A * p).sum(-1, keepdim=True).clamp(min=1e-9) if renormalise else 1.0
+    objective = ((A * p) @ v / norm * dy).sum() + s.sigmoid()[..., causal].mean()
+    expected = list(torch.autograd.grad(objective, (q, k, v, A), retain_graph=True))
+    dA = expected.pop()
+    through = torch.autograd.grad(s, (q, k), dA * s.sigmoid() * (1 - s.sigmoid()) * causal)
+    for i in range(2):
+        expected[i] = expected[i] + through[i]
+    for one, other in zip(found, expected):
+        torch.testing.assert_close(one, other)
