@@ -112,7 +112,9 @@ def gated_attention(q, k, v, bias=3.0, temperature=1.0, sample=False, *, dense=F
         gates = gates * keep
 
     if renormalise:
-        pattern = pattern / (gates * pattern).sum(-1, keepdim=True).clamp(min=1e-9)
+        # no open weight is smaller: where nothing is open, the gradient is no larger than elsewhere
+        least = torch.as_tensor(-bias, dtype=exact, device=q.device).exp() if on_weights else 1e-9
+        pattern = pattern / (gates * pattern).sum(-1, keepdim=True).clamp(min=least)
     y = (gates * pattern).to(v.dtype) @ v  # y_i = sum_j A_ij p_ij v_j                            (B, H, T, D)
     return y, density, Gates(gates, pattern) if return_gates else None
 
