@@ -70,7 +70,7 @@ def gated_attention(q, k, v, bias=3.0, temperature=1.0, sample=False, *, dense=F
     on_weights    not the paper's, an ablation (docs/ablations.md): s_ij = log p_ij + b, p_ij the softmax, so
                   that an edge is open where its attention weight is above exp(-b)
     renormalise   not the paper's, an ablation (docs/ablations.md): a row's open weights are divided by their
-                  sum, so that to shut one edge strengthens the others
+                  sum, so that to shut one edge strengthens the others; on_weights by exp(-b) at least
     return_gates  True: the third value is a `Gates`, else it is None
     impl          'plain', 'tiled', 'triton' or 'auto': fast/dispatch.py
 

@@ -339,6 +339,12 @@ def test_the_ways_of_computing_attention_train_alike_and_the_choice_is_printed(c
     assert found["open"] == pytest.approx(plain["open"], abs=0.5)
 
 
+@pytest.mark.parametrize("ablation", [{"renormalise": True}, {"gate_on_weights": True, "open_above": 0.0}])
+def test_what_the_plain_formula_alone_knows_is_said_to_be_computed_by_it(counting, capsys, ablation):
+    run("sparse.py", max_steps=2, attention_impl="tiled", **ablation)
+    assert "attention plain" in capsys.readouterr().out
+
+
 def test_the_average_of_the_weights_is_what_is_judged_and_kept(echo):
     run("dense.py", average_decay=0.9)
     last = read_checkpoint("out/dense/last.pt")

@@ -104,7 +104,9 @@ class Run:
         self.impl = "dense"
         if c.gated:
             width, dtype = config.n_embd // config.n_head, getattr(torch, self.dtype)
-            self.impl = hardware.attention(c.attention_impl, self.device, config.block_size, width, dtype)
+            ablated = c.renormalise or c.gate_on_weights  # which the plain formula alone knows
+            asked = "plain" if ablated else c.attention_impl
+            self.impl = hardware.attention(asked, self.device, config.block_size, width, dtype)
 
         # one model, many ways to run it: dense, gated, sampled, judged, taught; at 8 torch would give up
         # compiling
