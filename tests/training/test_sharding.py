@@ -154,9 +154,9 @@ def test_what_large_models_use_all_at_once(parent):
 def test_a_sharded_run_that_is_killed_ends_like_one_that_is_not(parent):
     """kill -9 to all processes, at some moment after the first checkpoint, twice."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-               os.path.join(REPOSITORY, "train.py"), *GATED, "--max_steps=30", "--parallel=fsdp"]
-    launch(2, *GATED, "--max_steps=30", "--parallel=fsdp", "--out_dir=out/whole")
-    for wanted in (2, 17):
+               os.path.join(REPOSITORY, "train.py"), *GATED, "--max_steps=20", "--parallel=fsdp"]
+    launch(2, *GATED, "--max_steps=20", "--parallel=fsdp", "--out_dir=out/whole")
+    for wanted in (2, 11):
         process = subprocess.Popen([*command, "--out_dir=out/again"], stdout=subprocess.DEVNULL,
                                    stderr=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"},
                                    start_new_session=True)
@@ -172,9 +172,9 @@ def test_a_sharded_run_that_is_killed_ends_like_one_that_is_not(parent):
         for pid in [*map(int, workers), process.pid]:
             os.kill(pid, signal.SIGKILL)
         process.wait()
-    launch(2, *GATED, "--max_steps=30", "--parallel=fsdp", "--out_dir=out/again")
+    launch(2, *GATED, "--max_steps=20", "--parallel=fsdp", "--out_dir=out/again")
     assert_same("out/whole", "out/again")
-    assert [name for name in os.listdir("out/again") if name.startswith("shards")] == ["shards-30"]
+    assert [name for name in os.listdir("out/again") if name.startswith("shards")] == ["shards-20"]
 
 
 def test_a_folder_that_last_pt_names_is_never_written_again():
