@@ -41,6 +41,11 @@ class GateConfig:
     gate_on_weights: bool = False  # an ablation: s = log softmax_j(a_i.)_j + b
     renormalise: bool = False  # an ablation: the weights of open edges sum to 1 again
 
+    @property
+    def plain_only(self):
+        """Does only the plain formula know this gate?"""
+        return self.gate_on_weights or self.renormalise
+
 
 class Gates(NamedTuple):
     """What `gated_attention(..., return_gates=True)` shows of its inside. Both (B, H, T, T), query by key."""

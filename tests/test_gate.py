@@ -249,6 +249,19 @@ def test_renormalised_rows_of_open_edges_sum_to_one_and_shut_rows_stay_zero():
     assert torch.equal(renormalised, plain)
 
 
+def assert_straight_through(found, objective, q, k, v, A, s):
+    """found: gradients of q, k, v. Those of objective, a function of A among others, with dA/ds = sigmoid'(s)
+    added where the edge is causal.
+    """
+    *expected, dA = torch.autograd.grad(objective, (q, k, v, A), retain_graph=True)
+    causal = torch.ones(A.shape[-2:], dtype=torch.bool).tril()
+    through = torch.autograd.grad(s, (q, k), dA * s.sigmoid() * (1 - s.sigmoid()) * causal)
+    for i in range(2):
+        expected[i] = expected[i] + through[i]
+    for one, other in zip(found, expected):
+        torch.testing.assert_close(one, other)
+
+
 def test_renormalised_gradients_are_those_of_the_formula():
     """Straight-through: dA/ds = sigmoid'(s) in y = sum_j A_j p_j v_j / sum_j A_j p_j."""
     q, k, v = qkv(T=5)
@@ -260,14 +273,7 @@ def test_renormalised_gradients_are_those_of_the_formula():
     p, s = a.masked_fill(~causal, -math.inf).softmax(-1), a + 0.3
     A = ((s > 0) & causal).double().requires_grad_()
     norm = (A * p).sum(-1, keepdim=True).clamp(min=1e-9)
-    out = ((A * p) @ v / norm * dy).sum()
-    expected = list(torch.autograd.grad(out, (q, k, v, A), retain_graph=True))
-    dA = expected.pop()
-    through = torch.autograd.grad(s, (q, k), dA * s.sigmoid() * (1 - s.sigmoid()) * causal)
-    for i in range(2):
-        expected[i] = expected[i] + through[i]
-    for one, other in zip(found, expected):
-        torch.testing.assert_close(one, other)
+    assert_straight_through(found, ((A * p) @ v / norm * dy).sum(), q, k, v, A, s)
 
 
 def test_gates_on_weights_are_open_above_a_weight_and_do_not_feel_a_shift_of_a_row():
@@ -307,10 +313,4 @@ def test_gradients_of_gates_on_weights_are_those_of_the_formula(renormalise):
     # a row of which nothing is open is divided by the least open weight
     norm = (A * p).sum(-1, keepdim=True).clamp(min=math.exp(-1.2)) if renormalise else 1.0
     objective = ((A * p) @ v / norm * dy).sum() + s.sigmoid()[..., causal].mean()
-    expected = list(torch.autograd.grad(objective, (q, k, v, A), retain_graph=True))
-    dA = expected.pop()
-    through = torch.autograd.grad(s, (q, k), dA * s.sigmoid() * (1 - s.sigmoid()) * causal)
-    for i in range(2):
-        expected[i] = expected[i] + through[i]
-    for one, other in zip(found, expected):
-        torch.testing.assert_close(one, other)
+    assert_straight_through(found, objective, q, k, v, A, s)

@@ -104,8 +104,7 @@ class Run:
         self.impl = "dense"
         if c.gated:
             width, dtype = config.n_embd // config.n_head, getattr(torch, self.dtype)
-            ablated = c.renormalise or c.gate_on_weights  # which the plain formula alone knows
-            asked = "plain" if ablated else c.attention_impl
+            asked = "plain" if config.plain_only else c.attention_impl
             self.impl = hardware.attention(asked, self.device, config.block_size, width, dtype)
 
         # one model, many ways to run it: dense, gated, sampled, judged, taught; at 8 torch would give up
