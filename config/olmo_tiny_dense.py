@@ -1,12 +1,10 @@
-"""The dense parent of config/olmo_tiny.py: an OLMo 2 in place of config/stdlib_dense.py's GPT-2, with fewer
-steps.
+"""The dense parent of config/olmo_tiny.py: an OLMo 2 in place of config/stdlib_dense.py's GPT-2.
 
 RoPE, RMSNorm behind every write and on q and k, SwiGLU, no biases: what is different in OLMo 2, small enough
-for a laptop. --architecture=gpt2 makes the GPT-2 of the same shape, which docs/olmo.md compares it with.
+for a laptop.
 """
 
 base = 'config/stdlib_dense.py'
 
 architecture = 'olmo2'
 init_std = 0.02
-max_steps = 6000

@@ -1,7 +1,7 @@
 """config/olmo_tiny.py with adapters instead of weights, as OLMo 1B and 7B are trained (config/olmo_1b.py).
 
-Adapters learn more slowly than weights: they get a third more steps, a higher learning rate, a higher
-lambda_max, and the embedding has one, too.
+Adapters learn more slowly than weights: they get half as many steps again, a higher learning rate, and the
+embedding has one, too.
 """
 
 base = 'config/olmo_tiny.py'
@@ -11,7 +11,7 @@ lora_alpha = 64.0
 # the norms, too: those of q and k decide how large scores are (lora.py). And the embedding
 lora_targets = 'all,embed_tokens'
 
-lambda_max = 0.4  # config/olmo_tiny.py: 0.3. A nat has to be worth more where less is learned
+average_decay = 0.0  # config/olmo_tiny.py: 0.995. An average holds a second copy of the whole model
 noise_free_steps = 12000
-max_steps = 16000  # config/olmo_tiny.py: 12,000
+max_steps = 12000  # config/olmo_tiny.py: 8,000
 learning_rate = 1.5e-3  # config/olmo_tiny.py: 1e-3

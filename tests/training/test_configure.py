@@ -135,14 +135,16 @@ def test_a_child_and_its_control_differ_in_the_gates_alone(name, besides, monkey
     assert {key for key in child if child[key] != control[key]} <= about_gates | besides
 
 
-def test_the_text_configurations_have_one_constraint(monkeypatch):
+@pytest.mark.parametrize("name, besides", [
+    ("python", set()), ("python512", set()), ("olmo_tiny", set()), ("olmo_tiny_lora", set()),
+    ("gpu_text", {"constraint_interval", "lambda_rate"}),
+])
+def test_the_text_configurations_have_one_constraint(name, besides, monkeypatch):
     """Its bounds leave lambda free, so that no hand decides how many edges stay."""
     monkeypatch.chdir(REPOSITORY)
-    stdlib = vars(make_config("config/stdlib.py", {})[0])
-    for name in ("python", "python512"):
-        other = vars(make_config(f"config/{name}.py", {})[0])
-        differ = {key for key in other if other[key] != stdlib[key]}
-        assert not {key for key in differ if key.startswith(("lambda", "constraint", "loss", "peak"))}
+    stdlib, other = (vars(make_config(f"config/{of}.py", {})[0]) for of in ("stdlib", name))
+    about = {key for key in other if key.startswith(("lambda", "constraint", "loss", "peak"))}
+    assert {key for key in about if other[key] != stdlib[key]} == besides
     assert stdlib["lambda_max"] / stdlib["lambda_min"] == pytest.approx(1e6)
 
 
