@@ -31,8 +31,8 @@ constraint_paired = True
 constraint_interval = 16
 constraint_scale = 0.02
 # The controller of config/python.py: the target comes down with the learning rate, lambda is free, and no cap
-# that a hand has set decides how many edges stay. Less than its 0.1 nats, as is better where the slack is small
-# (docs/ablations.md), and this learning rate shakes less
+# that a hand has set decides how many edges stay. Less than its 0.1 nats, as is better where the slack is
+# small (docs/ablations.md); this learning rate shakes less, too
 peak_slack = 0.03
 lambda_rate = 0.02
 lambda_init = 0.3

@@ -193,48 +193,16 @@ def limits():
 
 
 # what a run takes over from its parent
-SHAPE = (
-    "architecture",
-    "n_layer",
-    "n_head",
-    "n_kv_head",
-    "n_embd",
-    "block_size",
-    "dropout",
-    "bias",
-    "tied",
-    "gelu",
-)
+SHAPE = tuple("architecture n_layer n_head n_kv_head n_embd block_size dropout bias tied gelu".split())
 GATE = tuple(f.name for f in fields(GateConfig))
 # model, start and target: what no run may change on its way
-FIXED = (
-    *SHAPE,
-    *GATE,
-    "average_decay",
-    "lora_rank",
-    "lora_alpha",
-    "lora_targets",
-    "base_dtype",
-    "dataset",
-    "target_from",
-    "open_above",
-    "loss_slack",
-    "constraint_margin",
-    "eval_batches",
-    "eval_batch_size",
+FIXED = SHAPE + GATE + tuple(
+    "average_decay lora_rank lora_alpha lora_targets base_dtype dataset target_from open_above loss_slack "
+    "constraint_margin eval_batches eval_batch_size".split()
 )
 # what may differ when a run goes on
-FREE = (
-    "out_dir",
-    "wandb",
-    "device",
-    "compile",
-    "attention_impl",
-    "dtype",
-    "micro_batch_size",
-    "parallel",
-    "recompute_activations",
-)
+FREE = tuple("out_dir wandb device compile attention_impl dtype micro_batch_size parallel "
+             "recompute_activations".split())
 SETTINGS = list(Config.__annotations__)
 # the block that a dense run ignores
 GATED_ONLY = SETTINGS[SETTINGS.index("gate_bias"):SETTINGS.index("repair_lambda_max") + 1]
