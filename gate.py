@@ -12,7 +12,8 @@ Notable:
 - No parameters of its own. The gate reuses q and k, so any pre-trained checkpoint fits as it is.
 - The softmax is not renormalised after the mask: to shut an edge removes its term and changes no other.
   A head whose edges are all shut writes exactly zero (then c_proj adds its bias): whole heads switch off.
-- Training samples the gates (binary Gumbel-softmax, straight-through). In evaluation A = [s > 0].
+- Training samples the gates (binary Gumbel-softmax, straight-through); on text it takes those of evaluation,
+  A = [s > 0], with the same gradient (`noise`).
 - The penalty is the expected open fraction, the mean of sigmoid(s) over causal pairs: an L0 norm made smooth.
   One addition of ours keeps it from going flat: see linear_penalty below.
 - A pair with j > i is never open, never counted, and sends no gradient.
@@ -61,7 +62,7 @@ def gated_attention(q, k, v, bias=3.0, temperature=1.0, sample=False, *, dense=F
 
     q, k, v       (B, H, T, D) queries, keys, values. k and v may have fewer heads, each for a group of q's
     bias          b in s = a + b: a float, or a tensor that broadcasts to (B, H, T, T), such as (H, 1, 1)
-    temperature   of the straight-through gradient, sigmoid((s + n) / temperature). Never changes values
+    temperature   t of the straight-through gradient, sigmoid'((s + n) / t) / t. Never changes values
     sample        True: A ~ Bernoulli(sigmoid(s)), as in training.  False: A = [s > 0], as in evaluation
     dense         True: no gates, ordinary attention; the density is then 1
     linear_penalty  not the paper's: where s > 0 the penalty goes on along its tangent, 1/2 + s/4, and pulls
@@ -70,8 +71,8 @@ def gated_attention(q, k, v, bias=3.0, temperature=1.0, sample=False, *, dense=F
                   sigmoid(s) again
     noise         n when sampling: None draws it; a tensor (B, H, T, T) is taken as it is; 0.0 leaves it out:
                   then values are those of evaluation, gradients those of training
-    keep          ([B,] [H,] T, T) bool: an edge that is False here is shut. The penalty ignores it. A float
-                  multiplies the gate, so that a gradient by edges can be had
+    keep          ([[B,] H,] T, T) bool: an edge that is False here is shut; the penalty counts it still. A
+                  float multiplies the gate, so that a gradient by edges can be had
     on_weights    not the paper's, an ablation (docs/ablations.md): s_ij = log p_ij + b, p_ij the softmax, so
                   that an edge is open where its attention weight is above exp(-b)
     renormalise   not the paper's, an ablation (docs/ablations.md): a row's open weights are divided by their
@@ -84,8 +85,8 @@ def gated_attention(q, k, v, bias=3.0, temperature=1.0, sample=False, *, dense=F
     """
     k, v = shared_among_heads(k, q), shared_among_heads(v, q)
     check(q, k, v, temperature, keep)
-    # A fast form computes it, unless a caller wants to look inside: torch's where it is dense, fast/ from 64
-    # tokens on. Otherwise `noise` is what that form would have drawn: to look inside changes nothing
+    # A fast form computes it, torch's where it is dense, fast/ from 64 tokens on; unless a caller wants to
+    # look inside, or an ablation. Then `noise` is what that form would have drawn: to look changes nothing
     done, noise = dispatch.attention(q, k, v, bias, temperature, sample, dense, linear_penalty, noise,
                                      plain=keep is not None or on_weights or renormalise or return_gates,
                                      impl=impl)
@@ -117,7 +118,7 @@ def gated_attention(q, k, v, bias=3.0, temperature=1.0, sample=False, *, dense=F
         gates = gates * keep
 
     if renormalise:
-        # no open weight is smaller: where nothing is open, the gradient is no larger than elsewhere
+        # in evaluation no open edge has a weight below exp(-b): where none is open, gradients stay small
         least = torch.as_tensor(-bias, dtype=exact, device=q.device).exp() if on_weights else 1e-9
         pattern = pattern / (gates * pattern).sum(-1, keepdim=True).clamp(min=least)
     y = (gates * pattern).to(v.dtype) @ v  # y_i = sum_j A_ij p_ij v_j                            (B, H, T, D)
@@ -162,7 +163,7 @@ def check(q, k, v, temperature, keep=None):
         raise ValueError(f"temperature must be above 0, not {temperature}")
     B, H, T, _ = q.shape
     if keep is not None and tuple(keep.shape) not in ((T, T), (H, T, T), (1, H, T, T), (B, H, T, T)):
-        raise ValueError(f"keep must be ([B,] [H,] T, T), here B={B}, H={H}, T={T}, not {tuple(keep.shape)}")
+        raise ValueError(f"keep must be ([[B,] H,] T, T), here B={B}, H={H}, T={T}, not {tuple(keep.shape)}")
 
 
 def by_layer(config, keep, device):

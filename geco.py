@@ -7,7 +7,8 @@
     lambda <- clip(lambda exp(rate C), lambda_min, lambda_max)
 
 Read it as a thermostat. While the loss is above target lambda rises and training repairs the model; while it
-is below, lambda falls and training shuts edges. Nobody tunes how sparse the model gets: that is found out.
+is below, lambda falls and training shuts edges; C delays both. Nobody tunes how sparse the model gets: that
+is found out.
 
 Notable, all five against *windup*, an integrator that stays far away long after an error is gone:
 - lambda is capped above. When the gates first sample, the loss jumps by nats and an uncapped lambda climbs to
@@ -43,7 +44,7 @@ class GECO:
 
     target       nats; the loss to stay at or below
     scale        nats; a violation of this size or more moves lambda at full speed
-    rate         largest relative change of lambda per update: 0.01 is 1 %
+    rate         largest change of log lambda per update: 0.01 is 1 %
     alpha        memory of the moving average of the violation, in [0, 1): about 1 / (1 - alpha) updates long
     lambda_init, lambda_min, lambda_max    where lambda starts, and the clip that keeps it from winding up
     """

@@ -11,21 +11,24 @@
 The gated run starts from a dense one (`init_from`), measures the dense model's loss, and then shuts edges as
 long as the loss stays there. Three losses take part, and all of them are in the log:
 - the gradient is that of the mean loss of a training batch under sampled gates (in the last
-  `noise_free_steps` under thresholds), straight-through;
+  `noise_free_steps` under thresholds), straight-through; with `distill_weight` KL(dense, gated) is added,
+  which no log has;
 - lambda is moved, every `constraint_interval` steps, by the loss of the same batch under deterministic gates
   and averaged weights, as the run is judged, or under sampled gates, as in the paper (`constraint_gates`).
   Its target is the dense model's loss on training batches + loss_slack - constraint_margin; on text a
-  peak_slack is added, which shrinks with the learning rate;
+  peak_slack is added, which goes to 0 along the learning rate's cosine, and the dense model's luck with the
+  batch is taken off (`constraint_paired`);
 - the run is judged on the held-out set under deterministic gates (training/verdict.py).
 
 Notable:
 - best.pt is not the last evaluation but, of those that meet the target, the one with the fewest open edges.
-- A step's examples and noise hang on (seed, step) alone (training/batches.py): a run that is killed and
-  started again does on a CPU bit for bit what it would have done (GPUs sum in an order of their own), and one
-  process that accumulates gradients does what many processes do.
+- A step's examples and its micro-batches' noise hang on (seed, step) alone (training/batches.py): a run that
+  is killed and started again does on a CPU bit for bit what it would have done (GPUs sum in an order of their
+  own), and one process does what many do, if micro-batches are of one size.
 - The same command continues an unfinished run. A folder is never overwritten by a run with other settings.
 - Exit status: 0, the run is what it was to become; 2, it is at its end and is not (a target missed, a parent
-  not ready); 1, an error, or stopped (torchrun makes every status but 0 a 1).
+  not ready); 1, an error, in the report of a finished run as well, or stopped (torchrun makes every status
+  but 0 a 1).
 
 What stands around the loop: settings and their meaning, training/settings.py; where a run comes from,
 parents.py; models, optimizer and devices, run.py; evaluation and checkpoints, judge.py; how dense becomes

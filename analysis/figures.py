@@ -130,7 +130,7 @@ def curve(ax, metrics, key, label, scale=1.0, **style):
 
 def draw_loss(ax, metrics, gated):
     """Losses in training and on the held-out set; with their targets, if the run is gated."""
-    batches = "training, sampled gates" if gated else "training"
+    batches = "training, gates as trained" if gated else "training"
     curve(ax, metrics, "batch_loss", f"{batches} (running mean)", color="tab:orange")
     curve(ax, metrics, "val_loss", "held out" + (", thresholds" if gated else ""), color="tab:blue")
     if gated:

@@ -13,7 +13,7 @@ base = 'config/stdlib.py'
 
 init_from = 'config/gpu_text_dense.py'
 dataset = 'text-gpt2'
-# at 512 tokens an even attention weight is 0.002 to 0.004: as in config/stdlib.py, what is below starts shut
+# at 512 tokens an even attention weight is 0.002 to 0.004: what is below starts shut
 open_above = 0.002
 
 # few steps: measured twice as often, and 100 steps can move lambda by a factor of 3
