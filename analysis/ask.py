@@ -52,16 +52,16 @@ def parse_sum(question, task, example="python analyze.py ask out/addition"):
     return a, b
 
 
-def parse_edge(words, config, task):
+def parse_edge(words, config, task, option="--shut"):
     """`1.s2.s4` (layer.query.key) or `1.0.s2.s4` (layer.head.query.key) -> (layer, head, query, key).
 
-    config: the model's. Raises UserError if the model has no such edge.
+    config: the model's; option: that had the words. Raises UserError if the model has no such edge.
     """
     names = token_names(task)
     first, last = names[-1], names[0]
-    form, example = f"layer.query.key, such as --shut=0.{first}.{last}", f"--shut={words}"
+    form, example = f"layer.query.key, such as {option}=0.{first}.{last}", f"{option}={words}"
     if config.n_head > 1:
-        form = f"layer.head.query.key, such as --shut=0.0.{first}.{last}"
+        form = f"layer.head.query.key, such as {option}=0.0.{first}.{last}"
     parts = words.split(".")
     if config.n_head == 1 and len(parts) == 3:
         parts.insert(1, "0")

@@ -28,6 +28,7 @@ import torch
 from tqdm import tqdm
 
 from analysis import feature_figures
+from analysis.ask import parse_edge
 from analysis.explain import population, read_addition_run, run_sums
 from analysis.graph import label, read_transcoder
 from analysis.questions import sum_question
@@ -43,22 +44,17 @@ DRAWN = 8  # features, at most
 MOST_WRITTEN = 500  # pairs in opens.json
 
 
-def edge_named(words, is_open, names):
-    """(layer, head, query, key) of `2.0.s1.=`; of no words, that which is open on a share of the sums closest
-    to a half. is_open (n_layer, H, T, T, N). Raises UserError.
+def edge_to_explain(words, is_open, config, task):
+    """(layer, head, query, key) of the words (ask.py); of none, that which is open on a share of the sums
+    closest to a half. is_open (n_layer, H, T, T, N); config: the model's. Raises UserError.
     """
     shares = is_open.mean(-1)
     if not words:
         if not ((shares > 0) & (shares < 1)).any():
             raise UserError("every edge of this model is always open, or never: there is nothing to explain")
         return tuple(int(i) for i in np.unravel_index(np.abs(shares - 0.5).argmin(), shares.shape))
-    try:
-        layer, head, query, key = words.split(".")
-        edge = int(layer), int(head), names.index(query), names.index(key)
-        share = shares[edge]
-    except (ValueError, IndexError) as error:
-        raise UserError(f"--edge={words}: an edge is named layer.head.query.key, such as 2.0.s1.=, with "
-                        f"tokens {' '.join(names)}") from error
+    edge = parse_edge(words, config, task, "--edge")
+    share = shares[edge]
     if not 0 < share < 1:
         raise UserError(f"--edge={words} is open on {100 * share:.0f} % of the sums: nothing to explain")
     return edge
@@ -118,7 +114,7 @@ def operand_plots(model, coder, task, nodes):
 
 def add_arguments(parser):
     parser.add_argument("run", metavar="RUN", help="a gated run on two-digit addition, with a transcoder")
-    parser.add_argument("--edge", default="", help="layer.head.query.key, such as 2.0.s1.=")
+    parser.add_argument("--edge", default="", help="layer.query.key, such as 2.s1.=")
     parser.add_argument("--name", default="transcoder", help="of the transcoder, as in `transcode`")
     parser.add_argument("--n", type=int, default=200, help="sums that the table is made of")
     parser.add_argument("--seed", type=int, default=1, help="by which they are drawn")
@@ -138,7 +134,7 @@ def run(options, settings):
     names = token_names(task)
     a, b = population(data, task)
     _, is_open = run_sums(model, task, a, b)
-    edge = edge_named(options.edge, is_open, names)
+    edge = edge_to_explain(options.edge, is_open, model.config, task)
     opens = is_open[edge]
 
     draw, parts = np.random.default_rng(options.seed), []

@@ -10,7 +10,7 @@ import torch
 import analyze
 import prepare_data
 from analysis.explain import run_sums
-from analysis.opens import differences, edge_named, operand_plots
+from analysis.opens import differences, edge_to_explain, operand_plots
 from circuits.attribution_graph import Node
 from circuits.transcoder import Transcoder, read_and_written
 from helpers import call, trained
@@ -58,10 +58,15 @@ def test_an_edge_is_the_one_that_is_named_or_the_one_nearest_to_a_half():
     is_open = np.zeros((2, 1, 11, 11, 4), dtype=bool)
     is_open[1, 0, 9, 5] = [True, False, True, False]
     is_open[0, 0, 8, 0] = [True, False, False, False]
-    assert edge_named("", is_open, NAMES) == (1, 0, 9, 5)
-    assert edge_named(f"0.0.{NAMES[8]}.{NAMES[0]}", is_open, NAMES) == (0, 0, 8, 0)
+    config = GPTConfig(n_layer=2, n_head=1)
+    assert edge_to_explain("", is_open, config, TASK) == (1, 0, 9, 5)
+    assert edge_to_explain(f"0.{NAMES[8]}.{NAMES[0]}", is_open, config, TASK) == (0, 0, 8, 0)
+    with pytest.raises(UserError, match="is open on 0 % of the sums"):
+        edge_to_explain(f"1.{NAMES[8]}.{NAMES[0]}", is_open, config, TASK)
+    with pytest.raises(UserError, match="--edge=1.s2 names no edge: write layer.query.key, such as --edge="):
+        edge_to_explain("1.s2", is_open, config, TASK)
     with pytest.raises(UserError, match="every edge of this model is always open, or never"):
-        edge_named("", is_open[..., :1], NAMES)
+        edge_to_explain("", is_open[..., :1], config, TASK)
 
 
 @torch.no_grad()
@@ -103,9 +108,8 @@ def test_what_is_printed_adds_up_to_the_difference_of_the_score(made, workplace,
 
 
 @pytest.mark.parametrize("words, answer", [
-    (["--edge=2"], "an edge is named layer.head.query.key, such as 2.0.s1.="),
-    (["--edge=9.0.s1.="], "an edge is named layer.head.query.key"),
-    (["--edge=0.0.a1.s0"], "is open on 0 % of the sums"),
+    (["--edge=2"], "--edge=2 names no edge: write layer.query.key"),
+    (["--edge=9.s1.="], "--edge=9.s1.=: the model's layers are 0 to 1"),
     (["--n=1"], "--n must be at least 2"),
     (["--name=other"], "has no other.pt. Train one first: python analyze.py transcode")])
 def test_mistakes_are_answered(made, words, answer):
