@@ -38,7 +38,7 @@ from tqdm import tqdm
 
 import prepare_data
 from analysis.baselines_table import Table, heading
-from analysis.rules import RULES, Cut
+from analysis.rules import RULES, RuleAttention
 from circuits import prompt_circuits
 from circuits.attention_edges import attending
 from circuits.compare import prompts
@@ -132,8 +132,8 @@ def go_on_from(path, model, average, optimizer):
 
 
 def judged(model, cut, data, c):
-    """{'loss': nats, held out; 'edges': open, per head and token}. cut: a Cut, or None for the model's own
-    gates.
+    """{'loss': nats, held out; 'edges': open, per head and token}. cut: a RuleAttention, or None for
+    the model's own gates.
     """
     with standing_in(model, cut):
         found = evaluate(model, data, "val", c.eval_batch_size, c.eval_batches)
@@ -252,7 +252,7 @@ def run(options, settings):
             if table.has(rule, k):
                 progress.update(options.steps)
                 continue
-            model, cut = load_checkpoint(parent).to(device).eval(), Cut(rule, k)
+            model, cut = load_checkpoint(parent).to(device).eval(), RuleAttention(rule, k)
             fit(model, cut, data)
             if options.steps:
                 model = train_on(model, dense, cut, data, c, table.model_path(rule, k), progress)

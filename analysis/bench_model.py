@@ -102,14 +102,14 @@ def circuits(device):
     """
     from circuits.attention_edges import curves, integrated_scores, prepared
     from circuits.attribution import attribute_edges, best_edges, effects, sizes
-    from circuits.graph import Graph
+    from circuits.graph import ComponentGraph
     from circuits.tasks import LOGIT, Pair
 
     torch.manual_seed(0)
     model = GPT(GPTConfig(**SHAPES["gpt2"])).to(device).eval()
     prompts = torch.randint(0, 50000, (2, 64, 20)).tolist()
     pairs = [Pair(clean, other, [19], [[1]], [[2]]) for clean, other in zip(*prompts)]
-    graph, found = Graph(12, 12), {}
+    graph, found = ComponentGraph(12, 12), {}
 
     def score_edges():
         found["scores"] = attribute_edges(model, pairs, LOGIT)

@@ -15,7 +15,7 @@ from analysis import circuit_figures, figures
 from analysis.report_figures import pieces_of
 from circuits import compare
 from circuits.attention_edges import terms_of
-from circuits.graph import Graph
+from circuits.graph import ComponentGraph
 from circuits.prompt_circuits import circuit_of
 from circuits.table import table
 from circuits.tasks import fitting, vocabulary
@@ -84,7 +84,7 @@ def draw(found, dense, sparse, tokenizer, folder):
     task = found.result["task"]
     path = os.path.join(folder, f"circuit-{task}")
     circuit_figures.circuit_curves(path + ".png", task, found.result)
-    graph = Graph(sparse.config.n_layer, sparse.config.n_head)
+    graph = ComponentGraph(sparse.config.n_layer, sparse.config.n_head)
     kept = kept_edges(graph, found)
     title = f"{task}: the {len(kept)} edges that explain {100 * found.share:.0f} % in the sparse model"
     names = graph.writer_names() + ["output"]

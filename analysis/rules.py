@@ -109,7 +109,7 @@ RULES = {
 }
 
 
-class Cut:
+class RuleAttention:
     """A rule at a budget k, standing in for a model's attention: `attending(model, cut)`.
 
     fitting: choose the levels anew in every pass, layer by layer, so that a layer sees what those below left.

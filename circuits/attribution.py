@@ -37,7 +37,7 @@ import math
 import numpy as np
 import torch
 
-from circuits.graph import Cut, Gradients, Graph, Replace, Watch
+from circuits.graph import CircuitRun, ComponentGraph, Gradients, Replace, Watch
 from circuits.patching import patched
 from circuits.tasks import PROBABILITY
 
@@ -112,7 +112,7 @@ def gradient_runs(model, pairs, metric, steps, batch_size):
     writes differ between the two runs (corrupted - clean, (B, W, T, C)), the `Gradients` of the step's run,
     and its metric, summed over the batch.
     """
-    graph = Graph(model.config.n_layer, model.config.n_head)
+    graph = ComponentGraph(model.config.n_layer, model.config.n_head)
     for clean, corrupted, group in batches(pairs, batch_size, next(model.parameters()).device):
         with torch.no_grad():
             watch_clean, watch_corrupted = Watch(graph), Watch(graph)
@@ -133,7 +133,7 @@ def attribute_edges(model, pairs, metric, steps=1, batch_size=16):
     steps=1: EAP, gradients at the clean prompt. More: EAP-IG along the inputs, k / steps of the way from
     corrupted to clean, k from 0.
     """
-    graph = Graph(model.config.n_layer, model.config.n_head)
+    graph = ComponentGraph(model.config.n_layer, model.config.n_head)
     scores = torch.zeros(graph.W, graph.R)
     for difference, hooks, value in gradient_runs(model, pairs, metric, steps, batch_size):
         difference = difference.transpose(0, 1).flatten(1)  # (W, B T C)
@@ -153,7 +153,7 @@ def patch_components(model, pairs, metric, batch_size=64):
     """Exact scores (W,): metric with this one component's write replaced by the corrupted run's, minus the
     clean metric; the mean over pairs.
     """
-    graph = Graph(model.config.n_layer, model.config.n_head)
+    graph = ComponentGraph(model.config.n_layer, model.config.n_head)
     scores = torch.zeros(graph.W)
     for clean, corrupted, group in batches(pairs, batch_size, next(model.parameters()).device):
         watch = Watch(graph)
@@ -217,21 +217,15 @@ def effects(model, pairs, metric, circuits, batch_size=64):
     """Metrics of the clean run, the corrupted run (pairs,), and of every circuit (circuits, pairs); a circuit
     is (W, R) bool, the edges that are kept.
     """
-    graph = Graph(model.config.n_layer, model.config.n_head)
+    graph = ComponentGraph(model.config.n_layer, model.config.n_head)
     device = next(model.parameters()).device
     clean_values, corrupted_values, values = [], [], []
     for clean, corrupted, group in batches(pairs, batch_size, device):
         watch = Watch(graph)
         corrupted_values.append(metric_of(run(model, corrupted, watch), group, metric))
         clean_values.append(metric_of(run(model, clean), group, metric))
-        values.append(
-            torch.stack(
-                [
-                    metric_of(run(model, clean, Cut(graph, keep.to(device), watch.writes)), group, metric)
-                    for keep in circuits
-                ]
-            )
-        )
+        hooks = (CircuitRun(graph, keep.to(device), watch.writes) for keep in circuits)
+        values.append(torch.stack([metric_of(run(model, clean, one), group, metric) for one in hooks]))
     return torch.cat(clean_values).cpu(), torch.cat(corrupted_values).cpu(), torch.cat(values, dim=1).cpu()
 
 

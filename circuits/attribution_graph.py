@@ -43,7 +43,7 @@ class Node(NamedTuple):
     number: int  # of the feature, or the token of an embedding or logit, else -1
 
 
-class Graph(NamedTuple):
+class AttributionGraph(NamedTuple):
     """S sources, of which the first N features are also the first targets; then come the logits."""
 
     sources: list  # of Node: features, then embeddings, errors, the bias
@@ -126,8 +126,8 @@ def bias_of(module, like):
 
 @torch.no_grad()
 def graph_of(model, coder, tokens, at=-1, answer=None):
-    """The Graph of one prompt, tokens (T,), in evaluation mode. at: the position whose logits are targets;
-    answer: the one token whose logit is a target, in place of the likeliest.
+    """The AttributionGraph of one prompt, tokens (T,), in evaluation mode. at: the position whose logits are
+    targets; answer: the one token whose logit is a target, in place of the likeliest.
     """
     coder = coder.folded()
     frozen = freeze(model, coder, tokens)
@@ -190,7 +190,7 @@ def graph_of(model, coder, tokens, at=-1, answer=None):
     read(model.transformer.ln_f, dx, at, readers, 0.0, frozen.logits[at, answers] - frozen.logits[at].mean())
     targets = features + [Node("logit", -1, at, token) for token in answers]
     *columns, readers = map(torch.cat, zip(*rows))
-    return Graph(sources, targets, *columns, chances, torch.stack(streams),
+    return AttributionGraph(sources, targets, *columns, chances, torch.stack(streams),
                  torch.stack([mixed for _, mixed, _ in carried]), readers, frozen.spread)
 
 

@@ -33,7 +33,7 @@ from circuits.attribution import (
     without_dead_heads,
 )
 from circuits.controls import component_controls, pairs_of_another, untrained
-from circuits.graph import Graph
+from circuits.graph import ComponentGraph
 from circuits.tasks import Pair, make_pairs, vocabulary
 from storage.files import UserError
 
@@ -44,7 +44,7 @@ def measure(model, pairs_to_score, pairs_to_test, metric, steps, another=None, c
     """One model's component curves: a dict of plain numbers, and what the figures want of it: scores (W, R),
     the edges of the 90 % circuit and what it explains. another: pairs of another task (controls.py).
     """
-    graph = Graph(model.config.n_layer, model.config.n_head)
+    graph = ComponentGraph(model.config.n_layer, model.config.n_head)
     dead = dead_heads(model, pairs_to_score + pairs_to_test)
     edges = without_dead_heads(graph, dead)
     exact = bool(graph.edges.sum() <= EXACT)

@@ -20,7 +20,7 @@ import torch
 
 from circuits.attention_edges import curves, integrated_scores, metrics_of, prepared
 from circuits.attribution import attribute_edges, cut_edges, effects, ranks
-from circuits.graph import Graph
+from circuits.graph import ComponentGraph
 from circuits.tasks import Vocabulary, fitting, make_pairs
 from storage.files import UserError
 
@@ -160,7 +160,7 @@ def component_controls(model, to_score, to_test, metric, edges, circuit, steps, 
             return cut_edges(model, pairs, of_metric, edges)
         return attribute_edges(model, pairs, of_metric, steps)
 
-    graph = Graph(model.config.n_layer, model.config.n_head)
+    graph = ComponentGraph(model.config.n_layer, model.config.n_head)
     n, chance = int(circuit.sum()), torch.rand(edges.shape, generator=torch.Generator().manual_seed(0))
     circuits = {"random edges": of_size(graph, chance, edges, n), "circuit alone is cut": edges & ~circuit}
     if another:

@@ -11,18 +11,18 @@ own, since each may listen to something else:
 
 A run is watched and changed by the object that it is given as `hooks` (patching.py): it calls `read` with
 what a component is about to read and goes on with what it returns, and `write` likewise. `Watch` only looks,
-`Cut` runs a circuit, `Replace` patches components and `Gradients` keeps all reads apart, so that one backward
-pass gives the gradient by each.
+`CircuitRun` runs a circuit, `Replace` patches components and `Gradients` keeps all reads apart, so that one
+backward pass gives the gradient by each.
 
-Notable: edges that lie on no path from the embedding to the output cannot matter (`Graph.on_paths`). What is
-done with it is in circuits/attribution.py: which edges carry a task (the paper's section on circuits). This
-file imports no other file of ours.
+Notable: edges that lie on no path from the embedding to the output cannot matter (`ComponentGraph.on_paths`).
+What is done with it is in circuits/attribution.py: which edges carry a task (the paper's section on
+circuits). This file imports no other file of ours.
 """
 
 import torch
 
 
-class Graph:
+class ComponentGraph:
     """The numbering of writers and readers of a model with L layers of H heads, and which edges there are.
 
     writers   0 the embedding; 1 + layer (H + 1) + head the heads; 1 + layer (H + 1) + H the MLPs. W of them
@@ -125,7 +125,7 @@ class Watch:
         return torch.cat(self.parts, dim=1)
 
 
-class Cut(Watch):
+class CircuitRun(Watch):
     """Runs a circuit: a reader sees the writers whose edge is kept as they are now, the others as they were
     in the corrupted run.
 

@@ -29,7 +29,7 @@ from circuits.influence import heads_of, influence_of, square
 FEATURES, HEADS = 10, 3  # the strongest so many are cut, and as many others
 
 
-class Cut(NamedTuple):
+class CutEffect(NamedTuple):
     """What one cut does to the answer, nats."""
 
     foretold: float
@@ -111,7 +111,9 @@ def strongest_and_others(strength, most, seed):
 
 
 def interventions(model, coder, tokens, graph, seed=0):
-    """{'features', 'heads': ([Cut] of the strongest, [Cut] of others)}, on one prompt's Graph."""
+    """{'features', 'heads': ([CutEffect] of the strongest, [CutEffect] of others)}, on one prompt's graph, an
+    AttributionGraph.
+    """
     n, coder = graph.n_features, coder.folded()
     answer, due, due_to_heads = graph.targets[n], totals(graph), totals_of_heads(graph)
     before, H = answer_of(model, tokens, answer), due_to_heads.shape[1]
@@ -119,11 +121,11 @@ def interventions(model, coder, tokens, graph, seed=0):
     def of_feature(i):
         with without(model, coder, [graph.sources[i]]):
             after = answer_of(model, tokens, answer)
-        return Cut(-due[i].item(), after - before)
+        return CutEffect(-due[i].item(), after - before)
 
     def of_head(i):
         after = without_head(model, tokens, i // H, i % H, answer)
-        return Cut(-due_to_heads.flatten()[i].item(), after - before)
+        return CutEffect(-due_to_heads.flatten()[i].item(), after - before)
 
     found = {}
     for kind, strength, most, cut in (("features", influence_of(*square(graph))[:n], FEATURES, of_feature),

@@ -13,7 +13,7 @@ import analyze
 import prepare_data
 from analysis import baselines
 from analysis.baselines import fit, judged, size_of_circuits, train_on
-from analysis.rules import RULES, Cut
+from analysis.rules import RULES, RuleAttention
 from circuits.attention_edges import attending
 from circuits.tasks import LOGIT
 from helpers import SMALL, call, run
@@ -111,7 +111,7 @@ def random_gpt(**settings):
 def test_with_room_for_all_edges_nothing_changes():
     model, x = random_gpt(), torch.randint(0, 10, (4, T))
     for rule in ("top-k", "threshold", "window"):
-        cut = Cut(rule, T)
+        cut = RuleAttention(rule, T)
         with attending(model, cut), torch.no_grad():
             logits = model(x)[0]
         torch.testing.assert_close(logits, model(x)[0], atol=1e-5, rtol=1e-5)
@@ -127,7 +127,7 @@ def test_the_gate_is_counted_as_the_judge_counts_it(counting):
 
 def test_a_rule_is_counted_as_the_judge_counts_it(counting):
     """The window of 2 has 1 edge at the first position and 2 at all others; who is dense stays so."""
-    model, data, cut = random_gpt(), prepare_data.load("count"), Cut("window", 2)
+    model, data, cut = random_gpt(), prepare_data.load("count"), RuleAttention("window", 2)
     found = judged(model, cut, data, Config(eval_batch_size=50, eval_batches=1))
     assert found["edges"] == pytest.approx((2 * T - 1) / T)
     assert not model.config.gated
@@ -141,7 +141,7 @@ def test_one_stand_in_may_lie_in_another():
         calls.append(layer)
         return original(q, k, v, **options)
 
-    with attending(model, Cut("window", 2)), torch.no_grad():
+    with attending(model, RuleAttention("window", 2)), torch.no_grad():
         cut = model(x)[0]
         with attending(model, inner):
             assert torch.equal(model(x)[0], cut)
@@ -157,7 +157,7 @@ def settings_of_training(**more):
 
 def test_training_on_brings_the_loss_down_at_the_same_budget(counting):
     data, dense, c = prepare_data.load("count"), random_gpt(), settings_of_training()
-    model, cut = random_gpt(), Cut("threshold", 1.5)
+    model, cut = random_gpt(), RuleAttention("threshold", 1.5)
     fit(model, cut, data)
     before = judged(model, cut, data, c)["loss"]
     model = train_on(model, dense, cut, data, c, "model.pt", tqdm(disable=True))
@@ -181,7 +181,7 @@ def test_training_that_was_stopped_ends_as_if_it_had_not_been(counting):
                 raise Stop
 
     def trained(path, progress):
-        model, cut = random_gpt(), Cut("threshold", 1.5)
+        model, cut = random_gpt(), RuleAttention("threshold", 1.5)
         model = train_on(model, dense, cut, data, c, path, progress)
         return torch.cat([p.flatten() for p in model.parameters()]), cut.levels[1]
 
@@ -204,7 +204,7 @@ def test_the_learning_rate_is_that_of_the_loop(counting, monkeypatch, warmup_ste
 
     monkeypatch.setattr(torch.optim.AdamW, "step", watched)
     data, progress = prepare_data.load("count"), tqdm(disable=True)
-    train_on(random_gpt(), random_gpt(), Cut("top-k", 2), data, c, "model.pt", progress)
+    train_on(random_gpt(), random_gpt(), RuleAttention("top-k", 2), data, c, "model.pt", progress)
     assert len(rates) == c.max_steps
     for step, rate in enumerate(rates):
         assert rate == pytest.approx(get_lr(step, c))
@@ -216,7 +216,8 @@ def test_the_average_is_what_is_judged(counting):
     found = {}
     for decay in (0.0, 0.9):
         c = settings_of_training(max_steps=1, warmup_steps=0, average_decay=decay)
-        model = train_on(random_gpt(), dense, Cut("top-k", 2), data, c, f"{decay}.pt", tqdm(disable=True))
+        cut = RuleAttention("top-k", 2)
+        model = train_on(random_gpt(), dense, cut, data, c, f"{decay}.pt", tqdm(disable=True))
         found[decay] = [p - was for p, was in zip(model.parameters(), start.parameters(), strict=True)]
     for one, averaged in zip(found[0.0], found[0.9], strict=True):
         torch.testing.assert_close(averaged, 0.1 * one, atol=1e-6, rtol=1e-3)
@@ -239,7 +240,7 @@ def test_the_circuit_of_a_model_that_is_cut_is_found():
     """Each query keeps its largest weight: the planted circuit is two of those."""
     model = planted()
     model.config.gated = False
-    cut = Cut("top-k", 1)
+    cut = RuleAttention("top-k", 1)
     cut.fitting = False
     cut.levels = {0: 1, 1: 1}
     assert size_of_circuits(model, cut, PLANTED, LOGIT) == 2

@@ -26,7 +26,7 @@ from circuits.attribution import (
     patch_components,
     sizes,
 )
-from circuits.graph import Cut, Graph, Watch
+from circuits.graph import CircuitRun, ComponentGraph, Watch
 from circuits.patching import patched
 from circuits.prompts import copy as copying
 from circuits.tasks import LOGIT, PROBABILITY, Pair, vocabulary
@@ -147,7 +147,7 @@ def by_hand(model, pair, metric, moved):
 
 
 def test_the_graph_of_gpt2_has_as_many_edges_as_the_literature_counts():
-    graph = Graph(12, 12)
+    graph = ComponentGraph(12, 12)
     assert (graph.W, graph.R, int(graph.edges.sum())) == (157, 445, 32491)
     names, readers = graph.writer_names(), graph.reader_names()
     assert (len(names), len(readers)) == (157, 445)
@@ -167,7 +167,7 @@ def test_the_graph_of_gpt2_has_as_many_edges_as_the_literature_counts():
 
 @torch.no_grad()
 def test_every_edge_is_cut_as_by_hand(model, pairs):
-    graph, pair = Graph(L, H), pairs[0]
+    graph, pair = ComponentGraph(L, H), pairs[0]
     circuits = []
     for writer, reader in graph.edges.nonzero().tolist():
         keep = graph.edges.clone()
@@ -183,7 +183,7 @@ def test_every_edge_is_cut_as_by_hand(model, pairs):
 
 @torch.no_grad()
 def test_many_edges_cut_at_once_as_by_hand(model, pairs):
-    graph = Graph(L, H)
+    graph = ComponentGraph(L, H)
     generator = torch.Generator().manual_seed(0)
     for share in (0.2, 0.5, 0.8):
         keep = graph.edges & (torch.rand(graph.W, graph.R, generator=generator) < share)
@@ -202,7 +202,7 @@ def test_many_edges_cut_at_once_as_by_hand(model, pairs):
 
 @pytest.mark.parametrize("metric", METRICS)
 def test_all_edges_explain_everything_and_none_nothing(model, pairs, metric):
-    graph = Graph(L, H)
+    graph = ComponentGraph(L, H)
     shares, low, high = explained(
         *effects(model, pairs, metric, [graph.edges, torch.zeros_like(graph.edges)], batch_size=2)
     )
@@ -225,7 +225,7 @@ def slope(model, value):
 @pytest.mark.parametrize("metric", METRICS)
 def test_attribution_is_the_derivative_of_the_metric_by_how_far_an_edge_is_moved(model, pairs, metric):
     """ALL edges."""
-    graph, pair, hand = Graph(L, H), pairs[0], ByHand(model)
+    graph, pair, hand = ComponentGraph(L, H), pairs[0], ByHand(model)
     scores, (_, other) = attribute_edges(model, [pair], metric), hand.run(torch.tensor(pair.corrupted))
     assert (scores[~graph.edges] == 0).all()
     assert scores.abs().max() > 1e-3
@@ -244,7 +244,7 @@ def test_integrated_gradients_average_over_the_way_from_the_corrupted_input(mode
     """EAP-IG's definition, with the package's steps k / steps, k from 0: the embedding of step k, everything
     behind it computed anew.
     """
-    pair, steps, graph = pairs[0], 4, Graph(L, H)
+    pair, steps, graph = pairs[0], 4, ComponentGraph(L, H)
     scores = attribute_edges(model, [pair], LOGIT, steps=steps)
     hand = ByHand(model)
     with torch.no_grad():
@@ -270,7 +270,7 @@ def test_an_edge_that_only_opens_a_gate_has_a_score():
     """With one token there is one key, whose weight is always 1: what q and k read matters for the gate, and
     for nothing else.
     """
-    pair, graph = Pair([3], [7], [0], [[1]], [[2]]), Graph(L, H)
+    pair, graph = Pair([3], [7], [0], [[1]], [[2]]), ComponentGraph(L, H)
     scores = {
         gated: torch.cat(
             [
@@ -286,7 +286,7 @@ def test_an_edge_that_only_opens_a_gate_has_a_score():
 
 @torch.no_grad()
 def test_exact_scores_are_those_of_every_edge_cut_alone(model, pairs):
-    graph = Graph(L, H)
+    graph = ComponentGraph(L, H)
     some = graph.edges & (torch.rand(graph.W, graph.R, generator=torch.Generator().manual_seed(2)) < 0.5)
     scores = cut_edges(model, pairs[:2], LOGIT, some)
     gone = {tuple(edge): 1.0 for edge in (graph.edges & ~some).nonzero().tolist()}
@@ -343,7 +343,7 @@ def test_patching_components_is_transformer_lens_activation_patching(workplace, 
         mlps = patching.generic_activation_patch(other, clean, cache, measure,
                                                  patching.layer_pos_patch_setter, "mlp_out", index_df=None,
                                                  index_axis_names=("layer", "pos"))
-    ours, graph = patch_components(model, same, LOGIT), Graph(L, H)
+    ours, graph = patch_components(model, same, LOGIT), ComponentGraph(L, H)
     for layer in range(L):
         assert torch.allclose(ours[graph.writer("heads", layer)], heads[layer].float(), atol=1e-4)
     whole = []
@@ -370,7 +370,7 @@ def test_gates_are_computed_anew_in_a_patched_run(pairs):
     """Cut what a gate's query reads, and the gate itself changes: with the clean run's gates kept the answer
     would be another one.
     """
-    model, graph, pair = make(True), Graph(L, H), pairs[0]
+    model, graph, pair = make(True), ComponentGraph(L, H), pairs[0]
     keep = graph.edges.clone()
     # layer 1's queries see the heads of layer 0 as they were in the corrupted run
     keep[1:1 + H, graph.reader("q", 1)] = False
@@ -383,9 +383,9 @@ def test_gates_are_computed_anew_in_a_patched_run(pairs):
     watch = Watch(graph)
     patched(model, corrupted, watch)
     model(clean, record=look)
-    now = patched(model, clean, Cut(graph, keep, watch.writes), record=look)
+    now = patched(model, clean, CircuitRun(graph, keep, watch.writes), record=look)
     assert torch.equal(seen[0], seen[2]) and not torch.equal(seen[1], seen[3])
-    frozen = patched(model, clean, Cut(graph, keep, watch.writes),
+    frozen = patched(model, clean, CircuitRun(graph, keep, watch.writes),
                      keep=torch.stack([seen[0], seen[1]]).bool())
     assert (now - frozen).abs().max() > 1e-3
     hand = ByHand(model)
@@ -398,11 +398,11 @@ def test_hooks_change_nothing_by_being_there(model):
     idx = torch.randint(0, V, (3, 20))
     for settings in ({}, {"bias": False}, {"tied": False}):
         other = make(model.config.gated, **settings)
-        assert torch.allclose(other(idx)[0], patched(other, idx, Watch(Graph(L, H))), atol=1e-12)
+        assert torch.allclose(other(idx)[0], patched(other, idx, Watch(ComponentGraph(L, H))), atol=1e-12)
 
 
 def test_edges_on_no_path_are_dropped():
-    graph = Graph(L, H)
+    graph = ComponentGraph(L, H)
     keep = torch.zeros_like(graph.edges)
     final, mlp = graph.R - 1, graph.writer("mlp", 0).start
     keep[mlp, final] = True  # the MLP's output is heard, but it hears nothing
@@ -415,7 +415,7 @@ def test_edges_on_no_path_are_dropped():
 
 @torch.no_grad()
 def test_dropping_them_changes_no_result(model, pairs):
-    graph = Graph(L, H)
+    graph = ComponentGraph(L, H)
     keep = graph.edges & (torch.rand(graph.W, graph.R, generator=torch.Generator().manual_seed(3)) < 0.25)
     assert int(graph.on_paths(keep).sum()) < int(keep.sum())
     _, _, values = effects(model, pairs, LOGIT, [keep, graph.on_paths(keep)])
@@ -433,7 +433,7 @@ def test_heads_that_never_open_are_out_of_the_graph(pairs):
         bias[:D], bias[C:C + D] = 5.0, -5.0
     dead = dead_heads(model, pairs)
     assert dead.tolist() == [[False, False], [True, False]] and not dead_heads(make(False), pairs).any()
-    graph = Graph(L, H)
+    graph = ComponentGraph(L, H)
     edges = circuit.without_dead_heads(graph, dead)
     gone = graph.edges & ~edges
     head = graph.writer("heads", 1).start
@@ -444,7 +444,7 @@ def test_heads_that_never_open_are_out_of_the_graph(pairs):
 
 
 def test_best_edges_are_the_largest_in_size():
-    graph = Graph(L, H)
+    graph = ComponentGraph(L, H)
     scores = torch.randn(graph.W, graph.R, generator=torch.Generator().manual_seed(0))
     kept = best_edges(scores, graph.edges, 7)
     assert int(kept.sum()) == 7 and scores[kept].abs().min() >= scores[graph.edges & ~kept].abs().max()

@@ -8,7 +8,7 @@ import torch
 
 import analyze
 from circuits.attribution import effects
-from circuits.graph import Graph
+from circuits.graph import ComponentGraph
 from circuits.tasks import make_pairs, vocabulary
 from model import GPT, GPTConfig
 from models.checkpoint import checkpoint_of, load_checkpoint, read_checkpoint, save_checkpoint
@@ -46,7 +46,7 @@ def runs(workplace):
 
 def lead_to_the_right_answer(path, task):
     """A random model knows a task a little, or its opposite a little: then turn its logits round."""
-    model, graph = load_checkpoint(path), Graph(2, 2)
+    model, graph = load_checkpoint(path), ComponentGraph(2, 2)
     pairs, metric = make_pairs(task, 6, 3, vocabulary("bytes"))
     clean, corrupted, _ = effects(model, pairs, metric, [graph.edges])
     if clean.mean() < corrupted.mean():

@@ -7,7 +7,7 @@ from test_attribution_graph import CASES, C, H, L, T, case, replay
 from circuits.interventions import (
     FEATURES,
     HEADS,
-    Cut,
+    CutEffect,
     answer_of,
     in_short,
     interventions,
@@ -130,8 +130,8 @@ def test_what_is_foretold_and_seen_of_a_prompt():
 
 
 def test_in_short():
-    one = [Cut(-1.0, -2.0), Cut(-1.0, 0.5)], [Cut(0.1, 0.2)]
-    two = [Cut(2.0, 1.0), Cut(0.5, 0.5)], []
+    one = [CutEffect(-1.0, -2.0), CutEffect(-1.0, 0.5)], [CutEffect(0.1, 0.2)]
+    two = [CutEffect(2.0, 1.0), CutEffect(0.5, 0.5)], []
     found = in_short([one, two])
     assert found["same_sign"] == 0.75
     assert found["strongest"] == pytest.approx(1.0) and found["others"] == pytest.approx(0.2)

@@ -16,7 +16,7 @@ from circuits.controls import (
     of_size,
     untrained,
 )
-from circuits.graph import Graph
+from circuits.graph import ComponentGraph
 from circuits.prompt_circuits import circuit_of, kinds_for, known_to, measure, spread
 from circuits.table import table
 from circuits.tasks import LOGIT, Pair
@@ -137,7 +137,7 @@ def test_nonsense_that_few_edges_say_is_seen():
 
 
 def test_component_controls_of_the_planted_circuit():
-    model, graph = planted(), Graph(2, 2)
+    model, graph = planted(), ComponentGraph(2, 2)
     scores = cut_edges(model, PLANTED, LOGIT, graph.edges)
     circuit = graph.on_paths(best_edges(scores, graph.edges, 3))
     found = component_controls(model, PLANTED, PLANTED, LOGIT, graph.edges, circuit, 1, True, None)
@@ -147,7 +147,7 @@ def test_component_controls_of_the_planted_circuit():
 
 
 def test_as_many_edges_on_paths_as_asked_for():
-    graph = Graph(2, 2)
+    graph = ComponentGraph(2, 2)
     for n in (1, 5, 20):
         kept = of_size(graph, torch.rand(graph.edges.shape), graph.edges, n)
         assert n <= kept.sum() <= n + graph.W

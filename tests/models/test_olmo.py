@@ -12,7 +12,7 @@ import safetensors.torch
 import torch
 
 from circuits.attribution import attribute_edges, batches, effects, metric_of
-from circuits.graph import Cut, Graph, Watch
+from circuits.graph import CircuitRun, ComponentGraph, Watch
 from circuits.induction import copying_scores
 from circuits.patching import patched
 from circuits.tasks import Pair
@@ -292,7 +292,7 @@ def lively(**changes):
 @pytest.mark.parametrize("changes", HOOKED)
 @torch.no_grad()
 def test_hooks_see_every_read_and_write_and_change_nothing_by_looking(changes):
-    model, idx, graph = lively(**changes), torch.randint(0, 11, (3, 16)), Graph(2, 4)
+    model, idx, graph = lively(**changes), torch.randint(0, 11, (3, 16)), ComponentGraph(2, 4)
     watch = Watch(graph)
     finals = []
     watch.read = lambda name, layer, x: (finals.append(x) if name == "final" else None, x)[1]
@@ -311,7 +311,7 @@ def test_circuits_work_on_it_unchanged(changes):
     pairs = [
         Pair(*(torch.randint(0, 11, (6,)).tolist() for _ in range(2)), [5], [[1]], [[2]]) for _ in range(3)
     ]
-    graph = Graph(2, 4)
+    graph = ComponentGraph(2, 4)
     clean, corrupted, values = effects(model, pairs, "logit difference",
                                        [graph.edges, torch.zeros_like(graph.edges)])
     assert torch.allclose(values[0], clean)
@@ -329,7 +329,7 @@ def test_circuits_work_on_it_unchanged(changes):
     scores = attribute_edges(model, pairs, "logit difference")
 
     def nudged(edge, step):
-        class Nudge(Cut):
+        class Nudge(CircuitRun):
             def read(self, name, layer, x):
                 first, readers = self.graph.before(name, layer), self.graph.reader(name, layer)
                 part = torch.zeros(first, readers.stop - readers.start, dtype=x.dtype)
