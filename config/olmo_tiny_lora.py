@@ -11,7 +11,6 @@ lora_alpha = 64.0
 # the norms, too: those of q and k decide how large scores are (lora.py). And the embedding
 lora_targets = 'all,embed_tokens'
 
-average_decay = 0.0  # config/olmo_tiny.py: 0.995. An average holds a second copy of the whole model
 noise_free_steps = 12000
 max_steps = 12000  # config/olmo_tiny.py: 8,000
 learning_rate = 1.5e-3  # config/olmo_tiny.py: 1e-3

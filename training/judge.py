@@ -230,7 +230,7 @@ class Judge:
             is_whole = not is_last or self.is_over
             parts["model"] = sharding.whole_state(state_to_save(run.model)) if is_whole else None
         if c.average_decay and is_last:
-            parts["trained"] = run.model.state_dict()
+            parts["trained"] = state_to_save(run.model)
         if hardware.rank() > 0:
             return
         geco = run.geco and run.geco.state_dict()

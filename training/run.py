@@ -193,7 +193,7 @@ class Run:
             self.geco.load_state_dict(checkpoint["geco"])
         self.judged = judged_model(self.model, c.average_decay)
         if c.average_decay:
-            load_weights(self.model, checkpoint["trained"])
+            load_weights(self.model, checkpoint["trained"], names=state_to_save(self.model))
         for large in {"model", "optimizer", "trained"} & set(checkpoint):
             del checkpoint[large]
 

@@ -288,13 +288,12 @@ def check_adapters(config):
     """LoRA and sharding, and what does not go with them."""
     if config.base_dtype != "float32" and not config.lora_rank:
         raise UserError("base_dtype is that of frozen weights: it needs lora_rank")
-    in_parts = config.parallel == "fsdp" or config.lora_rank
-    if config.average_decay and in_parts:
+    if config.average_decay and config.parallel == "fsdp":
         raise UserError(
-            "average_decay holds a second copy of the whole model: it goes with neither parallel='fsdp' nor "
-            "lora_rank. Set it to 0"
+            "average_decay holds a second copy of the whole model: it does not go with parallel='fsdp'. "
+            "Set it to 0"
         )
-    if config.gated and config.cycle_steps and in_parts:
+    if config.gated and config.cycle_steps and (config.parallel == "fsdp" or config.lora_rank):
         raise UserError(
             "cycle_steps goes back to whole checkpoints: it goes with neither parallel='fsdp' nor lora_rank. "
             "Set it to 0"

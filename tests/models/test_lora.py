@@ -22,6 +22,7 @@ from models.checkpoint import (
 from models.olmo import OLMo, OLMoConfig
 from storage.files import UserError
 from train import train
+from training.average import follow, judged_model
 from training.evaluate import evaluate
 from training.folder import StopRequest
 from training.settings import make_config
@@ -238,8 +239,9 @@ def test_a_run_with_adapters_on_an_olmo_from_hugging_face(olmo, capsys):
     assert all(torch.allclose(last["model"][name], again["model"][name], atol=1e-6) for name in last["model"])
 
 
-def test_it_goes_on_exactly(olmo, monkeypatch):
-    whole, _ = run_it(out_dir="out/whole")
+@pytest.mark.parametrize("decay", [0.0, 0.9])
+def test_it_goes_on_exactly(olmo, monkeypatch, decay):
+    whole, _ = run_it(out_dir="out/whole", average_decay=decay)
     with monkeypatch.context() as patch:
         countdown = iter([False] * 7 + [True])
         patch.setattr(
@@ -249,10 +251,25 @@ def test_it_goes_on_exactly(olmo, monkeypatch):
             raising=False,
         )
         with pytest.raises(SystemExit):
-            run_it(out_dir="out/parts")
+            run_it(out_dir="out/parts", average_decay=decay)
     assert read_checkpoint("out/parts/last.pt")["step"] == 8
-    parts, _ = run_it(out_dir="out/parts")
+    parts, _ = run_it(out_dir="out/parts", average_decay=decay)
     assert all(torch.equal(whole["model"][name], parts["model"][name]) for name in whole["model"])
+
+
+def test_adapters_are_averaged_and_frozen_weights_shared(run):
+    _, model, _ = run
+    average, before = judged_model(model, 0.75), copy.deepcopy(model)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight += weight.requires_grad
+    follow(average, model, 0.75)
+    for name, weight in average.named_parameters():
+        was = before.get_parameter(name)
+        if weight.requires_grad:
+            assert torch.allclose(weight, was + 0.25)
+        else:
+            assert weight is model.get_parameter(name) and torch.equal(weight, was)
 
 
 @pytest.mark.slow
