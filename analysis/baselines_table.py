@@ -1,5 +1,5 @@
 """The table of baselines.py: a row for every way to cut edges, in a file, so that a command that was stopped
-goes on and others add to it.
+goes on and others add to it, side by side if they like.
 
 A row is {'rule', 'budget', 'loss': nats, 'edges': open, per head and token, 'above_parent': nats, and for
 each task the edges of its circuit}. Beside the file lie the models that were trained on.
@@ -45,6 +45,8 @@ class Table:
     def add(self, row):
         """Print a row, and keep it in place of an earlier one of its name."""
         row["above_parent"] = row["loss"] - self.content["parent_loss"]
+        if os.path.exists(self.place):  # another command, side by side, may have added rows
+            self.content = read_json(self.place)
         name = row["rule"], row["budget"]
         others = [other for other in self.content["rows"] if (other["rule"], other["budget"]) != name]
         self.content["rows"] = [*others, row]

@@ -13,6 +13,8 @@ import analyze
 import prepare_data
 from analysis import baselines
 from analysis.baselines import fit, judged, size_of_circuits, train_on
+from analysis.baselines_table import Table
+from analysis.report import read_json
 from analysis.rules import RULES, RuleAttention
 from circuits.attention_edges import attending
 from circuits.tasks import LOGIT
@@ -285,6 +287,14 @@ def test_what_stands_in_the_table_is_not_trained_again(counting, monkeypatch):
     with open("out/sparse/baselines-3.json") as f:
         names = [row["rule"] for row in json.load(f)["rows"]]
     assert names == ["the parent", "the gate", "top-k", "threshold"]
+
+
+def test_commands_side_by_side_keep_each_others_rows(workplace):
+    (workplace / "out").mkdir()
+    one, two = (Table("out", "parent", 1.0, 0, []) for _ in range(2))
+    for table, rule in ((one, "top-k"), (two, "window"), (one, "entmax")):
+        table.add({"rule": rule, "budget": 2, "loss": 1.5, "edges": 2.0})
+    assert [row["rule"] for row in read_json(two.place)["rows"]] == ["top-k", "window", "entmax"]
 
 
 @pytest.mark.parametrize("words, answer", [
