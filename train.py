@@ -73,7 +73,8 @@ def loop(run, judge, progress, stop):
 
         # --- 1. lambda: up if the loss is above its target, else down ---------------------------------------
         if c.gated and step % c.constraint_interval == 0:  # from lambda_init on, and at step 0 already
-            geco.lambda_max = run.cap_of_lambda(step)  # one while cutting, another while repairing
+            # one cap while cutting, another while repairing
+            geco.lambda_max = c.lambda_max if cutting else c.repair_lambda_max or c.lambda_max
             geco.target = run.constraint_target() + c.peak_slack * cosine(step, c)
             geco.update(run.constraint(step, noisy))
 

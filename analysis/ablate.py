@@ -13,8 +13,10 @@ names the folders: finished runs are not trained again. What fails stays in the 
     above        held-out loss above the parent's, nats, likewise
 """
 
+import os
 import sys
 
+from analysis.report import read_json
 from analysis.seeds import add_shared_arguments, folder_for, read_shared, runs_for, train_all
 from analysis.seeds_table import aligned, spread
 from storage.files import UserError, write_json
@@ -29,7 +31,8 @@ def fixed_penalty(c):
 CHANGES = {  # name: {setting: value} of a Config, the change
     "as it is": lambda c: {},
     "fixed penalty": fixed_penalty,
-    "sampled constraint": lambda c: {"constraint_gates": "sampled"},
+    # it is measured on samples only while training draws them
+    "sampled constraint": lambda c: {"constraint_gates": "sampled", "noise_free_steps": 0},
     "no averaged weights": lambda c: {"average_decay": 0.0},
     "no distillation": lambda c: {"distill_weight": 0.0},
     "distillation": lambda c: {"distill_weight": 1.0},
@@ -110,10 +113,12 @@ def run(options, settings):
     for changed in changes.values():
         runs_for(path, changed, seeds[0])  # a mistake is found before anything is trained
     place, lines = folder_for(path, settings) + "-ablations.json", []
+    others = read_json(place) if os.path.exists(place) else []  # of earlier commands, with other changes
+    others = [line for line in others if line["change"] not in changes]
     for name, changed in changes.items():
         rows = list(train_all(path, changed, seeds, options))
         lines.append(line_of(name, changed, rows))
-        write_json(place, lines)
+        write_json(place, lines + others)
         print(f"{name}: {table(lines[-1:]).splitlines()[1]}", file=sys.stderr, flush=True)
     print(table(lines))
     print(f"the same as numbers: {place}")

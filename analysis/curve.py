@@ -180,8 +180,11 @@ def add_arguments(parser):
 
 def run(options, settings):
     """`analyze.py curve`."""
-    controls = controls_of([folder.rstrip("/") for folder in options.controls])
-    points = [point_of(folder.rstrip("/"), controls) for folder in options.runs]
+    # out/x-* also names the logs and tables that `seeds` leaves beside the runs
+    runs, controls = ([name.rstrip("/") for name in names if not os.path.isfile(name)]
+                      for names in (options.runs, options.controls))
+    controls = controls_of(controls)
+    points = [point_of(folder, controls) for folder in runs]
     if len({p["context"] for p in points}) > 1:
         raise UserError("these runs have different contexts: a curve of each, please")
     points.sort(key=lambda p: (p["parent"], p["above_parent"]))

@@ -200,7 +200,7 @@ def algorithm_of(run, environment):
     command = [sys.executable, os.path.join(ROOT, "analyze.py"), "explain", run]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if done.returncode:
-        return done.stderr.strip().splitlines()[-1]
+        return (done.stderr.strip().splitlines() or ["explain was killed"])[-1]
     with open(os.path.join(run, "explain.json"), encoding="utf-8") as f:
         return json.load(f)["algorithm"]
 

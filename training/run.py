@@ -34,7 +34,6 @@ from training.evaluate import evaluate_splits
 from training.handover import fold_shift
 from training.parents import models_of
 from training.settings import check_together, micro_batches_of
-from training.verdict import cap_of
 
 MEASURED = 50  # batches of the dense loss on training data: a good mean
 
@@ -202,10 +201,6 @@ class Run:
     def constraint_target(self):
         """What the constraint's loss is to come down to by the end of the run, nats."""
         return self.state.dense_on_training + self.config.loss_slack - self.config.constraint_margin
-
-    def cap_of_lambda(self, step):
-        """The largest lambda at this step."""
-        return getattr(self.config, cap_of(vars(self.config), step))
 
     def constraint(self, step, noisy):
         """Lambda's measurement: the loss of a step's batch under the gates that count, nats.

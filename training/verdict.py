@@ -160,11 +160,15 @@ def headline_of_gated(report, config, metrics):
         return f"{run} meets its target{so_far}: {edges}{right(report['sparse'])}"
     if not report["step"]:
         return f"NOT TRAINED: {run} is at its start, step 0 of {end}; no pictures are drawn of that"
-    return (
-        f"MISSED: no evaluation of {run} met its target{so_far}. The closest, of step {report['step']}: "
-        f"{edges}, "
-        f"{distance_in_words(report)}. Table and pictures show that one"
-    )
+    if is_one_checkpoint(report):
+        return f"{run} misses its target: {edges}, {distance_in_words(report)}"
+    return (f"MISSED: no evaluation of {run} met its target{so_far}. The closest, of step {report['step']}: "
+            f"{edges}, {distance_in_words(report)}. Table and pictures show that one")
+
+
+def is_one_checkpoint(report):
+    """Is this the report of a file that somebody named, which says nothing of its run as a whole?"""
+    return report["run"].endswith(".pt")
 
 
 def distance_in_words(report):
@@ -196,11 +200,8 @@ def headline_of_dense(report, config, metrics):
     if found is None:
         return f"{run}: {state}; too few evaluations to tell whether it was still learning"
     if still_learning(metrics, config):
-        return (
-            f"{run} was STILL LEARNING at its end: {state}. The loss fell by {found.fall:.2g} nats in the "
-            "last quarter of "
-            f"the run, where noise explains {found.noise:.1g}"
-        )
+        return (f"{run} was STILL LEARNING at its end: {state}. The loss fell by {found.fall:.2g} nats in the "
+                f"last quarter of the run, where noise explains {found.noise:.1g}")
     if is_falling(metrics):
         return (
             f"{run}: {state}, at the end of its learning rate. What more steps would have brought, only a "
@@ -221,6 +222,8 @@ def advice(report, config, metrics, parent=None):
     parent: of a gated run its Parent, or None.
     """
     run, longer = report["run"], 2 * config["max_steps"]
+    if is_one_checkpoint(report):
+        return []
     if report["sparse"]:
         if report["meets_target"]:
             return remarks_on_met(report, config, parent)
@@ -244,14 +247,18 @@ def train_on(folder, steps=None):
     return f"python train.py --init_from=resume --out_dir={folder}{more}"
 
 
+def unfinished(parent, then):
+    """[what to do about a gated run's Parent that was still learning], or [] if there is none such."""
+    if not parent or not still_learning(parent.metrics, parent.config):
+        return []
+    longer = train_on(parent.folder, 2 * parent.metrics[-1]["step"])
+    return ["Its parent was still learning when it ended: the target is an unfinished model's loss. To train "
+            f"that on: {longer}; then {then}"]
+
+
 def remarks_on_met(report, config, parent):
     """What to know of a gated run that met its target: how much the target is worth, and an early best."""
-    remarks = []
-    if parent and still_learning(parent.metrics, parent.config):
-        remarks.append(
-            "Its parent was still learning when it ended, so what was kept is an unfinished model's loss. To "
-            f"train that on: {train_on(parent.folder, 2 * parent.metrics[-1]['step'])}; then a new child"
-        )
+    remarks = unfinished(parent, "a new child")
     if report["step"] < config["max_steps"] / 4:
         remarks.append(f"best.pt is of step {report['step']} of {config['max_steps']}: no later evaluation "
                        "met the target with fewer edges (the green dots in training.png)")
@@ -260,13 +267,8 @@ def remarks_on_met(report, config, parent):
 
 def advice_for_missed(report, config, metrics, parent):
     """The advice for a gated run that came to its end and never met its target: by cause."""
-    run, sentences = report["run"], []
-    if parent and still_learning(parent.metrics, parent.config):
-        sentences.append(
-            f"Its parent was still learning when it ended. Train that on: "
-            f"{train_on(parent.folder, 2 * parent.metrics[-1]['step'])}; then the same command as for this "
-            f"run with --out_dir={run}-again"
-        )
+    run = report["run"]
+    sentences = unfinished(parent, f"the same command as for this run with --out_dir={run}-again")
     if not report["closest"]["nats_too_many"] and config["loss_slack"]:
         return [
             *sentences,
@@ -285,11 +287,8 @@ def advice_for_missed(report, config, metrics, parent):
     found = learning(metrics)
     if at_cap:
         cap = cap_of(config, report["step"] - 1)
-        sentences.append(
-            "Lambda stood at its cap throughout, so edges went faster than training could repair: the same "
-            "command with "
-            f"--{cap}={3 * config[cap]:g} --out_dir={run}-slower"
-        )
+        sentences.append("Lambda stood at its cap throughout, so edges went faster than training could repair: "
+                         f"the same command with --{cap}={3 * config[cap]:g} --out_dir={run}-slower")
     if found and found.fall > found.noise:
         sentences.append("Its loss was still falling at the end, so more time may do: the same command with "
                          f"--max_steps={2 * config['max_steps']} --out_dir={run}-longer")

@@ -34,6 +34,9 @@ def test_what_is_on_goes_off_and_what_is_off_goes_on():
     assert "no distillation" in text and "distillation" not in text
     assert {"no cycles", "no linear penalty", "temperature 1"} <= set(addition) - set(text)
     assert {"no hand-over", "noise to the end", "temperature 3"} <= set(text) - set(addition)
+    # a run whose gates are thresholds all along has no samples to measure on
+    assert addition["sampled constraint"] == {"constraint_gates": "sampled"}
+    assert text["sampled constraint"] == {"constraint_gates": "sampled", "noise_free_steps": 0}
     fixed = addition["fixed penalty"]
     assert fixed == {"lambda_min": 4.0, "repair_lambda_max": 0.0}  # lambda_init and lambda_max are 4, too
 
@@ -78,3 +81,7 @@ def test_the_command_trains_each_change_and_says_what_became_of_it(counting):
         with open(f"{folder}/config.json") as f:
             assert json.load(f)["renormalise"] == (line["change"] == "renormalised")
     assert set(CHANGES) >= {line["change"] for line in lines}
+    # the table of another command keeps these lines
+    call(analyze.main, "ablate", "sparse.py", "--seeds=1", "--max_steps=20", "--only=temperature 3")
+    with open("out/sparse-max_steps=20-ablations.json") as f:
+        assert {line["change"] for line in json.load(f)} == {"as it is", "temperature 3", "renormalised"}

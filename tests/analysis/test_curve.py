@@ -24,8 +24,10 @@ def test_the_command_puts_runs_and_controls_side_by_side(counting):
     cut = ["baselines", "out/wide", "--rules=top-k", "--budgets=1"]
     call(analyze.main, *cut)
     call(analyze.main, *cut, "--steps=60")
-    done = call(analyze.main, "curve", *folders[:2], "out/short", "--controls", "out/control",
-                "--to=out/found")
+    for beside in ("wide.log", "control-seeds.json"):  # what `seeds` leaves there, and out/* names, too
+        open(f"out/{beside}", "w").close()
+    done = call(analyze.main, "curve", *folders[:2], "out/wide.log", "out/short", "--controls", "out/control",
+                "out/control-seeds.json", "--to=out/found")
     assert done.returncode == 0, done.stderr
     with open("out/found.json") as f:
         points = {point["run"]: point for point in json.load(f)}

@@ -179,6 +179,9 @@ def test_headlines():
     assert headline(report(0, 0, 0.1), CONFIG, lines(FLAT)[:1]).startswith(
         "NOT TRAINED: out/x is at its start"
     )
+    one = report(400, 3, 0.0004, run="out/x/last.pt")  # another evaluation of that run may have met it
+    assert headline(one, CONFIG, lines(FLAT)).startswith("out/x/last.pt misses its target: 12.40 of")
+    assert advice(one, CONFIG, lines(FLAT)) == []
     dense, config = report(sparse=None, meets_target=True), CONSTANT | {"gated": False}
     assert headline(dense, config, lines(FALLING)).startswith(
         "out/x was STILL LEARNING at its end: held-out loss 0.5000, 90 of 100 answers right. The loss fell "
