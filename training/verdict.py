@@ -200,8 +200,8 @@ def headline_of_dense(report, config, metrics):
     if found is None:
         return f"{run}: {state}; too few evaluations to tell whether it was still learning"
     if still_learning(metrics, config):
-        return (f"{run} was STILL LEARNING at its end: {state}. The loss fell by {found.fall:.2g} nats in the "
-                f"last quarter of the run, where noise explains {found.noise:.1g}")
+        return (f"{run} was STILL LEARNING at its end: {state}. The loss fell by {found.fall:.2g} nats in "
+                f"the last quarter of the run, where noise explains {found.noise:.1g}")
     if is_falling(metrics):
         return (
             f"{run}: {state}, at the end of its learning rate. What more steps would have brought, only a "
@@ -287,8 +287,8 @@ def advice_for_missed(report, config, metrics, parent):
     found = learning(metrics)
     if at_cap:
         cap = cap_of(config, report["step"] - 1)
-        sentences.append("Lambda stood at its cap throughout, so edges went faster than training could repair: "
-                         f"the same command with --{cap}={3 * config[cap]:g} --out_dir={run}-slower")
+        sentences.append("Lambda stood at its cap throughout, so edges went faster than training could "
+                         f"repair: the same command with --{cap}={3 * config[cap]:g} --out_dir={run}-slower")
     if found and found.fall > found.noise:
         sentences.append("Its loss was still falling at the end, so more time may do: the same command with "
                          f"--max_steps={2 * config['max_steps']} --out_dir={run}-longer")
