@@ -183,10 +183,10 @@ def main(arguments):
     finally:
         hardware.stop_processes()
     if writes:
-        sys.exit(report(config.out_dir) or (0 if succeeded else MISSED))
+        sys.exit(report(config.out_dir, config.device) or (0 if succeeded else MISSED))
 
 
-def report(folder):
+def report(folder, device):
     """Print what a run became, and draw it, in a process of its own: the loop needs no matplotlib, and a
     picture that fails cannot harm a finished run. Returns the exit status.
     """
@@ -194,7 +194,9 @@ def report(folder):
         gc.collect()  # what wraps a model refers to itself
         torch.cuda.empty_cache()  # the report needs the memory
     here = os.path.dirname(os.path.abspath(__file__))
-    return subprocess.run([sys.executable, os.path.join(here, "analyze.py"), "report", folder]).returncode
+    hidden = {"CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {}  # the GPU may be in use
+    return subprocess.run([sys.executable, os.path.join(here, "analyze.py"), "report", folder],
+                          env=os.environ | hidden).returncode
 
 
 if __name__ == "__main__":

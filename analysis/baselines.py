@@ -59,7 +59,7 @@ from training.average import follow, judged_model
 from training.batches import Batches
 from training.distillation import divergence
 from training.evaluate import evaluate, examples_of
-from training.run import get_lr
+from training.run import adamw, get_lr
 from training.settings import Config
 
 FITTED_ON = 16  # windows, or rows, on which a head's number is chosen
@@ -89,8 +89,7 @@ def train_on(model, teacher, cut, data, c, path, progress):
     batches = Batches(data, model.config.block_size, c.batch_size, 1, c.seed, True, device)
     autocast, _ = hardware.precision(c.dtype, device.type)
     average = judged_model(model, c.average_decay)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=c.learning_rate, betas=(c.beta1, c.beta2),
-                                  weight_decay=c.weight_decay)
+    optimizer = adamw(list(model.parameters()), c, fused=device.type != "mps")
     begun = go_on_from(path, model, average, optimizer)
     progress.update(begun)
     with attending(model, cut):
@@ -98,7 +97,8 @@ def train_on(model, teacher, cut, data, c, path, progress):
         for step in range(begun, c.max_steps):
             # weights change, and what a level keeps
             cut.fitting = step % c.constraint_interval == 0 or step == begun
-            optimizer.param_groups[0]["lr"] = get_lr(step, c)
+            for group in optimizer.param_groups:
+                group["lr"] = get_lr(step, c)
             [(x, y)] = batches.at(step)
             with autocast():
                 logits, loss, _ = model(x, y)
@@ -206,12 +206,15 @@ def chosen(options):
 
 
 def models_and_data(folder, tasks):
-    """(path of the parent, gated model, its Config, data, {task: (pairs, metric)}) of a gated run."""
+    """(checkpoint, gated model, its Config, data, {task: (pairs, metric)}) of a gated run."""
     path = checkpoint_named(folder)
     checkpoint = read_checkpoint(path)
     if not checkpoint["model_args"].get("gated") or "lora" in checkpoint:
         raise UserError(f"{folder} is no gated run whose weights are all trained: baselines start from the "
                         "parent of one")
+    if checkpoint["parent"] != checkpoint["reference"]:
+        raise UserError(f"{folder} keeps the loss of {checkpoint['reference']} and started from "
+                        f"{checkpoint['parent']} (target_from): baselines compare with one parent")
     c = Config(**checkpoint["config"])
     tokens = vocabulary(tokenizer_of(checkpoint), checkpoint["model_args"]["vocab_size"])
     room = checkpoint["model_args"]["block_size"]
@@ -220,15 +223,15 @@ def models_and_data(folder, tasks):
         _, pairs, metric = prompts(task, 64, 1, tokens, room)
         posed[task] = pairs, metric
     data = prepare_data.load(c.dataset)
-    return checkpoint["reference"], load_checkpoint(path), c, data, posed
+    return checkpoint, load_checkpoint(path), c, data, posed
 
 
 def run(options, settings):
     """`analyze.py baselines`."""
     rules, budgets, tasks = chosen(options)
     folder = options.run.rstrip("/")
-    parent, gated, c, data, posed = models_and_data(folder, tasks)
-    c = replace(c, max_steps=options.steps)
+    checkpoint, gated, c, data, posed = models_and_data(folder, tasks)
+    c, parent = replace(c, max_steps=options.steps), checkpoint["parent"]
     device = hardware.pick_device("auto")
     dense, gated = load_checkpoint(parent).to(device).eval(), gated.to(device).eval()
     whole = judged(dense, None, data, c)
@@ -237,15 +240,16 @@ def run(options, settings):
              for task, (pairs, metric) in posed.items()}
 
     def row_of(rule, k, model, cut, numbers):
-        """numbers: what `judged` returns."""
+        """numbers: what `judged` returns, and what else is to be kept."""
         circuits = {task: size_of_circuits(model, cut, *question) for task, question in posed.items()}
         return {"rule": rule, "budget": k, **numbers, **circuits}
 
     print(f"{folder}: the parent's held-out loss is {whole['loss']:.4f}\n{heading(tasks)}", flush=True)
     if not table.has("the parent", None):
         table.add(row_of("the parent", None, dense, None, whole))
-    if not table.has("the gate", None):
-        table.add(row_of("the gate", None, gated, None, judged(gated, None, data, c)))
+    if not table.has("the gate", None, step=checkpoint["step"]):  # it may have been trained on since
+        numbers = judged(gated, None, data, c) | {"step": checkpoint["step"]}
+        table.add(row_of("the gate", None, gated, None, numbers))
     ways = [(rule, k) for rule in rules for k in budgets]
     with tqdm(total=len(ways) * options.steps, leave=False, disable=None) as progress:
         for rule, k in ways:

@@ -11,7 +11,7 @@ import os
 from tqdm import tqdm
 
 from analysis.report import read_json
-from storage.files import UserError, write_json
+from storage.files import UserError, locked, write_json
 
 NOISE = 1e-4  # by which one model's loss differs from machine to machine, at most: a share
 
@@ -34,23 +34,29 @@ class Table:
                             "the folder of that name")
         self.content = found
 
-    def has(self, rule, budget):
-        """Is that row there, with all tasks? Then it is printed."""
+    def has(self, rule, budget, **same):
+        """Is that row there, with all tasks, and is the rest the same? Then it is printed."""
+        wanted = {"rule": rule, "budget": budget, **same}
         for row in self.content["rows"]:
-            if (row["rule"], row["budget"]) == (rule, budget) and set(self.tasks) <= set(row):
+            if all(row.get(key) == value for key, value in wanted.items()) and set(self.tasks) <= set(row):
                 tqdm.write(line_of(row, self.tasks))
                 return True
         return False
 
     def add(self, row):
-        """Print a row, and keep it in place of an earlier one of its name."""
+        """Print a row, and keep it in place of an earlier one of its name, of which other tasks stay."""
         row["above_parent"] = row["loss"] - self.content["parent_loss"]
-        if os.path.exists(self.place):  # another command, side by side, may have added rows
-            self.content = read_json(self.place)
-        name = row["rule"], row["budget"]
-        others = [other for other in self.content["rows"] if (other["rule"], other["budget"]) != name]
-        self.content["rows"] = [*others, row]
-        write_json(self.place, self.content)
+        name, others, earlier = (row["rule"], row["budget"]), [], {}
+        with locked(os.path.dirname(self.place)):  # another command may add rows, side by side
+            if os.path.exists(self.place):
+                self.content = read_json(self.place)
+            for other in self.content["rows"]:
+                if (other["rule"], other["budget"]) != name:
+                    others.append(other)
+                elif other.get("step") == row.get("step"):  # and of the same model
+                    earlier = other
+            self.content["rows"] = [*others, {**earlier, **row}]
+            write_json(self.place, self.content)
         tqdm.write(line_of(row, self.tasks))
 
     def model_path(self, rule, budget):

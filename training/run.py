@@ -127,14 +127,9 @@ class Run:
                 self.called_dense = torch.compile(self.dense_model)
 
     def make_optimizer(self):
-        """AdamW over what is trained, weight decay on matrices."""
-        c = self.config
+        """AdamW over what is trained."""
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
-        groups = [{"params": [p for p in self.trained if p.dim() >= 2], "weight_decay": c.weight_decay},
-                  {"params": [p for p in self.trained if p.dim() < 2], "weight_decay": 0.0}]
-        self.optimizer = torch.optim.AdamW(
-            groups, lr=c.learning_rate, betas=(c.beta1, c.beta2), fused=self.device != "mps"
-        )
+        self.optimizer = adamw(self.trained, self.config, fused=self.device != "mps")
 
     # --- where it stands ------------------------------------------------------------------------------------
 
@@ -283,6 +278,13 @@ class Run:
         )
         words.append(f"from step {self.state.step} to {c.max_steps}")
         return ", ".join(words)
+
+
+def adamw(parameters, c, fused=True):
+    """AdamW with the settings c, weight decay on matrices alone."""
+    groups = [{"params": [p for p in parameters if p.dim() >= 2], "weight_decay": c.weight_decay},
+              {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=c.learning_rate, betas=(c.beta1, c.beta2), fused=fused)
 
 
 def cosine(step, c):

@@ -248,6 +248,13 @@ def test_the_circuit_of_a_model_that_is_cut_is_found():
     assert size_of_circuits(model, cut, PLANTED, LOGIT) == 2
 
 
+def test_a_run_that_keeps_the_loss_of_another_than_its_parent_is_refused(counting):
+    run("control.py")
+    run("sparse.py", target_from="out/control")
+    done = call(analyze.main, "baselines", "out/sparse")
+    assert done.returncode == 1 and "baselines compare with one parent" in done.stderr
+
+
 def test_the_command_from_end_to_end(counting):
     run("sparse.py", distill_weight=1.0)
     assert call(analyze.main, "report", "out/sparse").returncode == 0
@@ -295,6 +302,20 @@ def test_commands_side_by_side_keep_each_others_rows(workplace):
     for table, rule in ((one, "top-k"), (two, "window"), (one, "entmax")):
         table.add({"rule": rule, "budget": 2, "loss": 1.5, "edges": 2.0})
     assert [row["rule"] for row in read_json(two.place)["rows"]] == ["top-k", "window", "entmax"]
+
+
+def test_a_row_keeps_its_tasks_unless_the_run_was_trained_on(workplace):
+    (workplace / "out").mkdir()
+    table = Table("out", "parent", 1.0, 0, ["quote"])
+    row = {"rule": "the gate", "budget": None, "loss": 1.5, "edges": 2.0, "step": 5}
+    table.add(row | {"quote": 3.0})
+    other = Table("out", "parent", 1.0, 0, ["bracket"])
+    assert not other.has("the gate", None, step=5)
+    other.add(row | {"bracket": 4.0})
+    table = Table("out", "parent", 1.0, 0, ["quote", "bracket"])
+    assert table.has("the gate", None, step=5) and not table.has("the gate", None, step=9)
+    table.add(row | {"step": 9, "quote": 2.0, "bracket": 2.0})
+    assert [found["step"] for found in read_json(table.place)["rows"]] == [9]
 
 
 @pytest.mark.parametrize("words, answer", [
