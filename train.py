@@ -116,7 +116,7 @@ def train_one(config, given, job=None):
         job = Job.of_begun(c, checkpoint) if checkpoint else Job([c])
     if checkpoint and is_at_end(checkpoint, c):
         if hardware.rank() == 0:
-            settle(c.out_dir, finished=True)
+            settle(c.out_dir, checkpoint["step"])
         hardware.say(f"{job.name(c.out_dir)} is finished ({checkpoint['step']} steps)")
         return has_succeeded(c, checkpoint)
     run = Run(c, given, checkpoint)

@@ -57,7 +57,7 @@ class Judge:
         What a killed run wrote after last.pt is dropped.
         """
         c = self.config
-        settle(c.out_dir, finished=False)
+        settle(c.out_dir, self.start)
         write_json(os.path.join(c.out_dir, "config.json"), asdict(c))
         evaluates_at_start = self.start % c.eval_interval == 0 or self.start == c.max_steps
         keep_until = self.start - evaluates_at_start
@@ -210,7 +210,7 @@ class Judge:
         for name in [f"{name}.next" for name in kept] + ["last.pt"]:
             self.save(name, step)
         if hardware.rank() == 0:
-            settle(self.config.out_dir, finished=True)
+            settle(self.config.out_dir, step)
 
     def save(self, name, step):
         """Write a checkpoint.

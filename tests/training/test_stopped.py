@@ -161,6 +161,29 @@ def test_a_run_that_goes_back_and_is_killed_near_its_end_ends_like_one_that_is_n
         assert not [name for name in os.listdir(again) if name.endswith(".next")]
 
 
+def test_a_best_checkpoint_that_a_kill_left_waiting_is_not_lost_by_going_on_for_longer(echo, monkeypatch):
+    """The run ends between two evaluations, so nothing is evaluated when it goes on."""
+    monkeypatch.setattr(judge, "meets_target", lambda found, dense, target: "passes" in passing)
+    passing, real = {"passes"}, os.replace
+    settings = {"eval_interval": 10, "init_from": run("dense.py")}
+
+    def deadly(source, target):
+        if source.endswith("best.pt.next"):
+            raise Killed
+        real(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", deadly)
+        with pytest.raises(Killed):
+            run("sparse.py", max_steps=15, **settings)
+    passing.clear()
+    run("sparse.py", max_steps=25, **settings | {"init_from": "resume"})
+    assert read_checkpoint("out/sparse/best.pt")["step"] in (10, 15)
+    assert not os.path.exists("out/sparse/closest.pt")
+    best = read_checkpoint("out/sparse/last.pt")["best"]
+    assert read_checkpoint("out/sparse/best.pt")["best"] == best
+
+
 def start(*arguments):
     return subprocess.Popen([sys.executable, f"{REPOSITORY}/train.py", *arguments], stdout=subprocess.PIPE,
                             stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
