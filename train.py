@@ -167,11 +167,8 @@ def main(arguments):
         succeeded = train(config, names)
         writes = hardware.rank() == 0
     except torch.OutOfMemoryError as error:
-        sys.exit(
-            f"error: out of memory: {str(error).splitlines()[0]} Try a smaller --micro_batch_size (the same "
-            "batches, "
-            "other noise), or, for a new run, --eval_batch_size"
-        )
+        sys.exit(f"error: out of memory: {str(error).splitlines()[0]} Try a smaller --micro_batch_size (the "
+                 "same batches, other noise), or, for a new run, --eval_batch_size")
     except (UserError, OSError) as error:
         sys.exit(f"error: {error}")
     except RuntimeError as error:
@@ -195,8 +192,11 @@ def report(folder, device):
         torch.cuda.empty_cache()  # the report needs the memory
     here = os.path.dirname(os.path.abspath(__file__))
     hidden = {"CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {}  # the GPU may be in use
-    return subprocess.run([sys.executable, os.path.join(here, "analyze.py"), "report", folder],
-                          env=os.environ | hidden).returncode
+    command = [sys.executable, os.path.join(here, "analyze.py"), "report", folder]
+    try:
+        return subprocess.run(command, env=os.environ | hidden).returncode
+    except KeyboardInterrupt:
+        sys.exit(f"stopped. The run is finished; its report: python analyze.py report {folder}")
 
 
 if __name__ == "__main__":
