@@ -53,7 +53,7 @@ from training.parents import lineage_of
 from training.progress import Job, Progress
 from training.run import Run, cosine, get_lr
 from training.settings import Config, check_together, limits, make_config
-from training.verdict import MISSED, has_succeeded, is_at_end
+from training.verdict import MISSED, cap_of, has_succeeded, is_at_end
 
 
 def loop(run, judge, progress, stop):
@@ -73,8 +73,7 @@ def loop(run, judge, progress, stop):
 
         # --- 1. lambda: up if the loss is above its target, else down ---------------------------------------
         if c.gated and step % c.constraint_interval == 0:  # from lambda_init on, and at step 0 already
-            # one cap while cutting, another while repairing
-            geco.lambda_max = c.lambda_max if cutting else c.repair_lambda_max or c.lambda_max
+            geco.lambda_max = getattr(c, cap_of(vars(c), step))  # one while cutting, another while repairing
             geco.target = run.constraint_target() + c.peak_slack * cosine(step, c)
             geco.update(run.constraint(step, noisy))
 
@@ -116,7 +115,7 @@ def train_one(config, given, job=None):
         job = Job.of_begun(c, checkpoint) if checkpoint else Job([c])
     if checkpoint and is_at_end(checkpoint, c):
         if hardware.rank() == 0:
-            settle(c.out_dir, checkpoint["step"])
+            settle(c.out_dir)
         hardware.say(f"{job.name(c.out_dir)} is finished ({checkpoint['step']} steps)")
         return has_succeeded(c, checkpoint)
     run = Run(c, given, checkpoint)
@@ -180,10 +179,10 @@ def main(arguments):
     finally:
         hardware.stop_processes()
     if writes:
-        sys.exit(report(config.out_dir, config.device) or (0 if succeeded else MISSED))
+        sys.exit(report(config.out_dir) or (0 if succeeded else MISSED))
 
 
-def report(folder, device):
+def report(folder):
     """Print what a run became, and draw it, in a process of its own: the loop needs no matplotlib, and a
     picture that fails cannot harm a finished run. Returns the exit status.
     """
@@ -191,10 +190,9 @@ def report(folder, device):
         gc.collect()  # what wraps a model refers to itself
         torch.cuda.empty_cache()  # the report needs the memory
     here = os.path.dirname(os.path.abspath(__file__))
-    hidden = {"CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {}  # the GPU may be in use
     command = [sys.executable, os.path.join(here, "analyze.py"), "report", folder]
     try:
-        return subprocess.run(command, env=os.environ | hidden).returncode
+        return subprocess.run(command).returncode
     except KeyboardInterrupt:
         sys.exit(f"stopped. The run is finished; its report: python analyze.py report {folder}")
 

@@ -89,7 +89,7 @@ def train_on(model, teacher, cut, data, c, path, progress):
     batches = Batches(data, model.config.block_size, c.batch_size, 1, c.seed, True, device)
     autocast, _ = hardware.precision(c.dtype, device.type)
     average = judged_model(model, c.average_decay)
-    optimizer = adamw(list(model.parameters()), c, fused=device.type != "mps")
+    optimizer = adamw(list(model.parameters()), c)
     begun = go_on_from(path, model, average, optimizer)
     progress.update(begun)
     with attending(model, cut):

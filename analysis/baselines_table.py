@@ -46,16 +46,14 @@ class Table:
     def add(self, row):
         """Print a row, and keep it in place of an earlier one of its name, of which other tasks stay."""
         row["above_parent"] = row["loss"] - self.content["parent_loss"]
-        name, others, earlier = (row["rule"], row["budget"]), [], {}
         with locked(os.path.dirname(self.place)):  # another command may add rows, side by side
             if os.path.exists(self.place):
                 self.content = read_json(self.place)
-            for other in self.content["rows"]:
-                if (other["rule"], other["budget"]) != name:
-                    others.append(other)
-                elif other.get("step") == row.get("step"):  # and of the same model
-                    earlier = other
-            self.content["rows"] = [*others, {**earlier, **row}]
+            rows = {(other["rule"], other["budget"]): other for other in self.content["rows"]}
+            earlier = rows.pop((row["rule"], row["budget"]), {})
+            if earlier.get("step") != row.get("step"):  # the run has been trained on since
+                earlier = {}
+            self.content["rows"] = [*rows.values(), earlier | row]
             write_json(self.place, self.content)
         tqdm.write(line_of(row, self.tasks))
 

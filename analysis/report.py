@@ -41,7 +41,7 @@ def read_json(path):
         raise UserError(f"{path} is damaged: {error}") from error
 
 
-def model_judged(checkpoint, path):
+def model_judged(checkpoint, path, device="auto"):
     """The model as its run judged it: adapters beside the frozen weights, and those in the run's precision.
     """
     def prepare(model):
@@ -49,7 +49,7 @@ def model_judged(checkpoint, path):
             return model
         return lora.freeze_in(model, getattr(torch, checkpoint["config"]["base_dtype"]))
 
-    return model_of(checkpoint, path, hardware.pick_device("auto"), prepare, merged=False)
+    return model_of(checkpoint, path, hardware.pick_device(device), prepare, merged=False)
 
 
 def report(run):
@@ -80,7 +80,8 @@ def report(run):
         folder, path = os.path.dirname(run), run
     config = read_json(os.path.join(folder, "config.json"))
     checkpoint = read_checkpoint(path)
-    model = model_judged(checkpoint, path)
+    # a run that was kept off the GPU is reported without it, too
+    model = model_judged(checkpoint, path, "cpu" if config["device"] == "cpu" else "auto")
     metrics = read_metrics(os.path.join(folder, "metrics.jsonl"))
     data = prepare_data.load(config["dataset"])
     data.require_same(checkpoint["data"]["sha256"], run)

@@ -191,7 +191,7 @@ def graph_of(model, coder, tokens, at=-1, answer=None):
     targets = features + [Node("logit", -1, at, token) for token in answers]
     *columns, readers = map(torch.cat, zip(*rows))
     return AttributionGraph(sources, targets, *columns, chances, torch.stack(streams),
-                 torch.stack([mixed for _, mixed, _ in carried]), readers, frozen.spread)
+                            torch.stack([mixed for _, mixed, _ in carried]), readers, frozen.spread)
 
 
 def writing(block, H):

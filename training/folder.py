@@ -97,15 +97,16 @@ def settings_of(folder):
                         "Start a new one with --out_dir=out/NEW") from error
 
 
-def settle(folder, step):
-    """What the end of a run left as best.pt.next or closest.pt.next takes its place if last.pt, which is at
-    step, has come as far; else it goes, for the end will come again.
+def settle(folder, step=None):
+    """What the end of a run left as best.pt.next or closest.pt.next takes its place, for last.pt is at the
+    end, too. With a step, that of a last.pt which may not be: only if it has come as far; else it goes, for
+    the end will come again.
     """
     for name in ("best.pt", "closest.pt"):
         waiting = os.path.join(folder, name + ".next")
         if not os.path.exists(waiting):
             continue
-        if read_checkpoint(waiting)["step"] <= step:
+        if step is None or read_checkpoint(waiting)["step"] <= step:
             os.replace(waiting, os.path.join(folder, name))
             if name == "best.pt":
                 forget_closest(folder)

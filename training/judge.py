@@ -210,7 +210,7 @@ class Judge:
         for name in [f"{name}.next" for name in kept] + ["last.pt"]:
             self.save(name, step)
         if hardware.rank() == 0:
-            settle(self.config.out_dir, step)
+            settle(self.config.out_dir)
 
     def save(self, name, step):
         """Write a checkpoint.

@@ -129,7 +129,7 @@ class Run:
     def make_optimizer(self):
         """AdamW over what is trained."""
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
-        self.optimizer = adamw(self.trained, self.config, fused=self.device != "mps")
+        self.optimizer = adamw(self.trained, self.config)
 
     # --- where it stands ------------------------------------------------------------------------------------
 
@@ -280,11 +280,12 @@ class Run:
         return ", ".join(words)
 
 
-def adamw(parameters, c, fused=True):
+def adamw(parameters, c):
     """AdamW with the settings c, weight decay on matrices alone."""
     groups = [{"params": [p for p in parameters if p.dim() >= 2], "weight_decay": c.weight_decay},
               {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=c.learning_rate, betas=(c.beta1, c.beta2), fused=fused)
+    is_fused = parameters[0].device.type != "mps"
+    return torch.optim.AdamW(groups, lr=c.learning_rate, betas=(c.beta1, c.beta2), fused=is_fused)
 
 
 def cosine(step, c):
