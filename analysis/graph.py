@@ -12,6 +12,7 @@ through which; the rest is direct, or goes through more of them.
 
 import os
 import re
+import zlib
 
 import torch
 
@@ -213,10 +214,20 @@ def run(options, settings):
     graph = graph_of(model, coder, torch.tensor(question.ids), position_of(question, options.at))
     found = summary(graph)
     print("\n".join(lines_of(graph, found, question, word)))
-    name = "graph-" + (re.sub(r"\W+", "-", question.title).strip("-") or "prompt")
-    place = os.path.join(folder, name + (f"-{options.at}" if options.at else "") + ".json")
+    name = name_of(question.title, options.at, options.name)
+    place = os.path.join(folder, name + ".json")
     write_json(place, as_json(model, graph, found, question, word, run, name))
     print(f"for circuit-tracer's and Neuronpedia's pages: {place}")
+
+
+def name_of(title, at, transcoder):
+    """`graph-36-28-s1`: of the file, and its own for every prompt, answer and transcoder."""
+    words = re.sub(r"\W+", "-", title).strip("-")
+    if words != title.replace("+", "-"):  # or texts that differ in punctuation alone would share a file
+        words = f"{words or 'prompt'}-{zlib.crc32(title.encode()):08x}"
+    if transcoder != "transcoder":
+        words += f"-{transcoder}"
+    return f"graph-{words}-{at}" if at else f"graph-{words}"
 
 
 def lines_of(graph, found, question, word):

@@ -17,13 +17,13 @@ A seed that misses its target, or fails, stays in the table: leaving it out woul
 out/<run>.log. The table, as numbers: out/<name>-seeds.json.
 """
 
-import json
 import os
 import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
 
+from analysis.report import read_json
 from analysis.seeds_table import cells, in_words, summary, table
 from models.checkpoint import read_checkpoint
 from storage.files import UserError, write_json
@@ -119,16 +119,15 @@ def is_finished(path, settings):
     """
     config, names = make_config(path, settings)
     try:
-        with open(os.path.join(config.out_dir, "config.json"), encoding="utf-8") as f:
-            before = json.load(f)
-        with open(os.path.join(config.out_dir, "report.json"), encoding="utf-8") as f:
-            is_reported = "headline" in json.load(f)  # and not by an older report.py
+        before = read_json(os.path.join(config.out_dir, "config.json"))
+        report = read_json(os.path.join(config.out_dir, "report.json"))
         last = read_checkpoint(os.path.join(config.out_dir, "last.pt"))
-    except (OSError, ValueError, UserError):
+    except (OSError, UserError):
         return False
     inherited = [key for key in SHAPE if key not in names]
     now = {key: value for key, value in vars(config).items() if key not in (*FREE, *inherited)}
     is_same = all(before.get(key) == value for key, value in now.items())
+    is_reported = "headline" in report  # and not by an older report.py
     return is_same and is_at_end(last, config) and is_reported
 
 
@@ -174,8 +173,7 @@ def row_of(run, seed):
     {dense, sparse} of training; loss, parent_loss (nats), parent_steps (null if the parent's folder is gone);
     closest: what a missed run lacks, in words, else null
     """
-    with open(os.path.join(run, "report.json"), encoding="utf-8") as f:
-        report = json.load(f)
+    report = read_json(os.path.join(run, "report.json"))
     judged = report["sparse"] or report["dense"]
     parents = os.path.join(os.path.dirname(report["parent"] or ""), "metrics.jsonl")
     return {
@@ -201,8 +199,7 @@ def algorithm_of(run, environment):
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if done.returncode:
         return (done.stderr.strip().splitlines() or ["explain was killed"])[-1]
-    with open(os.path.join(run, "explain.json"), encoding="utf-8") as f:
-        return json.load(f)["algorithm"]
+    return read_json(os.path.join(run, "explain.json"))["algorithm"]
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -266,8 +263,7 @@ def read_rows(place):
     """{seed: row} of an earlier table, or nothing."""
     if not os.path.exists(place):
         return {}
-    with open(place, encoding="utf-8") as f:
-        return {row["seed"]: row for row in json.load(f)["rows"]}
+    return {row["seed"]: row for row in read_json(place)["rows"]}
 
 
 def train_all(path, settings, seeds, options):

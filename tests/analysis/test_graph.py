@@ -1,5 +1,6 @@
 """The command `graph`: what it prints is the graph's, and the file is one that others can open."""
 
+import glob
 import json
 import os
 
@@ -8,7 +9,7 @@ import pytest
 import torch
 
 import analyze
-from analysis.graph import parts_of_link
+from analysis.graph import name_of, parts_of_link
 from circuits.attribution_graph import graph_of, shares_of
 from circuits.influence import NODES, attention_edges_of, heads_of, n80, pruned
 from circuits.transcoder import Transcoder
@@ -53,7 +54,8 @@ def test_what_is_printed_is_the_graphs(made):
 def test_the_file_fits_the_schema_and_every_link_has_its_ends(made):
     _, _, graph = made
     call(analyze.main, "graph", "out/run", f"--prompt={PROMPT}")
-    with open("out/run/graph-x-1.json") as f, open(SCHEMA) as schema:
+    [place] = glob.glob("out/run/graph-x-1-*.json")
+    with open(place) as f, open(SCHEMA) as schema:
         found = json.load(f)
         jsonschema.validate(found, json.load(schema))
     assert found["metadata"]["prompt_tokens"] and found["metadata"]["schema_version"] == 1
@@ -73,6 +75,13 @@ def test_the_file_fits_the_schema_and_every_link_has_its_ends(made):
     layer, number, position = map(int, feature["node_id"].split("_"))
     assert feature["feature"] == (layer + number) * (layer + number + 1) // 2 + number
     assert feature["ctx_idx"] == position and feature["layer"] == str(layer)
+
+
+def test_every_prompt_answer_and_transcoder_has_a_file_of_its_own():
+    assert name_of("36+28", "", "transcoder") == "graph-36-28"
+    assert name_of("36+28", "s1", "small") == "graph-36-28-small-s1"
+    texts = ["x = (1", "x = [1", "x_1", "(", ")", ""]
+    assert len({name_of(text, "", "transcoder") for text in texts}) == len(texts)
 
 
 def test_what_a_link_says_of_heads_is_its_own(made):
