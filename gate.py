@@ -52,7 +52,12 @@ class Gates(NamedTuple):
     """What `gated_attention(..., return_gates=True)` shows of its inside. Both (B, H, T, T), query by key."""
 
     open: torch.Tensor  # A_ij, 1.0 where the edge is open, 0.0 where it is shut
-    pattern: torch.Tensor  # softmax_j(a_i.)_j before the mask; open * pattern weights the values
+    pattern: torch.Tensor  # softmax_j(a_i.)_j before the mask
+
+    @property
+    def weights(self):
+        """A_ij softmax_j(a_i.)_j, by which values are weighted."""
+        return self.open * self.pattern
 
 
 def gated_attention(q, k, v, bias=3.0, temperature=1.0, sample=False, *, dense=False, linear_penalty=False,

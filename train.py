@@ -51,7 +51,7 @@ from training.folder import StopRequest, alone_in, claim_folder, settle
 from training.judge import Judge
 from training.parents import lineage_of
 from training.progress import Job, Progress
-from training.run import Run, cosine, get_lr
+from training.run import Run, get_lr
 from training.settings import Config, check_together, limits, make_config
 from training.verdict import MISSED, cap_of, has_succeeded, is_at_end
 
@@ -74,29 +74,29 @@ def loop(run, judge, progress, stop):
         # --- 1. lambda: up if the loss is above its target, else down ---------------------------------------
         if c.gated and step % c.constraint_interval == 0:  # from lambda_init on, and at step 0 already
             geco.lambda_max = getattr(c, cap_of(vars(c), step))  # one while cutting, another while repairing
-            geco.target = run.constraint_target() + c.peak_slack * cosine(step, c)
+            geco.target = run.constraint_target(step)
             geco.update(run.constraint(step, noisy))
 
         # --- 2. gradients: of  density_weight * density + lambda (loss - target) ----------------------------
-        sums = [0.0, 0.0, 0.0]
+        seen = []
         for x, y in run.parts(step):
             with run.autocast():
                 logits, loss, density = run.network(x, y, linear_penalty=cutting, noise=noise)
                 objective = loss
                 if c.gated:
                     objective = geco.objective(loss + run.taught(x, y, logits), density, c.density_weight)
-                (objective / len(run.batches.ours)).backward()
-            for i, number in enumerate((loss, density, objective)):
-                sums[i] += number.item()
+            (objective / len(run.batches.ours)).backward()  # DDP and FSDP average over the processes
+            seen.append((loss.detach(), density.detach(), objective.detach()))
 
         # --- 3. step ----------------------------------------------------------------------------------------
         norm = run.clip_gradient()
+        sums = [sum(number.item() for number in numbers) for numbers in zip(*seen)]
         # all processes see the same, and decide alike
         *sums, stopping = hardware.total([*sums, stop.asked], run.device)
         batch_loss, density, objective = (number / run.micro_batches for number in sums)
+        judge.note(step, loss=batch_loss, density=density, gradient_norm=norm, learning_rate=learning_rate)
         run.require_finite(step, batch_loss, objective, norm)
         run.update_weights()
-        judge.note(step, loss=batch_loss, density=density, gradient_norm=norm, learning_rate=learning_rate)
         judge.speed.step()
         progress.step()
         if stopping and step + 1 < c.max_steps:  # after the last step only the evaluation is left
@@ -121,7 +121,11 @@ def train_one(config, given, job=None):
     run = Run(c, given, checkpoint)
     hardware.say(f"{job.outlook(c.out_dir)}: {run.outlook()}")
     with alone_in(c.out_dir), StopRequest() as stop, Progress(job, c, run.state.step) as progress:
-        loop(run, Judge(run, progress), progress, stop)
+        judge = Judge(run, progress)
+        try:
+            loop(run, judge, progress, stop)
+        finally:
+            judge.close_logs()
     hardware.wait_for_all()  # a child that starts now finds the files whole
     if c.out_dir != job.parts[-1].folder and hardware.total([stop.asked], run.device)[0]:
         raise KeyboardInterrupt  # asked for in its last step or evaluation: no child starts

@@ -16,10 +16,9 @@ names the folders: finished runs are not trained again. What fails stays in the 
 import os
 import sys
 
-from analysis.report import read_json
 from analysis.seeds import add_shared_arguments, folder_for, read_shared, runs_for, train_all
 from analysis.seeds_table import aligned, spread
-from storage.files import UserError, write_json
+from storage.files import UserError, read_json, write_json
 from training.settings import make_config
 
 
@@ -77,6 +76,7 @@ def line_of(name, settings, rows):
     return {
         "change": name,
         "settings": settings,
+        "seeds": [row["seed"] for row in rows],
         "met": sum(row["met"] for row in rows),
         "of": len(rows),
         "failed": [row["failed"] for row in rows if row["failed"]],

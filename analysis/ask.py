@@ -97,7 +97,7 @@ def run_sum(model, task, a, b, shut=()):
 
     def remember(layer, gates):
         opens.append(gates.open[0].bool().cpu().numpy())
-        weights.append((gates.open * gates.pattern)[0].float().cpu().numpy())
+        weights.append(gates.weights[0].float().cpu().numpy())
 
     question = torch.from_numpy(addition_rows([a], [b], *task)[:, 0].astype(np.int64)).to(device)
     logits, _, _ = model(question, keep=keep, record=remember)

@@ -48,6 +48,7 @@ from models.checkpoint import (
     checkpoint_of,
     folder_of_answers,
     load_checkpoint,
+    load_parent,
     load_weights,
     read_checkpoint,
     save_checkpoint,
@@ -194,8 +195,8 @@ def chosen(options):
             import entmax  # noqa: F401
         except ImportError as error:
             others = ",".join(rule for rule in rules if rule != "entmax")
-            raise UserError(f"the rule entmax needs: pip install entmax. Or leave it away: --rules={others}"
-                            ) from error
+            without = f". Or leave it away: --rules={others}" if others else ""
+            raise UserError(f"the rule entmax needs: pip install entmax{without}") from error
     try:
         budgets = [float(word) for word in options.budgets.split(",")]
     except ValueError:
@@ -233,7 +234,7 @@ def run(options, settings):
     checkpoint, gated, c, data, posed = models_and_data(folder, tasks)
     c, parent = replace(c, max_steps=options.steps), checkpoint["parent"]
     device = hardware.pick_device("auto")
-    dense, gated = load_checkpoint(parent).to(device).eval(), gated.to(device).eval()
+    dense, gated = load_parent(checkpoint).to(device).eval(), gated.to(device).eval()
     whole = judged(dense, None, data, c)
     table = Table(folder_of_answers(folder), parent, whole["loss"], options.steps, tasks)
     posed = {task: (prompt_circuits.known_to([dense], pairs, metric, "zero"), metric)

@@ -10,8 +10,7 @@ import os
 
 from tqdm import tqdm
 
-from analysis.report import read_json
-from storage.files import UserError, locked, write_json
+from storage.files import UserError, locked, read_json, write_json
 
 NOISE = 1e-4  # by which one model's loss differs from machine to machine, at most: a share
 

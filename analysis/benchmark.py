@@ -15,7 +15,13 @@ import os
 
 from analysis.report import model_judged
 from models import lora
-from models.checkpoint import checkpoint_named, load_checkpoint, read_checkpoint, tokenizer_of
+from models.checkpoint import (
+    checkpoint_named,
+    folder_of_answers,
+    load_parent,
+    read_checkpoint,
+    tokenizer_of,
+)
 from storage import text
 from storage.files import UserError, write_json
 from training import hardware
@@ -44,7 +50,7 @@ def models_to_compare(checkpoint, path):
 
     def parent():
         context = checkpoint["model_args"]["block_size"]
-        return load_checkpoint(checkpoint["parent"], hardware.pick_device("auto"), block_size=context)
+        return load_parent(checkpoint, hardware.pick_device("auto"), block_size=context)
 
     if not checkpoint["model_args"].get("gated"):
         return {"dense": judged}
@@ -65,8 +71,9 @@ def benchmark_run(folder, options):
     if not table:
         raise UserError(f"none of {options.tasks} is scored by accuracy, which is what benchmark reports")
     print(f"{folder}, score +- standard error over questions\n{harness.lines(table)}")
-    if os.path.isdir(folder):  # and no name such as 'gpt2'
-        write_json(os.path.join(folder, "benchmark.json"), table)
+    answers = folder_of_answers(folder)
+    if answers:  # and no name such as 'gpt2'
+        write_json(os.path.join(answers, "benchmark.json"), table)
 
 
 def add_arguments(parser):

@@ -80,7 +80,7 @@ def patterns(model, ids, heads, graph):
 
 
 def draw(found, dense, sparse, tokenizer, folder):
-    """The three figures of a Comparison."""
+    """The figures of a Comparison, of its heads where it has some. Returns their paths."""
     task = found.result["task"]
     path = os.path.join(folder, f"circuit-{task}")
     circuit_figures.circuit_curves(path + ".png", task, found.result)
@@ -89,18 +89,21 @@ def draw(found, dense, sparse, tokenizer, folder):
     title = f"{task}: the {len(kept)} edges that explain {100 * found.share:.0f} % in the sparse model"
     names = graph.writer_names() + ["output"]
     circuit_figures.circuit_graph(path + "-graph.png", names, graph.H, kept, title)
+    drawn = [path + ".png", path + "-graph.png"]
     heads = strongest_heads(graph, kept)
     if not heads:
-        return
+        return drawn
     rows = [("dense", patterns(dense, found.prompt, heads, graph)),
             ("sparse", patterns(sparse, found.prompt, heads, graph))]
     names = [f"head {graph.writer_names()[w]}" for w in heads]
     title = f"{task}: the circuit's strongest heads on one prompt"
     figures.gallery(path + "-gallery.png", names, pieces_of(found.prompt, tokenizer), rows, title)
+    return [*drawn, path + "-gallery.png"]
 
 
 def draw_prompt(found, models, tokenizer, folder):
-    """The attention edges of one prompt's circuit, in each model; nothing if it is not known to both.
+    """The attention edges of one prompt's circuit, in each model; nothing if it is not known to both. Returns
+    the paths of what was drawn.
 
     models: {'dense': model, 'sparse': model}
     """
@@ -108,14 +111,16 @@ def draw_prompt(found, models, tokenizer, folder):
     for name, model in models.items():
         measured = found.result["attention_edges"]["zero"].get(name)
         if measured is None or found.pair is None:
-            return
+            return []
         kept = circuit_of(model, found.pair, found.result["metric"], "zero", measured["ranking"])
         prompt = torch.tensor([found.pair.clean], device=next(model.parameters()).device)
         weights = torch.stack([layer.weights[0] for layer in terms_of(model, prompt)])
         rows.append((name, (weights * kept).cpu().numpy()))
+    path = os.path.join(folder, f"circuit-{task}-edges.png")
     circuit_figures.prompt_circuits(
-        os.path.join(folder, f"circuit-{task}-edges.png"), pieces_of(found.pair.clean, tokenizer), rows,
+        path, pieces_of(found.pair.clean, tokenizer), rows,
         f"{task}: the attention edges within 10 % of the effect on one prompt, all others cut")
+    return [path]
 
 
 def add_arguments(parser):
@@ -139,8 +144,9 @@ def run(options, settings):
         raise UserError(f"say which task: --task={' or --task='.join(fitting(name))}")
     folder = folder_of_answers(options.sparse.rstrip("/"))
     found = compare.compare(dense, sparse, tokenizer, options.task, options.n, options.seed, options.steps)
-    write_json(os.path.join(folder, f"circuit-{options.task}.json"), found.result)
-    draw(found, dense, sparse, tokenizer, folder)
-    draw_prompt(found, {"dense": dense, "sparse": sparse}, tokenizer, folder)
+    runs = {"dense": options.dense, "sparse": options.sparse}
+    write_json(os.path.join(folder, f"circuit-{options.task}.json"), {"runs": runs} | found.result)
+    drawn = draw(found, dense, sparse, tokenizer, folder)
+    drawn += draw_prompt(found, {"dense": dense, "sparse": sparse}, tokenizer, folder)
     print(table(found.result))
-    print(f"figures: {folder}/circuit-{options.task}.png, -edges.png, -graph.png, -gallery.png")
+    print(f"figures: {', '.join(drawn)}")

@@ -23,12 +23,11 @@ from matplotlib import pyplot as plt
 
 from analysis.baselines_table import place_of
 from analysis.figures import GREY, save
-from analysis.report import read_json
 from analysis.rules import RULES
 from analysis.seeds_table import aligned
 from models.checkpoint import checkpoint_named, read_checkpoint
-from storage.files import UserError, write_json
-from training.folder import read_metrics
+from storage.files import UserError, read_json, write_json
+from training.folder import read_metrics, settings_of
 from training.verdict import AT_CAP, bounds_of_lambda
 
 MARKS = dict(zip(RULES, "1x+2*3"))  # of other rules in the picture
@@ -58,7 +57,7 @@ def point_of(folder, controls):
     Losses in nats, held out, all on the same windows; control_gain: how far the control is below the parent;
     above_control: how far the run is above the control; both None without one.
     """
-    report, config = read_report(folder), read_json(os.path.join(folder, "config.json"))
+    report, config = read_report(folder), settings_of(folder)
     if not report["sparse"]:
         raise UserError(f"{folder} is a dense run. Controls go behind --controls")
     edges, loss, dense = report["edges"], report["sparse"]["val_loss"], report["dense"]["val_loss"]
@@ -93,7 +92,7 @@ def controls_of(folders):
         report, parent = read_report(folder), read_checkpoint(checkpoint_named(folder))["parent"]
         if report["sparse"] or not parent:
             raise UserError(f"{folder} is no control: a dense run that was trained on from a parent")
-        steps = read_json(os.path.join(folder, "config.json"))["max_steps"]
+        steps = settings_of(folder)["max_steps"]
         found[parent, steps] = report["dense"]["val_loss"]
     return found
 
@@ -183,6 +182,8 @@ def run(options, settings):
     # out/x-* also names the logs and tables that `seeds` leaves beside the runs
     runs, controls = ([name.rstrip("/") for name in names if not os.path.isfile(name)]
                       for names in (options.runs, options.controls))
+    if not runs:
+        raise UserError(f"none of {' '.join(options.runs)} is a run's folder")
     controls = controls_of(controls)
     points = [point_of(folder, controls) for folder in runs]
     if len({p["context"] for p in points}) > 1:

@@ -223,8 +223,8 @@ def run(options, settings):
 def name_of(title, at, transcoder):
     """`graph-36-28-s1`: of the file, and its own for every prompt, answer and transcoder."""
     words = re.sub(r"\W+", "-", title).strip("-")
-    if words != title.replace("+", "-"):  # or texts that differ in punctuation alone would share a file
-        words = f"{words or 'prompt'}-{zlib.crc32(title.encode()):08x}"
+    if not re.fullmatch(r"\d+\+\d+", title):  # or texts that differ in punctuation alone would share a file
+        words = f"{words[:60] or 'prompt'}-{zlib.crc32(title.encode()):08x}"
     if transcoder != "transcoder":
         words += f"-{transcoder}"
     return f"graph-{words}-{at}" if at else f"graph-{words}"

@@ -31,15 +31,14 @@ from tqdm import tqdm
 
 from analysis.graph import gpt_of, places_of, read_transcoder, summary
 from analysis.questions import questions_of
-from analysis.report import read_json
 from analysis.view import gated_checkpoint
 from circuits.attribution_graph import graph_of
 from circuits.compare import prompts
 from circuits.interventions import in_short, interventions
 from circuits.tasks import vocabulary
 from circuits.transcoder import Transcoder, read_and_written
-from models.checkpoint import folder_of_answers, read_checkpoint, tokenizer_of
-from storage.files import UserError, write_json
+from models.checkpoint import folder_of_answers, read_checkpoint, require_unchanged, tokenizer_of
+from storage.files import UserError, read_json, write_json
 
 SIZES = {"heads_80": "heads for 80 %", "attention_edges_80": "attention edges for 80 %",
          "kept_nodes": "nodes left", "kept_links": "links left"}
@@ -53,6 +52,8 @@ def models_of(run):
     found = {}
     for name, (place, folder) in places_of(checkpoint, path, run).items():
         own = read_checkpoint(place)
+        if name == "dense":
+            require_unchanged(own, checkpoint)
         found[name] = folder, own, gpt_of(own, place, run)
     return found
 
@@ -99,9 +100,17 @@ def prompts_of(tasks, models, n, own=(), run=""):
 
 def transcoders_of(models, names):
     """{'dense', 'sparse': {name: (Transcoder, what `transcode` wrote of it)}}. Raises UserError."""
-    return {kind: {name: (read_transcoder(folder, name, checkpoint),
-                          read_json(os.path.join(folder, name + ".json"))) for name in names}
-            for kind, (folder, checkpoint, _) in models.items()}
+    found = {}
+    for kind, (folder, checkpoint, _) in models.items():
+        found[kind] = {}
+        for name in names:
+            place = os.path.join(folder, name + ".json")
+            coder = read_transcoder(folder, name, checkpoint)
+            if not os.path.exists(place):
+                raise UserError(f"there is no {place}, for `transcode` was stopped in its last part: give "
+                                "the same command again")
+            found[kind][name] = coder, read_json(place)
+    return found
 
 
 def closest(coders_of_runs, names, by):

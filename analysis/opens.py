@@ -174,7 +174,7 @@ def in_words(nodes):
 
 
 def features_of(table, nodes):
-    """{feature to draw, in words: what it adds, open - shut}: those of the key, then those of the query, half
+    """{feature to draw, in words: what it adds, open - shut}: those of the query, then those of the key, half
     of DRAWN each.
     """
     found = {}
@@ -186,7 +186,8 @@ def features_of(table, nodes):
 
 def lines_of(title, opens, table):
     """What is printed, a list of lines."""
-    score, total = (sum(row[-2] - shut * row[-1] for row in table["pairs"]) for shut in (0, 1))
+    score = sum(row[-2] for row in table["pairs"])
+    total = score - sum(row[-1] for row in table["pairs"])
     lines = [f"{title}: open on {opens.sum():,} of {len(opens):,} sums, with a score of {score:.2f},",
              f"{total:.2f} more than on the others. It opens above minus the bias of its head"]
     for side, what in (("key", "what stands at the key"), ("query", "what stands at the query"),

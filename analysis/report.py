@@ -5,7 +5,6 @@ Everything is computed by evaluate.py, from the checkpoint that the run is known
 evaluation met the target, closest.pt.
 """
 
-import json
 import os
 import re
 
@@ -24,21 +23,17 @@ from models.checkpoint import (
 from storage.files import UserError, write_json
 from training import hardware, verdict
 from training.evaluate import evaluate_splits
-from training.folder import read_metrics
+from training.folder import read_metrics, settings_of
 
 COUNTED = ("open", "total", "fraction", "per_head", "by_distance")  # of the edges: see evaluate.py
 
 
-def read_json(path):
+def require_run(folder):
+    """Raise UserError if a folder holds no run."""
+    path = os.path.join(folder, "config.json")
     if not os.path.exists(path):
-        folder, name = os.path.split(path)
-        raise UserError(f"{folder or '.'} is no run's folder: it has no {name}. "
+        raise UserError(f"{folder or '.'} is no run's folder: it has no config.json. "
                         f"Train one first: python train.py {config_for(path)}")
-    try:
-        with open(path, encoding="utf-8") as f:
-            return json.load(f)
-    except ValueError as error:
-        raise UserError(f"{path} is damaged: {error}") from error
 
 
 def model_judged(checkpoint, path, device="auto"):
@@ -78,7 +73,8 @@ def report(run):
     folder, path = run, kept_checkpoint(run) or os.path.join(run, "last.pt")
     if os.path.isfile(run):
         folder, path = os.path.dirname(run), run
-    config = read_json(os.path.join(folder, "config.json"))
+    require_run(folder)
+    config = settings_of(folder)
     checkpoint = read_checkpoint(path)
     # a run that was kept off the GPU is reported without it, too
     model = model_judged(checkpoint, path, "cpu" if config["device"] == "cpu" else "auto")
@@ -128,7 +124,7 @@ def parent_of(checkpoint):
     path = os.path.join(folder, "metrics.jsonl")
     if not os.path.exists(path):
         return None
-    return verdict.Parent(folder, read_json(os.path.join(folder, "config.json")), read_metrics(path))
+    return verdict.Parent(folder, settings_of(folder), read_metrics(path))
 
 
 def text_seen(name, meta):
@@ -213,7 +209,7 @@ def print_reports(reports):
     print(table(reports))
     for line in advice_of(reports):
         print(line)
-    print(f"report.json and figures are in {', '.join(r['run'] for r in reports)}")
+    print(f"report.json and figures are in {', '.join(folder_of_answers(r['run']) for r in reports)}")
     for line in pages_of(reports):
         print(line)
 

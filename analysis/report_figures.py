@@ -11,7 +11,7 @@ import torch
 
 from analysis import explain, figures
 from models import lora
-from models.checkpoint import folder_of_answers, load_checkpoint
+from models.checkpoint import folder_of_answers, load_parent
 from storage import text
 from storage.addition import ADDITION_TOKENS, addition_rows, addition_task
 from storage.files import UserError
@@ -41,7 +41,7 @@ def draw(result, config, metrics, checkpoint, model, data):
     if checkpoint.get("base") == checkpoint["parent"]:
         dense_model = lora.Base(model)
     else:
-        dense_model = parent_of(checkpoint["parent"], run)
+        dense_model = parent_of(checkpoint, run)
     label = "sparse" if result["meets_target"] else f"target missed,\nclosest: step {checkpoint['step']}"
     task = addition_task(data.meta)
     if task:
@@ -51,12 +51,12 @@ def draw(result, config, metrics, checkpoint, model, data):
         gallery(run, model.cpu(), dense_model, data, edges["per_head"], label)
 
 
-def parent_of(parent, run):
-    """The dense model that a run started from, or None, said aloud, if its file is gone."""
+def parent_of(checkpoint, run):
+    """The dense model that a run started from, or None, said aloud, if it is not there any more."""
     try:
-        return load_checkpoint(parent)
-    except UserError:
-        print(f"{parent} is gone: the figures in {run} show the sparse model only")
+        return load_parent(checkpoint)
+    except UserError as error:
+        print(f"the figures in {run} show the sparse model only: {error}")
         return None
 
 
@@ -71,7 +71,7 @@ def weights_of(model, tokens):
     """What every edge carries for tokens (B, T): a list of n_layer arrays (B, H, T, T), 0 where shut."""
     layers = []
     model(torch.from_numpy(tokens),
-          record=lambda layer, gates: layers.append((gates.open * gates.pattern).numpy()))
+          record=lambda layer, gates: layers.append(gates.weights.numpy()))
     return layers
 
 

@@ -23,12 +23,11 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
 
-from analysis.report import read_json
 from analysis.seeds_table import cells, in_words, summary, table
 from models.checkpoint import read_checkpoint
-from storage.files import UserError, write_json
+from storage.files import UserError, read_json, write_json
 from training.configure import parse_command_line
-from training.folder import read_metrics
+from training.folder import read_metrics, settings_of
 from training.parents import PASSED_ON
 from training.settings import FREE, SHAPE, Config, check_together, limits, make_config
 from training.verdict import MISSED, distance_in_words, is_at_end
@@ -46,12 +45,11 @@ def parse_seeds(words):
             raise UserError(
                 f"--seeds={words}: write numbers and ranges, such as --seeds=21-40 or --seeds=1,5,9"
             )
+        if dash and int(last) < int(first):
+            raise UserError(f"--seeds={words}: write a range upwards, such as --seeds=21-40")
         found += range(int(first), int(last or first) + 1)
-    if not found or len(set(found)) < len(found):
-        raise UserError(
-            f"--seeds={words} names {'a seed twice' if found else 'no seed'}: write a range upwards, such "
-            "as --seeds=21-40"
-        )
+    if len(set(found)) < len(found):
+        raise UserError(f"--seeds={words} names a seed twice")
     return found
 
 
@@ -119,7 +117,7 @@ def is_finished(path, settings):
     """
     config, names = make_config(path, settings)
     try:
-        before = read_json(os.path.join(config.out_dir, "config.json"))
+        before = settings_of(config.out_dir)
         report = read_json(os.path.join(config.out_dir, "report.json"))
         last = read_checkpoint(os.path.join(config.out_dir, "last.pt"))
     except (OSError, UserError):
@@ -236,22 +234,16 @@ def run(options, settings):
     path, settings, seeds = read_shared(options, settings)
     runs_for(path, settings, seeds[0])  # a mistake is found before anything is trained
     place = folder_for(path, settings) + "-seeds.json"
-    before = read_rows(place)
+    known = read_rows(place)  # those of other seeds stay
     rows = []
     for row in train_all(path, settings, seeds, options):
         if row["wall_seconds"] is None:
-            row["wall_seconds"] = before.get(row["seed"], {}).get("wall_seconds")
+            row["wall_seconds"] = known.get(row["seed"], {}).get("wall_seconds")
         rows = sorted([*rows, row], key=lambda row: seeds.index(row["seed"]))
-        write_json(
-            place,
-            {
-                "config": path,
-                "settings": settings,
-                "threads": options.threads,
-                "summary": summary(rows),
-                "rows": rows,
-            },
-        )
+        known[row["seed"]] = row
+        of_all = [known[seed] for seed in sorted(known)]
+        write_json(place, {"config": path, "settings": settings, "threads": options.threads,
+                           "summary": summary(of_all), "rows": of_all})
         print(f"seed {'  '.join(cells(row))}  ({len(rows)} of {len(seeds)})", file=sys.stderr, flush=True)
     print(table(rows))
     print(in_words(summary(rows)))

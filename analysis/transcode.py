@@ -34,15 +34,17 @@ from training.evaluate import examples_of
 
 SAVED = 500  # steps between two checkpoints
 MOST = 2**31  # bytes of activations that are kept
-AT_ONCE = 64  # sequences in a forward pass
+AT_ONCE = 64  # sequences in a forward pass, at most
+TOKENS_AT_ONCE = 2**13  # in a forward pass, at most: GPT-2's logits of so many are 1.6 GB
 JUDGED = 256  # held-out sequences
 
 
 def batches_of(data, split, T, tokens):
     """Yield (B, T) tokens of a split, some `tokens` in all, spread evenly over it."""
-    indices = examples_of(data, split, T, AT_ONCE, max_batches=max(1, tokens // (AT_ONCE * T)))
-    for first in range(0, len(indices), AT_ONCE):
-        x, _ = data.batch(split, indices[first:first + AT_ONCE], T)
+    at_once = max(1, min(AT_ONCE, TOKENS_AT_ONCE // T))
+    indices = examples_of(data, split, T, at_once, max_batches=max(1, tokens // (at_once * T)))
+    for first in range(0, len(indices), at_once):
+        x, _ = data.batch(split, indices[first:first + at_once], T)
         yield torch.from_numpy(x)
 
 
@@ -101,9 +103,12 @@ def begun(place, settings, of):
     other settings or of another model.
     """
     if not os.path.exists(place):
+        answers = os.path.splitext(place)[0] + ".json"
+        if os.path.exists(answers):
+            raise UserError(f"{answers} is there already and of no transcoder: say --name=ANOTHER")
         return None
     checkpoint = read_checkpoint(place)
-    if checkpoint["settings"] != settings or checkpoint["of"] != of:
+    if checkpoint.get("settings") != settings or checkpoint.get("of") != of:
         raise UserError(f"{place} was trained with other settings, or for other weights. Delete it, or say "
                         "--name=ANOTHER")
     return checkpoint

@@ -28,7 +28,7 @@ from analysis.questions import questions_of
 from models.checkpoint import (
     checkpoint_named,
     folder_of_answers,
-    load_checkpoint,
+    load_parent,
     model_of,
     read_checkpoint,
 )
@@ -51,8 +51,9 @@ def models_of(checkpoint, path):
     sparse = model_of(checkpoint, path, device)
     parent = checkpoint.get("parent")
     try:
-        dense = load_checkpoint(parent, device) if parent else None
-    except UserError:
+        dense = load_parent(checkpoint, device) if parent else None
+    except UserError as error:
+        print(error)
         dense = None
     if dense is not None and not dense.config.gated:
         return {"dense": dense, "sparse": sparse}, ""

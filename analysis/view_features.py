@@ -11,7 +11,7 @@ import os
 import torch
 
 from analysis.graph import label, parts_of_link, read_transcoder
-from analysis.view_data import rounded
+from analysis.view_data import EDGE, rounded
 from circuits.attribution_graph import graph_of, why_open
 from circuits.influence import influence_of, pruned, scores, square
 from model import GPT
@@ -60,11 +60,13 @@ def graph_on_page(model, graph, question, word):
                 comes_in, comes_in.clamp(min=0), comes_in.clamp(max=0)))
         nodes.append([node.kind, node.layer, node.position, label(node, question, word), value,
                       rounded(influence[i].item()), plus, minus])
-    weights, rows = matrix * influence[:, None] * links, []
+    shown = torch.zeros(len(influence), dtype=torch.bool)
+    shown[best] = True
+    weights, rows = matrix * influence[:, None] * (links & shown[:, None] & shown), []
     for flat in weights.flatten().argsort(descending=True)[:LINKS].tolist():
         target, source = divmod(flat, len(influence))
-        if weights[target, source] <= 0 or target not in place or source not in place:
-            continue
+        if weights[target, source] <= 0:
+            break
         row = graph.row_of(target)
         heads, direct = parts_of_link(model, graph, row, source, HEADS)
         heads = [[layer, head, rounded(share, 2)] for layer, head, share in heads]
@@ -92,6 +94,7 @@ def features_of(model, coder, question, word, edges):
     question = question._replace(pieces=[piece.replace(" ", "␣") for piece in question.pieces])
     graphs = [graph_of(model, coder, torch.tensor(question.ids), at) for at in question.positions]
     words = [label(node, question, shown) for node in graphs[0].sources]
-    best = sorted(range(len(edges)), key=lambda number: edges[number][8])[:OPENED]  # by rank
+    rank = EDGE.index("rank")
+    best = sorted(range(len(edges)), key=lambda number: edges[number][rank])[:OPENED]
     return {"graphs": [graph_on_page(model, graph, question, shown) for graph in graphs],
             "opened": {number: opened_by(model, graphs[0], edges[number][:4], words) for number in best}}

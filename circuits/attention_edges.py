@@ -86,7 +86,7 @@ def terms_of(model, tokens):
 
     def attend(layer, original, q, k, v, **options):
         y, density, gates = original(q, k, v, **options | {"return_gates": True})
-        found.append(Terms(gates.open, gates.open * gates.pattern, shared_among_heads(v, q)))
+        found.append(Terms(gates.open, gates.weights, shared_among_heads(v, q)))
         return y, density, gates
 
     with attending(model, attend):

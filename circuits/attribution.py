@@ -158,13 +158,12 @@ def patch_components(model, pairs, metric, batch_size=64):
     for clean, corrupted, group in batches(pairs, batch_size, next(model.parameters()).device):
         watch = Watch(graph)
         run(model, corrupted, watch)
-        base = metric_of(run(model, clean), group, metric)
+        base, writes = metric_of(run(model, clean), group, metric), watch.writes
         for writer in range(graph.W):
             replaced = torch.zeros(graph.W, dtype=torch.bool, device=clean.device)
             replaced[writer] = True
-            scores[writer] += (
-                metric_of(run(model, clean, Replace(graph, replaced, watch.writes)), group, metric) - base
-            ).sum().item() / len(pairs)
+            patched_run = run(model, clean, Replace(graph, replaced, writes))
+            scores[writer] += (metric_of(patched_run, group, metric) - base).sum().item() / len(pairs)
     return scores
 
 
@@ -224,7 +223,8 @@ def effects(model, pairs, metric, circuits, batch_size=64):
         watch = Watch(graph)
         corrupted_values.append(metric_of(run(model, corrupted, watch), group, metric))
         clean_values.append(metric_of(run(model, clean), group, metric))
-        hooks = (CircuitRun(graph, keep.to(device), watch.writes) for keep in circuits)
+        writes = watch.writes
+        hooks = (CircuitRun(graph, keep.to(device), writes) for keep in circuits)
         values.append(torch.stack([metric_of(run(model, clean, one), group, metric) for one in hooks]))
     return torch.cat(clean_values).cpu(), torch.cat(corrupted_values).cpu(), torch.cat(values, dim=1).cpu()
 

@@ -97,7 +97,7 @@ def freeze(model, coder, tokens):
     hooks.append(model.lm_head.register_forward_hook(lambda head, x, output: logits.append(output[0])))
     try:
         x, y = read_and_written(model, tokens[None],
-                                record=lambda layer, gates: attention.append((gates.open * gates.pattern)[0]))
+                                record=lambda layer, gates: attention.append(gates.weights[0]))
     finally:
         for hook in hooks:
             hook.remove()

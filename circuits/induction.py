@@ -28,7 +28,7 @@ def prefix_matching(model, sequences=32, length=24, seed=0):
     scores = torch.zeros(model.config.n_layer, model.config.n_head)
 
     def look(layer, gates):
-        weight = (gates.open * gates.pattern)[:, :, length:, :]  # queries of the second half
+        weight = gates.weights[:, :, length:, :]  # queries of the second half
         # query length + i reads key i + 1
         scores[layer] = weight.diagonal(1, dim1=2, dim2=3).mean((0, 2)).cpu()
 

@@ -48,7 +48,7 @@ def influence_of(matrix, ends):
 
 def of_kind(graph, kind):
     """Mask (n,) of the nodes of a kind."""
-    return torch.tensor([node.kind == kind for node in graph.nodes])
+    return torch.tensor([node.kind == kind for node in graph.nodes], device=graph.edges.device)
 
 
 def scores(graph):
@@ -69,7 +69,7 @@ def least_that_hold(weights, share):
     """Mask of the fewest entries, the largest first, that hold `share` of the sum; where it is 0, of none."""
     ordered, order = weights.flatten().sort(descending=True)
     few = int((ordered.cumsum(0) < share * ordered.sum()).sum()) + 1 if ordered.any() else 0
-    mask = torch.zeros(weights.numel(), dtype=torch.bool)
+    mask = torch.zeros(weights.numel(), dtype=torch.bool, device=weights.device)
     mask[order[:few]] = True
     return mask.view(weights.shape)
 
@@ -112,7 +112,7 @@ def heads_of(graph):
 def attention_edges_of(graph):
     """(L, H, T, T): how much each attention edge carries, query by key."""
     T = graph.reads.shape[-1]
-    queries = torch.tensor([node.position for node in graph.targets])
+    queries = torch.tensor([node.position for node in graph.targets], device=graph.edges.device)
     weighted = weights_of_targets(graph)[:, None, None, None] * graph.reads  # (targets, L, H, key)
     found = weighted.new_zeros(T, *weighted.shape[1:]).index_add_(0, queries, weighted)
     return found.permute(1, 2, 0, 3)

@@ -97,7 +97,8 @@ def without(model, coder, features):
 def without_head(model, tokens, layer, head, answer):
     """answer_of, with all edges of a head shut."""
     T = len(tokens)
-    keep = torch.ones(model.config.n_layer, model.config.n_head, T, T, dtype=torch.bool)
+    shape = (model.config.n_layer, model.config.n_head, T, T)
+    keep = torch.ones(shape, dtype=torch.bool, device=tokens.device)
     keep[layer, head] = False
     return answer_of(model, tokens, answer, keep)
 

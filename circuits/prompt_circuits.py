@@ -105,8 +105,8 @@ def sizes_at(found, kind, level):
 
 def kinds_for(models, pairs, ablation):
     """The kinds of scores that are tried, the same for all models."""
-    most = max(np.mean([batch.present.sum().item() / len(batch.pairs)
-                        for batch in prepared(model, pairs, ablation)]) for model in models)
+    most = max(sum(batch.present.sum().item() for batch in prepared(model, pairs, ablation)) / len(pairs)
+               for model in models)
     return KINDS if most <= EXACT else KINDS[:-1]
 
 

@@ -16,7 +16,7 @@ init_std = 0.07
 
 batch_size = 64
 ready_loss = 0.0003  # nats
-weight_decay = 0.5  # children of such parents do not fail: docs/addition.md has the trials
+weight_decay = 0.5  # without it two of six children fail: docs/addition.md has the trials
 average_decay = 0.98  # the average over about 50 steps is ready long before the jumping weights are
 max_steps = 4000  # 2,200 to 3,600 are the rule
 learning_rate = 2e-3

@@ -253,6 +253,23 @@ def load_checkpoint(path, device="cpu", **overrides):
     return model_of(read_checkpoint(path), path, device, **overrides)
 
 
+def load_parent(checkpoint, device="cpu", **overrides):
+    """The dense model that a gated run's checkpoint started from. Raises UserError if it is gone, or is
+    another model by now.
+    """
+    parent = read_checkpoint(checkpoint["parent"])
+    require_unchanged(parent, checkpoint)
+    return model_of(parent, checkpoint["parent"], device, **overrides)
+
+
+def require_unchanged(parent, checkpoint):
+    """Raise UserError if the checkpoint `parent` has been trained on since a gated run started from it."""
+    known = checkpoint.get("reference_fingerprint")
+    if known and checkpoint["parent"] == checkpoint["reference"] and fingerprint(parent) != known:
+        raise UserError(f"{checkpoint['parent']} holds other weights now than when its child was begun: it "
+                        "is another model. Train a new child from it, with another --out_dir")
+
+
 def tokenizer_of(checkpoint):
     """Name of the tokenizer that a checkpoint's model was trained with ('bytes', 'gpt2', 'olmo', ...), or
     None if nobody wrote it down.

@@ -16,7 +16,7 @@ from collections.abc import Mapping
 import torch
 
 from model import CONV1D, PRETRAINED, from_openai, openai_checkpoint
-from storage.files import UserError
+from storage.files import UserError, read_json
 
 # the id of <|endoftext|> by the size of the vocabulary: GPT-2's, also padded, OLMo's, OLMo 2's
 END_OF_TEXT = {50257: 50256, 50304: 50256, 50280: 50279, 100278: 100257}
@@ -177,14 +177,6 @@ def files_of_index(path):
         if not isinstance(file, str) or os.path.basename(file) != file:
             raise UserError(f"{path} says that {name} is in {file!r}, which is no file beside it")
     return place
-
-
-def read_json(path):
-    with open(path, encoding="utf-8") as f:
-        try:
-            return json.load(f)
-        except ValueError as error:
-            raise UserError(f"{path} is damaged: {error}") from error
 
 
 def read_tensors(path):

@@ -27,6 +27,7 @@ Notable:
 
 import contextlib
 import math
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -236,7 +237,7 @@ class Base:
 
     def __init__(self, model, run=None):
         self.model, self.run, self.training = model, model if run is None else run, False
-        self.config = type(model.config)(**{**vars(model.config), "gated": False})
+        self.config = replace(model.config, gated=False)
 
     def __call__(self, *args, **kwargs):
         with switched_off(self.model):

@@ -11,7 +11,7 @@ import math
 import os
 
 from models import huggingface
-from storage.files import UserError
+from storage.files import UserError, read_json
 
 GENERATIONS = {"olmo": 1, "olmo2": 2, "olmo3": 2}  # their model_type
 NAMES = {
@@ -37,7 +37,7 @@ def is_olmo(source):
     """
     folder = os.path.join(source, "config.json")
     if os.path.exists(folder):
-        return huggingface.read_json(folder).get("model_type") in GENERATIONS
+        return read_json(folder).get("model_type") in GENERATIONS
     return source.lower().startswith("allenai/olmo") and not os.path.exists(source)
 
 
@@ -148,7 +148,7 @@ def read(source):
     local = os.path.isdir(source)
     folder = source if local else huggingface.fetch(source, ["config.json"])
     # refused, if it must be, before gigabytes are here
-    args = config_of(huggingface.read_json(os.path.join(folder, "config.json")), source)
+    args = config_of(read_json(os.path.join(folder, "config.json")), source)
     folder = source if local else huggingface.fetch(source, ["*.safetensors", "*.safetensors.index.json"])
     tensors = huggingface.LazyTensors(folder)
     if args["tied"]:

@@ -48,6 +48,15 @@ def write_json(path, content):
     write_whole(path, (json.dumps(content, indent=1) + "\n").encode())
 
 
+def read_json(path):
+    """The content of a JSON file. Raises OSError if there is none, UserError if it is damaged."""
+    with open(path, encoding="utf-8") as f:
+        try:
+            return json.load(f)
+        except ValueError as error:
+            raise UserError(f"{path} is damaged: {error}") from error
+
+
 @contextlib.contextmanager
 def locked(folder, wait=True):
     """`with locked(folder):` no other process is in such a block of this folder, which is made if there is

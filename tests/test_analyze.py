@@ -227,7 +227,7 @@ def test_a_damaged_config_is_named(folder):
     (folder / "out/broken/config.json").write_text("{")
     done = analyze(folder, "report", "out/broken")
     assert done.returncode == 1
-    assert "out/broken/config.json is damaged" in done.stderr
+    assert "out/broken/config.json is missing or damaged" in done.stderr
     assert "Traceback" not in done.stderr
 
 

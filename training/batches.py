@@ -24,8 +24,7 @@ class Batches:
     context        tokens of an example
     batch_size     examples per step, of all processes together
     micro_batches  into how many equal parts a step is cut; a multiple of the number of processes
-    seed, child    a child (a run that starts from another) has another order than its parent with the same
-                   seed
+    seed, child    a run that starts from another has another order than one from scratch with the same seed
     """
 
     def __init__(self, data, context, batch_size, micro_batches, seed, child, device):

@@ -51,12 +51,9 @@ def claim_folder(config, given):
     now = asdict(config)
     changed = [key for key in now if key not in may_differ and now[key] != before[key]]
     words = ", ".join(f"{key} {before[key]!r} there, {now[key]!r} here" for key in changed)
-    if resume and set(changed) & set(FIXED):
-        raise UserError(
-            f"{config.out_dir} holds a run with another model or target ({words}): it cannot go on as this "
-            "one. "
-            "Start a new run with --out_dir=out/NEW"
-        )
+    if set(changed) & set(FIXED):
+        raise UserError(f"{config.out_dir} holds a run with another model or target ({words}): it cannot go "
+                        "on as this one. Start a new run with --out_dir=out/NEW")
     if changed and not resume:
         raise UserError(
             f"{config.out_dir} holds a run with other settings ({words}). Start a new one with "

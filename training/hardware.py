@@ -42,6 +42,15 @@ PEAK_FLOPS = {
 }
 
 
+def program():
+    """How this run was started, for a command to go on with: `python`, or torchrun with its processes."""
+    if world() == 1:
+        return "python"
+    on_this_node = int(os.environ.get("LOCAL_WORLD_SIZE", world()))
+    nodes = f"--nnodes={world() // on_this_node} " if on_this_node < world() else ""
+    return f"torchrun {nodes}--nproc_per_node={on_this_node}"
+
+
 def lost_another(error):
     """Is this RuntimeError what is left of a process whose neighbour has stopped?"""
     words = ("closed by peer", "Connection reset", "closed by remote")

@@ -92,8 +92,6 @@ class Judge:
         if self.flow:
             self.flow.write(step, found, kept, passes, geco.lam)
         self.save_all(step, kept)
-        if self.is_over and self.wandb:
-            self.wandb.finish()
         if goes_back:
             self.go_back()
         self.speed.go_on()
@@ -110,6 +108,14 @@ class Judge:
         self.steps.write(step, **measured)
         if self.wandb:
             self.wandb.write(step, **{f"step/{name}": value for name, value in measured.items()})
+
+    def close_logs(self):
+        """What waits is written or sent, also of a run that has left the numbers."""
+        if self.steps:
+            self.steps.flush()
+        if self.wandb:
+            self.wandb.finish()
+            self.wandb = None
 
     def require_finite(self, step, loss):
         """Raise UserError if the held-out loss is no number."""
@@ -254,15 +260,10 @@ class Judge:
 
     def save_and_exit(self, step):
         """After Ctrl-C or SIGTERM: keep the run and say how to go on."""
-        if self.steps:
-            self.steps.flush()
+        self.close_logs()  # before another process ends: torchrun then ends this one
         self.save("last.pt", step)
-        if self.wandb:
-            self.wandb.finish()
         hardware.wait_for_all()  # torchrun ends all processes as soon as one has ended
         if hardware.rank() > 0:
             sys.exit(1)
-        program = f"torchrun --nproc_per_node={hardware.world()}" if hardware.world() > 1 else "python"
-        sys.exit(
-            f"stopped and saved after {step} steps. To go on: {program} train.py {shlex.join(sys.argv[1:])}"
-        )
+        sys.exit(f"stopped and saved after {step} steps. To go on: {hardware.program()} train.py "
+                 f"{shlex.join(sys.argv[1:])}")

@@ -143,16 +143,17 @@ def find_dense(source, config, given, setting):
     return path
 
 
-def require_ready(checkpoint, path):
+def require_ready(checkpoint, path, setting):
     """Raise UserError if a dense run that was to be trained until it is ready (ready_loss) has not got there:
-    what a child is to keep would be an unfinished model's loss.
+    what a child is to keep would be an unfinished model's loss. setting: by which it was named.
     """
     ready_loss = checkpoint.get("config", {}).get("ready_loss")
     if ready_loss and not checkpoint.get("ready"):
         folder, steps = os.path.dirname(path), 2 * checkpoint["config"]["max_steps"]
         raise UserError(
             f"{path} is no parent yet: it still gets answers wrong, or its held-out loss is above its "
-            f"ready_loss={ready_loss:g}. Train it on: {train_on(folder, steps)}; then the same command as now"
+            f"ready_loss={ready_loss:g}. Train it on: {train_on(folder, steps)}; then the same command as "
+            f"now with --{setting}={folder}"
         )
 
 
@@ -216,7 +217,7 @@ def check_sources(c, sources, origin, checkpoint):
             raise UserError(f"{setting}={getattr(c, setting)} is a gated run. Start from a dense one: its "
                             "loss is the target, its gates are not open or shut yet")
         if c.gated:
-            require_ready(found, source)
+            require_ready(found, source, setting)
     if not checkpoint:
         if c.lora_rank and "lora" in sources.of_parent:
             raise UserError(

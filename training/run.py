@@ -42,8 +42,8 @@ MEASURED = 50  # batches of the dense loss on training data: a good mean
 class State:
     """Where a run stands."""
 
-    step: int = 0
-    seconds: float = 0.0  # of training, so far
+    step: int = 0  # where this command began, and so is `seconds`; a checkpoint has its own
+    seconds: float = 0.0  # of training
     best: list | None = None  # [open edges, loss] of best.pt
     closest: list | None = None  # how far closest.pt is from the target
     ready: bool | None = None  # of a dense run with a ready_loss
@@ -151,7 +151,7 @@ class Run:
         # like with like: the measure and the stream of batches that the constraint sees
         losses = [self.batches.mean_loss(step, self.called_dense, self.autocast) for step in range(MEASURED)]
         state.dense_on_training = sum(losses) / MEASURED
-        self.geco.target = self.constraint_target()
+        self.geco.target = self.constraint_target(c.max_steps)
         hardware.say(
             f"dense model: held-out loss {state.dense['val']['loss']:.4f}, target {state.target_loss:.4f}; "
             f"on training batches {state.dense_on_training:.4f}, the constraint's target "
@@ -193,9 +193,11 @@ class Run:
 
     # --- what the loop asks for -----------------------------------------------------------------------------
 
-    def constraint_target(self):
-        """What the constraint's loss is to come down to by the end of the run, nats."""
-        return self.state.dense_on_training + self.config.loss_slack - self.config.constraint_margin
+    def constraint_target(self, step):
+        """What the constraint's loss is to be at a step, nats: it comes down with the learning rate."""
+        c = self.config
+        return (self.state.dense_on_training + c.loss_slack - c.constraint_margin
+                + c.peak_slack * cosine(step, c))
 
     def constraint(self, step, noisy):
         """Lambda's measurement: the loss of a step's batch under the gates that count, nats.

@@ -100,10 +100,7 @@ class Learning(NamedTuple):
 
 
 def learning(metrics):
-    """Learning at the end of a run, or None if it has too few evaluations to tell.
-
-    metrics: the lines of metrics.jsonl.
-    """
+    """Learning at the end of a run, of the lines of metrics.jsonl; None if there are too few to tell."""
     end = metrics[-1]["step"]
     before = [m["val_loss"] for m in metrics if m["step"] <= 0.75 * end][-1:]
     losses = before + [m["val_loss"] for m in metrics if m["step"] > 0.75 * end]
@@ -247,18 +244,19 @@ def train_on(folder, steps=None):
     return f"python train.py --init_from=resume --out_dir={folder}{more}"
 
 
-def unfinished(parent, then):
+def unfinished(parent, run):
     """[what to do about a gated run's Parent that was still learning], or [] if there is none such."""
     if not parent or not still_learning(parent.metrics, parent.config):
         return []
     longer = train_on(parent.folder, 2 * parent.metrics[-1]["step"])
     return ["Its parent was still learning when it ended: the target is an unfinished model's loss. To train "
-            f"that on: {longer}; then {then}"]
+            f"that on: {longer}; then the same command as for this run with --init_from={parent.folder} "
+            f"--out_dir={run}-again"]
 
 
 def remarks_on_met(report, config, parent):
     """What to know of a gated run that met its target: how much the target is worth, and an early best."""
-    remarks = unfinished(parent, "a new child")
+    remarks = unfinished(parent, report["run"])
     if report["step"] < config["max_steps"] / 4:
         remarks.append(f"best.pt is of step {report['step']} of {config['max_steps']}: no later evaluation "
                        "met the target with fewer edges (the green dots in training.png)")
@@ -268,7 +266,7 @@ def remarks_on_met(report, config, parent):
 def advice_for_missed(report, config, metrics, parent):
     """The advice for a gated run that came to its end and never met its target: by cause."""
     run = report["run"]
-    sentences = unfinished(parent, f"the same command as for this run with --out_dir={run}-again")
+    sentences = unfinished(parent, run)
     if not report["closest"]["nats_too_many"] and config["loss_slack"]:
         return [
             *sentences,
@@ -290,8 +288,9 @@ def advice_for_missed(report, config, metrics, parent):
         sentences.append("Lambda stood at its cap throughout, so edges went faster than training could "
                          f"repair: the same command with --{cap}={3 * config[cap]:g} --out_dir={run}-slower")
     if found and found.fall > found.noise:
+        twice = [f"--{key}={2 * config[key]}" for key in ("max_steps", "noise_free_steps") if config[key]]
         sentences.append("Its loss was still falling at the end, so more time may do: the same command with "
-                         f"--max_steps={2 * config['max_steps']} --out_dir={run}-longer")
+                         f"{' '.join(twice)} --out_dir={run}-longer")
     elif not at_cap:
         sentences.append(
             "Its loss came no closer at the end, and lambda was not at its cap throughout: the target is "

@@ -51,17 +51,18 @@ def test_settings_hold_for_all_and_some_changes_can_be_chosen():
 
 
 def test_a_failed_seed_stays_in_the_table():
-    failed = {"failed": "error: out of memory", "met": False, "run": "out/x"}
+    failed = {"seed": 1, "failed": "error: out of memory", "met": False, "run": "out/x"}
     line = line_of("renormalised", {}, [failed])
     assert line["failed"] == ["error: out of memory"]
     assert table([line]).splitlines()[1].split() == ["renormalised", "0", "of", "1", "-", "-"]
 
 
 def test_a_line_holds_all_seeds_sorted():
-    rows = [{"failed": None, "met": met, "open": edges, "total": 40, "loss": loss, "parent_loss": 1.0}
-            for met, edges, loss in ((True, 9.0, 1.5), (False, 7.0, 1.25))]
+    rows = [{"seed": seed, "failed": None, "met": met, "open": edges, "total": 40, "loss": loss,
+             "parent_loss": 1.0} for seed, met, edges, loss in ((4, True, 9.0, 1.5), (2, False, 7.0, 1.25))]
     line = line_of("as it is", {}, rows)
     assert (line["met"], line["of"], line["open"], line["above"]) == (1, 2, [7.0, 9.0], [0.25, 0.5])
+    assert line["seeds"] == [4, 2]
 
 
 def test_the_command_trains_each_change_and_says_what_became_of_it(counting):

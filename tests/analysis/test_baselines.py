@@ -14,13 +14,13 @@ import prepare_data
 from analysis import baselines
 from analysis.baselines import fit, judged, size_of_circuits, train_on
 from analysis.baselines_table import Table
-from analysis.report import read_json
 from analysis.rules import RULES, RuleAttention
 from circuits.attention_edges import attending
 from circuits.tasks import LOGIT
 from helpers import SMALL, call, run
 from model import GPT, GPTConfig
 from models.checkpoint import load_checkpoint, read_checkpoint
+from storage.files import read_json
 from train import get_lr
 from training.evaluate import evaluate
 from training.settings import Config

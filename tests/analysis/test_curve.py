@@ -66,6 +66,7 @@ def test_mistakes_are_answered(counting):
     assert call(analyze.main, "report", "out/dense", "out/sparse").returncode == 0
     for words, answer in ((["out/dense"], "out/dense is a dense run"),
                           (["out/none"], "out/none has no report yet"),
+                          (["out/sparse/best.pt"], "none of out/sparse/best.pt is a run's folder"),
                           (["out/sparse", "--controls", "out/dense"], "out/dense is no control")):
         done = call(analyze.main, "curve", *words)
         assert done.returncode == 1 and answer in done.stderr

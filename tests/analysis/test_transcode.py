@@ -59,6 +59,10 @@ def test_other_settings_and_other_weights_are_refused(echo):
     (echo / "out/dense/best.pt").write_bytes((echo / "out/two/best.pt").read_bytes())
     changed = call(analyze.main, *COMMAND, "--steps=2")
     assert changed.returncode == 1 and "for other weights" in changed.stderr
+    for name, answer in (("config", "out/dense/config.json is there already"),
+                         ("best", "was trained with other settings")):
+        ours = call(analyze.main, *COMMAND, "--steps=2", f"--name={name}")
+        assert ours.returncode == 1 and answer in ours.stderr
     wrong = call(analyze.main, "transcode", "out/dense", "--steps=0")
     assert wrong.returncode == 1 and "must be at least 1" in wrong.stderr
 

@@ -9,7 +9,9 @@ from model import GPT, GPTConfig
 from models import checkpoint
 from models.checkpoint import (
     checkpoint_of,
+    fingerprint,
     load_checkpoint,
+    load_parent,
     load_weights,
     read_checkpoint,
     require_tokenizer,
@@ -32,6 +34,19 @@ def test_checkpoint_round_trip(workplace):
     assert again.config == m.config and not again.training and read_checkpoint("c.pt")["step"] == 7
     assert all(torch.equal(a, b) for a, b in zip(m.state_dict().values(), again.state_dict().values()))
     assert not load_checkpoint("c.pt", gated=False).config.gated
+
+
+def test_a_parent_that_was_trained_on_is_no_parent_any_more(workplace):
+    parent = tiny()
+    save_checkpoint("parent.pt", checkpoint_of(parent))
+    child = {"parent": "parent.pt", "reference": "parent.pt",
+             "reference_fingerprint": fingerprint(read_checkpoint("parent.pt"))}
+    assert torch.equal(load_parent(child).state_dict()["lm_head.weight"], parent.lm_head.weight)
+    parent.lm_head.weight.data += 1
+    save_checkpoint("parent.pt", checkpoint_of(parent))
+    with pytest.raises(UserError, match="parent.pt holds other weights now than when its child was begun"):
+        load_parent(child)
+    assert load_parent(child | {"reference": "other.pt"})  # whose fingerprint it is then
 
 
 def test_nanogpts_compiled_names_load():

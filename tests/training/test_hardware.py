@@ -146,6 +146,17 @@ def test_one_process_is_its_own_average():
     hardware.wait_for_all()
 
 
+@pytest.mark.parametrize("world, here, program", [
+    (1, 1, "python"),
+    (8, 8, "torchrun --nproc_per_node=8"),
+    (16, 8, "torchrun --nnodes=2 --nproc_per_node=8"),
+])
+def test_a_run_says_how_it_was_started(monkeypatch, world, here, program):
+    monkeypatch.setattr(hardware, "world", lambda: world)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(here))
+    assert hardware.program() == program
+
+
 def test_the_stopwatch_leaves_evaluations_out(monkeypatch):
     now = [0.0]
     monkeypatch.setattr(hardware.time, "perf_counter", lambda: now[0])

@@ -5,6 +5,7 @@ import os
 import shutil
 
 import numpy as np
+import pandas
 import pytest
 import torch
 
@@ -72,6 +73,8 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpo
     ):
         run("dense.py")
     assert read_checkpoint("out/dense/last.pt")["step"] == 20
+    rows = pandas.read_csv("out/dense/steps.csv")
+    assert rows["step"].iloc[-1] == 29 and rows["loss"].isna().tolist() == [False] * 29 + [True]
     offending = json.load(open("out/dense/offending_batch.json"))
     assert offending["step"] == 29
     assert offending["indices"] == np.random.default_rng((1, False, 29)).integers(0, 400, 32).tolist()
@@ -120,6 +123,8 @@ def test_what_the_target_hangs_on_cannot_change_on_the_way(counting):
     for changed in ({"open_above": 0.5}, {"constraint_margin": 0.3}, {"target_from": "out/nowhere"}):
         with pytest.raises(UserError, match="another model or target"):
             run("sparse.py", init_from="resume", max_steps=20, **changed)
+    with pytest.raises(UserError, match="another model or target .*Start a new run with --out_dir=out/NEW"):
+        run("sparse.py", loss_slack=0.5)
     parent = read_checkpoint("out/dense/best.pt")
     # the parent becomes another behind its child's back, at the same step
     next(iter(parent["model"].values()))[0, 0] += 1
@@ -167,7 +172,8 @@ def test_an_unready_parent_is_refused_and_a_ready_one_stops(echo):
     (echo / "dense.py").write_text(dense + "ready_loss = 0.05\n")
     with pytest.raises(
         UserError,
-        match="out/dense/best.pt is no parent yet: .*ready_loss=0.05.*--out_dir=out/dense --max_steps=120",
+        match="out/dense/best.pt is no parent yet: .*ready_loss=0.05.*--out_dir=out/dense --max_steps=120; "
+        "then the same command as now with --init_from=out/dense",
     ):
         run("sparse.py")
     run("dense.py", init_from="resume", max_steps=2000, learning_rate=1e-2)
