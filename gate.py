@@ -68,7 +68,8 @@ def gated_attention(q, k, v, bias=3.0, temperature=1.0, sample=False, *, dense=F
     q, k, v       (B, H, T, D) queries, keys, values. k and v may have fewer heads, each for a group of q's
     bias          b in s = a + b: a float, or a tensor that broadcasts to (B, H, T, T), such as (H, 1, 1)
     temperature   t of the straight-through gradient, sigmoid'((s + n) / t) / t. Never changes values
-    sample        True: A ~ Bernoulli(sigmoid(s)), as in training.  False: A = [s > 0], as in evaluation
+    sample        True: as in training, A ~ Bernoulli(sigmoid(s)), or see noise, with a straight-through
+                  gradient.  False: as in evaluation, A = [s > 0]
     dense         True: no gates, ordinary attention; the density is then 1
     linear_penalty  not the paper's: where s > 0 the penalty goes on along its tangent, 1/2 + s/4, and pulls
                   at wide-open edges, too, where sigmoid(s) is flat and edges that do nothing stay open. The

@@ -11,7 +11,8 @@ pre-trained checkpoint can be post-trained, and a gated checkpoint can be run de
 Notable:
 - Parameter names are nanoGPT's (`transformer.h.0.attn.c_attn.weight`), so its users' tools load our
   checkpoints.
-- As with dropout, `model.train()` samples the gates and `model.eval()` makes them deterministic.
+- As with dropout, `model.train()` samples the gates (`noise=0.0`: thresholds, with the gradient of training)
+  and `model.eval()` makes them deterministic.
 - forward gives the density penalty beside the loss. It does not add them up: that is the business of geco.py.
 - `record` shows every layer's gates and attention pattern, `keep` shuts chosen edges: the analysis needs no
   more.

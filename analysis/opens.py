@@ -11,10 +11,11 @@ open than on others:
     difference of a pair = its mean on sums with the edge open - its mean on sums with the edge shut
 
 and the differences of all pairs sum to that of the score. The tables have the largest, and what either side
-adds, summed over the other; opens.png draws their features as *operand plots* (Anthropic's, "On the biology
-of a large language model", addition): one dot for every sum a + b of 0 .. 99, brighter where the feature
-fires more strongly. The first is the gate itself, open or shut. At last the key's features are cut in the
-real model, one by one and together (circuits/interventions.py): on how many sums does the edge still open?
+adds, summed over the other; opens-<edge>.png draws their features as *operand plots* (Anthropic's, "On the
+biology of a large language model", addition): one dot for every sum a + b of 0 .. 99, brighter where the
+feature fires more strongly. The first is the gate itself, open or shut. At last the key's features are cut in
+the real model, one by one and together (circuits/interventions.py): on how many sums does the edge still
+open?
 
 Notable: sums are drawn, half with the edge open, half shut; the operand plots are of all 10,000. LayerNorm
 divides everything at a position by one number, and that differs from sum to sum: so what is always there, a
@@ -41,7 +42,7 @@ from storage.files import UserError, write_json
 
 SHOWN = 6  # lines of each table
 DRAWN = 8  # features, at most
-MOST_WRITTEN = 500  # pairs in opens.json
+MOST_WRITTEN = 500  # pairs in opens-<edge>.json
 
 
 def edge_to_explain(words, is_open, config, task):
@@ -150,13 +151,14 @@ def run(options, settings):
     (query, key), (query_shut, key_shut) = [np.mean([part[3] for part in some], axis=0) for some in parts]
     print(f"LayerNorm divides by {query:.2f} at the query where open, by {query_shut:.2f} where shut; at the "
           f"key by {key:.2f} and {key_shut:.2f}: so biases and tokens differ, too")
-    write_json(os.path.join(folder, "opens.json"), {"edge": edge, "open_on": int(opens.sum())} | {
+    name = name_of(edge, names, options.name)
+    write_json(os.path.join(folder, name + ".json"), {"edge": edge, "open_on": int(opens.sum())} | {
         side: rows[:MOST_WRITTEN] for side, rows in table.items()})
     shown = features_of(table, nodes)
     grids = []
     if shown:  # no feature feeds an edge of layer 0
         grids = operand_plots(model, coder, task, [nodes[one] for one in shown])
-    path = os.path.join(folder, "opens.png")
+    path = os.path.join(folder, name + ".png")
     titles = [f"the gate: {title}", *(f"{words}: {adds:+.2f}" for words, adds in shown.items())]
     feature_figures.operand_plots(path, titles, [opens.reshape(100, 100), *grids])
     print(f"on which sums these features fire: {path}")
@@ -166,6 +168,13 @@ def run(options, settings):
             _, now = run_sums(model, task, a, b)
         still, newly = (now[edge] & opens).sum(), (now[edge] & ~opens).sum()
         print(f"without {in_words(cut)} the edge is still open on {still:,} sums, newly open on {newly:,}")
+
+
+def name_of(edge, names, transcoder):
+    """`opens-2.0.s1.=`: of the files, its own for every edge and transcoder. names: of the positions."""
+    layer, head, query, key = edge
+    name = f"opens-{layer}.{head}.{names[query]}.{names[key]}"
+    return name if transcoder == "transcoder" else f"{name}-{transcoder}"
 
 
 def in_words(nodes):
@@ -189,7 +198,7 @@ def lines_of(title, opens, table):
     score = sum(row[-2] for row in table["pairs"])
     total = score - sum(row[-1] for row in table["pairs"])
     lines = [f"{title}: open on {opens.sum():,} of {len(opens):,} sums, with a score of {score:.2f},",
-             f"{total:.2f} more than on the others. It opens above minus the bias of its head"]
+             f"{total:.2f} more than on the others. It opens where the score is above -b, its head's bias"]
     for side, what in (("key", "what stands at the key"), ("query", "what stands at the query"),
                        ("pairs", "pairs of both, query x key")):
         rows = table[side]

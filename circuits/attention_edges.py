@@ -20,8 +20,10 @@ A circuit of one prompt keeps its k best edges, by one of these rankings, signed
 the answer most) or by absolute value. How much of the effect it carries, and how many edges it takes:
 
     share(k) = (M(k best) - M(0)) / (M(1) - M(0))             0 with all edges cut, 1 with all kept
-    size at 90 %     = the k from which on share(k) >= 0.9    it gets there and stays there,
-    size within 10 % = the k from which on |share(k) - 1| <= 0.1    of some 40 sizes that are run
+    size at 90 %     = the smallest k with share >= 0.9 there and at all larger k
+    size within 10 % = the smallest k with |share - 1| <= 0.1 there and at all larger k
+
+Some 40 values of k are run.
 
 The paper's section on circuits counts such edges, as far as we can tell (arXiv 2512.05865).
 

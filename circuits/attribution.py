@@ -4,7 +4,8 @@ A model is a graph: heads and MLPs write to the residual stream, and read what o
 does an edge of it carry? On a pair of prompts (tasks.py) the writer's activation is d = corrupted - clean
 away from its twin's. Cutting the edge replaces, for this reader alone, the one by the other (interchange):
 
-    exact                       metric(edge cut) - metric(clean)
+    exact                       metric(edge cut) - metric(clean), below 0 where the edge speaks for the answer
+                                (attention_edges.py has it the other way round: what the metric loses)
                                 a run for every edge: `cut_edges`; for components: `patch_components`
     attribution (EAP)           d . grad of the metric by what the reader reads
                                 a first-order guess, all edges at once

@@ -16,6 +16,7 @@ Notable:
 import csv
 import io
 import os
+import secrets
 
 from storage.files import UserError, write_whole
 
@@ -78,8 +79,13 @@ class Wandb:
             missing = f"--wandb={project} needs a package that is not installed: pip install wandb"
             raise UserError(missing) from error
         folder = settings["out_dir"]
-        self.run = wandb.init(project=project, name=os.path.basename(folder), id=os.path.basename(folder),
-                              resume="allow", dir=folder, config=settings)
+        place = os.path.join(folder, "wandb.id")  # a run that goes on is one run there, too
+        if not os.path.exists(place):
+            write_whole(place, secrets.token_hex(4).encode())
+        with open(place, encoding="utf-8") as f:
+            number = f.read()
+        self.run = wandb.init(project=project, name=os.path.basename(folder), id=number, resume="allow",
+                              dir=folder, config=settings)
 
     def write(self, step, **values):
         self.run.log({name: value for name, value in values.items() if value is not None}, step=step)

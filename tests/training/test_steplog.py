@@ -67,8 +67,10 @@ def test_weights_and_biases_gets_steps_and_evaluations(echo):
     done = subprocess.run([*command, "--max_steps=40", "--wandb=addition"], env=offline,
                           capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+    with open("out/dense/wandb.id") as f:
+        number = f.read()
     folders = [name for name in os.listdir("out/dense/wandb") if name.startswith("offline-run")]
-    assert len(folders) == 1
+    assert len(folders) == 1 and folders[0].endswith(number)
     written = [name for name in os.listdir(f"out/dense/wandb/{folders[0]}") if name.endswith(".wandb")]
     with open(f"out/dense/wandb/{folders[0]}/{written[0]}", "rb") as f:
         content = f.read()
