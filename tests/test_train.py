@@ -313,8 +313,10 @@ def test_bfloat16_trains_and_is_judged_in_float32(counting):
 @pytest.mark.slow
 @pytest.mark.parametrize("impl", ["plain", "tiled"])
 def test_torch_compile_gives_the_same_run(counting, impl):
-    run("sparse.py", max_steps=20, attention_impl=impl)
-    run("sparse.py", max_steps=20, attention_impl=impl, compile="on", out_dir="out/compiled")
+    run("dense.py", n_layer=1, out_dir="out/one")  # a second layer is compiled again
+    run("sparse.py", init_from="out/one", max_steps=20, attention_impl=impl)
+    run("sparse.py", init_from="out/one", max_steps=20, attention_impl=impl, compile="on",
+        out_dir="out/compiled")
     eager, compiled = metrics("out/sparse")[-1], metrics("out/compiled")[-1]
     assert compiled["constraint_target"] == pytest.approx(eager["constraint_target"], abs=1e-5)
     # the noise is the same, its sums are in another order
