@@ -84,7 +84,8 @@ def loop(run, judge, progress, stop):
                 logits, loss, density = run.network(x, y, linear_penalty=cutting, noise=noise)
                 objective = loss
                 if c.gated:
-                    objective = geco.objective(loss + run.taught(x, y, logits), density, c.density_weight)
+                    taught = loss + run.distillation_loss(x, y, logits)
+                    objective = geco.objective(taught, density, c.density_weight)
             (objective / len(run.batches.ours)).backward()  # DDP and FSDP average over the processes
             seen.append((loss.detach(), density.detach(), objective.detach()))
 
@@ -92,7 +93,7 @@ def loop(run, judge, progress, stop):
         norm = run.clip_gradient()
         sums = [sum(number.item() for number in numbers) for numbers in zip(*seen)]
         # all processes see the same, and decide alike
-        *sums, stopping = hardware.total([*sums, stop.asked], run.device)
+        *sums, stopping = hardware.all_reduce_sum([*sums, stop.asked], run.device)
         batch_loss, density, objective = (number / run.micro_batches for number in sums)
         judge.note(step, loss=batch_loss, density=density, gradient_norm=norm, learning_rate=learning_rate)
         run.require_finite(step, batch_loss, objective, norm)
@@ -127,7 +128,7 @@ def train_one(config, given, job=None):
         finally:
             judge.close_logs()
     hardware.wait_for_all()  # a child that starts now finds the files whole
-    if c.out_dir != job.parts[-1].folder and hardware.total([stop.asked], run.device)[0]:
+    if c.out_dir != job.parts[-1].folder and hardware.all_reduce_sum([stop.asked], run.device)[0]:
         raise KeyboardInterrupt  # asked for in its last step or evaluation: no child starts
     return has_succeeded(c, vars(run.state))
 

@@ -65,4 +65,4 @@ class Batches:
         with autocast():
             losses = [model(x, y)[1].item() for x, y in self.at(step)]
         model.train(was_training)
-        return hardware.total([sum(losses)], self.device)[0] / self.micro_batches
+        return hardware.all_reduce_sum([sum(losses)], self.device)[0] / self.micro_batches

@@ -47,12 +47,12 @@ class EdgeCount:
         per_head, by_distance, by_edge = torch.ones(self.by_head.shape), [1.0] * T, None
         if self.config.gated:
             reach = [self.reads.diagonal(-distance).sum().item() for distance in range(T)]
-            counted = hardware.total([*self.by_head.flatten().tolist(), *reach], self.device)
+            counted = hardware.all_reduce_sum([*self.by_head.flatten().tolist(), *reach], self.device)
             by_head, reach = counted[:heads], counted[heads:]
             per_head = torch.tensor(by_head, dtype=torch.float64).view(self.by_head.shape) / sequences / pairs
             by_distance = [reach[d] / sequences / heads / (T - d) for d in range(T)]
         if self.by_edge is not None:
-            by_edge = torch.tensor(hardware.total(self.by_edge.flatten().tolist(), self.device))
+            by_edge = torch.tensor(hardware.all_reduce_sum(self.by_edge.flatten().tolist(), self.device))
             by_edge = (by_edge.view(self.by_edge.shape) / sequences).tolist()
         return {"open": per_head.sum().item() * pairs, "total": heads * pairs,
                 "fraction": per_head.mean().item(), "per_head": per_head.tolist(),
@@ -96,7 +96,7 @@ def evaluate(model, data, split, batch_size=1000, max_batches=0):
         targets_seen += asked.sum().item()
         correct += ((logits.argmax(-1) == y) | ~asked).all(dim=1).sum().item()
     model.train(was_training)
-    loss_sum, targets_seen, correct = hardware.total([loss_sum, targets_seen, correct], device)
+    loss_sum, targets_seen, correct = hardware.all_reduce_sum([loss_sum, targets_seen, correct], device)
     return {
         "loss": loss_sum / targets_seen,
         "accuracy": correct / len(indices) if rows else None,

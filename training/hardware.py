@@ -188,7 +188,7 @@ def first_alone():
         wait_for_all()
 
 
-def total(values, device="cpu"):
+def all_reduce_sum(values, device="cpu"):
     """Sums over all processes of a list of numbers; every process gets them. A list of floats."""
     place = "cpu" if torch.device(device).type == "mps" else device  # mps has no float64
     summed = torch.tensor(values, dtype=torch.float64, device=place)
@@ -197,7 +197,7 @@ def total(values, device="cpu"):
     return summed.tolist()
 
 
-def of_first(value):
+def broadcast(value):
     """Process 0's value, for all: where rounding may differ and all must go on alike."""
     box = [value]
     if dist.is_initialized():

@@ -168,7 +168,7 @@ class Run:
             fold_shift(self.model, torch.from_numpy(x).to(self.device), c.open_above,
                        fold=not c.lora_rank)
         # DDP does the same for key biases
-        self.model.config.gate_bias = hardware.of_first(self.model.config.gate_bias)
+        self.model.config.gate_bias = hardware.broadcast(self.model.config.gate_bias)
 
     def go_on_from(self, checkpoint):
         """A run that has begun: optimizer, lambda, state and weights as they were."""
@@ -228,7 +228,7 @@ class Run:
                 self.network.require_backward_grad_sync = i == last
             yield batch
 
-    def taught(self, x, y, logits):
+    def distillation_loss(self, x, y, logits):
         """What the dense model adds to the loss of a gated run: distillation.py. 0 where it does not teach.
         """
         weight = self.config.distill_weight
