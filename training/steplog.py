@@ -7,8 +7,8 @@ Evaluations are rarer and say more: metrics.jsonl. To follow a quantity of your 
 `judge.note` in train.py's loop: it becomes a column.
 
 Notable:
-- Rows are written at every evaluation, just before last.pt. What a killed run did after that is done again,
-  and its rows with it.
+- Rows are written at every evaluation, just before last.pt, and when a run ends, whatever ends it. What a
+  killed run did after last.pt is done again, and its rows with it.
 - --wandb=PROJECT needs `pip install wandb`, imported only then. WANDB_MODE=offline keeps all of it in the
   run's folder.
 """
