@@ -225,9 +225,12 @@ def name_of(title, at, transcoder):
     words = re.sub(r"\W+", "-", title).strip("-")
     if not re.fullmatch(r"\d+\+\d+", title):  # or texts that differ in punctuation alone would share a file
         words = f"{words[:60] or 'prompt'}-{zlib.crc32(title.encode()):08x}"
-    if transcoder != "transcoder":
-        words += f"-{transcoder}"
-    return f"graph-{words}-{at}" if at else f"graph-{words}"
+    return f"graph-{words}{ending_of(transcoder)}" + (f"-{at}" if at else "")
+
+
+def ending_of(transcoder):
+    """What a file's name says of a transcoder: nothing of the usual one."""
+    return "" if transcoder == "transcoder" else f"-{transcoder}"
 
 
 def lines_of(graph, found, question, word):

@@ -31,7 +31,7 @@ from tqdm import tqdm
 from analysis import feature_figures
 from analysis.ask import parse_edge
 from analysis.explain import population, read_addition_run, run_sums
-from analysis.graph import label, read_transcoder
+from analysis.graph import ending_of, label, read_transcoder
 from analysis.questions import sum_question
 from circuits.attribution_graph import graph_of, why_open
 from circuits.interventions import without
@@ -173,8 +173,7 @@ def run(options, settings):
 def name_of(edge, names, transcoder):
     """`opens-2.0.s1.=`: of the files, its own for every edge and transcoder. names: of the positions."""
     layer, head, query, key = edge
-    name = f"opens-{layer}.{head}.{names[query]}.{names[key]}"
-    return name if transcoder == "transcoder" else f"{name}-{transcoder}"
+    return f"opens-{layer}.{head}.{names[query]}.{names[key]}{ending_of(transcoder)}"
 
 
 def in_words(nodes):

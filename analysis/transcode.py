@@ -28,7 +28,7 @@ from models.checkpoint import (
     read_checkpoint,
     save_checkpoint,
 )
-from storage.files import UserError, write_json
+from storage.files import UserError, read_json, write_json
 from training import hardware
 from training.evaluate import examples_of
 
@@ -104,7 +104,7 @@ def begun(place, settings, of):
     """
     if not os.path.exists(place):
         answers = os.path.splitext(place)[0] + ".json"
-        if os.path.exists(answers):
+        if os.path.exists(answers) and "explained" not in read_json(answers):
             raise UserError(f"{answers} is there already and of no transcoder: say --name=ANOTHER")
         return None
     checkpoint = read_checkpoint(place)

@@ -86,7 +86,6 @@ class Judge:
         if self.log:
             line = self.line(step, found, passes) | {"goes_back": goes_back}
             self.log.write(**line)
-            self.steps.flush()
             if self.wandb:
                 self.wandb.write(**line)
         if self.flow:
@@ -224,6 +223,8 @@ class Judge:
         All processes call it; process 0 writes, of a sharded run every process its part.
         """
         run, c, is_last = self.run, self.config, name == "last.pt"
+        if is_last and self.steps:  # a run goes on behind the rows that are there
+            self.steps.flush()
         state = asdict(self.state) | {"step": step, "seconds": self.seconds()}
         goes_on_from_it = is_last or c.cycle_steps  # `go_back`; else best.pt is a third as large without
         parts = {"optimizer": run.optimizer.state_dict() if goes_on_from_it and not run.sharded else None}
@@ -260,8 +261,8 @@ class Judge:
 
     def save_and_exit(self, step):
         """After Ctrl-C or SIGTERM: keep the run and say how to go on."""
-        self.close_logs()  # before another process ends: torchrun then ends this one
         self.save("last.pt", step)
+        self.close_logs()  # may wait for a network, so after the checkpoint
         hardware.wait_for_all()  # torchrun ends all processes as soon as one has ended
         if hardware.rank() > 0:
             sys.exit(1)

@@ -1,6 +1,7 @@
 """The command that trains a transcoder: it learns, it goes on where it stopped, it mixes nothing up."""
 
 import json
+import os
 
 import pytest
 import torch
@@ -63,6 +64,8 @@ def test_other_settings_and_other_weights_are_refused(echo):
                          ("best", "was trained with other settings")):
         ours = call(analyze.main, *COMMAND, "--steps=2", f"--name={name}")
         assert ours.returncode == 1 and answer in ours.stderr
+    os.remove("out/dense/transcoder.pt")  # as that message says; its .json is still there
+    assert call(analyze.main, *COMMAND, "--steps=2").returncode in (0, None)
     wrong = call(analyze.main, "transcode", "out/dense", "--steps=0")
     assert wrong.returncode == 1 and "must be at least 1" in wrong.stderr
 

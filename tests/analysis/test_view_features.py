@@ -2,7 +2,18 @@
 
 import pytest
 import torch
-from test_view import ADDS, GATED, addition_page, browser, data_in, gpt, opened, page_at, panel, place  # noqa: F401
+from test_view import (  # noqa: F401
+    ADDS,
+    GATED,
+    addition_page,
+    browser,
+    data_in,
+    gpt,
+    opened,
+    page_at,
+    panel,
+    place,
+)
 
 from analysis import questions, view_features
 from analysis.view_data import rounded
