@@ -44,9 +44,7 @@ from circuits.attention_edges import attending
 from circuits.compare import prompts
 from circuits.tasks import vocabulary
 from models.checkpoint import (
-    checkpoint_named,
     checkpoint_of,
-    folder_of_answers,
     load_checkpoint,
     load_parent,
     load_weights,
@@ -54,6 +52,7 @@ from models.checkpoint import (
     save_checkpoint,
     tokenizer_of,
 )
+from models.sources import checkpoint_named, folder_of_answers
 from storage.files import UserError
 from training import hardware
 from training.average import follow, judged_model

@@ -15,13 +15,8 @@ import os
 
 from analysis.report import model_judged
 from models import lora
-from models.checkpoint import (
-    checkpoint_named,
-    folder_of_answers,
-    load_parent,
-    read_checkpoint,
-    tokenizer_of,
-)
+from models.checkpoint import load_parent, read_checkpoint, tokenizer_of
+from models.sources import checkpoint_named, folder_of_answers
 from storage import text
 from storage.files import UserError, write_json
 from training import hardware

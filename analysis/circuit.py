@@ -19,7 +19,8 @@ from circuits.graph import ComponentGraph
 from circuits.prompt_circuits import circuit_of
 from circuits.table import table
 from circuits.tasks import fitting, vocabulary
-from models.checkpoint import checkpoint_named, folder_of_answers, model_of, read_checkpoint, tokenizer_of
+from models.checkpoint import model_of, read_checkpoint, tokenizer_of
+from models.sources import checkpoint_named, folder_of_answers
 from storage.files import UserError, write_json
 from training import hardware
 

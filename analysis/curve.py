@@ -25,7 +25,8 @@ from analysis.baselines_table import place_of
 from analysis.figures import GREY, save
 from analysis.rules import RULES
 from analysis.seeds_table import aligned
-from models.checkpoint import checkpoint_named, read_checkpoint
+from models.checkpoint import read_checkpoint
+from models.sources import checkpoint_named
 from storage.files import UserError, read_json, write_json
 from training.folder import read_metrics, settings_of
 from training.verdict import AT_CAP, bounds_of_lambda

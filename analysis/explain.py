@@ -23,7 +23,8 @@ from tqdm import tqdm
 import prepare_data
 from analysis import circuit_figures
 from analysis.conditions import PLACES, carry_words, conditions, describe
-from models.checkpoint import checkpoint_named, folder_of_answers, model_of, read_checkpoint
+from models.checkpoint import model_of, read_checkpoint
+from models.sources import checkpoint_named, folder_of_answers
 from storage.addition import addition_pairs, addition_rows, addition_task, token_names
 from storage.files import UserError, write_json
 

@@ -30,7 +30,8 @@ from circuits.influence import (
 )
 from circuits.transcoder import Transcoder
 from model import GPT
-from models.checkpoint import checkpoint_named, fingerprint, folder_of_answers, model_of, read_checkpoint
+from models.checkpoint import fingerprint, model_of, read_checkpoint
+from models.sources import checkpoint_named, folder_of_answers
 from storage.files import UserError, write_json
 
 SHOWN = 8  # heads, and edges into the likeliest answer

@@ -11,7 +11,7 @@ import numpy as np
 
 from analysis.circuit import model_and_tokenizer
 from circuits.induction import copying_scores, prefix_matching
-from models.checkpoint import folder_of_answers
+from models.sources import folder_of_answers
 from storage.files import write_json
 
 SHOWN = 10

@@ -37,7 +37,8 @@ from circuits.compare import prompts
 from circuits.interventions import in_short, interventions
 from circuits.tasks import vocabulary
 from circuits.transcoder import Transcoder, read_and_written
-from models.checkpoint import folder_of_answers, read_checkpoint, require_unchanged, tokenizer_of
+from models.checkpoint import read_checkpoint, require_unchanged, tokenizer_of
+from models.sources import folder_of_answers
 from storage.files import UserError, read_json, write_json
 
 SIZES = {"heads_80": "heads for 80 %", "attention_edges_80": "attention edges for 80 %",

@@ -36,7 +36,8 @@ from analysis.questions import sum_question
 from circuits.attribution_graph import graph_of, why_open
 from circuits.interventions import without
 from circuits.transcoder import read_and_written
-from models.checkpoint import checkpoint_named, folder_of_answers, read_checkpoint
+from models.checkpoint import read_checkpoint
+from models.sources import checkpoint_named, folder_of_answers
 from storage.addition import addition_rows, token_names
 from storage.files import UserError, write_json
 

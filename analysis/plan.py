@@ -32,14 +32,13 @@ from torch.overrides import TorchFunctionMode
 
 from models import lora
 from models.olmo import OLMo, OLMoConfig, rotations
-from storage.files import UserError
+from storage.files import CONFIGS, UserError
 from training.configure import parse_command_line
 from training.folder import read_metrics
 from training.hardware import PEAK_FLOPS
 from training.settings import Config, check_together, forward_passes, limits, make_config, micro_batch_size
 
 OVERHEAD = 2e9  # bytes: assumed
-CONFIGS = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "config")
 OLMO_2 = dict(generation=2, block_size=4096, vocab_size=100352, n_head=40, n_embd=5120, tied=False)
 MODELS = {  # name: (source, its shape)
     "1b": ("allenai/OLMo-1B-hf", OLMoConfig()),

@@ -13,13 +13,8 @@ import torch
 import prepare_data
 from analysis.report_figures import draw
 from models import lora
-from models.checkpoint import (
-    config_for,
-    folder_of_answers,
-    kept_checkpoint,
-    model_of,
-    read_checkpoint,
-)
+from models.checkpoint import model_of, read_checkpoint
+from models.sources import config_for, folder_of_answers, kept_checkpoint
 from storage.files import UserError, write_json
 from training import hardware, verdict
 from training.evaluate import evaluate_splits

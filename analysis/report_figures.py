@@ -11,7 +11,8 @@ import torch
 
 from analysis import explain, figures
 from models import lora
-from models.checkpoint import folder_of_answers, load_parent
+from models.checkpoint import load_parent
+from models.sources import folder_of_answers
 from storage import text
 from storage.addition import ADDITION_TOKENS, addition_rows, addition_task
 from storage.files import UserError

@@ -21,13 +21,8 @@ import sys
 
 import torch
 
-from models.checkpoint import (
-    checkpoint_named,
-    is_elsewhere,
-    model_of,
-    read_checkpoint,
-    tokenizer_of,
-)
+from models.checkpoint import model_of, read_checkpoint, tokenizer_of
+from models.sources import checkpoint_named, is_elsewhere
 from storage import text
 from storage.files import UserError
 from training import hardware

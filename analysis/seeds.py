@@ -25,14 +25,13 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 
 from analysis.seeds_table import cells, in_words, summary, table
 from models.checkpoint import read_checkpoint
-from storage.files import UserError, read_json, write_json
+from storage.files import REPOSITORY, UserError, read_json, write_json
 from training.configure import parse_command_line
 from training.folder import read_metrics, settings_of
 from training.parents import PASSED_ON
 from training.settings import FREE, SHAPE, Config, check_together, limits, make_config
 from training.verdict import MISSED, distance_in_words, is_at_end
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 OF_PARENT = (*SHAPE, "dataset")  # settings that a child takes from its parent, or shares with it
 
 
@@ -104,7 +103,7 @@ def command_for(path, settings):
     """The command that trains a run."""
     return [
         sys.executable,
-        os.path.join(ROOT, "train.py"),
+        os.path.join(REPOSITORY, "train.py"),
         path,
         *(f"--{key}={value}" for key, value in settings.items()),
     ]
@@ -193,7 +192,7 @@ def row_of(run, seed):
 
 def algorithm_of(run, environment):
     """The name of a run's algorithm by explain.py, or why there is none."""
-    command = [sys.executable, os.path.join(ROOT, "analyze.py"), "explain", run]
+    command = [sys.executable, os.path.join(REPOSITORY, "analyze.py"), "explain", run]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if done.returncode:
         return (done.stderr.strip().splitlines() or ["explain was killed"])[-1]

@@ -20,14 +20,8 @@ from tqdm import tqdm
 import prepare_data
 from circuits.transcoder import Transcoder, quality, read_and_written
 from model import GPT
-from models.checkpoint import (
-    checkpoint_named,
-    fingerprint,
-    folder_of_answers,
-    model_of,
-    read_checkpoint,
-    save_checkpoint,
-)
+from models.checkpoint import fingerprint, model_of, read_checkpoint, save_checkpoint
+from models.sources import checkpoint_named, folder_of_answers
 from storage.files import UserError, read_json, write_json
 from training import hardware
 from training.evaluate import examples_of

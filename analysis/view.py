@@ -25,13 +25,8 @@ from tqdm import tqdm
 from analysis import view_data, view_features
 from analysis.graph import places_of
 from analysis.questions import questions_of
-from models.checkpoint import (
-    checkpoint_named,
-    folder_of_answers,
-    load_parent,
-    model_of,
-    read_checkpoint,
-)
+from models.checkpoint import load_parent, model_of, read_checkpoint
+from models.sources import checkpoint_named, folder_of_answers
 from storage.files import UserError, write_whole
 from training import hardware
 

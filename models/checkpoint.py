@@ -25,6 +25,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from model import GPT, GPTConfig
 from models import huggingface, lora, olmo, olmo_files, sound
+from models.sources import config_for
 from storage.files import UserError
 
 
@@ -47,11 +48,6 @@ def save_checkpoint(path, checkpoint):
             os.remove(temporary)
         raise UserError(f"cannot write {path}: {error}. What it held before is untouched. "
                               "Free some space, or choose another place") from error
-
-
-def is_elsewhere(source):
-    """Is `source` a model's name on Hugging Face, or a folder or file that transformers wrote?"""
-    return olmo_files.is_olmo(source) or huggingface.is_huggingface(source)
 
 
 def read_checkpoint(path):
@@ -85,49 +81,6 @@ def read_checkpoint(path):
             f"{' and no '.join(sorted(missing))}"
         )
     return checkpoint
-
-
-def config_for(path):
-    """The config file whose run would leave a checkpoint at path, if there is one; else the main job's."""
-    parts = os.path.normpath(path).split(os.sep)
-    names = [part.partition("-seed")[0] for part in parts]
-    known = [f"config/{name}.py" for name in names if name in CONFIGS]
-    return (known or ["config/addition.py"])[0]
-
-
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-CONFIGS = {os.path.splitext(name)[0] for name in os.listdir(os.path.join(ROOT, "config"))}
-
-
-def kept_checkpoint(folder):
-    """The checkpoint file that a run is known by: best.pt; where no evaluation met the target closest.pt, or
-    else last.pt; None if there is none.
-    """
-    paths = [os.path.join(folder, name) for name in ("best.pt", "closest.pt", "last.pt")]
-    return next((path for path in paths if os.path.exists(path)), None)
-
-
-def checkpoint_named(run):
-    """The checkpoint that `run` means: the one a run's folder is known by; any other path is returned as it
-    is. Raises UserError.
-    """
-    path = kept_checkpoint(run)
-    if os.path.isdir(run) and not path and not is_elsewhere(run):
-        raise UserError(f"there is no best.pt or last.pt in {run}. Give a run's folder, such as out/stdlib")
-    return path or run
-
-
-def folder_of_answers(run):
-    """Where what is found out about `run` goes: a run's folder; of one checkpoint, out/x/last.pt, the folder
-    out/x/last, which is made. None of a name such as gpt2.
-    """
-    if os.path.isdir(run):
-        return run
-    if not os.path.exists(run):
-        return None
-    folder = os.path.splitext(run)[0]
-    os.makedirs(folder, exist_ok=True)
-    return folder
 
 
 def fingerprint(checkpoint):
@@ -201,25 +154,7 @@ def model_of(
             f"{checkpoint['shards']} beside it. Let the run go on to its end, or use its best.pt"
         )
     if "lora" in checkpoint:
-        base = read_checkpoint(checkpoint["base"])
-        if fingerprint(base) != checkpoint["base_fingerprint"]:
-            raise UserError(
-                f"{path} holds adapters for {checkpoint['base']}, which holds other weights now than when "
-                "they were trained. Put the old file back"
-            )
-        sound.require_adapters(checkpoint, base, path)
-        # merge before anything is cut
-        early, late = (lambda model: model, prepare) if merged else (prepare, lambda model: model)
-        model = model_of(
-            base,
-            checkpoint["base"],
-            device,
-            lambda model: early(lora.add(model, **checkpoint["lora"])),
-            **{**checkpoint["model_args"], **overrides},
-        )
-        if checkpoint["model"] is not None:
-            load_weights(model, checkpoint["model"], path, names=lora.state_of(model))
-        return late(lora.merge(model) if merged else model)
+        return adapted_model_of(checkpoint, path, device, prepare, merged, **overrides)
     args = {**checkpoint["model_args"], **overrides}
     model_class, config_class = classes_of(args)
     unknown = sorted(set(args) - {f.name for f in fields(config_class)})
@@ -246,6 +181,23 @@ def model_of(
     if checkpoint["model"] is not None:  # None: it is in parts, for sharding.load
         load_weights(model, checkpoint["model"], path)
     return model.eval()
+
+
+def adapted_model_of(checkpoint, path, device, prepare, merged, **overrides):
+    """`model_of`, of a checkpoint that holds LoRA adapters and the name of their base."""
+    base = read_checkpoint(checkpoint["base"])
+    if fingerprint(base) != checkpoint["base_fingerprint"]:
+        raise UserError(f"{path} holds adapters for {checkpoint['base']}, which holds other weights now than "
+                        "when they were trained. Put the old file back")
+    sound.require_adapters(checkpoint, base, path)
+    # merge before anything is cut
+    early, late = (lambda model: model, prepare) if merged else (prepare, lambda model: model)
+    model = model_of(base, checkpoint["base"], device,
+                     lambda model: early(lora.add(model, **checkpoint["lora"])),
+                     **{**checkpoint["model_args"], **overrides})
+    if checkpoint["model"] is not None:
+        load_weights(model, checkpoint["model"], path, names=lora.state_of(model))
+    return late(lora.merge(model) if merged else model)
 
 
 def load_checkpoint(path, device="cpu", **overrides):

@@ -19,7 +19,8 @@ from dataclasses import asdict, fields
 
 from gate import GateConfig
 from models import huggingface, olmo, olmo_files
-from models.checkpoint import checkpoint_named, load_checkpoint, save_checkpoint
+from models.checkpoint import load_checkpoint, save_checkpoint
+from models.sources import checkpoint_named
 from storage.files import UserError
 
 

@@ -20,6 +20,9 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
+REPOSITORY = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+CONFIGS = os.path.join(REPOSITORY, "config")
+
 
 class UserError(Exception):
     """Something that the user can put right. The message says what is wrong, and what to type instead."""

@@ -24,12 +24,12 @@ from importlib import metadata
 from tqdm import tqdm
 
 from storage import text
-from storage.files import UserError
+from storage.files import REPOSITORY, UserError
 
 SHINGLE = 5  # lines
 SEEN = 0.5  # of a file's shingles; more is a twin
 LARGEST = 1_000_000  # bytes; larger files are tables
-REQUIREMENTS = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "requirements.txt")
+REQUIREMENTS = os.path.join(REPOSITORY, "requirements.txt")
 
 
 def names_in(path):

@@ -19,7 +19,7 @@ import os
 import re
 import textwrap
 
-from storage.files import UserError
+from storage.files import CONFIGS, UserError
 
 EXAMPLES = {int: "1000", float: "1e-3", bool: "True or False", str: "auto"}
 
@@ -43,9 +43,6 @@ def described(config_class):
             lines += textwrap.wrap(words, 100, initial_indent=f"  --{name}={default}".ljust(34) + "  ",
                                    subsequent_indent=" " * 36) or [f"  --{name}={default}"]
     return "\n".join(lines).strip()
-
-
-CONFIGS = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "config")
 
 
 def parse_command_line(arguments, config_class, limits):

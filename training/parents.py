@@ -25,16 +25,8 @@ import torch.utils.checkpoint
 
 from model import PRETRAINED
 from models import lora
-from models.checkpoint import (
-    fingerprint,
-    is_elsewhere,
-    kept_checkpoint,
-    model_of,
-    new_model,
-    read_checkpoint,
-    require_tokenizer,
-    shape_of,
-)
+from models.checkpoint import fingerprint, model_of, new_model, read_checkpoint, require_tokenizer, shape_of
+from models.sources import is_elsewhere, kept_checkpoint
 from storage.files import UserError
 from training import hardware, sharding
 from training.settings import GATE, SHAPE, Config, make_config
