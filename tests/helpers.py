@@ -3,21 +3,21 @@
 import contextlib
 import io
 import json
+import multiprocessing
 import os
-import subprocess
-import sys
+import socket
+import traceback
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
 import prepare_data
-from conftest import REPOSITORY
 from models.checkpoint import fingerprint, read_checkpoint
 from train import train
+from training import hardware
 from training.configure import parse_command_line
 from training.settings import Config, limits, make_config
-from training.verdict import MISSED
 
 SMALL = {"dataset": "echo", "n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": 4, "batch_size": 32,
          "max_steps": 60, "warmup_steps": 5, "learning_rate": 3e-3, "eval_interval": 20,
@@ -60,22 +60,48 @@ def call(main, *arguments):
     return Done(status, out.getvalue(), err.getvalue())
 
 
-def launch(processes, *arguments):
-    """train.py in so many processes, to its end, whether it meets its target or not; its output.
+# A server that has imported torch already, and forks what is asked for
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["torch", "train"])
 
-    One process is this one. torchrun is `python -m torch.distributed.run`.
+
+def launch(processes, *arguments):
+    """Train as train.py would in so many processes, to the end, whether the target is met or not; what they
+    said, without the report.
+
+    One process is this one. More are told their numbers as torchrun does, which would import torch anew.
     """
     if processes == 1:
         train(*make_config(*parse_command_line(arguments, Config, limits())))
         return None
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    done = subprocess.run([sys.executable, *torchrun, os.path.join(REPOSITORY, "train.py"), *arguments],
-                          capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
-                          timeout=300)
-    # torchrun's own status is 1 then
-    missed = done.returncode == MISSED or f"exitcode  : {MISSED} " in done.stderr
-    assert done.returncode == 0 or missed, done.stderr
-    return done.stdout
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    team = [FORKS.Process(target=one_of_many, args=(rank, processes, port, arguments))
+            for rank in range(processes)]
+    for process in team:
+        process.start()
+    for process in team:
+        process.join()
+    said = [open(f"rank-{rank}.log", encoding="utf-8").read() for rank in range(processes)]
+    assert all(process.exitcode == 0 for process in team), "\n".join(said)
+    return "".join(said)
+
+
+def one_of_many(rank, world, port, arguments):
+    """What a process of `launch` does. It writes what it says to rank-<its number>.log."""
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
+                      WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world))
+    torch.set_num_threads(1)
+    with (open(f"rank-{rank}.log", "w", encoding="utf-8") as log,
+          contextlib.redirect_stdout(log), contextlib.redirect_stderr(log)):
+        try:
+            hardware.start_processes("cpu")
+            launch(1, *arguments)
+            hardware.stop_processes()
+        except BaseException:
+            traceback.print_exc()
+            raise
 
 
 def count_dataset():

@@ -18,9 +18,10 @@ from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
 import prepare_data
 from conftest import REPOSITORY
-from helpers import count_dataset, launch, metrics, same
+from helpers import call, count_dataset, launch, metrics, same
 from models.checkpoint import load_checkpoint, read_checkpoint
 from storage.files import UserError
+from train import main
 from training import sharding
 from training.evaluate import evaluate
 from training.sharding import folder_for
@@ -208,21 +209,10 @@ def test_a_sharded_run_that_was_stopped_is_no_model_yet(parent):
 @pytest.mark.slow
 def test_a_checkpoint_without_its_shards_is_named(parent):
     launch(2, *RUN, *SHAPE, "--parallel=fsdp", "--out_dir=out/run")
+
     def resumed():
-        done = subprocess.run(
-            [
-                sys.executable,
-                os.path.join(REPOSITORY, "train.py"),
-                *RUN,
-                *SHAPE,
-                "--out_dir=out/run",
-                "--init_from=resume",
-                "--max_steps=12",
-            ],
-            capture_output=True,
-            text=True,
-        )
-        assert done.returncode == 1 and "Traceback" not in done.stderr
+        done = call(main, *RUN, *SHAPE, "--out_dir=out/run", "--init_from=resume", "--max_steps=12")
+        assert done.returncode == 1
         return done.stderr
 
     with open("out/run/shards-10/.metadata", "r+b") as f:
