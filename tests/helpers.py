@@ -10,6 +10,7 @@ import traceback
 from typing import NamedTuple
 
 import numpy as np
+import pytest
 import torch
 
 import prepare_data
@@ -36,6 +37,18 @@ def run(path, **given):
 def metrics(folder):
     with open(f"{folder}/metrics.jsonl") as f:
         return [json.loads(line) for line in f]
+
+
+def assert_same_losses(one, two, within=1e-5, but=()):
+    """Two runs' folders: the same evaluations, with the same losses, densities and lambda; but for some."""
+    one, two = metrics(one), metrics(two)
+    assert [line["step"] for line in one] == [line["step"] for line in two]
+    for a, b in zip(one, two):
+        for key in ("val_loss", "batch_loss", "density", "lambda", "constraint_loss", "constraint_target",
+                    "violation", "fraction", "target_loss"):
+            if key in but:
+                continue
+            assert a[key] == b[key] or a[key] == pytest.approx(b[key], abs=within), (a["step"], key)
 
 
 class Done(NamedTuple):
