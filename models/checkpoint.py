@@ -21,7 +21,6 @@ import os
 from dataclasses import asdict, fields
 
 import torch
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from model import GPT, GPTConfig
 from models import huggingface, lora, olmo, olmo_files, sound
@@ -102,7 +101,10 @@ def copy_into(target, tensor):
     """Copy tensor (whole, on any device, of any dtype) into target, of which this process may hold a part
     only (FSDP's DTensor).
     """
-    if isinstance(target, DTensor):
+    if hasattr(target, "device_mesh"):  # a DTensor
+        # here: nobody else waits a second for its import
+        from torch.distributed.tensor import distribute_tensor
+
         # everybody has read it: nothing to send
         tensor = distribute_tensor(
             tensor.to(target.device), target.device_mesh, target.placements, src_data_rank=None

@@ -19,7 +19,6 @@ import os
 from dataclasses import asdict, dataclass
 
 import torch
-import torch._inductor.config
 
 import prepare_data
 from geco import GECO
@@ -106,11 +105,15 @@ class Run:
             asked = "plain" if config.plain_only else c.attention_impl
             self.impl = hardware.attention(asked, self.device, config.block_size, width, dtype)
 
+        # here: a mistake in the settings is answered before the compiler's two seconds of importing
+        from torch._dynamo import config as dynamo
+        from torch._inductor import config as inductor
+
         # one model, many ways to run it: dense, gated, sampled, judged, taught; at 8 torch would give up
         # compiling
-        torch._dynamo.config.recompile_limit = 64
+        dynamo.recompile_limit = 64
         # compiled code draws from torch's own generator: the same noise as without compiling
-        torch._inductor.config.fallback_random = True
+        inductor.fallback_random = True
         long = self.context >= 64 and not self.sharded
         # on a CPU: OLMo's norms and rotations; a dense GPT is no faster
         pays_dense = long and c.architecture != "gpt2"

@@ -320,7 +320,7 @@ def test_frozen_weights_in_bfloat16_and_settings_that_do_not_fit(olmo):
         ({"n_layer": 3}, "n_layer=3, but hf has n_layer=4"),
         ({"architecture": "gpt2"}, "architecture='gpt2', but hf has architecture='olmo'"),
     ):
-        with pytest.raises((UserError, UserError), match=message):
+        with pytest.raises(UserError, match=message):
             run_it(out_dir="out/wrong", **given)
     with pytest.raises(UserError, match="lora_rank adds adapters to a model that is there already"):
         run_it(out_dir="out/wrong", init_from="scratch", gated=False)
