@@ -7,13 +7,17 @@ import multiprocessing
 import os
 import socket
 import traceback
+from concurrent.futures import Future
 from typing import NamedTuple
 
 import numpy as np
 import pytest
 import torch
 
+import analyze
 import prepare_data
+import train as train_file
+from analysis import seeds
 from models.checkpoint import fingerprint, read_checkpoint
 from train import train
 from training import hardware
@@ -71,6 +75,42 @@ def call(main, *arguments):
         err.write(status + "\n")
         status = 1
     return Done(status, out.getvalue(), err.getvalue())
+
+
+MAIN = {"train.py": train_file.main, "analyze.py": analyze.main}
+
+
+class OneAfterAnother:
+    """A ThreadPoolExecutor without threads."""
+
+    def __init__(self, workers):
+        self.workers = workers
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        return False
+
+    def submit(self, function, *inputs):
+        future = Future()
+        future.set_result(function(*inputs))
+        return future
+
+
+def in_this_process(monkeypatch):
+    """What `analyze.py seeds` and `train.py` start as programs of their own runs here: nothing is imported
+    anew.
+    """
+    monkeypatch.setattr(seeds, "ThreadPoolExecutor", OneAfterAnother)
+
+    def start(command, stdout=None, stderr=None, **options):
+        done = call(MAIN[os.path.basename(command[1])], *command[2:])
+        if stdout:
+            stdout.write(done.stdout + done.stderr)
+        return done
+
+    monkeypatch.setattr(seeds.subprocess, "run", start)
 
 
 # A server that has imported torch already, and forks what is asked for

@@ -15,16 +15,13 @@ import shlex
 
 import pytest
 
-import analyze
-import train
 from conftest import REPOSITORY
-from helpers import call
+from helpers import MAIN, call, in_this_process
 from training.verdict import MISSED
 
 LABS = os.path.join(REPOSITORY, "docs", "labs")
 SHEETS = ("1-edges", "2-carry", "3-thermostat", "4-faithful")
 NUMBER = r"-?[\d,]*\.?\d+"
-MAIN = {"train.py": train.main, "analyze.py": analyze.main}
 
 
 def read(name):
@@ -84,7 +81,7 @@ def test_sheets_ask_six_to_ten_questions_with_short_snippets_and_solutions():
 @pytest.mark.slow
 def test_the_labs_do_what_their_solutions_say(workplace, monkeypatch):
     os.symlink(os.path.join(REPOSITORY, "config"), "config")
-    monkeypatch.setattr(train, "report", lambda folder: analyze.main(["report", folder]))  # in this process
+    in_this_process(monkeypatch)
     printed = {}
     for sheet in SHEETS:
         names = {"__name__": "lab"}

@@ -6,7 +6,7 @@ import pytest
 
 import analyze
 from analysis.ablate import CHANGES, changes_of, line_of, table
-from helpers import call
+from helpers import call, in_this_process
 from storage.files import UserError
 from training.settings import make_config
 
@@ -65,7 +65,8 @@ def test_a_line_holds_all_seeds_sorted():
     assert line["seeds"] == [4, 2]
 
 
-def test_the_command_trains_each_change_and_says_what_became_of_it(counting):
+def test_the_command_trains_each_change_and_says_what_became_of_it(counting, monkeypatch):
+    in_this_process(monkeypatch)
     done = call(analyze.main, "ablate", "sparse.py", "--seeds=1", "--max_steps=20", "--only=renormalised")
     assert done.returncode is None or done.returncode == 0, done.stderr
     with open("out/sparse-max_steps=20-ablations.json") as f:

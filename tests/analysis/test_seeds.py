@@ -7,7 +7,7 @@ import pytest
 
 from analysis import seeds, seeds_table
 from analyze import main
-from helpers import call, run
+from helpers import call, in_this_process, run
 from storage.files import UserError
 
 
@@ -106,7 +106,8 @@ def test_seeds_are_trained_skipped_and_compared(echo):
 
 
 @pytest.mark.slow
-def test_a_seed_that_fails_or_misses_stays_in_the_table(echo):
+def test_a_seed_that_fails_or_misses_stays_in_the_table(echo, monkeypatch):
+    in_this_process(monkeypatch)
     os.makedirs("out/sparse-learning_rate=0.5-loss_slack=0.0-max_steps=20")
     with open("out/sparse-learning_rate=0.5-loss_slack=0.0-max_steps=20/last.pt", "w") as f:
         f.write("no checkpoint")
@@ -126,7 +127,8 @@ def test_a_seed_that_fails_or_misses_stays_in_the_table(echo):
 
 
 @pytest.mark.slow
-def test_a_shape_reaches_the_parent_and_a_change_of_settings_is_not_taken_for_finished(echo):
+def test_a_shape_reaches_the_parent_and_a_change_of_settings_is_not_taken_for_finished(echo, monkeypatch):
+    in_this_process(monkeypatch)
     with open("sparse.py", "a") as f:
         f.write("loss_slack = 0.5\ndevice = 'cpu'\n")
     done = call(main, "seeds", "sparse.py", "--seeds=4", "--n_head=4", "--explain")
