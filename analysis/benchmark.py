@@ -8,7 +8,8 @@
         tasks of your own, in the harness' YAML
 
 EleutherAI's lm-evaluation-harness scores the answers (`pip install lm_eval`; it fetches the questions);
-harness.py says how. Writes benchmark.json into the run's folder.
+harness.py says how. Writes benchmark-<task>.json into the run's folder; with a limit
+benchmark-<task>-<limit>.json.
 """
 
 import os
@@ -53,7 +54,9 @@ def models_to_compare(checkpoint, path):
 
 
 def benchmark_run(folder, options):
-    """Score a run's model, and its dense parent where it has one: print the table, write benchmark.json."""
+    """Score a run's model, and its dense parent where it has one: print the table, write
+    benchmark-<task>.json.
+    """
     harness = the_harness()
     path = checkpoint_named(folder)
     checkpoint = read_checkpoint(path)
@@ -68,7 +71,9 @@ def benchmark_run(folder, options):
     print(f"{folder}, score +- standard error over questions\n{harness.lines(table)}")
     answers = folder_of_answers(folder)
     if answers:  # and no name such as 'gpt2'
-        write_json(os.path.join(answers, "benchmark.json"), table)
+        questions = f"-{limit}" if limit else ""
+        for task, scores in table.items():
+            write_json(os.path.join(answers, f"benchmark-{task}{questions}.json"), scores)
 
 
 def add_arguments(parser):

@@ -14,7 +14,7 @@ runs, of several seeds, make a table with their range.
 
 Beside it stand the controls: the same model with a transcoder that was never trained; a *nonsense* answer, a
 token drawn at random in place of the right one; and what happens in the real model when the strongest
-features and heads are cut, and others (circuits/interventions.py). Written to RUN/n80.json.
+features and heads are cut, and others (circuits/interventions.py). Written to RUN/n80-<tasks>.json.
 
 Notable: in our measurements the controls' sizes are nearly those of the answer. So they say how much of a
 model's attention is at work on a prompt, and not how much of it one answer needs: that asks `circuit`.
@@ -155,7 +155,7 @@ def measure(model, coder, asked, progress):
 
 
 def compare(folder, models, coders, matched, options):
-    """What n80.json holds of one gated run: {'l0', 'explained': {'dense', 'sparse': measured},
+    """What n80-<tasks>.json holds of one gated run: {'l0', 'explained': {'dense', 'sparse': measured},
     'untrained': likewise}. coders: of `transcoders_of`; matched: {by: `closest`}.
     """
     tasks = options.tasks.split(",")
@@ -202,7 +202,8 @@ def run(options, settings):
     results = []
     for folder, *of_run in zip(folders, models, coders):
         results.append(compare(folder, *of_run, matched, options))
-        write_json(os.path.join(folder_of_answers(folder), "n80.json"), results[-1])
+        name = f"n80-{options.tasks.replace(',', '-')}.json"
+        write_json(os.path.join(folder_of_answers(folder), name), results[-1])
         print("\n".join(lines_of(results[-1])), flush=True)
     if len(results) > 1:
         print("\n".join(lines_of_all(results)))

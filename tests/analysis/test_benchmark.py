@@ -136,8 +136,8 @@ def test_dense_beside_sparse(workplace, tasks, capsys):
         save_checkpoint(name, checkpoint_of(model, data={"tokenizer": "bytes"}, parent="dense.pt"))
     analyze.main(["benchmark", "out/sparse", "--tasks=mine", f"--include={tasks}", "--limit=20"])
     out = capsys.readouterr().out
-    with open("out/sparse/benchmark.json") as f:
-        table = json.load(f)
+    with open("out/sparse/benchmark-mine-20.json") as f:
+        table = {"mine": json.load(f)}
     assert set(table["mine"]) == {"acc", "acc_norm"}
     assert set(table["mine"]["acc"]) == {"dense", "sparse"}
     score, error = table["mine"]["acc"]["sparse"]
@@ -188,11 +188,11 @@ def test_of_a_run_with_adapters_both_are_one_model(workplace, tasks, monkeypatch
     analyze.main(["benchmark", "out/sparse", "--tasks=mine", f"--include={tasks}"])
     dtypes = {p.dtype for name, p in loaded[0].named_parameters() if "lora" not in name}
     assert dtypes == {torch.bfloat16} and len(loaded) == 1
-    with open("out/sparse/benchmark.json") as f:
+    with open("out/sparse/benchmark-mine.json") as f:
         table = json.load(f)
     dense = load_checkpoint("dense.pt").bfloat16()
     wanted = harness.benchmark({"dense": lambda: dense}, text.tokenizer("bytes"), "mine", None, tasks)
-    assert table["mine"]["acc"]["dense"] == wanted["mine"]["acc"]["dense"]
+    assert table["acc"]["dense"] == wanted["mine"]["acc"]["dense"]
 
 
 def test_a_missing_harness_and_a_run_without_text_are_named(workplace, monkeypatch):

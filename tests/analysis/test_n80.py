@@ -45,7 +45,7 @@ def made(workplace):
 def test_transcoders_of_equal_quality_are_compared(made):
     done = call(analyze.main, *COMMAND)
     assert done.returncode in (0, None), done.stderr
-    with open("out/sparse/n80.json") as f:
+    with open("out/sparse/n80-quote.json") as f:
         found = json.load(f)
     chosen = {by: [found[by][kind]["transcoder"] for kind in ("dense", "sparse")] for by in n80.MATCHED}
     assert chosen == {"l0": ["b", "a"], "explained": ["a", "b"]}
@@ -55,7 +55,7 @@ def test_transcoders_of_equal_quality_are_compared(made):
 
 def test_means_are_those_of_the_prompts(made):
     call(analyze.main, *COMMAND)
-    with open("out/sparse/n80.json") as f:
+    with open("out/sparse/n80-quote.json") as f:
         found = json.load(f)["explained"]["sparse"]
     models = n80.models_of("out/sparse")
     model, checkpoint = load_checkpoint("out/sparse/best.pt").eval(), read_checkpoint("out/sparse/best.pt")
@@ -77,7 +77,7 @@ def test_several_runs_make_a_range(made):
     done = call(analyze.main, "n80", "out/sparse", "out/sparse", "--names=a", "--tasks=quote", "--n=1")
     assert done.returncode in (0, None), done.stderr
     assert "2 runs, dense against sparse, mean (range):" in done.stdout
-    with open("out/sparse/n80.json") as f:
+    with open("out/sparse/n80-quote.json") as f:
         found = json.load(f)["l0"]
     ratio = found["dense"]["heads_80"] / found["sparse"]["heads_80"]
     assert f"{ratio:.1f}x fewer ({ratio:.1f} to {ratio:.1f})" in done.stdout
