@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import socket
+import sys
 import traceback
 from concurrent.futures import Future
 from typing import NamedTuple
@@ -106,8 +107,7 @@ def in_this_process(monkeypatch):
 
     def start(command, stdout=None, stderr=None, **options):
         done = call(MAIN[os.path.basename(command[1])], *command[2:])
-        if stdout:
-            stdout.write(done.stdout + done.stderr)
+        (stdout or sys.stdout).write(done.stdout + done.stderr)
         return done
 
     monkeypatch.setattr(seeds.subprocess, "run", start)

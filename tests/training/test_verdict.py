@@ -13,7 +13,7 @@ from PIL import Image
 import analyze
 from analysis.report import advice_of
 from conftest import REPOSITORY
-from helpers import call, metrics, run
+from helpers import call, in_this_process, metrics, run
 from models.checkpoint import read_checkpoint
 from train import main
 from training import verdict
@@ -206,12 +206,8 @@ def test_headlines():
     assert advice(dense | {"ready": True}, config, lines(FALLING)) == []
 
 
-def command(*arguments):
-    return subprocess.run([sys.executable, f"{REPOSITORY}/train.py", *arguments], capture_output=True,
-                          text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-
-
-def test_a_run_that_missed_says_so_first_draws_its_closest_and_exits_with_2(echo):
+def test_a_run_that_missed_says_so_first_draws_its_closest_and_exits_with_2(echo, monkeypatch):
+    in_this_process(monkeypatch)
     # steps so large that what the parent knows is lost
     impossible = ["sparse.py", "--constraint_margin=0.0", "--loss_slack=0.0", "--learning_rate=0.5",
                   "--device=cpu"]
@@ -239,13 +235,14 @@ def test_a_run_that_missed_says_so_first_draws_its_closest_and_exits_with_2(echo
 
 
 @pytest.mark.slow
-def test_an_unready_dense_run_exits_with_2_and_a_ready_one_with_0(echo):
-    done = command("dense.py", "--ready_loss=0.01", "--device=cpu")
+def test_an_unready_dense_run_exits_with_2_and_a_ready_one_with_0(echo, monkeypatch):
+    in_this_process(monkeypatch)
+    done = call(main, "dense.py", "--ready_loss=0.01", "--device=cpu")
     assert done.returncode == 2
     assert "NOT READY: out/dense is no parent yet" in done.stdout
     assert "--init_from=resume --out_dir=out/dense --max_steps=120" in done.stdout
-    done = command("dense.py", "--init_from=resume", "--ready_loss=5.0", "--max_steps=1000",
-                   "--learning_rate=0.01", "--device=cpu")
+    done = call(main, "dense.py", "--init_from=resume", "--ready_loss=5.0", "--max_steps=1000",
+                "--learning_rate=0.01", "--device=cpu")
     assert done.returncode == 0 and "out/dense is ready to be a parent" in done.stdout, (
         done.stdout + done.stderr
     )
