@@ -31,7 +31,7 @@ from storage.files import UserError, read_json, write_json
 from training.folder import read_metrics, settings_of
 from training.verdict import AT_CAP, bounds_of_lambda
 
-MARKS = dict(zip(RULES, "1x+2*3"))  # of other rules in the picture
+MARKS = dict(zip(RULES, "^x+s*d"))  # of other rules in the picture
 
 
 def read_report(folder):
@@ -132,14 +132,14 @@ def draw_line(ax, points, color, label):
                 mfc=color if p["met"] else "white")
         for row in p["other_rules"]:
             if row["rule"] in MARKS:
-                ax.plot(row["above_parent"], row["edges"], MARKS[row["rule"]], ms=8, color=color)
+                ax.plot(row["above_parent"], row["edges"], MARKS[row["rule"]], ms=6, color=color)
     if points[0]["control_gain"] is not None:
         ax.axvline(-points[0]["control_gain"], color=color, lw=1, ls=":")
 
 
 def draw(path, points):
     """The curve, a line for every parent and number of steps."""
-    figure, ax = plt.subplots(figsize=(7, 4.4), layout="constrained")
+    figure, ax = plt.subplots(figsize=(7, 5), layout="constrained")
     groups = {}
     for p in sorted(points, key=lambda p: (p["seed"], p["steps"], p["above_parent"])):
         groups.setdefault((p["parent"], p["steps"]), []).append(p)
@@ -150,7 +150,7 @@ def draw(path, points):
     shown = {row["rule"] for p in points for row in p["other_rules"]}
     for rule, mark in MARKS.items():
         if rule in shown:
-            ax.plot([], [], mark, ms=8, color=GREY, label=f"parent, cut by {rule}, trained on")
+            ax.plot([], [], mark, ms=6, color=GREY, label=f"{rule}, trained on")
     ax.axvline(0, color=GREY, lw=1, zorder=0)
     some = any(p["control_gain"] is not None for p in points)
     with_controls = "; dotted: what the parent would have gained without gates" if some else ""
@@ -167,7 +167,8 @@ def draw(path, points):
     for axis in (ax.yaxis, right.yaxis):
         axis.set_major_formatter(lambda y, _: f"{y:g}")
         axis.set_minor_formatter(lambda y, _: f"{y:g}" if f"{y:e}"[0] in "25" else "")
-    ax.legend(fontsize=8, title="filled: target met", title_fontsize=8)
+    figure.legend(loc="outside lower center", ncols=4, fontsize=8, title_fontsize=8,
+                  title="circles: gated runs; filled: target met")
     ax.grid(alpha=0.3)
     save(figure, path)
 
