@@ -13,12 +13,12 @@ import pytest
 import torch
 
 from storage.addition import IGNORE
+from storage.files import REPOSITORY
 
 if not torch.cuda.is_available():
     # Triton's kernels run on the CPU, tile by tile in numpy; read when fast/kernels.py is imported
     os.environ["TRITON_INTERPRET"] = "1"
 
-REPOSITORY = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, REPOSITORY)
 
 

@@ -33,8 +33,8 @@ def test_two_processes_do_what_one_does_with_accumulation(workplace, compiled):
     shape = [s for s in SETTINGS if not s.startswith(("--n_", "--block", "--dropout"))]
     launch(1, *shape, *GATED, "--micro_batch_size=8", "--out_dir=out/one")
     out = launch(2, *shape, *GATED, "--micro_batch_size=8", "--out_dir=out/two", f"--compile={compiled}")
-    assert out.count("2 x cpu") == 1 and ("not compiled" in out) == (compiled == "off")
-    assert out.count("dense model: held-out loss") == 1  # one process prints
+    assert "2 x cpu" in out and ("not compiled" in out) == (compiled == "off")
+    assert out.count("held-out loss, sparse") == 1  # one process prints and reports
     one = metrics("out/one")
     assert len(one) == 21 and one[-1]["lambda"] != one[0]["lambda"]
     assert_same_losses("out/one", "out/two")
