@@ -58,6 +58,13 @@ class GPTConfig(GateConfig):
     init_std: float = 0.02
 
 
+def cross_entropy(logits, targets):
+    """Mean over the targets, nats; 0, and no gradient, where all are -1. Shapes: see `GPT.forward`."""
+    logits, targets = logits.flatten(0, 1).float(), targets.flatten()  # (B T, V), (B T,)
+    summed = F.cross_entropy(logits, targets, ignore_index=-1, reduction="sum")
+    return summed / (targets != -1).sum().clamp(min=1)
+
+
 class CausalSelfAttention(nn.Module):
     def __init__(self, config):
         super().__init__()
@@ -207,7 +214,7 @@ class GPT(nn.Module):
         logits = self.lm_head(self.transformer.ln_f(x))  # (B, T, V)
         loss = None
         if targets is not None:
-            loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-1)
+            loss = cross_entropy(logits, targets)
         return logits, loss, torch.stack(densities).mean()
 
     @classmethod

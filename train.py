@@ -79,12 +79,12 @@ def loop(run, judge, progress, stop):
 
         # --- 2. gradients: of  density_weight * density + lambda (loss - target) ----------------------------
         seen = []
-        for x, y in run.parts(step):
+        for x, y, weight in run.parts(step):  # weight: its share of the step's targets, as batches.py says
             with run.autocast():
                 logits, loss, density = run.network(x, y, linear_penalty=cutting, noise=noise)
-                objective = loss
+                objective = loss = weight * loss
                 if c.gated:
-                    taught = loss + run.distillation_loss(x, y, logits)
+                    taught = loss + weight * run.distillation_loss(x, y, logits)
                     objective = geco.objective(taught, density, c.density_weight)
             (objective / len(run.batches.ours)).backward()  # DDP and FSDP average over the processes
             seen.append((loss.detach(), density.detach(), objective.detach()))

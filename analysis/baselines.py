@@ -99,7 +99,7 @@ def train_on(model, teacher, cut, data, c, path, progress):
             cut.fitting = step % c.constraint_interval == 0 or step == begun
             for group in optimizer.param_groups:
                 group["lr"] = get_lr(step, c)
-            [(x, y)] = batches.at(step)
+            [(x, y, _)] = batches.at(step)
             with autocast():
                 logits, loss, _ = model(x, y)
                 with torch.no_grad():

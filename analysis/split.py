@@ -53,7 +53,7 @@ def parts(c, model, average, data, batches):
         batches.mean_loss(0, average, autocast)
 
     def forward():
-        x, y = next(iter(batches.at(0)))
+        x, y, _ = next(iter(batches.at(0)))
         _, loss, density = model(x, y)
         state["objective"] = density + loss
 

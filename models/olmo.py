@@ -38,6 +38,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from gate import GateConfig, by_layer, gated_attention
+from model import cross_entropy
 
 
 @dataclass
@@ -277,7 +278,7 @@ class OLMo(nn.Module):
         logits = self.lm_head(self.model.norm(x))  # (B, T, V)
         loss = None
         if targets is not None:
-            loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-1)
+            loss = cross_entropy(logits, targets)
         return logits, loss, torch.stack(densities).mean()
 
     def reading_and_writing(self, layer):

@@ -20,6 +20,7 @@ import prepare_data
 import train as train_file
 from analysis import seeds
 from models.checkpoint import fingerprint, read_checkpoint
+from storage.addition import IGNORE
 from train import train
 from training.configure import parse_command_line
 from training.settings import Config, limits, make_config
@@ -167,6 +168,20 @@ def count_dataset():
     tokens = (np.cumsum(np.random.default_rng(0).integers(1, 3, 3000)) % 10).astype(np.uint16)
     prepare_data.write_dataset("data/count", tokens[:2000], tokens[2000:], kind="stream", vocab_size=10,
                                tokenizer="digits")
+
+
+def unequal_rows():
+    """Questions whose answers have 1 or 8 tokens: a dataset, and a dense parent at out/dense that knows
+    nothing. Returns the settings of a child that makes one step, without noise.
+    """
+    rows = np.random.default_rng(0).integers(0, 9, (80, 2, 8)).astype(np.uint16)
+    rows[::2, 1, :7] = IGNORE
+    prepare_data.write_dataset("data/unequal", rows[:64], rows[64:], kind="rows", vocab_size=9)
+    settings = ["--dataset=unequal", "--batch_size=16", "--max_steps=1", "--eval_interval=1", "--device=cpu"]
+    launch(1, *settings, "--n_layer=2", "--n_head=2", "--n_embd=16", "--block_size=8", "--init_std=0.5",
+           "--out_dir=out/dense")
+    return [*settings, "--init_from=out/dense", "--gated=True", "--gate_bias=0", "--noise_free_steps=1",
+            "--distill_weight=0.5"]
 
 
 def theirs(kind, **settings):

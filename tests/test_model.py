@@ -91,6 +91,13 @@ def test_loss_ignores_positions_and_density_is_one_when_dense():
     assert density.item() == 1 and m(idx)[1] is None
 
 
+def test_where_nothing_is_asked_the_loss_is_0_and_teaches_nothing():
+    m = tiny()
+    loss = m(torch.randint(11, (3, 8)), torch.full((3, 8), -1))[1]
+    loss.backward()
+    assert loss == 0 and not any(p.grad.any() for p in m.parameters())
+
+
 def test_the_gate_adds_no_parameter_and_a_wide_open_gate_changes_nothing():
     dense, gated = tiny(), tiny(gated=True, gate_bias=1e4)
     gated.load_state_dict(dense.state_dict())

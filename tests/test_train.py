@@ -11,14 +11,16 @@ import pytest
 import torch
 
 import prepare_data
-from helpers import SMALL, metrics, parameters, run, same
+from helpers import SMALL, launch, metrics, parameters, run, same, unequal_rows
 from model import GPT
 from models.checkpoint import load_checkpoint, load_weights, read_checkpoint
+from storage.addition import IGNORE
 from storage.files import UserError
 from train import get_lr
 from training import judge
 from training.distillation import divergence
 from training.evaluate import evaluate_splits
+from training.run import Run
 from training.settings import Config
 from training.verdict import distance_from_target, meets_target
 
@@ -193,6 +195,43 @@ def test_learning_rate_warms_up_and_falls_to_its_minimum():
 
 
 # ------------------------------------------------------------------------------------------------------------
+# answers of unequal number
+
+
+def test_a_step_has_one_denominator_however_it_is_cut(workplace, monkeypatch):
+    """Its gradient, with a teacher's, and what is measured: of 16 rows in micro-batches of 16, 8 and 1."""
+    real, gradients, lines, child = Run.clip_gradient, [], [], unequal_rows()
+
+    def watched(self):
+        gradients.append(torch.cat([p.grad.flatten() for p in self.trained]))
+        return real(self)
+
+    monkeypatch.setattr(Run, "clip_gradient", watched)
+    for micro in (16, 8, 1):
+        launch(1, *child, f"--micro_batch_size={micro}", f"--out_dir=out/{micro}")
+        lines.append(metrics(f"out/{micro}")[-1])
+    for gradient, line in zip(gradients[1:], lines[1:]):
+        torch.testing.assert_close(gradient, gradients[0], atol=1e-6, rtol=1e-5)
+        for key in ("constraint_loss", "constraint_target", "batch_loss", "density"):
+            assert line[key] == pytest.approx(lines[0][key], rel=1e-6), key
+
+
+def test_a_step_that_asks_nothing_adds_nothing(workplace, monkeypatch):
+    """Of two rows only the second asks; batches of one row."""
+    real, norms = Run.clip_gradient, []
+    monkeypatch.setattr(Run, "clip_gradient", lambda self: norms.append(real(self)) or norms[-1])
+    rows = np.zeros((2, 2, 8), dtype=np.uint16)
+    rows[0, 1] = IGNORE
+    prepare_data.write_dataset("data/half", rows, rows, kind="rows", vocab_size=9)
+    launch(1, "--dataset=half", "--n_layer=1", "--n_head=1", "--n_embd=16", "--block_size=8",
+           "--batch_size=1", "--max_steps=8", "--eval_interval=4", "--eval_batch_size=1", "--device=cpu",
+           "--out_dir=out/half")
+    asks = [np.random.default_rng((1, False, step)).integers(0, 2) for step in range(8)]
+    assert {0, 1} == set(asks) and [norm > 0 for norm in norms] == [bool(row) for row in asks]
+    assert all(math.isfinite(line["val_loss"]) for line in metrics("out/half"))
+
+
+# ------------------------------------------------------------------------------------------------------------
 # text: the hand-over, a teacher, another target, a control
 
 
@@ -273,6 +312,18 @@ def test_divergence_is_the_textbook_sum():
     expected = (p * (p / q).log()).sum(-1)[targets != -1].mean().item()
     assert divergence(student, teacher, targets).item() == pytest.approx(expected, rel=1e-5)
     assert divergence(teacher, teacher, targets).item() == pytest.approx(0, abs=1e-6)
+    student.requires_grad_()
+    divergence(student, teacher, targets).backward()
+    torch.testing.assert_close(student.grad, (q - p) * (targets != -1)[..., None] / 3, atol=1e-6, rtol=0)
+
+
+def test_divergence_copies_no_logits_and_is_0_where_nothing_is_asked():
+    shapes = torch.empty(2, 3, 5, device="meta")  # what is asked is not known: it must not matter
+    assert divergence(shapes, shapes, torch.empty(2, 3, device="meta")).shape == ()
+    student = torch.randn(2, 3, 5, requires_grad=True)
+    found = divergence(student, torch.randn(2, 3, 5), torch.full((2, 3), -1))
+    found.backward()
+    assert found == 0 and not student.grad.any()
 
 
 def test_a_checkpoint_of_transformers_is_a_parent_and_resumes(counting):

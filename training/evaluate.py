@@ -13,6 +13,7 @@ processes share the examples and all get the same result.
 
 import torch
 
+from storage.files import UserError
 from training import hardware
 
 
@@ -97,6 +98,9 @@ def evaluate(model, data, split, batch_size=1000, max_batches=0):
         correct += ((logits.argmax(-1) == y) | ~asked).all(dim=1).sum().item()
     model.train(was_training)
     loss_sum, targets_seen, correct = hardware.all_reduce_sum([loss_sum, targets_seen, correct], device)
+    if not targets_seen:
+        raise UserError(f"data/{data.name}: none of the {len(indices)} {split} examples that are judged asks "
+                        "anything. Let --eval_batches=0 judge all of them")
     return {
         "loss": loss_sum / targets_seen,
         "accuracy": correct / len(indices) if rows else None,

@@ -221,7 +221,7 @@ class Run:
         return measured
 
     def parts(self, step):
-        """This process's micro-batches of a step, (x, y) each, (B, T).
+        """This process's micro-batches of a step, as `Batches.at` yields them.
 
         DDP averages gradients after the last alone.
         """

@@ -7,6 +7,8 @@ from torch.nn import functional as F
 
 import prepare_data
 from model import GPT, GPTConfig
+from storage.addition import IGNORE
+from storage.files import UserError
 from training.evaluate import evaluate
 
 
@@ -54,3 +56,17 @@ def test_a_stream_is_cut_into_windows_and_a_dense_model_is_all_open(workplace):
     assert some["examples"] == 5
     assert some["loss"] == pytest.approx(model(x[spread], y[spread])[1].item(), rel=1e-5)
     assert evaluate(model, prepare_data.load("s"), "val", batch_size=5, max_batches=9)["examples"] == 12
+
+
+def test_rows_that_ask_nothing_have_no_weight(workplace):
+    rows = np.random.default_rng(0).integers(0, 7, (9, 2, 8)).astype(np.uint16)
+    rows[:3, 1] = IGNORE  # a batch of them
+    rows[3:6, 1, :7] = IGNORE  # and one that asks less than the next
+    prepare_data.write_dataset("data/some", rows, rows, kind="rows", vocab_size=7)
+    data = prepare_data.load("some")
+    model = GPT(GPTConfig(block_size=8, vocab_size=7, n_layer=1, n_head=1, n_embd=8))
+    x, y = (torch.from_numpy(a) for a in data.batch("val", range(3, 9), 8))
+    expected = F.cross_entropy(model(x)[0][y != -1], y[y != -1]).item()
+    assert evaluate(model, data, "val", batch_size=3)["loss"] == pytest.approx(expected, rel=1e-5)
+    with pytest.raises(UserError, match="none of the 1 val examples that are judged asks anything"):
+        evaluate(model, data, "val", batch_size=1, max_batches=1)

@@ -1,5 +1,6 @@
 """One process or two: the same losses, densities, lambda and checkpoints."""
 
+import csv
 import os
 import signal
 import subprocess
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 from conftest import REPOSITORY
-from helpers import assert_same_losses, count_dataset, launch, metrics
+from helpers import assert_same_losses, count_dataset, launch, metrics, unequal_rows
 from models.checkpoint import read_checkpoint
 from storage.files import UserError
 from training import hardware
@@ -44,6 +45,16 @@ def test_two_processes_do_what_one_does_with_accumulation(workplace, compiled):
     launch(1, *shape, *GATED, "--micro_batch_size=16", "--out_dir=out/two", "--init_from=resume",
            "--max_steps=24")
     assert read_checkpoint("out/two/last.pt")["step"] == 24
+
+
+def test_two_processes_that_ask_unequally_many_targets_have_one_denominator(workplace):
+    child, norms = unequal_rows(), []
+    for processes in (1, 2):
+        launch(processes, *child, f"--out_dir=out/{processes}")
+        with open(f"out/{processes}/steps.csv") as f:
+            norms.append(float(next(csv.DictReader(f))["gradient_norm"]))
+    assert norms[1] == pytest.approx(norms[0], rel=1e-4)
+    assert_same_losses("out/1", "out/2")
 
 
 def test_a_scheduler_that_stops_everybody_at_once_loses_nothing(workplace):
