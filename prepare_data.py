@@ -269,8 +269,9 @@ def main(arguments):
         data = load(name)
     except (UserError, OSError) as error:
         sys.exit(f"error: {error}")
+    held_out = len(data.val) / (len(data.train) + len(data.val))
     print(f"{folder}: {data.meta['kind']}, train {data.train.shape}, val {data.val.shape}, "
-          f"vocabulary of {data.meta['vocab_size']}")
+          f"{100 * held_out:.3g} % held out, vocabulary of {data.meta['vocab_size']}")
     print("train on it:")
     for command in what_next(name, data):
         print(f"    {command}")
