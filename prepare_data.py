@@ -107,8 +107,8 @@ def write_text(folder, documents, tokenizer, **meta):
     train, val = text.split(documents)
 
     def encoded(split, side):
-        watched = tqdm(side, desc=f"{split}, {tokens.name}", unit="document", disable=None)
-        return np.concatenate([text.encode_document(document, tokens) for document in watched])
+        for document in tqdm(side, desc=f"{split}, {tokens.name}", unit="document", disable=None):
+            yield from text.encode_in_parts(document, tokens)
 
     write_dataset(folder, encoded("train", train), encoded("val", val), kind="stream",
                   vocab_size=tokens.vocab_size, tokenizer=tokens.name,

@@ -14,6 +14,7 @@ in any order, on any machine, are split alike.
 
 import hashlib
 import os
+import re
 import sysconfig
 from typing import Callable, NamedTuple
 
@@ -109,12 +110,30 @@ def dtype_for(vocab_size):
     return np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
 
 
-def encode_document(text, tokens):
-    """The token ids of one document (bytes), the separator first: flat, `dtype_for` the vocabulary.
+PART = 1 << 20  # bytes of a document that are encoded at once: a tokenizer takes many times their size
+# Places that no token crosses, whatever the tokenizer: before the first space behind a word, and between two
+# lines without white space where they meet. VISIBLE: bytes with which no white space of Unicode ends
+VISIBLE = rb"[!-~\x8b-\x9e\xa1-\xa7\xaa-\xae\xb0-\xbf]"
+BORDER = re.compile(rb"(?<=%b)(?= )|(?<=%b\n)(?=[!-~\xc3-\xe0\xe4-\xf4])" % (VISIBLE, VISIBLE))
 
-    tokens: a Tokenizer.
+
+def encode_in_parts(text, tokens):
+    """The token ids of one document (bytes), the separator first, as flat arrays, `dtype_for` the vocabulary.
+
+    tokens: a Tokenizer. A long document without any BORDER is one part.
     """
-    return np.concatenate([[tokens.separator], tokens.encode(text)]).astype(dtype_for(tokens.vocab_size))
+    dtype, begin = dtype_for(tokens.vocab_size), 0
+    yield np.array([tokens.separator], dtype)
+    while begin < len(text):
+        border = BORDER.search(text, begin + PART)
+        end = border.start() if border else len(text)
+        yield np.asarray(tokens.encode(text[begin:end]), dtype)
+        begin = end
+
+
+def encode_document(text, tokens):
+    """The same in one array."""
+    return np.concatenate(list(encode_in_parts(text, tokens)))
 
 
 def pieces(ids, tokens):
@@ -159,13 +178,18 @@ def file_documents(paths):
                 content = f.read()
         except OSError as error:
             raise UserError(f"--file={path}: {error.strerror}") from error
-        if not content.strip():
+        if is_blank(content):
             raise UserError(f"--file={path} is empty")
         if b"\0" in content:
             raise UserError(
                 f"--file={path} holds zero bytes: it is no text, or text in UTF-16. Save it as UTF-8"
             )
         yield content
+
+
+def is_blank(text):
+    """Is there nothing but white space? `strip` would copy the text."""
+    return not text or text.isspace()
 
 
 def is_held_out(text, share):
@@ -199,7 +223,7 @@ def split(documents, share=0.1):
     a model on. Raises UserError if there is no text.
     """
     documents = sorted(
-        {text for text in documents if text.strip()}, key=lambda text: hashlib.sha256(text).digest()
+        {text for text in documents if not is_blank(text)}, key=lambda text: hashlib.sha256(text).digest()
     )
     if not documents:
         raise UserError("there is no text to make a dataset of")

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -237,6 +238,18 @@ def test_your_own_files_in_bytes_and_in_gpt2_tokens(workplace, monkeypatch):
 
     pieces = tiktoken.get_encoding("gpt2").decode(np.asarray(data.val).tolist()).split("<|endoftext|>")[1:]
     assert all(piece.encode() in found for piece in pieces)
+
+
+def test_a_text_takes_three_times_its_size_in_memory(workplace):
+    size = 8 << 20
+    (workplace / "large.txt").write_bytes(b"One line of a large book.\n" * (size // 26))
+    tracemalloc.start()
+    try:
+        said = call(prepare_data.main, "text", "--file=large.txt").stdout
+        assert tracemalloc.get_traced_memory()[1] < 3 * size
+    finally:
+        tracemalloc.stop()
+    assert "10 % held out" in said
 
 
 def test_bad_files_are_named(workplace):

@@ -3,6 +3,7 @@
 import os
 import random
 
+import numpy as np
 import pytest
 
 from storage import text
@@ -68,6 +69,20 @@ def test_small_files_beside_large_ones_are_not_all_that_is_held_out():
     train, val = text.split([title, book])
     assert train[0] + val[1] == book and val[0] == title and 0.09 < len(val[1]) / len(book) < 0.15
     assert text.split([title, book, other]) == ([other], [title, book])
+
+
+@pytest.mark.parametrize("name", ["bytes", "gpt2"])
+def test_tokens_are_the_same_in_parts(monkeypatch, name):
+    if name == "gpt2" and "TIKTOKEN_CACHE_DIR" not in os.environ:
+        pytest.skip("needs OpenAI's vocabulary: set TIKTOKEN_CACHE_DIR")
+    with open(text.__file__, "rb") as f:
+        source = f.read()
+    source += "Grüße,  \N{SNOWMAN} .\n\n Мир \r\nhier\N{NO-BREAK SPACE}\nда\n\u3000x\n".encode() * 50
+    tokens = text.tokenizer(name)
+    monkeypatch.setattr(text, "PART", 20)
+    parts = list(text.encode_in_parts(source, tokens))
+    assert len(parts) > 200
+    assert np.concatenate(parts).tolist() == [tokens.separator, *tokens.encode(source)]
 
 
 def test_held_out_documents_are_the_share_that_was_asked_for():
