@@ -107,8 +107,8 @@ def write_text(folder, documents, tokenizer, **meta):
     train, val = text.split(documents)
 
     def encoded(split, side):
-        watched = tqdm(side, desc=f"{split}, {tokens.name}", unit="document", disable=None)
-        return np.concatenate([text.encode_document(document, tokens) for document in watched])
+        for document in tqdm(side, desc=f"{split}, {tokens.name}", unit="document", disable=None):
+            yield from text.encode_in_parts(document, tokens)
 
     write_dataset(folder, encoded("train", train), encoded("val", val), kind="stream",
                   vocab_size=tokens.vocab_size, tokenizer=tokens.name,
@@ -269,8 +269,9 @@ def main(arguments):
         data = load(name)
     except (UserError, OSError) as error:
         sys.exit(f"error: {error}")
+    held_out = len(data.val) / (len(data.train) + len(data.val))
     print(f"{folder}: {data.meta['kind']}, train {data.train.shape}, val {data.val.shape}, "
-          f"vocabulary of {data.meta['vocab_size']}")
+          f"{100 * held_out:.3g} % held out, vocabulary of {data.meta['vocab_size']}")
     print("train on it:")
     for command in what_next(name, data):
         print(f"    {command}")

@@ -10,6 +10,8 @@ There are two kinds, and everything that reads data knows only these:
 - stream: the file is one long run of tokens; a training example is any window of it, its targets the same
           window one later. For text (text.py), every document with the tokenizer's separator before it.
 
+What is written is checked: whole numbers of the vocabulary, and something asked in both files.
+
 Notable: files are written under a temporary name and renamed, meta.json last, so that a folder with a
 meta.json is whole.
 """
@@ -76,7 +78,8 @@ class Dataset:
 def open_dataset(folder, remedy):
     """The Dataset in a folder. remedy: the command that makes it again, unless meta.json knows a better one.
 
-    Raises UserError if it is incomplete, of the wrong size or, for files up to 64 MB, of the wrong sha256.
+    Raises UserError if it is incomplete, of the wrong size or, for files up to 64 MB, of the wrong sha256, or
+    if it asks nothing.
     """
     again = f"Delete {folder} and make it again: "
     try:
@@ -96,30 +99,47 @@ def open_dataset(folder, remedy):
                             f"{again}{remedy}")
         if size <= 1 << 26 and sha256(path) != meta["sha256"][split]:
             raise UserError(f"{path} has changed since it was made (wrong sha256). {again}{remedy}")
-        splits[split] = np.memmap(path, dtype=dtype, mode="r", shape=tuple(meta["shape"][split]))
+        if not size or not asks(data := np.memmap(path, dtype, "r", shape=tuple(meta["shape"][split]))):
+            raise UserError(f"{path} asks nothing: no model can be trained or judged on it. {again}{remedy}")
+        splits[split] = data
     return Dataset(os.path.basename(folder), meta, **splits, remedy=remedy)
+
+
+def asks(data):
+    """Is anything asked in a split? Reads no further than to the first target."""
+    if data.ndim == 1:
+        return len(data) > 1
+    return any((data[i:i + 1000, 1] != IGNORE).any() for i in range(0, len(data), 1000))
 
 
 def write_dataset(folder, train, val, **meta):
     """Write a dataset folder.
 
     train, val: arrays of token ids, (N, 2, T) for kind='rows' or flat for kind='stream'; or, for a stream
-    that does not fit into memory, iterators of flat arrays. meta holds vocab_size at least. Raises UserError,
-    what was there before untouched, if the disk is full.
+    that does not fit into memory, iterators of flat arrays. meta holds kind and vocab_size at least. Raises
+    UserError, what was there before untouched, if the tokens are not what meta says, or the disk is full.
     """
+    kind, vocab_size = meta["kind"], int(meta["vocab_size"])
+    if kind not in ("rows", "stream"):
+        raise UserError(f"{folder}: there is no kind={kind!r}. It is 'rows' or 'stream'")
+    if kind == "rows" and vocab_size > IGNORE:
+        raise UserError(f"{folder}: vocab_size={vocab_size} is too large for rows, in which {IGNORE} stands "
+                        f"where nothing is asked. Make it {IGNORE} or less")
     os.makedirs(folder, exist_ok=True)
     paths = {split: os.path.join(folder, f"{split}.bin") for split in ("train", "val")}
-    meta |= {"shape": {}, "sha256": {}}
-    dtype = dtype_for(meta["vocab_size"])
-    for (split, path), data in zip(paths.items(), (train, val)):
-        try:
-            meta["shape"][split], meta["sha256"][split] = write_tokens(path + ".tmp", data, dtype)
-        except OSError as error:
-            for begun in paths.values():
-                if os.path.exists(begun + ".tmp"):
-                    os.remove(begun + ".tmp")
+    meta |= {"vocab_size": vocab_size, "shape": {}, "sha256": {}}
+    try:
+        for (split, path), data in zip(paths.items(), (train, val)):
+            blocks = as_stored(data, f"{folder}: {split}", kind, vocab_size)
+            meta["shape"][split], meta["sha256"][split] = write_tokens(path + ".tmp", blocks)
+    except BaseException as error:
+        for begun in paths.values():
+            if os.path.exists(begun + ".tmp"):
+                os.remove(begun + ".tmp")
+        if isinstance(error, OSError):
             raise UserError(f"cannot write {path}: {error}. Free some space and type the same command "
                             "again") from error
+        raise
     description = os.path.join(folder, "meta.json")
     if os.path.exists(description):
         os.remove(description)  # from here on the old dataset is not whole
@@ -128,16 +148,47 @@ def write_dataset(folder, train, val, **meta):
     write_json(description, meta)
 
 
-def write_tokens(path, data, dtype):
-    """Write an array, or an iterator of flat arrays, to path. Returns its shape, a list, and its sha256."""
-    digest, tokens = hashlib.sha256(), 0
+def as_stored(data, where, kind, vocab_size):
+    """An array, or an iterator of arrays, in blocks of about a million tokens, as they are stored.
+
+    Raises UserError at the first token that would not be read back as it was given or is not in the
+    vocabulary, and at the end if nothing is asked.
+    """
+    rows, dtype, targets = kind == "rows", dtype_for(vocab_size), 0
+    mark = f", and {IGNORE} (storage.addition.IGNORE) where a target is not asked" if rows else ""
+    for part in [data] if isinstance(data, np.ndarray) else data:
+        part = np.asarray(part)
+        fits = part.ndim == 3 and part.shape[1] == 2 if rows else part.ndim == 1
+        if not fits or part.dtype.kind not in "iuf":
+            raise UserError(f"{where} is of {part.dtype} and of shape {part.shape}. kind={kind!r} wants a "
+                            f"numpy array of token ids of shape {'(N, 2, T)' if rows else '(N,)'}")
+        step = 1 + (1 << 20) // (1 + part[:1].size)
+        for i in range(0, len(part), step):
+            block = part[i:i + step]
+            with np.errstate(invalid="ignore"):  # nan, found in the next line
+                stored = block.astype(dtype)
+            right = (stored == block) & (stored < vocab_size)
+            if rows:
+                right[:, 1] |= block[:, 1] == IGNORE
+            if not right.all():
+                raise UserError(f"{where} holds {block[~right][0]}. Token ids are whole numbers from 0 to "
+                                f"vocab_size - 1 = {vocab_size - 1}{mark}. Change the data or vocab_size")
+            targets += np.count_nonzero(stored[:, 1] != IGNORE) if rows else len(stored)
+            yield stored
+    if targets < (1 if rows else 2):  # the first token of a stream is no target
+        needed = f"a row with a target that is not {IGNORE}" if rows else "two tokens or more"
+        raise UserError(f"{where} asks nothing: no model can be trained or judged on it. Give it {needed}")
+
+
+def write_tokens(path, blocks):
+    """Write an iterator of arrays to path. Returns the shape of all of them, a list, and the sha256."""
+    digest, count = hashlib.sha256(), 0
     with open(path, "wb") as f:
-        for part in [data] if isinstance(data, np.ndarray) else data:
-            content = part.astype(dtype).tobytes()
+        for block in blocks:
+            content = block.tobytes()
             f.write(content)
             digest.update(content)
-            tokens += part.size
+            count += len(block)
         f.flush()
         os.fsync(f.fileno())
-    shape = list(data.shape) if isinstance(data, np.ndarray) else [tokens]
-    return shape, digest.hexdigest()
+    return [count, *block.shape[1:]], digest.hexdigest()

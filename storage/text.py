@@ -6,7 +6,7 @@
 
 A held-out set is made of whole documents: had a document one half on each side, the model could remember
 names and phrases from the half that it trained on. Identical documents are taken once, so that none is on
-both sides.
+both sides. Only a document that is nearly all of the text is cut.
 
 Notable: which side a document is on hangs on a hash of its text, not on its place in a list: the same files
 in any order, on any machine, are split alike.
@@ -14,6 +14,7 @@ in any order, on any machine, are split alike.
 
 import hashlib
 import os
+import re
 import sysconfig
 from typing import Callable, NamedTuple
 
@@ -109,12 +110,30 @@ def dtype_for(vocab_size):
     return np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
 
 
-def encode_document(text, tokens):
-    """The token ids of one document (bytes), the separator first: flat, `dtype_for` the vocabulary.
+PART = 1 << 20  # bytes of a document that are encoded at once: a tokenizer takes many times their size
+# Places that no token crosses, whatever the tokenizer: before the first space behind a word, and between two
+# lines without white space where they meet. VISIBLE: bytes with which no white space of Unicode ends
+VISIBLE = rb"[!-~\x8b-\x9e\xa1-\xa7\xaa-\xae\xb0-\xbf]"
+BORDER = re.compile(rb"(?<=%b)(?= )|(?<=%b\n)(?=[!-~\xc3-\xe0\xe4-\xf4])" % (VISIBLE, VISIBLE))
 
-    tokens: a Tokenizer.
+
+def encode_in_parts(text, tokens):
+    """The token ids of one document (bytes), the separator first, as flat arrays, `dtype_for` the vocabulary.
+
+    tokens: a Tokenizer. A long document without any BORDER is one part.
     """
-    return np.concatenate([[tokens.separator], tokens.encode(text)]).astype(dtype_for(tokens.vocab_size))
+    dtype, begin = dtype_for(tokens.vocab_size), 0
+    yield np.array([tokens.separator], dtype)
+    while begin < len(text):
+        border = BORDER.search(text, begin + PART)
+        end = border.start() if border else len(text)
+        yield np.asarray(tokens.encode(text[begin:end]), dtype)
+        begin = end
+
+
+def encode_document(text, tokens):
+    """The same in one array."""
+    return np.concatenate(list(encode_in_parts(text, tokens)))
 
 
 def pieces(ids, tokens):
@@ -159,13 +178,18 @@ def file_documents(paths):
                 content = f.read()
         except OSError as error:
             raise UserError(f"--file={path}: {error.strerror}") from error
-        if not content.strip():
+        if is_blank(content):
             raise UserError(f"--file={path} is empty")
         if b"\0" in content:
             raise UserError(
                 f"--file={path} holds zero bytes: it is no text, or text in UTF-16. Save it as UTF-8"
             )
         yield content
+
+
+def is_blank(text):
+    """Is there nothing but white space? `strip` would copy the text."""
+    return not text or text.isspace()
 
 
 def is_held_out(text, share):
@@ -176,25 +200,33 @@ def is_held_out(text, share):
     return int.from_bytes(hashlib.sha256(text).digest()[:8], "big") < share * 2**64
 
 
+def place_to_cut(text, share):
+    """Where a document (bytes) is cut, so that about `share` of it is behind the cut: after a blank line,
+    else a line, else a space, if one is so near that at most half as much again is held out; else between two
+    characters of UTF-8.
+    """
+    cut = int((1 - share) * len(text))
+    near = cut - int(share * len(text) / 2)
+    for ending in (b"\n\n", b"\n", b" "):
+        if (place := text.rfind(ending, near, cut)) >= 0:
+            return place + len(ending)
+    while cut > near and text[cut] & 0xC0 == 0x80:  # not the first byte of a character
+        cut -= 1
+    return cut
+
+
 def split(documents, share=0.1):
     """Two lists of documents (bytes), training and held out, the latter about `share` of all bytes. Documents
     are taken in the order of their hash.
 
-    A single document is cut once, at the blank line (else the line, else the byte) next to 1 - share of it.
-    Raises UserError if there is no text.
+    A single document is cut once, by `place_to_cut`; so is one beside which all others are too small to judge
+    a model on. Raises UserError if there is no text.
     """
     documents = sorted(
-        {text for text in documents if text.strip()}, key=lambda text: hashlib.sha256(text).digest()
+        {text for text in documents if not is_blank(text)}, key=lambda text: hashlib.sha256(text).digest()
     )
     if not documents:
         raise UserError("there is no text to make a dataset of")
-    if len(documents) == 1:
-        text, cut = documents[0], int((1 - share) * len(documents[0]))
-        for ending in (b"\n\n", b"\n"):
-            if (place := text.rfind(ending, 0, cut)) > 0:
-                cut = place + len(ending)
-                break
-        return [text[:cut]], [text[cut:]]
     wanted, held, train, val = share * sum(map(len, documents)), 0, [], []
     for text in documents:
         if held < wanted and held + len(text) <= 1.2 * wanted:
@@ -202,7 +234,12 @@ def split(documents, share=0.1):
             held += len(text)
         else:
             train.append(text)
-    if not val:  # all of them are large: the smallest
-        val.append(min(train, key=len))
-        train.remove(val[0])
+    if held < wanted / 2:  # those left are large: the smallest, or the end of the only one
+        text = min(train, key=len)
+        if len(train) > 1:
+            train.remove(text)
+            val.append(text)
+        else:
+            cut = place_to_cut(text, share)
+            train, val = [text[:cut]], [*val, text[cut:]]
     return train, val

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -12,8 +13,8 @@ import prepare_data
 from conftest import REPOSITORY
 from helpers import call, decoded
 from prepare_data import load, write_dataset
-from storage.addition import ADDITION_TOKENS, addition_pairs, addition_rows, addition_task
-from storage.files import UserError
+from storage.addition import ADDITION_TOKENS, IGNORE, addition_pairs, addition_rows, addition_task
+from storage.files import UserError, read_json, sha256, write_json
 from training.configure import parse_command_line
 from training.settings import Config, limits, make_config
 
@@ -110,9 +111,68 @@ def test_damage_is_named(workplace):
 
 def test_a_token_outside_the_vocabulary_is_named(workplace):
     write_dataset("data/odd", np.full(50, 7, np.uint16), np.full(50, 7, np.uint16), kind="stream",
-                  vocab_size=7)
+                  vocab_size=8)
+    change_meta("data/odd", vocab_size=7)
     with pytest.raises(UserError, match="holds token 7, but its vocabulary has only 7"):
         load("odd").batch("train", [0], 8)
+
+
+def change_meta(folder, **changes):
+    write_json(f"{folder}/meta.json", read_json(f"{folder}/meta.json") | changes)
+
+
+GOOD = np.full((10, 2, 3), IGNORE)  # int64: 1 1 1 -> asked at the last
+GOOD[:, 0] = GOOD[:, 1, 2] = 1
+ASKS_NOTHING = GOOD * [[[1], [0]]] + [[[0], [IGNORE]]]
+
+
+@pytest.mark.parametrize("kind, val, vocab_size, message", [
+    ("stream", np.array([1, 66_000]), 300, "val holds 66000.*from 0 to vocab_size - 1 = 299"),
+    ("stream", iter([np.arange(50), np.array([300])]), 300, "val holds 300"),
+    ("stream", np.array([1, 1.9]), 300, "val holds 1.9"),
+    ("stream", np.array([1, np.nan]), 300, "val holds nan"),
+    ("stream", np.array([1, IGNORE]), 300, "val holds 65535"),
+    ("rows", np.where(GOOD == IGNORE, -100, GOOD), 300, "val holds -100.*65535 .storage.addition.IGNORE"),
+    ("rows", GOOD, 65_536, "vocab_size=65536 is too large for rows"),
+    ("stream", np.array([], int), 300, "val asks nothing.*two tokens or more"),
+    ("stream", iter([]), 300, "val asks nothing"),
+    ("rows", GOOD[:0], 300, "val asks nothing"),
+    ("rows", ASKS_NOTHING, 300, "val asks nothing.*a target that is not 65535"),
+    ("rows", GOOD[:, 0], 300, r"val is of int64 and of shape \(10, 3\).*\(N, 2, T\)"),
+    ("stream", [1, 2, 3], 300, "val is of int64 and of shape .*numpy array"),
+    ("row", GOOD, 300, "no kind='row'"),
+])
+def test_what_is_no_dataset_is_refused_and_the_old_one_stays(workplace, kind, val, vocab_size, message):
+    write_dataset("data/mine", GOOD, GOOD, kind="rows", vocab_size=2)
+    train = GOOD if kind == "rows" else np.arange(50)
+    with pytest.raises(UserError, match=f"data/mine: .*{message}"):
+        write_dataset("data/mine", train, val, kind=kind, vocab_size=vocab_size)
+    assert sorted(os.listdir("data/mine")) == ["meta.json", "train.bin", "val.bin"]
+    assert (load("mine").val == GOOD).all()
+
+
+def test_what_comes_back_as_it_was_given_is_taken(workplace):
+    """Whole numbers of any type, and a vocab_size that numpy counted."""
+    write_dataset("data/mine", GOOD.astype(float), GOOD, kind="rows", vocab_size=GOOD[:, 0].max() + 1)
+    assert (load("mine").train == GOOD).all() and load("mine").meta["vocab_size"] == 2
+    write_dataset("data/mine", iter([np.array([1]), np.array([70_000])]), np.arange(2), kind="stream",
+                  vocab_size=70_001)
+    assert load("mine").train.tolist() == [1, 70_000]
+
+
+@pytest.mark.parametrize("kind, content", [
+    ("rows", ASKS_NOTHING), ("rows", GOOD[:0]), ("stream", np.array([5])), ("stream", np.array([], int))
+])
+def test_a_dataset_that_asks_nothing_is_refused_when_it_is_opened(workplace, kind, content):
+    """One that was written before this was checked."""
+    good = GOOD if kind == "rows" else np.arange(50)
+    write_dataset("data/old", good, good, kind=kind, vocab_size=300)
+    content.astype("<u2").tofile("data/old/val.bin")
+    meta = read_json("data/old/meta.json")
+    change_meta("data/old", shape=meta["shape"] | {"val": list(content.shape)},
+                sha256=meta["sha256"] | {"val": sha256("data/old/val.bin")})
+    with pytest.raises(UserError, match="data/old/val.bin asks nothing"):
+        load("old")
 
 
 def test_an_unknown_dataset_is_named(workplace):
@@ -178,6 +238,18 @@ def test_your_own_files_in_bytes_and_in_gpt2_tokens(workplace, monkeypatch):
 
     pieces = tiktoken.get_encoding("gpt2").decode(np.asarray(data.val).tolist()).split("<|endoftext|>")[1:]
     assert all(piece.encode() in found for piece in pieces)
+
+
+def test_a_text_takes_three_times_its_size_in_memory(workplace):
+    size = 8 << 20
+    (workplace / "large.txt").write_bytes(b"One line of a large book.\n" * (size // 26))
+    tracemalloc.start()
+    try:
+        said = call(prepare_data.main, "text", "--file=large.txt").stdout
+        assert tracemalloc.get_traced_memory()[1] < 3 * size
+    finally:
+        tracemalloc.stop()
+    assert "10 % held out" in said
 
 
 def test_bad_files_are_named(workplace):
