@@ -21,6 +21,7 @@ Everything is computed again from the checkpoint, by the code that judged the ru
 import argparse
 import difflib
 import importlib
+import math
 import signal
 import sys
 
@@ -106,6 +107,9 @@ def main(arguments):
     options, settings = parser.parse_known_args(arguments)
     if settings and command not in TAKES_SETTINGS:
         refuse(settings, parser.chosen)
+    for name, value in vars(options).items():
+        if isinstance(value, float) and not math.isfinite(value):
+            parser.chosen.error(f"--{name}={value}: it must be a finite number")
     try:
         status = options.answer(options, settings)
     except torch.OutOfMemoryError as error:

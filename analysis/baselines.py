@@ -113,6 +113,9 @@ def train_on(model, teacher, cut, data, c, path, progress):
                 follow(average, model, c.average_decay)
             progress.update()
             if (step + 1) % c.eval_interval == 0 or step + 1 == c.max_steps:
+                if not loss.isfinite():
+                    raise UserError(f"the loss is {loss.item()} at step {step} of {path}, which is left as "
+                                    "it was. Leave this rule or budget away: --rules=..., --budgets=...")
                 save_checkpoint(path, checkpoint_of(average, trained=model.state_dict(), step=step + 1,
                                                     optimizer=optimizer.state_dict()))
     average.eval()
@@ -200,7 +203,7 @@ def chosen(options):
         budgets = [float(word) for word in options.budgets.split(",")]
     except ValueError:
         budgets = [0.0]
-    if min(budgets) <= 0 or options.steps < 0:
+    if not all(0 < k < math.inf for k in budgets) or options.steps < 0:
         raise UserError("--budgets are numbers above 0, such as 1,2,4; --steps is 0 or more")
     return rules, budgets, [task for task in options.tasks.split(",") if task]
 

@@ -98,9 +98,9 @@ def prompt_circuits(path, pieces, rows, title):
 
 
 def band(ax, x, y, low, high, color, label):
-    """A curve with its band."""
+    """A curve with its band, left away where it is None."""
     ax.plot(x, y, "o-", color=color, ms=3, lw=1.5, label=label)
-    ax.fill_between(x, low, high, color=color, alpha=0.15, lw=0)
+    ax.fill_between(x, *np.array([low, high], dtype=float), color=color, alpha=0.15, lw=0)
 
 
 def arrow(ax, dense, sparse, middle):

@@ -31,6 +31,7 @@ from circuits.influence import (
 from circuits.transcoder import Transcoder
 from model import GPT
 from models.checkpoint import fingerprint, model_of, read_checkpoint
+from models.sound import is_finite
 from models.sources import checkpoint_named, folder_of_answers
 from storage.files import UserError, write_json
 
@@ -66,6 +67,9 @@ def read_transcoder(folder, name, checkpoint):
     if trained["step"] < steps:
         raise UserError(f"{place} is not finished, {trained['step']} of {steps} steps: give "
                         "the same transcode command again, and it goes on")
+    if not all(map(is_finite, trained["model"].values())):
+        raise UserError(f"{place} holds NaN or infinite numbers. Delete it, and train another with a smaller "
+                        f"step: python analyze.py transcode {folder} --name={name} --lr=1e-4")
     coder = Transcoder(**trained["model_args"])
     coder.load_state_dict(trained["model"])
     return coder.eval()
@@ -214,10 +218,10 @@ def run(options, settings):
     [question], word, _ = questions_of(checkpoint, run, [options.prompt])
     graph = graph_of(model, coder, torch.tensor(question.ids), position_of(question, options.at))
     found = summary(graph)
-    print("\n".join(lines_of(graph, found, question, word)))
     name = name_of(question.title, options.at, options.name)
     place = os.path.join(folder, name + ".json")
-    write_json(place, as_json(model, graph, found, question, word, run, name))
+    write_json(place, as_json(model, graph, found, question, word, run, name))  # first: it knows no NaN
+    print("\n".join(lines_of(graph, found, question, word)))
     print(f"for circuit-tracer's and Neuronpedia's pages: {place}")
 
 

@@ -168,7 +168,7 @@ def compare(folder, models, coders, matched, options):
                 coder, quality = coders[kind][name]
                 if (kind, name) not in measured:
                     measured[kind, name] = measure(model, coder, asked, progress)
-                known = {key: quality[key] for key in (*MATCHED, "kl", "agrees")}
+                known = {key: quality.get(key) for key in (*MATCHED, "kl_where_asked", "agrees_where_asked")}
                 result[by][kind] = {"transcoder": name, **known, **measured[kind, name]}
         result["untrained"] = {}
         shortest = min(len(one.tokens) for one in asked)
@@ -231,7 +231,7 @@ def in_words(found):
     cuts = "; ".join(
         f"{kind}: {100 * cut['same_sign']:.0f} % of signs foretold, the strongest move the answer by "
         f"{cut['strongest']:.2f}, others by {cut['others']:.2f}, correlation {cut['correlation']:.2f}"
-        for kind, cut in numbers.items())
+        for kind, cut in numbers.items()).replace("nan", "-")
     return [f"    {sizes} (of a nonsense answer {nonsense})",
             f"    replacement score {found['replacement']:.2f}, completeness {found['completeness']:.2f}",
             f"    cut: {cuts}"]

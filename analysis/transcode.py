@@ -6,10 +6,12 @@
 
 What the MLPs read and write on training text is computed once and kept in memory, in half precision; a step
 draws tokens from that. The report is of held-out text: explained variance, features that fire (L0), dead
-ones, and what becomes of the model with its MLPs replaced, without error nodes. Ctrl-C, and whatever else
-stops it, costs at most SAVED steps: the same command goes on.
+ones, and what becomes of the model with its MLPs replaced, without error nodes, at the places where an answer
+is asked (in a text, all). Ctrl-C, and whatever else stops it, costs at most SAVED steps: the same command
+goes on.
 """
 
+import math
 import os
 import time
 
@@ -21,41 +23,45 @@ import prepare_data
 from circuits.transcoder import Transcoder, quality, read_and_written
 from model import GPT
 from models.checkpoint import fingerprint, model_of, read_checkpoint, save_checkpoint
+from models.sound import is_finite
 from models.sources import checkpoint_named, folder_of_answers
 from storage.files import UserError, read_json, write_json
 from training import hardware
 from training.evaluate import examples_of
 
 SAVED = 500  # steps between two checkpoints
-MOST = 2**31  # bytes of activations that are kept
+MOST = 2**31  # bytes of activations that are kept; twice as many where they need single precision
 AT_ONCE = 64  # sequences in a forward pass, at most
 TOKENS_AT_ONCE = 2**13  # in a forward pass, at most: GPT-2's logits of so many are 1.6 GB
 JUDGED = 256  # held-out sequences
 
 
 def batches_of(data, split, T, tokens):
-    """Yield (B, T) tokens of a split, some `tokens` in all, spread evenly over it."""
+    """Yield (tokens, targets), (B, T) each, of a split, some `tokens` in all, spread evenly over it."""
     at_once = max(1, min(AT_ONCE, TOKENS_AT_ONCE // T))
     indices = examples_of(data, split, T, at_once, max_batches=max(1, tokens // (at_once * T)))
     for first in range(0, len(indices), at_once):
-        x, _ = data.batch(split, indices[first:first + at_once], T)
-        yield torch.from_numpy(x)
+        yield tuple(map(torch.from_numpy, data.batch(split, indices[first:first + at_once], T)))
 
 
 def cached(model, data, tokens, T):
-    """What MLPs read and what they write on training data: two (N, L, C), float16."""
+    """What MLPs read and what they write on training data: two (N, L, C), float16, or float32 if they hold
+    numbers that are too large for that.
+    """
     c, device = model.config, next(model.parameters()).device
     tokens = min(tokens, MOST // (4 * c.n_layer * c.n_embd))
     read, written = [], []
-    for x in batches_of(data, "train", T, tokens):
+    for x, _ in batches_of(data, "train", T, tokens):
         for kept, now in zip((read, written), read_and_written(model, x.to(device))):
-            kept.append(now.flatten(0, 1).half())
+            now = now.flatten(0, 1)
+            half = now.half()
+            kept.append(half if half.isfinite().all() else now)  # one of float32, and `cat` makes all so
     return torch.cat(read), torch.cat(written)
 
 
 def train(coder, x, y, options, start, save):
     """Adam on random tokens of x and y (N, L, C). start: a checkpoint to go on from, or None; save(step,
-    optimizer) is called now and then.
+    optimizer) is called now and then. Raises UserError, and saves no more, if training leaves the numbers.
     """
     optimizer = torch.optim.Adam(coder.parameters(), lr=options.lr)
     if start:
@@ -69,10 +75,20 @@ def train(coder, x, y, options, start, save):
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+        saves = (step + 1) % SAVED == 0 or step + 1 == options.steps
+        if not loss.isfinite() or saves and not all(map(is_finite, coder.parameters())):
+            left_the_numbers(f"training left the numbers at step {step}, squared error {error.item():g}",
+                             options)
         if step % 50 == 0:
             steps.set_postfix_str(f"squared error {error.item():.3g}")
-        if (step + 1) % SAVED == 0 or step + 1 == options.steps:
+        if saves:
             save(step + 1, optimizer)
+
+
+def left_the_numbers(what, options):
+    """Raise UserError. what: is no finite number."""
+    raise UserError(f"{what}: this becomes no transcoder of {options.run}. Try smaller steps, "
+                    f"--lr={min(options.lr / 3, 1e-3):.1g}, and --name=ANOTHER")
 
 
 def add_arguments(parser):
@@ -112,6 +128,8 @@ def run(options, settings):
     """`analyze.py transcode`."""
     if min(options.features, options.tokens, options.steps, options.batch) < 1 or options.lr <= 0:
         raise UserError("--features, --tokens, --steps and --batch must be at least 1, --lr above 0")
+    if min(options.price, options.revive) < 0:
+        raise UserError("--price and --revive must be 0 or more")
     path = checkpoint_named(options.run.rstrip("/"))
     checkpoint = read_checkpoint(path)
     model = model_of(checkpoint, path, hardware.pick_device("auto")).eval()
@@ -144,8 +162,10 @@ def run(options, settings):
         if not start:
             coder.start(x[:10_000].float(), y[:10_000].float())
         train(coder, x, y, options, start, save)
-    held_out = (x.to(next(model.parameters()).device) for x in batches_of(data, "val", T, JUDGED * T))
-    found = quality(model, coder.eval(), held_out)
+    found = quality(model, coder.eval(), batches_of(data, "val", T, JUDGED * T))
+    if not math.isfinite(found["explained"] + found["kl_where_asked"]):
+        left_the_numbers(f"{place} explains {found['explained']} of the variance, KL "
+                         f"{found['kl_where_asked']}", options)
     found |= {"run": options.run, "seconds": read_checkpoint(place)["seconds"]} | settings
     write_json(os.path.join(folder, options.name + ".json"), found)
     print(f"{place}: {in_words(found)}")
@@ -156,5 +176,6 @@ def in_words(found):
     layers = ", ".join(f"{100 * share:.0f}" for share in found["by_layer"])
     return (f"{100 * found['explained']:.1f} % of the variance explained ({layers} by layer); "
             f"{found['l0']:.1f} of {found['features']} features a layer fire, {100 * found['dead']:.0f} % "
-            f"are dead; with the MLPs replaced KL {found['kl']:.4f} nats, {100 * found['agrees']:.1f} % of "
-            f"first choices the same; {found['seconds']:.0f} s")
+            f"are dead; with the MLPs replaced, where an answer is asked, KL {found['kl_where_asked']:.4f} "
+            f"nats, {100 * found['agrees_where_asked']:.1f} % of first choices the same; "
+            f"{found['seconds']:.0f} s")

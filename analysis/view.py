@@ -17,7 +17,6 @@ Notable: a prompt may say anything, </script> too. So the JSON has no <, > or &,
 (Content-Security-Policy) lets nothing in from outside, and tokens become text, never HTML.
 """
 
-import json
 import os
 
 from tqdm import tqdm
@@ -27,7 +26,7 @@ from analysis.graph import places_of
 from analysis.questions import questions_of
 from models.checkpoint import load_parent, model_of, read_checkpoint
 from models.sources import checkpoint_named, folder_of_answers
-from storage.files import UserError, write_whole
+from storage.files import UserError, json_of, write_whole
 from training import hardware
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -103,7 +102,7 @@ def data_of_page(run, models, note, questions, word, vocab_size, coders):
 
 def escaped(data):
     """data as JSON that can stand in a <script> whatever it says: ASCII, without <, > and &."""
-    words = json.dumps(data, separators=(",", ":"), allow_nan=False)  # ASCII: emoji become \\u escapes
+    words = json_of(data, "the page", separators=(",", ":"))  # ASCII: emoji become \\u escapes
     for sign in "<>&":  # only strings can hold them
         words = words.replace(sign, f"\\u{ord(sign):04x}")
     return words

@@ -31,6 +31,7 @@ from typing import NamedTuple
 import torch
 
 from circuits.transcoder import read_and_written
+from storage.files import UserError
 
 QUERY, KEY, VALUE = range(3)
 LOGITS, COVERED = 10, 0.95  # at most so many logits are targets; the likeliest, up to so much probability
@@ -127,10 +128,14 @@ def bias_of(module, like):
 @torch.no_grad()
 def graph_of(model, coder, tokens, at=-1, answer=None):
     """The AttributionGraph of one prompt, tokens (T,), in evaluation mode. at: the position whose logits are
-    targets; answer: the one token whose logit is a target, in place of the likeliest.
+    targets; answer: the one token whose logit is a target, in place of the likeliest. Raises UserError where
+    what the transcoder makes of the prompt is not finite.
     """
     coder = coder.folded()
     frozen = freeze(model, coder, tokens)
+    if not (frozen.errors.isfinite().all() and frozen.logits.isfinite().all()):
+        raise UserError("this transcoder makes NaN or infinite numbers of the prompt, so there is no graph. "
+                        "Train another: python analyze.py transcode RUN --lr=1e-4 --name=ANOTHER")
     c, T = model.config, len(tokens)
     L, H, C = c.n_layer, c.n_head, c.n_embd
     fires = frozen.features.transpose(0, 1).nonzero().tolist()  # by layer, then position

@@ -12,6 +12,7 @@ everything has to be earned. An edge counts only if it lies on a path from the e
 that never open on the task's prompts are out before anything is ranked.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -103,7 +104,7 @@ def curve_of(model, pairs, metric, circuits):
     circuits: {size: edges}. Raises UserError if there is no effect to explain.
     """
     clean, corrupted, values = effects(model, pairs, metric, list(circuits.values()))
-    if clean.mean() <= corrupted.mean():
+    if not clean.mean() > corrupted.mean():  # nor is NaN an effect
         which = "sparse" if model.config.gated else "dense"
         raise UserError(
             f"the {which} model does not know the task: {metric} {clean.mean():.2f} on clean prompts, "
@@ -111,6 +112,8 @@ def curve_of(model, pairs, metric, circuits):
         )
     counts = list(circuits)
     share, low, high = (part.tolist() for part in explained(clean, corrupted, values))
+    # some draws of few pairs have no effect to divide by, and so no band
+    low, high = ([x if math.isfinite(x) else None for x in bound] for bound in (low, high))
     reached = {str(level): needed([max(n, 1) for n in counts], share, level) for level in LEVELS}
     return ({"n": counts, "explained": share, "low": low, "high": high, "needed": reached},
             {"clean": clean.mean().item(), "corrupted": corrupted.mean().item()})

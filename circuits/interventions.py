@@ -20,6 +20,7 @@ Notable:
 """
 
 import contextlib
+import math
 from typing import NamedTuple
 
 import torch
@@ -145,7 +146,8 @@ def in_short(cuts):
     found = {"same_sign": mean(same), "strongest": mean([abs(cut.seen) for cut in first]),
              "others": mean([abs(cut.seen) for cut in others]), "correlation": None}
     if len(first) + len(others) > 2:
-        found["correlation"] = torch.corrcoef(torch.tensor([*first, *others]).T)[0, 1].item()
+        correlation = torch.corrcoef(torch.tensor([*first, *others]).T)[0, 1].item()
+        found["correlation"] = correlation if math.isfinite(correlation) else None  # all cuts do the same
     return found
 
 

@@ -166,36 +166,39 @@ def replacing(model, transcoder):
 
 @torch.no_grad()
 def quality(model, transcoder, batches):
-    """How well it stands in, on batches of tokens, (B, T) each, a dict:
+    """How well it stands in, on batches of (tokens, targets), (B, T) each, a dict:
 
     explained  share of the variance of what the MLPs write, all layers together, and by_layer
     l0         features that fire on a token, a layer
     dead       share of features that fire on none of these tokens
-    kl         KL(model || model with its MLPs replaced), nats a token; agrees: share of equal first choices
+    kl_where_asked      KL(model || model with its MLPs replaced), nats, mean over the tokens with a target
+                        (not -1): what a model says where nobody asks was never trained
+    agrees_where_asked  share of equal first choices there
     """
-    parts = [sums_of_quality(model, transcoder, tokens) for tokens in batches]
-    n, y, y_squared, off, fires, kl, agrees = (sum(part) for part in zip(*parts))
+    parts = [sums_of_quality(model, transcoder, *batch) for batch in batches]
+    n, y, y_squared, off, fires, asked, kl, agrees = (sum(part) for part in zip(*parts))
     spread = (y_squared - y.square() / n).sum(-1)  # (L,)
     return {
         "explained": 1 - (off.sum() / spread.sum()).item(),
         "by_layer": (1 - off / spread).tolist(),
         "l0": fires.sum().item() / n / len(fires),
         "dead": (fires == 0).double().mean().item(),
-        "kl": kl.item() / n,
-        "agrees": agrees.item() / n,
+        "kl_where_asked": kl.item() / asked,
+        "agrees_where_asked": agrees.item() / asked,
     }
 
 
-def sums_of_quality(model, transcoder, tokens):
-    """Sums over the n tokens of one batch: (n, y (L, C), y^2 (L, C), squared error (L,), firings (L, F), KL,
-    equal first choices).
+def sums_of_quality(model, transcoder, tokens, targets):
+    """Sums over the n tokens of one batch: (n, y (L, C), y^2 (L, C), squared error (L,), firings (L, F)), and
+    over those with a target: (how many, KL, equal first choices).
     """
+    tokens, asked = tokens.to(transcoder.encoder.device), targets != -1
     x, y = read_and_written(model, tokens)
     off, fires = transcoder(x) - y, transcoder.features(x) > 0  # (B, T, L, C), (B, T, L, F)
-    before = model(tokens)[0].log_softmax(-1)
+    before = model(tokens)[0][asked].log_softmax(-1)  # (asked, V)
     with replacing(model, transcoder):
-        after = model(tokens)[0].log_softmax(-1)
+        after = model(tokens)[0][asked].log_softmax(-1)
     y = y.double()
     return (tokens.numel(), y.sum((0, 1)), y.square().sum((0, 1)), off.double().square().sum((0, 1, 3)),
-            fires.sum((0, 1)), (before.exp() * (before - after)).sum(dtype=torch.float64),
+            fires.sum((0, 1)), len(before), (before.exp() * (before - after)).sum(dtype=torch.float64),
             (before.argmax(-1) == after.argmax(-1)).sum())

@@ -8,7 +8,6 @@ transformers writes today, needs the package safetensors, imported only here.
 """
 
 import errno
-import json
 import os
 import re
 from collections.abc import Mapping
@@ -16,7 +15,7 @@ from collections.abc import Mapping
 import torch
 
 from model import CONV1D, PRETRAINED, from_openai, openai_checkpoint
-from storage.files import UserError, read_json
+from storage.files import UserError, json_of, read_json
 
 # the id of <|endoftext|> by the size of the vocabulary: GPT-2's, also padded, OLMo's, OLMo 2's
 END_OF_TEXT = {50257: 50256, 50304: 50256, 50280: 50279, 100278: 100257}
@@ -267,7 +266,7 @@ def write_folder(folder, tensors, config):
     try:
         save_file(tensors, weights + ".tmp", metadata={"format": "pt"})
         with open(settings + ".tmp", "w", encoding="utf-8") as f:
-            json.dump(config, f, indent=1)
+            f.write(json_of(config, settings, indent=1))
     except Exception as error:  # safetensors has errors of its own, for a full disk too
         for path in (weights + ".tmp", settings + ".tmp"):
             if os.path.exists(path):

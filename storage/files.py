@@ -13,6 +13,7 @@ This file imports no other file of ours.
 import contextlib
 import hashlib
 import json
+import math
 import os
 
 try:
@@ -46,9 +47,32 @@ def write_whole(path, content):
     os.replace(path + ".tmp", path)
 
 
+def json_of(content, path, **options):
+    """Plain values as JSON, a str. Raises UserError, which names path and key, where a number is not finite:
+    JSON has no NaN. options: of json.dumps.
+    """
+    try:
+        return json.dumps(content, allow_nan=False, **options)
+    except ValueError as error:
+        wrong = next(f"{key} is {x}" for key, x in numbers_of(content) if not math.isfinite(x))
+        raise UserError(f"{path} cannot be written: {wrong}, no finite number") from error
+
+
+def numbers_of(content, key=""):
+    """Yield (key, such as `rows[2].loss`, number) of all floats in plain values."""
+    if isinstance(content, float):
+        yield key, content
+    elif isinstance(content, dict):
+        for name, value in content.items():
+            yield from numbers_of(value, f"{key}.{name}".lstrip("."))
+    elif isinstance(content, (list, tuple)):
+        for number, value in enumerate(content):
+            yield from numbers_of(value, f"{key}[{number}]")
+
+
 def write_json(path, content):
-    """Write plain values to path as indented JSON, whole or not at all."""
-    write_whole(path, (json.dumps(content, indent=1) + "\n").encode())
+    """Write plain values to path as indented JSON, whole or not at all. Raises UserError, see `json_of`."""
+    write_whole(path, (json_of(content, path, indent=1) + "\n").encode())
 
 
 def read_json(path):

@@ -239,6 +239,7 @@ def test_a_damaged_config_is_named(folder):
         (["report"], "required: RUN"),
         (["ask", "out/sparse", "1+1", "--shot=0.s0.+"], "it takes no --shot=0.s0.+. Did you mean --shut?"),
         (["report", "out/none"], "out/none is no run's folder"),
+        (["bench", "--most_memory=nan"], "--most_memory=nan: it must be a finite number"),
         (["explain", "out/dense"], "out/dense is a dense run on addition"),
     ],
 )

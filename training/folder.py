@@ -23,7 +23,7 @@ import signal
 from dataclasses import asdict
 
 from models.checkpoint import read_checkpoint
-from storage.files import UserError, locked, write_whole
+from storage.files import UserError, json_of, locked, write_whole
 from training import hardware
 from training.settings import FIXED, FREE, GATED_ONLY, SETTINGS, SHAPE, Config
 
@@ -158,7 +158,7 @@ class MetricsLog:
 
     def __init__(self, path, keep_until):
         kept = [
-            json.dumps(m) + "\n"
+            json_of(m, path) + "\n"
             for m in (read_metrics(path) if os.path.exists(path) else [])
             if m["step"] <= keep_until
         ]
@@ -166,9 +166,10 @@ class MetricsLog:
         self.path = path
 
     def write(self, **values):
+        line = json_of(values, self.path) + "\n"
         try:
             with open(self.path, "a", encoding="utf-8") as f:
-                f.write(json.dumps(values) + "\n")
+                f.write(line)
                 f.flush()
                 os.fsync(f.fileno())
         except OSError as error:

@@ -20,7 +20,7 @@ from circuits.tasks import LOGIT
 from helpers import SMALL, call, run
 from model import GPT, GPTConfig
 from models.checkpoint import load_checkpoint, read_checkpoint
-from storage.files import read_json
+from storage.files import UserError, read_json
 from train import get_lr
 from training.evaluate import evaluate
 from training.settings import Config
@@ -196,6 +196,14 @@ def test_training_that_was_stopped_ends_as_if_it_had_not_been(counting):
             assert torch.equal(found, wanted)
 
 
+def test_training_on_that_leaves_the_numbers_stops_and_saves_nothing(counting):
+    data, dense, c = prepare_data.load("count"), random_gpt(), settings_of_training(learning_rate=1e30)
+    model, cut = random_gpt(), RuleAttention("window", 2)
+    with pytest.raises(UserError, match="the loss is nan at step 19 of model.pt.* Leave this rule"):
+        train_on(model, dense, cut, data, c, "model.pt", tqdm(disable=True))
+    assert not os.path.exists("model.pt")
+
+
 @pytest.mark.parametrize("warmup_steps", [0, 7])
 def test_the_learning_rate_is_that_of_the_loop(counting, monkeypatch, warmup_steps):
     c, rates, real = settings_of_training(warmup_steps=warmup_steps, min_lr=1e-4), [], torch.optim.AdamW.step
@@ -321,6 +329,7 @@ def test_a_row_keeps_its_tasks_unless_the_run_was_trained_on(workplace):
 @pytest.mark.parametrize("words, answer", [
     (["out/sparse", "--rules=topk"], "there is no rule 'topk'"),
     (["out/sparse", "--budgets=x"], "--budgets are numbers above 0"),
+    (["out/sparse", "--budgets=1,nan"], "--budgets are numbers above 0"),
     (["out/none"], "there is no checkpoint out/none"),
 ])
 def test_mistakes_are_answered(workplace, words, answer):

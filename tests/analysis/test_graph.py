@@ -97,6 +97,20 @@ def test_what_a_link_says_of_heads_is_its_own(made):
             assert share == pytest.approx((shares[layer, head].abs() / whole).item(), abs=1e-6)
 
 
+@pytest.mark.parametrize("value, said", [
+    (float("nan"), "out/run/transcoder.pt holds NaN or infinite numbers. Delete it"),
+    (1e30, "this transcoder makes NaN or infinite numbers of the prompt"),
+])
+def test_a_transcoder_that_left_the_numbers_has_no_graph(made, value, said):
+    _, coder, _ = made
+    coder.encoder.data.fill_(value)
+    coder.decoder.data.mul_(1e30)
+    save_checkpoint("out/run/transcoder.pt", trained(coder, "out/run/best.pt"))
+    done = call(analyze.main, "graph", "out/run", f"--prompt={PROMPT}")
+    assert done.returncode == 1 and said in done.stderr
+    assert done.stdout == "" and not glob.glob("out/run/graph-*")
+
+
 def test_mistakes_are_answered(made):
     for words, answer in ((["--name=other"], "has no other.pt. Train one first: python analyze.py transcode"),
                           (["--at=s1"], "--at=s1: this prompt is answered at its end")):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 
 import pytest
 import torch
@@ -26,8 +27,10 @@ def test_it_learns_and_reports(echo):
     assert done.returncode in (0, None), done.stderr
     with open("out/dense/transcoder.json") as f:
         found = json.load(f)
-    assert found["explained"] > 0.8 and found["agrees"] > 0.8 and 0 < found["l0"] <= 12
+    agrees = found["agrees_where_asked"]
+    assert found["explained"] > 0.8 and agrees > 0.8 and 0 < found["l0"] <= 12
     assert f"{100 * found['explained']:.1f} % of the variance explained" in done.stdout
+    assert re.search(rf"where an answer is asked, KL .* {100 * agrees:.1f} % of first choices", done.stdout)
     call(analyze.main, *COMMAND, "--steps=1", "--name=untrained")
     with open("out/dense/untrained.json") as f:
         assert json.load(f)["explained"] < found["explained"] - 0.3
@@ -68,6 +71,41 @@ def test_other_settings_and_other_weights_are_refused(echo):
     assert call(analyze.main, *COMMAND, "--steps=2").returncode in (0, None)
     wrong = call(analyze.main, "transcode", "out/dense", "--steps=0")
     assert wrong.returncode == 1 and "must be at least 1" in wrong.stderr
+
+
+@pytest.mark.parametrize("flags, said", [
+    (["--lr=1e30", "--steps=5"], "training left the numbers at step 1,.* Try smaller steps, --lr=0.001"),
+    (["--lr=1e30", "--steps=1"], "explains (nan|-inf) of the variance, KL .* Try smaller steps, --lr=0.001"),
+    (["--price=nan"], "--price=nan: it must be a finite number"),
+    (["--revive=inf"], "--revive=inf: it must be a finite number"),
+    (["--lr=nan"], "--lr=nan: it must be a finite number"),
+    (["--price=-1"], "--price and --revive must be 0 or more"),
+])
+def test_what_is_not_finite_stops_and_is_no_result(echo, flags, said):
+    run("dense.py")
+    done = call(analyze.main, *COMMAND, *flags)
+    assert done.returncode == 1 and re.search(said, done.stderr), done.stderr
+    assert done.stdout == "" and not os.path.exists("out/dense/transcoder.json")
+
+
+def test_a_training_that_leaves_the_numbers_leaves_what_was_saved_before(echo, monkeypatch):
+    run("dense.py")
+    monkeypatch.setattr(transcode, "SAVED", 1)
+    assert call(analyze.main, *COMMAND, "--lr=1e30", "--steps=5").returncode == 1
+    assert read_checkpoint("out/dense/transcoder.pt")["step"] == 1
+    assert all(tensor.isfinite().all() for tensor in weights().values())
+
+
+def test_activations_beyond_half_precision_are_kept(echo):
+    """They were infinite in the cache, and what was trained on them NaN."""
+    run("dense.py")
+    checkpoint = read_checkpoint("out/dense/best.pt")
+    checkpoint["model"]["transformer.h.1.mlp.c_proj.weight"] *= 1e7
+    torch.save(checkpoint, "out/dense/best.pt")
+    done = call(analyze.main, *COMMAND, "--steps=300", "--lr=0.01")
+    assert done.returncode in (0, None), done.stderr
+    with open("out/dense/transcoder.json") as f:
+        assert json.load(f)["by_layer"][1] > 0.5
 
 
 def test_a_transcoder_that_is_not_done_is_not_asked(echo):

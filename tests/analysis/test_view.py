@@ -164,6 +164,11 @@ def test_a_page_that_grows_too_large_is_refused(tmp_path, monkeypatch):
     assert not (tmp_path / "view.html").exists()
 
 
+def test_a_page_never_holds_what_is_no_number(tmp_path):
+    with pytest.raises(view.UserError, match=r"the page cannot be written: prompts\[1\].margin is nan"):
+        view.write_page(str(tmp_path / "view.html"), {"prompts": [{}, {"margin": float("nan")}]})
+
+
 def test_what_to_choose_from(addition_page, text_page):
     data = data_in(addition_page)
     assert [prompt["title"] for prompt in data["prompts"]] == ["53+21", "36+28", "43+59", "99+1"]

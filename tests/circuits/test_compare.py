@@ -5,8 +5,11 @@ import os
 
 import pytest
 import torch
+from matplotlib import pyplot as plt
 
 import analyze
+from analysis.circuit_figures import band
+from circuits import compare
 from circuits.attribution import effects
 from circuits.graph import ComponentGraph
 from circuits.tasks import make_pairs, vocabulary
@@ -73,6 +76,16 @@ def test_circuit_prints_a_table_and_leaves_numbers_and_pictures(runs, capsys, ta
     assert set(result["attention_edges"]) == {"zero", "interchange"}
     for name in ("", "-graph", "-gallery"):
         assert os.path.getsize(f"out/sparse/circuit-{task}{name}.png") > 3000
+
+
+def test_where_a_draw_has_no_effect_the_band_is_null_and_not_drawn(monkeypatch):
+    clean, corrupted = torch.tensor([1.0, 0.0]), torch.tensor([0.0, 0.0])  # one pair that shows nothing
+    monkeypatch.setattr(compare, "effects", lambda *_: (clean, corrupted, torch.tensor([[0.5, 0], [1, 0]])))
+    curve, _ = compare.curve_of(None, None, None, {1: None, 2: None})
+    assert curve["explained"] == [0.5, 1.0] and curve["low"] == curve["high"] == [None, None]
+    ax = plt.figure().subplots()
+    band(ax, curve["n"], curve["explained"], curve["low"], curve["high"], "red", "sparse")
+    plt.close(ax.figure)
 
 
 def test_induction_writes_every_head(runs, capsys):

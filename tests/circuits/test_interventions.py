@@ -137,3 +137,7 @@ def test_in_short():
     assert found["strongest"] == pytest.approx(1.0) and found["others"] == pytest.approx(0.2)
     assert 0 < found["correlation"] < 1
     assert set(in_short([([], [])]).values()) == {None}
+
+
+def test_cuts_that_all_do_the_same_have_no_correlation():
+    assert in_short([([CutEffect(1.0, 0.0)] * 2, [CutEffect(0.5, 0.0)])])["correlation"] is None

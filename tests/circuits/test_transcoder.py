@@ -127,7 +127,7 @@ def test_quality_is_one_for_a_perfect_stand_in_and_the_definition_else():
     model, tokens = random_model(), torch.randint(0, 11, (2, 5))
     coder = random_transcoder()
     x, y = read_and_written(model, tokens)
-    found = quality(model, coder, tokens[:, None])
+    found = quality(model, coder, zip(tokens[:, None], tokens[:, None]))
     by_hand = 1 - (coder(x) - y).square().sum() / (y - y.flatten(0, 1).mean(0)).square().sum()
     assert found["explained"] == pytest.approx(by_hand.item())
     assert found["l0"] == pytest.approx((coder.features(x) > 0).sum().item() / (10 * L))
@@ -135,8 +135,26 @@ def test_quality_is_one_for_a_perfect_stand_in_and_the_definition_else():
         block.mlp.c_proj.weight.zero_()
     coder.decoder.zero_()
     coder.b_dec.copy_(torch.stack([block.mlp.c_proj.bias for block in model.blocks]) * coder.scale_out)
-    found = quality(model, coder, tokens[:, None])
-    assert found["kl"] == pytest.approx(0, abs=1e-9) and found["agrees"] == 1
+    found = quality(model, coder, zip(tokens[:, None], tokens[:, None]))
+    assert found["kl_where_asked"] == pytest.approx(0, abs=1e-9) and found["agrees_where_asked"] == 1
+
+
+@torch.no_grad()
+def test_what_the_replaced_model_says_counts_where_something_is_asked():
+    """Of two batches with one and three places: a mean over these four, and over no other."""
+    model, coder = random_model(), random_transcoder()
+    tokens, targets = torch.randint(0, 11, (2, 1, 5)), torch.full((2, 1, 5), -1)
+    asked = [(0, 4), (1, 1), (1, 2), (1, 3)]
+    for row, place in asked:
+        targets[row, 0, place] = 0
+    found = quality(model, coder, zip(tokens, targets))
+    before = model(tokens[:, 0])[0].log_softmax(-1)
+    with replacing(model, coder):
+        after = model(tokens[:, 0])[0].log_softmax(-1)
+    kl = [(before[at].exp() * (before[at] - after[at])).sum().item() for at in asked]
+    agrees = [before[at].argmax() == after[at].argmax() for at in asked]
+    assert found["kl_where_asked"] == pytest.approx(sum(kl) / 4)
+    assert found["agrees_where_asked"] == sum(agrees) / 4
 
 
 def fitted(x, y, shape, steps, c, cross=True, d=0.1):

@@ -1,5 +1,6 @@
 """What cannot work is refused early, in words, and nothing is lost."""
 
+import glob
 import json
 import os
 import shutil
@@ -14,9 +15,10 @@ from conftest import REPOSITORY
 from helpers import metrics, parameters, run
 from model import GPT
 from models.checkpoint import read_checkpoint, save_checkpoint
-from storage.files import UserError
+from storage.files import UserError, write_json
 from training.batches import Batches
 from training.configure import parse_command_line
+from training.folder import MetricsLog
 from training.parents import lineage_of
 from training.settings import Config, limits, make_config
 
@@ -79,6 +81,25 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpo
     assert offending["step"] == 29
     assert offending["indices"] == np.random.default_rng((1, False, 29)).integers(0, 400, 32).tolist()
     assert all(p.isfinite().all() for p in parameters("out/dense").values())
+
+
+def test_json_has_no_nan_and_the_message_names_the_file_and_the_key(workplace):
+    write_json("rows.json", {"loss": None})  # what is not known is null
+    with pytest.raises(UserError, match=r"rows.json cannot be written: rows\[1\].loss is nan"):
+        write_json("rows.json", {"rows": [{"loss": 1.0}, {"loss": float("nan")}]})
+    assert json.load(open("rows.json")) == {"loss": None}
+    log = MetricsLog("metrics.jsonl", 9)
+    log.write(step=1, density=None)
+    with pytest.raises(UserError, match="metrics.jsonl cannot be written: loss is -inf"):
+        log.write(step=2, loss=-float("inf"))
+    assert open("metrics.jsonl").read() == '{"step": 1, "density": null}\n'
+
+
+def test_all_json_is_written_by_the_function_that_knows_no_nan():
+    files = set(glob.glob("**/*.py", root_dir=REPOSITORY, recursive=True)) - set(
+        glob.glob("tests/**/*.py", root_dir=REPOSITORY, recursive=True))
+    assert [name for name in sorted(files) if "json.dump" in open(os.path.join(REPOSITORY, name)).read()] == [
+        "storage/files.py"]
 
 
 def test_a_constraint_that_is_not_finite_stops_the_run_too(echo, monkeypatch):
