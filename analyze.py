@@ -21,6 +21,7 @@ Everything is computed again from the checkpoint, by the code that judged the ru
 import argparse
 import difflib
 import importlib
+import os
 import signal
 import sys
 
@@ -98,6 +99,8 @@ def refuse(unknown, parser):
 
 
 def main(arguments):
+    # whatever a notebook or a person has set: pictures go into files. matplotlib reads it when it is imported
+    os.environ["MPLBACKEND"] = "Agg"
     command = arguments[0] if arguments else ""
     if command not in COMMANDS and command not in ("-h", "--help"):
         what = f"there is no command {command!r}.{nearest(command, COMMANDS)}" if command else "no command."
