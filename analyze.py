@@ -22,6 +22,7 @@ import argparse
 import difflib
 import importlib
 import math
+import os
 import signal
 import sys
 
@@ -99,6 +100,8 @@ def refuse(unknown, parser):
 
 
 def main(arguments):
+    # whatever a notebook or a person has set: pictures go into files. matplotlib reads it when it is imported
+    os.environ["MPLBACKEND"] = "Agg"
     command = arguments[0] if arguments else ""
     if command not in COMMANDS and command not in ("-h", "--help"):
         what = f"there is no command {command!r}.{nearest(command, COMMANDS)}" if command else "no command."

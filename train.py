@@ -27,8 +27,8 @@ Notable:
   own), and one process does what many do, if micro-batches are of one size.
 - The same command continues an unfinished run. A folder is never overwritten by a run with other settings.
 - Exit status: 0, the run is what it was to become; 2, it is at its end and is not (a target missed, a parent
-  not ready); 1, an error, in the report of a finished run as well, or stopped (torchrun makes every status
-  but 0 a 1).
+  not ready); 1, an error, or stopped; also of a finished run whose numbers cannot be reported (a picture that
+  cannot be drawn is named, and changes no status). torchrun makes every status but 0 a 1.
 
 What stands around the loop: settings and their meaning, training/settings.py; where a run comes from,
 parents.py; models, optimizer and devices, run.py; evaluation and checkpoints, judge.py; how dense becomes

@@ -181,8 +181,6 @@ def line_of(row, floor):
 
 def chart(rows, path, title):
     """Time and memory over T, both axes logarithmic."""
-    import matplotlib
-    matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
     figure, axes = plt.subplots(1, 2, figsize=(10, 4), constrained_layout=True)

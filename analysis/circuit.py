@@ -147,7 +147,7 @@ def run(options, settings):
     found = compare.compare(dense, sparse, tokenizer, options.task, options.n, options.seed, options.steps)
     runs = {"dense": options.dense, "sparse": options.sparse}
     write_json(os.path.join(folder, f"circuit-{options.task}.json"), {"runs": runs} | found.result)
+    print(table(found.result))
     drawn = draw(found, dense, sparse, tokenizer, folder)
     drawn += draw_prompt(found, {"dense": dense, "sparse": sparse}, tokenizer, folder)
-    print(table(found.result))
     print(f"figures: {', '.join(drawn)}")

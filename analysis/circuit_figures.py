@@ -14,13 +14,15 @@ def explanation(path, tokens, n_layer, edges, title):
     """Every edge that ever opens, numbered, beside what is known about it.
 
     edges: a list of dicts with layer, head, query, key, share (of prompts on which it is open, 0 to 1) and
-    text (its line).
+    text (its line). At its end unions of edges, which have no layer: of these the text alone.
     """
     figure, (left, right) = plt.subplots(
         1, 2, figsize=(12, max(4.2, 0.5 * len(edges) + 1.4)), width_ratios=[6, 7], layout="constrained"
     )
     draw_streams(left, tokens, [""] * len(tokens), n_layer)
     for number, edge in enumerate(edges, 1):
+        if "layer" not in edge:
+            continue
         always = edge["share"] == 1
         x, y = [edge["key"], edge["query"]], [edge["layer"], edge["layer"] + 1]
         left.plot(x, y, color=HEAD_COLORS[edge["head"] % 10], lw=0.8 + 1.4 * edge["share"],
@@ -32,8 +34,9 @@ def explanation(path, tokens, n_layer, edges, title):
     right.axis("off")
     right.set(xlim=(0, 1), ylim=(len(edges) + 0.5, -0.5))
     for number, edge in enumerate(edges, 1):
+        start = f"{number:2d}" if "layer" in edge else "  "
         right.text(
-            0, number - 0.5, f"{number:2d}  {edge['text']}", fontsize=8.5, family="monospace", va="center"
+            0, number - 0.5, f"{start}  {edge['text']}", fontsize=8.5, family="monospace", va="center"
         )
     figure.suptitle(title, fontsize=12)
     save(figure, path)

@@ -8,6 +8,10 @@ digits. We look for it in a library of readable conditions: the one that agrees 
 next to the baseline, the agreement of the better constant guess ("always" or "never"). What an edge is for is
 measured by shutting it, it alone, on every sum, and counting which answer digits go wrong (an ablation).
 
+Several layers or heads may share one task: s1 reads the `=` in layer 2 on some sums that carry, in layer 3 on
+the others, and neither fits a condition. So edges with one query and one key are also taken as one, their
+union: open where any of them is, shut all at once.
+
 The library is in conditions.py. This goes further than the paper, which shows the carry edge on three
 examples (its first figure): found by counting, not by eye. All 10,000 sums of two digits are counted; of one
 or three digits, those of the dataset. Notable: a shut edge may have a twin that opens instead: gates are
@@ -26,7 +30,7 @@ from analysis.conditions import PLACES, carry_words, conditions, describe
 from models.checkpoint import model_of, read_checkpoint
 from models.sources import checkpoint_named, folder_of_answers
 from storage.addition import addition_pairs, addition_rows, addition_task, token_names
-from storage.files import UserError, write_json
+from storage.files import UserError, draw_or_say, write_json
 
 MOST_EDGES = 60  # that ever open: more are no circuit to read, and each costs a pass over all sums
 CHUNK = 500  # sums that go through the model at once
@@ -79,31 +83,43 @@ def accuracy(right):
 def explain(model, task, a, b):
     """Describe every edge that opens on at least one of the sums a + b, both (N,).
 
-    Returns a list of edges, and the accuracy with none shut, as `accuracy` gives it. An edge: {layer,
-    head, query, key, open_on (sums), share (the same, 0 to 1), condition, agreement, baseline,
-    accuracy_when_shut, twin (see `twin`)}. Raises UserError if more than MOST_EDGES ever open.
+    Returns a list of edges, a list of unions, and the accuracy with none shut, as `accuracy` gives it. An
+    edge: {layer, head, query, key, open_on (sums), share (the same, 0 to 1), condition, agreement, baseline,
+    accuracy_when_shut, twin (see `twin`)}. A union of edges, if it fits a condition: the same, but for
+    {edges (their numbers, from 1)} in place of layer and head. Raises UserError if more than MOST_EDGES ever
+    open.
     """
     right, is_open = run_sums(model, task, a, b)
-    places = np.argwhere(is_open.any(axis=-1)).tolist()
+    places = np.argwhere(is_open.any(axis=-1))  # (E, 4): layer, head, query, key
     if len(places) > MOST_EDGES:
         raise UserError(f"{len(places)} edges open on one sum or another: that is not sparse, explain "
                             f"takes {MOST_EDGES} at most. Train the run to its end, or with more --max_steps")
     library = conditions(a, b, task)
-    edges = []
-    progress = tqdm(places, desc="shutting edge by edge", unit="edge", leave=False, disable=None)
-    for layer, head, query, key in progress:
-        opens = is_open[layer, head, query, key]  # (N,)
+    alike = {}  # (query, key): numbers of the edges
+    for number, (_, _, query, key) in enumerate(places.tolist()):
+        alike.setdefault((query, key), []).append(number)
+    groups = [[number] for number in range(len(places))] + [some for some in alike.values() if len(some) > 1]
+    edges, unions = [], []
+    for some in tqdm(groups, desc="shutting edge by edge", unit="edge", leave=False, disable=None):
+        at = tuple(places[some].T)  # layers, heads, queries, keys
+        opens = is_open[at].any(axis=0)  # (N,)
         condition, agreement, baseline = describe(opens, library)
+        if len(some) > 1 and not condition:
+            continue
         keep = torch.ones(is_open.shape[:-1], dtype=torch.bool, device=next(model.parameters()).device)
-        keep[layer, head, query, key] = False
+        keep[at] = False
         right_when_shut = right.copy()  # and so it stays where the edge is shut anyway
         right_when_shut[opens], now_open = run_sums(model, task, a[opens], b[opens], keep)
-        edges.append({"layer": layer, "head": head, "query": query, "key": key,
-                      "open_on": int(opens.sum()), "share": float(opens.mean()),
-                      "condition": condition, "agreement": agreement, "baseline": baseline,
-                      "accuracy_when_shut": accuracy(right_when_shut),
-                      "twin": twin(is_open[..., opens], now_open)})
-    return edges, accuracy(right)
+        layer, head, query, key = places[some[0]].tolist()
+        found = {"query": query, "key": key, "open_on": int(opens.sum()), "share": float(opens.mean()),
+                 "condition": condition, "agreement": agreement, "baseline": baseline,
+                 "accuracy_when_shut": accuracy(right_when_shut),
+                 "twin": twin(is_open[..., opens], now_open)}
+        if len(some) == 1:
+            edges.append({"layer": layer, "head": head} | found)
+        else:
+            unions.append({"edges": [number + 1 for number in some]} | found)
+    return edges, unions, accuracy(right)
 
 
 def twin(before, now):
@@ -123,7 +139,8 @@ def algorithm(edges, intact, task):
     """How a circuit carries, in a few words for a table.
 
     `carry edge`: an edge opens on a true carry out of some place, or unless there is one (on FITS of the sums
-    or more), and sums go wrong when it is shut. Else what comes nearest. edges, intact: from `explain`.
+    or more), and sums go wrong when it is shut. Else what comes nearest. edges: edges and unions; they and
+    intact from `explain`.
     """
     carries = [carry_words(place, task.digits) for place in range(task.digits)]
     needed = [edge for edge in edges if edge["accuracy_when_shut"]["sum"] < intact["sum"]]
@@ -144,12 +161,15 @@ def algorithm(edges, intact, task):
     return "conditional edges without a readable condition"
 
 
-def summary(edges, intact, task, sums):
-    """What explain.json holds. edges, intact: what `explain` returns; sums: on how many it counted."""
+def summary(edges, unions, intact, task, sums):
+    """What explain.json holds; open: the mean over all sums, while report.json's is over held-out ones.
+
+    edges, unions, intact: what `explain` returns; sums: on how many it counted.
+    """
     return {"task": {"name": "addition", **task._asdict()}, "sums": sums,
-            "algorithm": algorithm(edges, intact, task),
+            "algorithm": algorithm(edges + unions, intact, task),
             "open": sum(edge["open_on"] for edge in edges) / sums, "sum_right": intact["sum"],
-            "digits_right": intact["digits"], "edges": edges}
+            "digits_right": intact["digits"], "edges": edges, "unions": unions}
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -157,10 +177,13 @@ def summary(edges, intact, task, sums):
 
 
 def edge_name(edge, task, n_head=1):
-    """`layer 1  s2 reads s4`, with the head where there are several."""
+    """`layer 1  s2 reads s4`, with the head where there are several; `edges 5 and 7 as one  s2 reads s4`."""
     names = token_names(task)
-    head = f" head {edge['head']}" if n_head > 1 else ""
-    return f"layer {edge['layer']}{head}  {names[edge['query']]} reads {names[edge['key']]}"
+    if "edges" in edge:  # a union
+        where = f"edges {' and '.join(map(str, edge['edges']))} as one"
+    else:
+        where = f"layer {edge['layer']}" + (f" head {edge['head']}" if n_head > 1 else "")
+    return f"{where}  {names[edge['query']]} reads {names[edge['key']]}"
 
 
 def when(edge):
@@ -187,15 +210,17 @@ def damage(edge, intact, task, n_head=1):
 
 
 def circuit_in_words(edges, intact, task, n_head=None):
-    """One numbered line for every edge: where it is, when it opens, what it is for.
+    """One numbered line for every edge, then one for every union: where it is, when it opens, what it is for.
 
-    edges, intact: what `explain` returns. n_head: of the model; left out, as many as the edges need.
+    edges: edges and unions; they and intact are what `explain` returns. n_head: of the model; left out, as
+    many as the edges need.
     """
     if n_head is None:
-        n_head = 1 + max((edge["head"] for edge in edges), default=0)
+        n_head = 1 + max((edge.get("head", 0) for edge in edges), default=0)
     lines = []
     for number, edge in enumerate(edges, 1):
-        where = f"{number:3d}  {edge_name(edge, task, n_head)}, open on {edge['open_on']} sums"
+        start = f"{number:3d}" if "layer" in edge else "   "
+        where = f"{start}  {edge_name(edge, task, n_head)}, open on {edge['open_on']} sums"
         lines.append(f"{where}: {when(edge)}; {damage(edge, intact, task, n_head)}")
     return lines
 
@@ -237,25 +262,25 @@ def explain_run(run):
                         "gates, "
                         "so it needs a gated run on addition, such as out/addition")
     a, b = population(data, task)
-    edges, intact = explain(model, task, a, b)
-    found = summary(edges, intact, task, len(a))
+    edges, unions, intact = explain(model, task, a, b)
+    found = summary(edges, unions, intact, task, len(a))
     folder = folder_of_answers(run)
     write_json(os.path.join(folder, "explain.json"), found)
 
-    right = f"{100 * intact['sum']:.2f} % of the {len(a):,} sums right"
-    title = f"{run}: {found['open']:.2f} open edges on average, {right}"
+    right = f"{100 * intact['sum']:.2f} % of them right"
+    title = f"{run}: {found['open']:.2f} open edges, the mean of all {len(a):,} sums; {right}"
     print(f"{title}\n{legend(task)}")
-    for line in circuit_in_words(edges, intact, task, model.config.n_head):
+    for line in circuit_in_words(edges + unions, intact, task, model.config.n_head):
         print(line)
     print(f"algorithm: {found['algorithm']}")
 
     drawn = []
-    for edge in edges:
+    for edge in edges + unions:
         name = edge_name(edge, task, model.config.n_head)
         lines = [name, when(edge), damage(edge, intact, task, model.config.n_head)]
         drawn.append({**edge, "text": "\n    ".join(lines)})
     path = os.path.join(folder, "explain.png")
-    circuit_figures.explanation(path, token_names(task), model.config.n_layer, drawn, title)
+    draw_or_say(path, circuit_figures.explanation, token_names(task), model.config.n_layer, drawn, title)
 
 
 def add_arguments(parser):

@@ -5,9 +5,6 @@ A diagonal is a condition on a + b, a stripe one on a or on b alone, what repeat
 
 import math
 
-import matplotlib
-
-matplotlib.use("Agg")  # no screen needed
 import matplotlib.pyplot as plt
 
 from analysis.figures import save

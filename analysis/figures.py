@@ -14,8 +14,6 @@ import math
 import os
 
 import matplotlib
-
-matplotlib.use("Agg")  # no screen needed
 import matplotlib.pyplot as plt
 import numpy as np
 from PIL import Image  # comes with matplotlib

@@ -177,7 +177,7 @@ def cells(r):
         "held-out loss, sparse": sparse,
         "target": target,
         "rows right": right,
-        "open edges": f"{edges['open']:.2f} of {edges['total']} ({100 * edges['fraction']:.2f} %)",
+        "held-out open edges": f"{edges['open']:.2f} of {edges['total']} ({100 * edges['fraction']:.2f} %)",
         "open edges per token": f"{per_token:.2f}, {per_token / heads:.2f} a head",
         "heads off": f"{r['heads_off']} of {heads}",
         "checkpoint of step": str(r["step"]),

@@ -15,7 +15,7 @@ from models.checkpoint import load_parent
 from models.sources import folder_of_answers
 from storage import text
 from storage.addition import ADDITION_TOKENS, addition_rows, addition_task
-from storage.files import UserError
+from storage.files import UserError, draw_or_say
 from training import flow
 from training.verdict import bounds_of_lambda
 
@@ -26,7 +26,7 @@ SUMS = [(6253, 1421, "no carry"),
 
 
 def draw(result, config, metrics, checkpoint, model, data):
-    """The figures of a report, into its run's folder.
+    """The figures of a report, into its run's folder. One that cannot be drawn is named.
 
     result: the report; model: that of the checkpoint, which is drawn.
     """
@@ -34,30 +34,29 @@ def draw(result, config, metrics, checkpoint, model, data):
     bounds = ()
     if config["gated"]:
         bounds = bounds_of_lambda(config)
-    figures.training(os.path.join(run, "training.png"), metrics, checkpoint["step"], bounds)
-    if not model.config.gated or not checkpoint["step"]:
-        return  # all edges are open
-    figures.open_by_head(os.path.join(run, "gates.png"), edges["per_head"])
-    figures.open_by_distance(os.path.join(run, "distance.png"), edges["by_distance"], edges["open"])
-    if checkpoint.get("base") == checkpoint["parent"]:
-        dense_model = lora.Base(model)
-    else:
-        dense_model = parent_of(checkpoint, run)
-    label = "sparse" if result["meets_target"] else f"target missed,\nclosest: step {checkpoint['step']}"
-    task = addition_task(data.meta)
-    if task:
-        attention_flow(run, model.cpu(), dense_model, task, label)
-        flow.film(run, task, model.config, config["max_steps"])
-    elif data.meta["kind"] == "stream":
-        gallery(run, model.cpu(), dense_model, data, edges["per_head"], label)
+    pictures = [("training.png", figures.training, metrics, checkpoint["step"], bounds)]
+    if model.config.gated and checkpoint["step"]:  # else all edges are open
+        pictures.append(("gates.png", figures.open_by_head, edges["per_head"]))
+        pictures.append(("distance.png", figures.open_by_distance, edges["by_distance"], edges["open"]))
+        label = "sparse" if result["meets_target"] else f"target missed,\nclosest: step {checkpoint['step']}"
+        task = addition_task(data.meta)
+        if task:
+            pictures.append(("attention_flow.png", attention_flow, model, checkpoint, task, label))
+            pictures.append(("flow.gif", lambda _: flow.film(run, task, model.config, config["max_steps"])))
+        elif data.meta["kind"] == "stream":
+            pictures.append(("gallery.png", gallery, model, checkpoint, data, edges["per_head"], label))
+    for name, picture, *arguments in pictures:
+        draw_or_say(os.path.join(run, name), picture, *arguments)
 
 
-def parent_of(checkpoint, run):
+def parent_of(model, checkpoint, path):
     """The dense model that a run started from, or None, said aloud, if it is not there any more."""
+    if checkpoint.get("base") == checkpoint["parent"]:
+        return lora.Base(model)
     try:
         return load_parent(checkpoint)
     except UserError as error:
-        print(f"the figures in {run} show the sparse model only: {error}")
+        print(f"{path} shows the sparse model only: {error}")
         return None
 
 
@@ -77,10 +76,12 @@ def weights_of(model, tokens):
 
 
 @torch.no_grad()
-def attention_flow(run, model, dense_model, task, label):
+def attention_flow(path, model, checkpoint, task, label):
     """attention_flow.png: three sums through the dense parent (if it is still there) and the sparse model,
-    whose row is called `label`.
+    that of the checkpoint, whose row is called `label`.
     """
+    model = model.cpu()
+    dense_model = parent_of(model, checkpoint, path)
     sums = example_sums(task)
     a, b = np.array([(a, b) for a, b, _ in sums]).T
     questions = addition_rows(a, b, *task)[:, 0].astype(np.int64)
@@ -95,19 +96,23 @@ def attention_flow(run, model, dense_model, task, label):
         weights = np.stack(weights_of(net, questions), axis=1)  # (sums, n_layer, H, T, T)
         said = [[""] * task.first + symbols(answer[task.first:]) for answer in answers]
         rows.append((name, list(zip(weights, said))))
-    figures.attention_flow(os.path.join(run, "attention_flow.png"), columns, rows)
+    figures.attention_flow(path, columns, rows)
 
 
 @torch.no_grad()
-def gallery(run, model, dense_model, data, per_head, label, heads=4, length=36):
+def gallery(path, model, checkpoint, data, per_head, label, heads=4, length=36):
     """gallery.png: what the busiest heads of the sparse model, called `label`, attend to on one held-out
     snippet, and what the same heads did before.
     """
+    model = model.cpu()
+    dense_model = parent_of(model, checkpoint, path)
+    length = min(length, model.config.block_size)
     ids = np.asarray(data.val[len(data.val) // 2:][:1000]).astype(np.int64)  # the middle of the held-out text
     pieces = pieces_of(ids.tolist(), data.meta.get("tokenizer"))
-    line_ends = [i for i, piece in enumerate(pieces[:900]) if piece.endswith("↵")]
+    last = min(900, len(pieces) - length)  # a whole snippet must lie behind it
+    line_ends = [i for i, piece in enumerate(pieces) if i < last and piece.endswith("↵")]
     begin = line_ends[0] + 1 if line_ends else 0  # from the beginning of a line
-    snippet = slice(begin, begin + min(length, model.config.block_size))
+    snippet = slice(begin, begin + length)
     fractions = np.array(per_head)
     busiest = sorted(np.ndindex(fractions.shape), key=lambda at: -fractions[at])
     busiest = busiest[:min(heads, (fractions > 0).sum())]
@@ -118,7 +123,7 @@ def gallery(run, model, dense_model, data, per_head, label, heads=4, length=36):
             rows.append((which, [weights[layer][0, head] for layer, head in busiest]))
     titles = [f"layer {layer}, head {head}: {100 * fractions[layer, head]:.2g} % open"
               for layer, head in busiest]
-    figures.gallery(os.path.join(run, "gallery.png"), titles, pieces[snippet], rows)
+    figures.gallery(path, titles, pieces[snippet], rows)
 
 
 def pieces_of(tokens, name):

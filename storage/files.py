@@ -107,3 +107,13 @@ def locked(folder, wait=True):
             except OSError as error:
                 print(f"note: {folder} cannot be locked ({error.strerror}): let no other process work there")
         yield
+
+
+def draw_or_say(path, draw, *arguments):
+    """draw(path, *arguments) draws a picture. If it cannot, say which and why: no result fails with its
+    picture.
+    """
+    try:
+        draw(path, *arguments)
+    except Exception as error:  # matplotlib, Pillow, a full disk
+        print(f"{path} could not be drawn: {type(error).__name__}: {error}", flush=True)

@@ -19,6 +19,8 @@ if not torch.cuda.is_available():
     # Triton's kernels run on the CPU, tile by tile in numpy; read when fast/kernels.py is imported
     os.environ["TRITON_INTERPRET"] = "1"
 
+os.environ["MPLBACKEND"] = "Agg"  # as analyze.py sets it
+
 sys.path.insert(0, REPOSITORY)
 
 

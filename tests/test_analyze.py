@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -13,18 +14,21 @@ from PIL import Image
 
 import analyze as analyze_file
 import prepare_data
+import train as train_file
 from analysis import figures, report_figures
 from analysis.report import text_seen
 from conftest import REPOSITORY
-from helpers import call
+from helpers import call, in_this_process
 from model import GPT, GPTConfig
 from models.checkpoint import checkpoint_of, load_checkpoint, read_checkpoint, save_checkpoint
 from prepare_data import load
 from storage.addition import AdditionTask
+from storage.dataset import Dataset
 from train import train
 from training import verdict
 from training.evaluate import evaluate
 from training.settings import make_config
+from training.verdict import MISSED
 
 
 @pytest.fixture(scope="module")
@@ -148,9 +152,9 @@ def test_a_line_that_a_kill_cut_off_does_no_harm(folder):
     assert done.returncode == 0, done.stderr
 
 
-def test_explain(folder):
-    done = analyze(folder, "explain", "out/sparse")  # hardly trained: every other edge is open
-    assert done.returncode == 1 and "edges open on one sum or another: that is not sparse" in done.stderr
+@pytest.fixture(scope="module")
+def few(folder):
+    """What `explain` prints of a run in the same place, out/few, that opens few edges."""
     checkpoint = read_checkpoint(str(folder / "out/sparse/best.pt"))
     (folder / "out/few").mkdir()
     config = GPTConfig(block_size=11, vocab_size=13, n_layer=2, n_head=1, n_embd=8, gated=True,
@@ -162,13 +166,68 @@ def test_explain(folder):
     save_checkpoint(str(folder / "out/few/best.pt"), checkpoint_of(model, data=checkpoint["data"]))
     done = analyze(folder, "explain", "out/few")
     assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_explain(folder, few):
+    done = analyze(folder, "explain", "out/sparse")  # hardly trained: every other edge is open
+    assert done.returncode == 1 and "edges open on one sum or another: that is not sparse" in done.stderr
     found = json.load(open(folder / "out/few/explain.json"))
     assert 0 < len(found["edges"]) <= 60
-    assert len(found["edges"]) == sum(line.lstrip()[:1].isdigit() for line in done.stdout.splitlines()[2:])
+    assert len(found["edges"]) == sum(line.lstrip()[:1].isdigit() for line in few.splitlines()[2:])
     assert found["task"] == {"name": "addition", "digits": 2, "answers": 5} and found["sums"] == 10_000
-    assert f"algorithm: {found['algorithm']}" in done.stdout
-    assert f"{found['open']:.2f} open edges" in done.stdout
+    assert f"algorithm: {found['algorithm']}" in few
+    assert f"{found['open']:.2f} open edges" in few
     assert (folder / "out/few/explain.png").exists()
+
+
+def test_open_edges_are_called_a_mean_of_held_out_rows_or_of_all_sums(folder, few):
+    """`report` and `explain` of one run say different numbers."""
+    reported = analyze(folder, "report", "out/sparse").stdout
+    assert re.search(r"^held-out open edges +\d+\.\d\d of 132 ", reported, re.MULTILINE)
+    assert re.match(r"out/few: \d+\.\d\d open edges, the mean of all 10,000 sums; ", few)
+
+
+def test_a_picture_that_fails_is_named_and_the_run_keeps_its_status(folder, monkeypatch):
+    def fails(path, *arguments):
+        raise ValueError("no such colour")
+
+    in_this_process(monkeypatch)  # train.py's report, too
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(figures, "training", fails)
+    monkeypatch.setattr(report_figures, "load_parent", fails)
+    os.remove("out/sparse/report.json")
+    done = call(train_file.main, "sparse.py", "--device=cpu")
+    assert done.returncode == (0 if os.path.exists("out/sparse/best.pt") else MISSED), done.stderr
+    for name in ("training.png", "attention_flow.png"):
+        assert f"out/sparse/{name} could not be drawn: ValueError: no such colour\n" in done.stdout
+    assert "held-out open edges" in done.stdout and os.path.exists("out/sparse/report.json")
+
+
+@pytest.mark.parametrize("content, snippet", [
+    ("a" * 99 + "\n", "a" * 32),
+    ("a" * 80 + "\n" + "b" * 19, "a" * 32),
+    ("a" * 60 + "\n" + "b" * 39, "b" * 32),
+    ("a" * 16 + "\n", "a" * 16 + "↵"),
+])
+def test_a_gallery_of_a_short_text_begins_a_line_only_if_a_whole_snippet_follows(
+        tmp_path, monkeypatch, content, snippet):
+    drawn = []
+    monkeypatch.setattr(figures, "gallery", lambda path, titles, pieces, rows: drawn.append("".join(pieces)))
+    monkeypatch.setattr(report_figures, "parent_of", lambda *arguments: None)
+    held_out = np.frombuffer((content + content).encode(), np.uint8)  # of which the second half is shown
+    data = Dataset("short", {"tokenizer": "bytes"}, None, held_out, "")
+    model = GPT(GPTConfig(block_size=32, vocab_size=256, n_layer=1, n_head=1, n_embd=8, gated=True))
+    report_figures.gallery(str(tmp_path / "gallery.png"), model, {}, data, [[0.5]], "sparse")
+    assert drawn == [snippet]
+
+
+def test_a_notebooks_way_of_drawing_is_not_taken_over():
+    """Jupyter and Colab hand theirs to every `!python train.py`, whose Python need not know it."""
+    done = subprocess.run([sys.executable, os.path.join(REPOSITORY, "analyze.py"), "report", "--help"],
+                          capture_output=True, text=True,
+                          env=os.environ | {"MPLBACKEND": "a notebook's"})
+    assert done.returncode == 0, done.stderr
 
 
 def test_the_sums_that_are_drawn_have_no_carry_one_from_the_units_and_one_into_the_highest_place():

@@ -25,7 +25,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont  # comes with matplotlib
 
 from storage.addition import token_names
-from storage.files import write_whole
+from storage.files import draw_or_say, write_whole
 from training.folder import MetricsLog, read_metrics
 
 # matplotlib's tab10, as in analysis/figures.py
@@ -86,7 +86,8 @@ class FlowLog:
             "edges": edge_list(val["by_edge"]),
         }
         self.log.write(**frame)
-        save_picture(os.path.join(self.folder, "flow.png"), self.canvas.draw(frame))
+        draw_or_say(os.path.join(self.folder, "flow.png"),
+                    lambda path: save_picture(path, self.canvas.draw(frame)))
 
 
 def kept_frame(frames):
@@ -129,7 +130,6 @@ class Canvas:
         self.row = max(LOWEST, HEIGHT // n_layer)
         self.width = LEFT + COLUMN * (task.length - 1) + RIGHT + COLUMN // 2
         self.height = TOP + self.row * n_layer + BOTTOM
-        self.ground = self.draw_ground()
 
     def x(self, position):
         return LEFT + COLUMN * position
@@ -151,7 +151,8 @@ class Canvas:
         self.line(pen, self.x(key), self.y(layer), x, y, color, width)
         pen.ellipse([v * SMOOTH for v in (x - radius, y - radius, x + radius, y + radius)], color)
 
-    def draw_ground(self):
+    @functools.cached_property
+    def ground(self):
         """The picture without edges: a vertical line per token, names below, places of the answer above."""
         image = Image.new("RGB", (self.width * SMOOTH, self.height * SMOOTH), "white")
         pen, task = ImageDraw.Draw(image), self.task

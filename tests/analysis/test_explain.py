@@ -138,7 +138,7 @@ def test_edges_are_counted_over_all_sums_and_shut_one_by_one(task):
     T = task.length
     right, is_open = run_sums(model, task, a, b)
     assert right.shape == (2000, 5) and is_open.shape == (2, 1, T, T, 2000)
-    edges, intact = explain.explain(model, task, a, b)
+    edges, _, intact = explain.explain(model, task, a, b)
     assert intact == accuracy(right)
     assert len(edges) == is_open.any(-1).sum() > 3
     for edge in edges:
@@ -154,6 +154,48 @@ def test_edges_are_counted_over_all_sums_and_shut_one_by_one(task):
     keep[edge["layer"], 0, edge["query"], edge["key"]] = False
     shut = run_sums(model, task, a, b, keep)[0].mean(0).tolist()
     assert edge["accuracy_when_shut"]["digits"] == shut != intact["digits"]
+
+
+def shares_a_carry(task, a, b, keep=None):
+    """What `run_sums` gives of a circuit in which s1 (position 9) reads the `=` (5) if the units carry:
+    through layer 2 on a third of those sums, through layer 3 on the others. Else the tens are wrong.
+    """
+    is_open = np.zeros((4, 1, 11, 11, len(a)), dtype=bool)
+    carry, third = a % 10 + b % 10 >= 10, (7 * a + 3 * b + a * b) % 10 < 3
+    is_open[2, 0, 9, 5], is_open[3, 0, 9, 5] = carry & third, carry & ~third
+    if keep is not None:
+        is_open &= keep.numpy()[..., None]
+    right = np.ones((len(a), 5), dtype=bool)
+    right[:, 3] = is_open[:, 0, 9, 5].any(axis=0) == carry
+    return right, is_open
+
+
+def test_a_carry_that_two_layers_share_is_found_in_their_union(monkeypatch):
+    monkeypatch.setattr(explain, "run_sums", lambda model, *rest: shares_a_carry(*rest))
+    edges, unions, intact = explain.explain(random_model(TWO), TWO, A, B)
+    assert [(edge["layer"], edge["condition"]) for edge in edges] == [(2, None), (3, None)]
+    assert algorithm(edges, intact, TWO) == "conditional edges without a readable condition"
+    [union] = unions
+    assert (union["edges"], union["query"], union["key"], union["open_on"]) == ([1, 2], 9, 5, 4500)
+    assert (union["condition"], union["agreement"]) == (UNITS, 1.0)
+    assert union["accuracy_when_shut"]["digits"] == [1.0, 1.0, 1.0, 0.55, 1.0]
+    found = summary(edges, unions, intact, TWO, 10_000)
+    assert (found["algorithm"], found["unions"], found["open"]) == ("carry edge", unions, 0.45)
+    assert circuit_in_words(edges + unions, intact, TWO)[2] == (
+        f"     edges 1 and 2 as one  s1 reads =, open on 4500 sums: {UNITS}: 100.0 % of sums (constant guess "
+        "55.0 %); accuracy when shut: tens 55.0 %")
+
+
+def test_a_union_without_a_condition_is_left_out(monkeypatch):
+    noise = np.random.default_rng(0).random(10_000) < 0.5
+
+    def shares_half_a_carry(model, task, a, b, keep=None):
+        right, is_open = shares_a_carry(task, a, b, keep)
+        return right, is_open & noise[100 * a + b]
+
+    monkeypatch.setattr(explain, "run_sums", shares_half_a_carry)
+    edges, unions, _ = explain.explain(random_model(TWO), TWO, A, B)
+    assert len(edges) == 2 and unions == []
 
 
 def test_the_twin_of_an_edge_opens_on_most_sums_on_which_it_was_shut():
@@ -223,7 +265,7 @@ def test_a_circuit_in_words_is_one_numbered_line_an_edge():
 
 
 def test_the_summary_holds_what_a_table_needs():
-    found = summary([an_edge(UNITS), ALWAYS], INTACT, TWO, 10_000)
+    found = summary([an_edge(UNITS), ALWAYS], [], INTACT, TWO, 10_000)
     assert found["task"] == {"name": "addition", "digits": 2, "answers": 5}
     assert (found["algorithm"], found["open"]) == ("carry edge", 1.45)
     assert (found["sum_right"], found["sums"]) == (1.0, 10_000)

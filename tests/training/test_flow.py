@@ -99,6 +99,18 @@ def test_only_gated_addition_has_a_flow(echo):
     assert not os.path.exists("out/sparse/edges.jsonl") and not os.path.exists("out/sparse/flow.png")
 
 
+def test_a_frame_that_cannot_be_drawn_is_stored_and_stops_no_training(tmp_path, monkeypatch, capsys):
+    def no_font(size):
+        raise ImportError("no FreeType")
+
+    monkeypatch.setattr(flow, "font", no_font)
+    log = flow.FlowLog(str(tmp_path), AdditionTask(), Shape(1, 1), 100, -1)
+    found = {"open": 1.0, "total": 66, "correct": 1, "examples": 1, "by_edge": np.ones((1, 1, 11, 11))}
+    log.write(0, {"val": found}, [], True, 1.0)
+    assert [line["open"] for line in stored(tmp_path)] == [1.0]
+    assert f"{tmp_path}/flow.png could not be drawn: ImportError: no FreeType\n" == capsys.readouterr().out
+
+
 def test_the_loop_does_without_matplotlib():
     code = "import sys, train; sys.exit('matplotlib' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY).returncode == 0
