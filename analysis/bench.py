@@ -21,7 +21,6 @@ sampled, as in training; far edges are shut beyond luck.
 """
 
 import functools
-import json
 import math
 import os
 import statistics
@@ -35,7 +34,7 @@ from analysis.bench_model import SHAPES, circuits, whole_model
 from analysis.stopwatch import measure, row_of
 from fast.dispatch import choose_impl
 from gate import gated_attention
-from storage.files import UserError
+from storage.files import UserError, write_json
 from training import hardware
 
 
@@ -236,7 +235,7 @@ def numbers(flag, words, kind):
         found = [kind(word) for word in words.split(",")]
     except ValueError:
         found = []
-    if not found or min(found) <= 0:
+    if not found or not all(0 < number < math.inf for number in found):
         raise UserError(f"--{flag}={words}: write numbers above 0, with commas between them")
     return found
 
@@ -285,7 +284,6 @@ def run(options, settings):
     for T in dict.fromkeys(row["T"] for row in rows if row["open"] is not None):
         print(floor_of(options.B, options.H, T, options.D, options.dtype, device))
     os.makedirs(options.out_dir, exist_ok=True)
-    with open(os.path.join(options.out_dir, "bench.json"), "w") as f:
-        json.dump({"machine": title, "rows": rows}, f, indent=1)
+    write_json(os.path.join(options.out_dir, "bench.json"), {"machine": title, "rows": rows})
     if options.lengths:
         chart(rows, os.path.join(options.out_dir, "bench.png"), title)
