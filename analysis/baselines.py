@@ -200,7 +200,7 @@ def chosen(options):
         budgets = [float(word) for word in options.budgets.split(",")]
     except ValueError:
         budgets = [0.0]
-    if min(budgets) <= 0 or options.steps < 0:
+    if not all(0 < budget < math.inf for budget in budgets) or options.steps < 0:
         raise UserError("--budgets are numbers above 0, such as 1,2,4; --steps is 0 or more")
     return rules, budgets, [task for task in options.tasks.split(",") if task]
 
