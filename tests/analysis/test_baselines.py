@@ -321,6 +321,7 @@ def test_a_row_keeps_its_tasks_unless_the_run_was_trained_on(workplace):
 @pytest.mark.parametrize("words, answer", [
     (["out/sparse", "--rules=topk"], "there is no rule 'topk'"),
     (["out/sparse", "--budgets=x"], "--budgets are numbers above 0"),
+    (["out/sparse", "--budgets=1,nan"], "--budgets are numbers above 0"),
     (["out/none"], "there is no checkpoint out/none"),
 ])
 def test_mistakes_are_answered(workplace, words, answer):

@@ -78,7 +78,7 @@ def test_where_the_seconds_go(workplace, monkeypatch, capsys):
     assert "9,000" in shown
 
 
-@pytest.mark.parametrize("flag", ["--open=x", "--open=0", "--lengths=64,", "--T=0"])
+@pytest.mark.parametrize("flag", ["--open=x", "--open=0", "--open=nan", "--lengths=64,", "--T=0"])
 def test_numbers_that_are_none_are_named(workplace, flag):
     done = call(analyze.main, "bench", flag, "--device=cpu")
     assert done.returncode == 1
