@@ -28,7 +28,7 @@ import sys
 
 import torch
 
-from storage.files import UserError
+from storage.files import UserError, take_every_sign, typed
 
 COMMANDS = {  # name: (its file, what it answers)
     "report": ("analysis.report", "what became of these runs? numbers and figures"),
@@ -99,6 +99,21 @@ def refuse(unknown, parser):
     parser.error(f"it takes no {unknown[0]}.{nearest(flag, parser.flags)}".rstrip("."))
 
 
+def check_values(options, parser):
+    """Exit for a number that nothing can be computed with; put the home folder in the place of a path's ~."""
+    for name, value in list(vars(options).items()):
+        if name == "seed" and not 0 <= value <= 1_000_000:
+            parser.error(f"--seed={value}: it must be from 0 to a million")
+        if type(value) is float and not math.isfinite(value) or type(value) is int and abs(value) >= 2**63:
+            parser.error(f"--{name}={value} is no number to compute with")
+        if name == "prompt":
+            continue  # a text, which may begin with ~
+        if isinstance(value, str):
+            setattr(options, name, os.path.expanduser(value))
+        if isinstance(value, list):
+            setattr(options, name, [os.path.expanduser(word) for word in value])
+
+
 def main(arguments):
     # whatever a notebook or a person has set: pictures go into files. matplotlib reads it when it is imported
     os.environ["MPLBACKEND"] = "Agg"
@@ -110,14 +125,12 @@ def main(arguments):
     options, settings = parser.parse_known_args(arguments)
     if settings and command not in TAKES_SETTINGS:
         refuse(settings, parser.chosen)
-    for name, value in vars(options).items():
-        if isinstance(value, float) and not math.isfinite(value):
-            parser.chosen.error(f"--{name}={value}: it must be a finite number")
+    check_values(options, parser.chosen)
     try:
         status = options.answer(options, settings)
     except torch.OutOfMemoryError as error:
         sys.exit(f"error: out of memory: {str(error).splitlines()[0]} "
-                 f"To compute on the CPU: CUDA_VISIBLE_DEVICES= python analyze.py {' '.join(arguments)}")
+                 f"To compute on the CPU: CUDA_VISIBLE_DEVICES= {typed('python', 'analyze.py', *arguments)}")
     except (UserError, OSError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
@@ -127,6 +140,7 @@ def main(arguments):
 
 
 if __name__ == "__main__":
+    take_every_sign()
     if hasattr(signal, "SIGPIPE"):  # as other tools do: `| head` ends the command, and that is no error
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     main(sys.argv[1:])

@@ -33,7 +33,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from gate import GateConfig, by_layer, gated_attention
-from storage.download import download, sha256_of_hub
+from storage.download import download, hub, sha256_of_hub
 from storage.files import UserError
 
 
@@ -290,8 +290,7 @@ def openai_checkpoint(name):
     checked. Raises UserError.
     """
     known = PRETRAINED[name]
-    host = os.environ.get("HF_ENDPOINT", "https://huggingface.co")  # as huggingface_hub: for mirrors
-    url = f"{host}/openai-community/{name}/resolve/main/pytorch_model.bin"
+    url = f"{hub()}/openai-community/{name}/resolve/main/pytorch_model.bin"
     path = os.path.join(torch.hub.get_dir(), "checkpoints", f"openai-community-{name}.bin")
     download(url, path, known["sha256"] or sha256_of_hub(url, path), known["size"])
     return from_openai(torch.load(path, map_location="cpu", weights_only=True), name)

@@ -21,7 +21,6 @@ Notable: a split is made once, always the same, and never overlaps.
 
 import argparse
 import os
-import shlex
 import sys
 
 import numpy as np
@@ -31,7 +30,7 @@ from storage import corpora, python_source, text
 from storage.addition import ADDITION_TOKENS, addition_rows, answers_for
 from storage.dataset import open_dataset, write_dataset
 from storage.download import download
-from storage.files import UserError, locked
+from storage.files import UserError, locked, take_every_sign, typed
 
 
 def how_to_make(name):
@@ -42,7 +41,7 @@ def how_to_make(name):
         base, _, tokenizer = name.partition("-")
         options = {"tokenizer": tokenizer} if tokenizer else {}
     flags = [f"--{flag}={value}" for flag, value in options.items()]
-    return " ".join(["python prepare_data.py", base, *flags])
+    return typed("python", "prepare_data.py", base, *flags)
 
 
 def load(name, root="data"):
@@ -132,7 +131,7 @@ def make_text(folder, options):
     """The files given with --file."""
     if not options.file:
         raise UserError("text needs your files: python prepare_data.py text --file=A.txt --file=B.txt")
-    command = "python prepare_data.py " + shlex.join(sys.argv[1:])
+    command = typed("python", "prepare_data.py", *sys.argv[1:])
     if os.path.exists(os.path.join(folder, "meta.json")):
         before = open_dataset(folder, command).meta.get("made_by", "not made by this command")
         if before != command:
@@ -209,7 +208,7 @@ def command_line():
     parser.add_argument("--digits", type=int, help=f"of addition: of each number, 1 to {MOST_DIGITS}; 2")
     parser.add_argument("--tokenizer", choices=text.TOKENIZERS,
                         help="of a text; bytes, but gpt2 for openwebtext and fineweb, olmo for dolma")
-    parser.add_argument("--file", action="append", default=[],
+    parser.add_argument("--file", action="append", default=[], type=os.path.expanduser,
                         help="of text: a file, one document; give it as often as you like")
     parser.add_argument("--as", dest="called", metavar="NAME",
                         help="of text: the dataset is data/NAME; text. A second one wants another name")
@@ -233,7 +232,7 @@ def refuse_what_does_not_fit(options):
         raise UserError(f"--digits must be 1 to {MOST_DIGITS}, the digits of each of the two numbers")
     if options.shards is not None and not 1 <= options.shards <= 103:
         raise UserError("--shards must be 1 to 103")
-    taken = {*DATASETS, *OFFLINE, "", ".", ".."}
+    taken = {*DATASETS, *OFFLINE, "", ".", "..", "~"}
     if options.called in taken or "/" in (options.called or ""):
         raise UserError(f"--as={options.called} is no name for a dataset of yours. Choose another")
     if options.processes < 1:
@@ -244,12 +243,14 @@ def what_next(name, data):
     """What to type when dataset `name` is made, a list: the run that was made for it, or one of its kind."""
     if name in MADE_FOR:
         return [f"python train.py {MADE_FOR[name]}"]
-    config, shape = "stdlib", ""
+    config, shape = "stdlib", []
     if data.meta["kind"] == "rows":
-        config, shape = "addition", f" --block_size={data.train.shape[2]}"
+        config, shape = "addition", [f"--block_size={data.train.shape[2]}"]
     parent, child = f"out/{name}_dense", f"out/{name}_sparse"
-    return [f"python train.py config/{config}_dense.py --dataset={name}{shape} --out_dir={parent}",
-            f"python train.py config/{config}.py --dataset={name} --init_from={parent} --out_dir={child}"]
+    data = f"--dataset={name}"
+    return [typed("python", "train.py", f"config/{config}_dense.py", data, *shape, f"--out_dir={parent}"),
+            typed("python", "train.py", f"config/{config}.py", data, f"--init_from={parent}",
+                  f"--out_dir={child}")]
 
 
 def main(arguments):
@@ -278,4 +279,5 @@ def main(arguments):
 
 
 if __name__ == "__main__":
+    take_every_sign()
     main(sys.argv[1:])

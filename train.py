@@ -44,7 +44,7 @@ import torch
 
 import prepare_data
 from geco import is_cutting
-from storage.files import UserError
+from storage.files import UserError, take_every_sign, typed
 from training import hardware
 from training.configure import described, parse_command_line
 from training.folder import StopRequest, alone_in, claim_folder, settle
@@ -199,8 +199,10 @@ def report(folder):
     try:
         return subprocess.run(command).returncode
     except KeyboardInterrupt:
-        sys.exit(f"stopped. The run is finished; its report: python analyze.py report {folder}")
+        again = typed("python", "analyze.py", "report", folder)
+        sys.exit(f"stopped. The run is finished; its report: {again}")
 
 
 if __name__ == "__main__":
+    take_every_sign()
     main(sys.argv[1:])

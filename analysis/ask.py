@@ -24,7 +24,7 @@ import torch
 
 from analysis.explain import edge_name, read_addition_run
 from storage.addition import ADDITION_TOKENS, addition_rows, token_names
-from storage.files import UserError
+from storage.files import UserError, typed
 
 MOST_DENSE = 10  # edges that are listed of a dense model
 MOST_SPARSE = 60  # and of a gated one
@@ -174,6 +174,6 @@ def run(options, settings):
     """`analyze.py ask`."""
     folder = options.run.rstrip("/")
     model, _, task = read_addition_run(folder)
-    a, b = parse_sum("".join(options.sum), task, f"python analyze.py ask {folder}")
+    a, b = parse_sum("".join(options.sum), task, typed("python", "analyze.py", "ask", folder))
     shut = [parse_edge(words, model.config, task) for words in options.shut]
     print("\n".join(ask(model, task, a, b, shut)))

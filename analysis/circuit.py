@@ -137,8 +137,8 @@ def add_arguments(parser):
 
 def run(options, settings):
     """`analyze.py circuit`."""
-    if options.n < 2 or options.steps < 1 or options.seed < 0:
-        raise UserError("--n must be at least 2, --steps at least 1, --seed 0 or more")
+    if options.n < 2 or options.steps < 1:
+        raise UserError("--n must be at least 2, --steps at least 1")
     dense, sparse, tokenizer = two_models(options.dense.rstrip("/"), options.sparse.rstrip("/"))
     if not options.task:
         name = vocabulary(tokenizer, sparse.config.vocab_size).name

@@ -27,7 +27,7 @@ from analysis.rules import RULES
 from analysis.seeds_table import aligned
 from models.checkpoint import read_checkpoint
 from models.sources import checkpoint_named
-from storage.files import UserError, read_json, write_json
+from storage.files import UserError, read_json, typed, write_json
 from training.folder import read_metrics, settings_of
 from training.verdict import AT_CAP, bounds_of_lambda
 
@@ -38,7 +38,8 @@ def read_report(folder):
     """report.json of a run. Raises UserError."""
     path = os.path.join(folder, "report.json")
     if not os.path.exists(path):
-        raise UserError(f"{folder} has no report yet: python analyze.py report {folder}")
+        raise UserError(f"{folder} has no report yet: "
+                        + typed("python", "analyze.py", "report", folder))
     return read_json(path)
 
 

@@ -11,12 +11,13 @@ other file of ours.
 
 import io
 import math
-import os
 
 import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
 from PIL import Image  # comes with matplotlib
+
+from storage.files import replacing
 
 HEAD_COLORS = plt.get_cmap("tab10").colors
 GREY = "0.75"
@@ -29,10 +30,9 @@ def save(figure, path):
     raw = io.BytesIO()
     figure.savefig(raw, dpi=110, format="png", bbox_inches="tight")
     plt.close(figure)
-    Image.open(raw).convert("RGB").quantize(128, method=Image.Quantize.FASTOCTREE).save(
-        path + ".tmp", format="png", optimize=True
-    )
-    os.replace(path + ".tmp", path)
+    picture = Image.open(raw).convert("RGB").quantize(128, method=Image.Quantize.FASTOCTREE)
+    with replacing(path) as temporary:
+        picture.save(temporary, format="png", optimize=True)
 
 
 def draw_streams(ax, tokens, answers, n_layer):

@@ -33,7 +33,7 @@ from model import GPT
 from models.checkpoint import fingerprint, model_of, read_checkpoint
 from models.sound import is_finite
 from models.sources import checkpoint_named, folder_of_answers
-from storage.files import UserError, write_json
+from storage.files import UserError, typed, write_json
 
 SHOWN = 8  # heads, and edges into the likeliest answer
 TYPES = {"feature": "cross layer transcoder", "embedding": "embedding", "error": "mlp reconstruction error",
@@ -56,13 +56,13 @@ def read_transcoder(folder, name, checkpoint):
     if folder is None:
         raise UserError("only a run's folder, such as out/addition, can have a transcoder")
     place = os.path.join(folder, name + ".pt")
+    command = typed("python", "analyze.py", "transcode", folder, f"--name={name}")
     if not os.path.exists(place):
-        raise UserError(f"{folder} has no {name}.pt. Train one first: python analyze.py transcode {folder} "
-                        f"--name={name}")
+        raise UserError(f"{folder} has no {name}.pt. Train one first: {command}")
     trained = read_checkpoint(place)
     if trained["of"] != fingerprint(checkpoint):
         raise UserError(f"{place} was trained for other weights than {folder} holds now. Delete it, and: "
-                        f"python analyze.py transcode {folder} --name={name}")
+                        f"{command}")
     steps = trained["settings"]["steps"]
     if trained["step"] < steps:
         raise UserError(f"{place} is not finished, {trained['step']} of {steps} steps: give "
@@ -229,7 +229,8 @@ def name_of(title, at, transcoder):
     """`graph-36-28-s1`: of the file, and its own for every prompt, answer and transcoder."""
     words = re.sub(r"\W+", "-", title).strip("-")
     if not re.fullmatch(r"\d+\+\d+", title):  # or texts that differ in punctuation alone would share a file
-        words = f"{words[:60] or 'prompt'}-{zlib.crc32(title.encode()):08x}"
+        number = zlib.crc32(title.encode("utf-8", "surrogateescape"))
+        words = f"{words[:60] or 'prompt'}-{number:08x}"
     return f"graph-{words}{ending_of(transcoder)}" + (f"-{at}" if at else "")
 
 

@@ -11,7 +11,7 @@ from analysis.report_figures import example_sums, symbols
 from models.checkpoint import tokenizer_of
 from storage import text
 from storage.addition import addition_rows, addition_task, token_names
-from storage.files import UserError
+from storage.files import UserError, typed
 
 LONGEST = 128  # tokens: more are no page to read
 SNIPPETS = (  # a quote and a bracket to be closed, two words to be ended
@@ -41,8 +41,9 @@ def text_question(prompt, tokens, block_size):
     most = min(block_size, LONGEST)
     if len(ids) > most:
         why = "this model's context has" if most == block_size else "the page has room for"
+        end = typed(f"--prompt={tokens.decode(ids[-most // 2:])}")
         raise UserError(f"the prompt has {len(ids)} tokens, {why} {most}. Type a shorter one, such as its "
-                        f"end: --prompt={tokens.decode(ids[-most // 2:])!r}")
+                        f"end: {end}")
     return Question(prompt, ids, text.pieces(ids, tokens), [""] * len(ids), [len(ids) - 1], None)
 
 

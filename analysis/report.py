@@ -15,7 +15,7 @@ from analysis.report_figures import draw
 from models import lora
 from models.checkpoint import model_of, read_checkpoint
 from models.sources import config_for, folder_of_answers, kept_checkpoint
-from storage.files import UserError, write_json
+from storage.files import UserError, typed, write_json
 from training import hardware, verdict
 from training.evaluate import evaluate_splits
 from training.folder import read_metrics, settings_of
@@ -217,7 +217,8 @@ def pages_of(reports):
         if os.path.exists(page):
             lines.append(f"a page to look into {r['run']}, in any browser: {page}")
         elif r["sparse"]:
-            lines.append(f"a page to look into it, in any browser: python analyze.py view {r['run']}")
+            command = typed("python", "analyze.py", "view", r["run"])
+            lines.append(f"a page to look into it, in any browser: {command}")
     return lines
 
 
@@ -226,11 +227,10 @@ def advice_of(reports):
     there = {os.path.normpath(r["run"]) for r in reports}
     lines = []
     for r in reports:
+        done = [re.escape(typed(f"--out_dir={run}")) for run in there - {os.path.normpath(r["run"])}]
         for sentence in r["advice"]:
-            named = re.search(r"--out_dir=(\S+)", sentence)
-            if named and named[1] in there - {os.path.normpath(r["run"])}:
-                continue
-            lines.append(f"{r['run']}: {sentence}")
+            if not any(re.search(rf"{flag}(\s|$)", sentence) for flag in done):
+                lines.append(f"{r['run']}: {sentence}")
     return lines
 
 

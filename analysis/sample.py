@@ -37,7 +37,7 @@ def generate(model, idx, tokens, temperature=0.8, top_k=50, vocab_size=None):
     """Yield, `tokens` times, the next token id and the (n_layer, H, T) edges that its position read.
 
     idx          (1, T0) token ids, at least one
-    temperature  0 takes the likeliest
+    temperature  up to 1e-6, by which logits cannot be divided, takes the likeliest
     vocab_size   ids from there on are padding and never drawn
 
     An edge is True where it is open.
@@ -52,7 +52,7 @@ def generate(model, idx, tokens, temperature=0.8, top_k=50, vocab_size=None):
 
         logits, _, _ = model(idx, record=note)
         logits = logits[0, -1, :vocab_size].float()
-        if temperature:
+        if temperature > 1e-6:
             lowest = logits.topk(min(top_k, len(logits))).values[-1]
             probabilities = (logits / temperature).masked_fill(logits < lowest, -torch.inf).softmax(-1)
             token = torch.multinomial(probabilities, 1)
@@ -123,10 +123,8 @@ def write(model, tokens, options, device):
     if options.edges:
         print(f"{paint('read', READ)} by some head of some layer before it chose "
               f"{paint('the next token', NEW)}; the number counts the edges of all heads")
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="replace")  # not every pipe can take every sign
     torch.manual_seed(options.seed)
-    ids = list(tokens.encode(options.prompt.encode())) or [tokens.separator]
+    ids = list(tokens.encode(options.prompt.encode("utf-8", "surrogateescape"))) or [tokens.separator]
     start = len(ids)
     idx = torch.tensor([[int(i) for i in ids]], device=device)
     new = generate(model, idx, options.tokens, options.temperature, options.top_k, tokens.vocab_size)

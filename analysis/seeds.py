@@ -44,6 +44,8 @@ def parse_seeds(words):
             raise UserError(
                 f"--seeds={words}: write numbers and ranges, such as --seeds=21-40 or --seeds=1,5,9"
             )
+        if int(last or first) > 1_000_000:
+            raise UserError(f"--seeds={words}: a seed is a number up to a million")
         if dash and int(last) < int(first):
             raise UserError(f"--seeds={words}: write a range upwards, such as --seeds=21-40")
         found += range(int(first), int(last or first) + 1)
@@ -193,7 +195,7 @@ def row_of(run, seed):
 def algorithm_of(run, environment):
     """The name of a run's algorithm by explain.py, or why there is none."""
     command = [sys.executable, os.path.join(REPOSITORY, "analyze.py"), "explain", run]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    done = subprocess.run(command, capture_output=True, text=True, errors="replace", env=environment)
     if done.returncode:
         return (done.stderr.strip().splitlines() or ["explain was killed"])[-1]
     return read_json(os.path.join(run, "explain.json"))["algorithm"]

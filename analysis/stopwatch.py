@@ -33,7 +33,7 @@ def peak_memory(call, device):
         return None
     # what an earlier call has freed is given back, so that it counts again
     ctypes.CDLL("libc.so.6").malloc_trim(0)
-    with open("/proc/self/clear_refs", "w") as f:
+    with open("/proc/self/clear_refs", "w", encoding="utf-8") as f:
         f.write("5")  # resets VmHWM, the high-water mark
     before = from_status("VmRSS")
     call()
@@ -41,7 +41,7 @@ def peak_memory(call, device):
 
 
 def from_status(key):
-    with open("/proc/self/status") as f:
+    with open("/proc/self/status", encoding="utf-8") as f:
         return next(int(line.split()[1]) * 1024 for line in f if line.startswith(key + ":"))
 
 

@@ -14,4 +14,4 @@ export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=150  # else torchrun kills after 30 second
 export TORCH_HOME="$PWD/data/torch" HF_HOME="$PWD/data/huggingface"  # process 0 downloads, all nodes read
 first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 srun torchrun --nnodes="$SLURM_NNODES" --nproc_per_node=8 --rdzv_backend=c10d --rdzv_id="$SLURM_JOB_ID" \
-    --rdzv_endpoint="$first:29500" train.py "${1:-config/gpt2.py}"
+    --rdzv_endpoint="$first:29500" train.py "${@:-config/gpt2.py}"

@@ -25,7 +25,7 @@ import torch
 from model import GPT, GPTConfig
 from models import huggingface, lora, olmo, olmo_files, sound
 from models.sources import config_for
-from storage.files import UserError
+from storage.files import UserError, replacing
 
 
 def save_checkpoint(path, checkpoint):
@@ -35,16 +35,12 @@ def save_checkpoint(path, checkpoint):
     either the old file or the new one. Raises UserError, the old file untouched, if the disk is full or the
     folder not writable.
     """
-    temporary = path + ".tmp"
     try:
-        with open(temporary, "wb") as f:
+        with replacing(path) as temporary, open(temporary, "wb") as f:
             torch.save(checkpoint, f)
             f.flush()
             os.fsync(f.fileno())
-        os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
-        if os.path.exists(temporary):
-            os.remove(temporary)
         raise UserError(f"cannot write {path}: {error}. What it held before is untouched. "
                               "Free some space, or choose another place") from error
 

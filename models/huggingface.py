@@ -15,7 +15,8 @@ from collections.abc import Mapping
 import torch
 
 from model import CONV1D, PRETRAINED, from_openai, openai_checkpoint
-from storage.files import UserError, json_of, read_json
+from storage.download import hub
+from storage.files import UserError, json_of, read_json, replacing
 
 # the id of <|endoftext|> by the size of the vocabulary: GPT-2's, also padded, OLMo's, OLMo 2's
 END_OF_TEXT = {50257: 50256, 50304: 50256, 50280: 50279, 100278: 100257}
@@ -90,6 +91,7 @@ def fetch(name, patterns):
     """The local folder of a model on Hugging Face ('allenai/OLMo-1B-hf') with the files whose names fit
     patterns, downloaded once into huggingface_hub's cache (HF_HOME).
     """
+    hub()  # before that package is imported
     try:
         from huggingface_hub import snapshot_download
     except ImportError as error:
@@ -264,18 +266,14 @@ def write_folder(folder, tensors, config):
     weights, settings = os.path.join(folder, "model.safetensors"), os.path.join(folder, "config.json")
     save_file = safetensors().torch.save_file
     try:
-        save_file(tensors, weights + ".tmp", metadata={"format": "pt"})
-        with open(settings + ".tmp", "w", encoding="utf-8") as f:
-            f.write(json_of(config, settings, indent=1))
+        with replacing(weights) as tensors_at, replacing(settings) as config_at:
+            save_file(tensors, tensors_at, metadata={"format": "pt"})
+            with open(config_at, "w", encoding="utf-8") as f:
+                f.write(json_of(config, settings, indent=1))
     except Exception as error:  # safetensors has errors of its own, for a full disk too
-        for path in (weights + ".tmp", settings + ".tmp"):
-            if os.path.exists(path):
-                os.remove(path)  # nothing is in the way of another try
         raise UserError(
             f"cannot write {weights}: {error}. Free some space, or choose another place"
         ) from error
-    os.replace(weights + ".tmp", weights)
-    os.replace(settings + ".tmp", settings)
 
 
 def safetensors():

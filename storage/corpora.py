@@ -24,12 +24,13 @@ import numpy as np
 from tqdm import tqdm
 
 from storage import text
-from storage.download import download
+from storage.download import download, hub
 from storage.files import UserError
 
 
 def the_package_datasets(name):
     """`datasets`, imported only where it is needed."""
+    hub()
     try:
         import datasets
     except ImportError as error:

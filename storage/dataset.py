@@ -16,6 +16,7 @@ Notable: files are written under a temporary name and renamed, meta.json last, s
 meta.json is whole.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -24,7 +25,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from storage.addition import IGNORE
-from storage.files import UserError, sha256, write_json
+from storage.files import UserError, replacing, sha256, write_json
 from storage.text import dtype_for
 
 
@@ -83,7 +84,7 @@ def open_dataset(folder, remedy):
     """
     again = f"Delete {folder} and make it again: "
     try:
-        with open(os.path.join(folder, "meta.json")) as f:
+        with open(os.path.join(folder, "meta.json"), encoding="utf-8") as f:
             meta = json.load(f)
         dtype = dtype_for(meta["vocab_size"])
         sizes = {split: dtype.itemsize * int(np.prod(meta["shape"][split])) for split in ("train", "val")}
@@ -128,23 +129,18 @@ def write_dataset(folder, train, val, **meta):
     os.makedirs(folder, exist_ok=True)
     paths = {split: os.path.join(folder, f"{split}.bin") for split in ("train", "val")}
     meta |= {"vocab_size": vocab_size, "shape": {}, "sha256": {}}
-    try:
+    description = os.path.join(folder, "meta.json")
+    with contextlib.ExitStack() as stack:  # at its end both take their places
         for (split, path), data in zip(paths.items(), (train, val)):
             blocks = as_stored(data, f"{folder}: {split}", kind, vocab_size)
-            meta["shape"][split], meta["sha256"][split] = write_tokens(path + ".tmp", blocks)
-    except BaseException as error:
-        for begun in paths.values():
-            if os.path.exists(begun + ".tmp"):
-                os.remove(begun + ".tmp")
-        if isinstance(error, OSError):
-            raise UserError(f"cannot write {path}: {error}. Free some space and type the same command "
-                            "again") from error
-        raise
-    description = os.path.join(folder, "meta.json")
-    if os.path.exists(description):
-        os.remove(description)  # from here on the old dataset is not whole
-    for path in paths.values():
-        os.replace(path + ".tmp", path)
+            try:
+                temporary = stack.enter_context(replacing(path))
+                meta["shape"][split], meta["sha256"][split] = write_tokens(temporary, blocks)
+            except OSError as error:
+                raise UserError(f"cannot write {path}: {error}. Free some space and type the same command "
+                                "again") from error
+        if os.path.exists(description):
+            os.remove(description)  # from here on the old dataset is not whole
     write_json(description, meta)
 
 

@@ -18,7 +18,21 @@ import urllib.request
 
 from tqdm import tqdm
 
-from storage.files import UserError, sha256, write_whole
+from storage.files import UserError, locked, sha256, write_whole
+
+HUB = "https://huggingface.co"
+
+
+def hub():
+    """Where Hugging Face's hub is: HUB, or the mirror that HF_ENDPOINT names. Also for huggingface_hub, which
+    reads that variable when it is imported and does not take an empty one for none. Raises UserError.
+    """
+    if not os.environ.get("HF_ENDPOINT"):
+        os.environ.pop("HF_ENDPOINT", None)
+    host = os.environ.get("HF_ENDPOINT", HUB)
+    if not host.startswith(("https://", "http://")):
+        raise UserError(f"HF_ENDPOINT={host} is no address. Write it with https://, as in {HUB}, or unset it")
+    return host.rstrip("/")
 
 
 def download(url, path, sha256_wanted=None, size=None):
@@ -27,13 +41,32 @@ def download(url, path, sha256_wanted=None, size=None):
     sha256_wanted, size: of the whole file, where known. Raises UserError if the line breaks, keeping what has
     come so far (the same command goes on from there), and if it is the wrong file, deleting it.
     """
-    if os.path.exists(path) and (size is None or os.path.getsize(path) == size):
-        if sha256_wanted and sha256(path) != sha256_wanted:
-            raise UserError(f"{path} is not the file that was downloaded (wrong sha256). Delete it and type "
-                            "the same command again")
-        return path
-    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-    part = path + ".part"
+    if not _is_there(path, sha256_wanted, size):
+        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+        part = path + ".part"
+        open(part, "ab").close()
+        try:
+            with locked(part):  # a second process waits for the first, and then has the file
+                if not _is_there(path, sha256_wanted, size):
+                    _bring(url, path, part, sha256_wanted, size)
+        finally:
+            if os.path.exists(part) and not os.path.getsize(part):
+                os.remove(part)
+    return path
+
+
+def _is_there(path, sha256_wanted, size):
+    """Is the whole file at path? Raises UserError if it is another one."""
+    if not os.path.exists(path) or size is not None and os.path.getsize(path) != size:
+        return False
+    if sha256_wanted and sha256(path) != sha256_wanted:
+        raise UserError(f"{path} is not the file that was downloaded (wrong sha256). Delete it and type "
+                        "the same command again")
+    return True
+
+
+def _bring(url, path, part, sha256_wanted, size):
+    """`download` into part, which takes its place at path when it is whole."""
     by_hand = f"Without network here, bring {url} to {path} by hand"
     try:
         have = os.path.getsize(part) if os.path.exists(part) else 0
@@ -63,7 +96,6 @@ def download(url, path, sha256_wanted=None, size=None):
             f"Try again; if it happens twice, something between here and there changes the file. {by_hand}"
         )
     os.replace(part, path)
-    return path
 
 
 def sha256_of_hub(url, path):

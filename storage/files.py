@@ -1,8 +1,8 @@
-"""Files that are whole or not there at all, folders that one process has to itself, and the one error for
-people.
+"""Files that are whole or not there at all, folders that one process has to itself, what goes from people to
+programs and back, and the one error for people.
 
-    write: to path.tmp, flushed to the disk, then renamed to path        whatever happens, path holds the old
-    content or the new
+    write: to path.<random>.tmp, flushed to the disk, then renamed to path        whatever happens, path holds
+    the old content or the new
 
 Every mistake that a user can make ends as a `UserError`: its message says what is wrong, where, and what to
 type instead. The programs print it as `error: ...` and exit with status 1. A bug keeps its traceback.
@@ -11,10 +11,15 @@ This file imports no other file of ours.
 """
 
 import contextlib
+import glob
 import hashlib
 import json
 import math
 import os
+import secrets
+import shlex
+import subprocess
+import sys
 
 try:
     import fcntl
@@ -38,13 +43,56 @@ def sha256(path):
     return digest.hexdigest()
 
 
+def take_every_sign():
+    """What a program does first: no arrow or umlaut ends it, whatever the terminal and the locale.
+
+    What a terminal cannot show (cp1252) is written as a number, \\u2192. Where Python takes arguments and
+    names of files for ASCII (LC_ALL=C with PYTHONUTF8=0), the program starts anew in UTF-8.
+    """
+    if sys.getfilesystemencoding() == "ascii":  # never on Windows
+        os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def typed(*words):
+    """A command, or a part of one, to print: a shell reads these words again, with all blanks and signs in
+    them.
+    """
+    return subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words)
+
+
+@contextlib.contextmanager
+def replacing(path):
+    """`with replacing(path) as temporary:` write to temporary, which then takes the place of path; if
+    anything is raised it is removed, and path stays as it is.
+
+    Every writer has a name of its own, and locks it: what a kill left behind is locked by nobody, and the
+    next writer removes it.
+    """
+    for left in glob.glob(glob.escape(path) + ".*.tmp"):
+        with contextlib.suppress(OSError), contextlib.ExitStack() as stack:
+            if fcntl:  # Windows removes no open file
+                fcntl.flock(stack.enter_context(open(left, "r+b")), fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.remove(left)
+    temporary = f"{path}.{secrets.token_hex(4)}.tmp"
+    with contextlib.ExitStack() as stack:
+        stack.callback(lambda: os.path.exists(temporary) and os.remove(temporary))
+        if fcntl:
+            f = stack.enter_context(open(temporary, "xb"))
+            with contextlib.suppress(OSError):  # of a file system without locks
+                fcntl.flock(f, fcntl.LOCK_EX)
+        yield temporary
+        os.replace(temporary, path)
+
+
 def write_whole(path, content):
     """Write bytes to path, whole or not at all: to a temporary name first, then renamed."""
-    with open(path + ".tmp", "wb") as f:
+    with replacing(path) as temporary, open(temporary, "wb") as f:
         f.write(content)
         f.flush()
         os.fsync(f.fileno())
-    os.replace(path + ".tmp", path)
 
 
 def json_of(content, path, **options):
@@ -87,12 +135,13 @@ def read_json(path):
 @contextlib.contextmanager
 def locked(folder, wait=True):
     """`with locked(folder):` no other process is in such a block of this folder, which is made if there is
-    none. Another one is waited for; with wait=False BlockingIOError.
+    none, or of this file. Another one is waited for; with wait=False BlockingIOError.
 
     The lock ends with the process, even by kill -9. Windows, and file systems without locks, let everybody
     in.
     """
-    os.makedirs(folder, exist_ok=True)
+    if not os.path.isfile(folder):
+        os.makedirs(folder, exist_ok=True)
     with contextlib.ExitStack() as stack:
         if fcntl:
             place = os.open(folder, os.O_RDONLY)

@@ -20,6 +20,7 @@ from typing import Callable, NamedTuple
 
 import numpy as np
 
+from storage.download import hub
 from storage.files import UserError
 
 # ------------------------------------------------------------------------------------------------------------
@@ -80,6 +81,7 @@ def tokenizer(name):
 
 def olmo_tokenizer(name):
     """OLMo's, through the packages that Hugging Face wrote for it, imported only here."""
+    hub()
     try:
         import tokenizers
         from huggingface_hub import hf_hub_download

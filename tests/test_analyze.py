@@ -1,11 +1,16 @@
 """From a finished run to numbers and pictures, through the command line."""
 
+import contextlib
+import io
 import json
 import os
 import re
+import runpy
+import shlex
 import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,15 +20,17 @@ from PIL import Image
 import analyze as analyze_file
 import prepare_data
 import train as train_file
-from analysis import figures, report_figures
-from analysis.report import text_seen
+from analysis import ask, curve, figures, graph, report_figures
+from analysis.report import pages_of, text_seen
 from conftest import REPOSITORY
 from helpers import call, in_this_process
 from model import GPT, GPTConfig
+from models import huggingface
 from models.checkpoint import checkpoint_of, load_checkpoint, read_checkpoint, save_checkpoint
 from prepare_data import load
 from storage.addition import AdditionTask
 from storage.dataset import Dataset
+from storage.files import UserError
 from train import train
 from training import verdict
 from training.evaluate import evaluate
@@ -337,6 +344,57 @@ def test_a_reader_that_has_read_enough_is_no_error():
     started.stdout.close()
     assert started.stderr.read() == ""
     assert started.wait() == -signal.SIGPIPE
+
+
+@pytest.mark.parametrize("program", ["train.py", "analyze.py", "prepare_data.py"])
+def test_a_terminal_that_cannot_show_a_sign_gets_its_number(program, monkeypatch):
+    terminal = io.TextIOWrapper(io.BytesIO(), "cp1252")
+    for stream in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, stream, terminal)
+    monkeypatch.setattr(sys, "argv", [program, "--help"])
+    monkeypatch.setattr(sys, "getfilesystemencoding", lambda: "utf-8")
+    monkeypatch.setattr(signal, "signal", lambda *handler: None)
+    with contextlib.suppress(SystemExit):
+        runpy.run_path(os.path.join(REPOSITORY, program), run_name="__main__")
+    print("→", flush=True)
+    assert terminal.buffer.getvalue().endswith(b"\\u2192\n")
+
+
+def test_no_file_has_a_temporary_name_that_another_process_may_have_taken(workplace):
+    for name in ("best.pt", "train.bin", "val.bin", "meta.json", "model.safetensors", "config.json", "a.png"):
+        os.mkdir(name + ".tmp")
+    model = GPT(GPTConfig(n_layer=1, n_head=2, n_embd=8, vocab_size=9))
+    save_checkpoint("best.pt", checkpoint_of(model))
+    huggingface.write(".", model.state_dict(), checkpoint_of(model)["model_args"])
+    tokens = np.zeros(9, np.uint16)
+    prepare_data.write_dataset(".", tokens, tokens, kind="stream", vocab_size=9)
+    figures.save(figures.plt.figure(), "a.png")
+    assert sum(map(os.path.isfile, os.listdir())) == 7
+
+
+def test_a_tilde_is_the_home_folder_in_every_command(workplace, monkeypatch):
+    monkeypatch.setenv("HOME", str(workplace))
+    for words, path in ((["report", "~/x"], "x"), (["export", "~/x", "y", "--to=hf"], "x"),
+                        (["curve", "~/x", "--controls", "~/y"], "y"), (["seeds", "~/x.py"], "x.py")):
+        assert f"{workplace}/{path}" in call(analyze_file.main, *words).stderr
+    parser = analyze_file.parser_for("sample")
+    options = parser.parse_args(["sample", "~/x", "--prompt=~/x"])
+    analyze_file.check_values(options, parser)
+    assert (options.run, options.prompt) == (f"{workplace}/x", "~/x")
+
+
+def test_a_command_in_an_answer_can_be_typed_whatever_a_folder_is_called(workplace, monkeypatch):
+    os.makedirs("my run")
+    said = pages_of([{"run": "my run", "sparse": True}])
+    monkeypatch.setattr(ask, "read_addition_run", lambda run: (None, None, AdditionTask(2, 5)))
+    for wrong in (lambda: curve.read_report("my run"), lambda: graph.read_transcoder("my run", "a b", {}),
+                  lambda: ask.run(SimpleNamespace(run="my run", sum=[]), [])):
+        with pytest.raises(UserError) as error:
+            wrong()
+        said.append(str(error.value))
+    assert [shlex.split(words.partition("python ")[2]) for words in said] == [
+        ["analyze.py", "view", "my run"], ["analyze.py", "report", "my run"],
+        ["analyze.py", "transcode", "my run", "--name=a b"], ["analyze.py", "ask", "my run", "33+49"]]
 
 
 def test_a_report_says_which_text_a_run_saw():

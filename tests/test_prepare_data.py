@@ -2,8 +2,10 @@
 
 import json
 import os
+import shlex
 import subprocess
 import sys
+import threading
 import tracemalloc
 
 import numpy as np
@@ -14,7 +16,8 @@ from conftest import REPOSITORY
 from helpers import call, decoded
 from prepare_data import load, write_dataset
 from storage.addition import ADDITION_TOKENS, IGNORE, addition_pairs, addition_rows, addition_task
-from storage.files import UserError, read_json, sha256, write_json
+from storage.download import download
+from storage.files import UserError, locked, read_json, replacing, sha256, typed, write_json, write_whole
 from training.configure import parse_command_line
 from training.settings import Config, limits, make_config
 
@@ -315,6 +318,32 @@ def test_two_texts_of_ones_own_lie_side_by_side(workplace):
     assert "addition takes no --as" in call(prepare_data.main, "addition", "--as=mine").stderr
 
 
+def test_a_printed_command_is_the_command_whatever_a_name_holds(workplace, monkeypatch):
+    (workplace / "mine.txt").write_text("To be, or not to be.\n\n" * 300)
+    monkeypatch.setattr(sys, "argv", ["prepare_data.py", "text", "--file=mine.txt", "--as=it's my $text"])
+    said = call(prepare_data.main, *sys.argv[1:]).stdout
+    parent, child = map(shlex.split, said.split("train on it:\n")[1].splitlines())
+    assert parent[-2:] == ["--dataset=it's my $text", "--out_dir=out/it's my $text_dense"]
+    assert child[-2:] == ["--init_from=out/it's my $text_dense", "--out_dir=out/it's my $text_sparse"]
+    assert shlex.split(load("it's my $text").meta["made_by"])[-1] == "--as=it's my $text"
+    monkeypatch.setattr(os, "name", "nt")  # whose shell knows no other quotes
+    assert typed("python", "--as=my text") == 'python "--as=my text"'
+
+
+def test_a_tilde_is_the_home_folder_of_a_file_and_no_name(workplace, monkeypatch):
+    (workplace / "mine.txt").write_text("To be, or not to be.\n\n" * 300)
+    monkeypatch.setenv("HOME", str(workplace))
+    assert call(prepare_data.main, "text", "--file=~/mine.txt").returncode == 0
+    assert "--as=~ is no name" in call(prepare_data.main, "text", "--file=~/mine.txt", "--as=~").stderr
+
+
+def test_an_umlaut_is_one_where_the_locale_knows_ascii_only(workplace):
+    env = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0"}
+    command = [sys.executable, f"{REPOSITORY}/prepare_data.py", "text", "--file=grün.txt"]
+    done = subprocess.run(command, env=env, capture_output=True, encoding="utf-8")
+    assert done.returncode == 1 and "--file=grün.txt: No such file" in done.stderr
+
+
 def test_the_dataset_that_the_docs_make_is_one(workplace):
     with open(os.path.join(REPOSITORY, "docs/data.md"), encoding="utf-8") as f:
         code = f.read().split("```python\n")[1].partition("```")[0]
@@ -351,6 +380,36 @@ def test_a_vocabulary_that_cannot_be_fetched_says_what_to_do(workplace, monkeypa
         SystemExit, match=r"cannot be fetched \(ConnectionError\).*TIKTOKEN_CACHE_DIR.*--tokenizer=bytes"
     ):
         prepare_data.main(["stdlib", "--tokenizer=gpt2"])
+
+
+def test_a_second_process_waits_for_the_first_ones_download(workplace, server):
+    (workplace / "served").mkdir()
+    (workplace / "served/file").write_bytes(b"whole")
+    (workplace / "file.part").write_bytes(b"wh")
+    with locked("file.part"):
+        second = threading.Thread(target=download, args=(f"{server.url}/file", "file"))
+        second.start()
+        second.join(0.2)
+        (workplace / "file").write_bytes(b"whole")
+    second.join(10)
+    assert server.requests == []
+    os.remove("file")
+    download(f"{server.url}/file", "file")
+    assert server.requests[0]["Range"] == "bytes=2-"
+
+
+def test_two_who_write_one_file_at_once_do_not_meet(workplace):
+    with replacing("x") as one, replacing("x") as other:
+        (workplace / one).write_text("one")
+        (workplace / other).write_text("other")
+    assert (workplace / "x").read_text() == "one"  # which was ready last
+    assert os.listdir() == ["x"]
+
+
+def test_what_a_kill_left_of_a_file_goes_with_the_next_writing(workplace):
+    (workplace / "x.0123abcd.tmp").write_text("half")
+    write_whole("x", b"whole")
+    assert os.listdir() == ["x"]
 
 
 def full(descriptor):

@@ -125,6 +125,18 @@ def test_a_room_imports_only_what_is_below_it(room):
             assert imported <= {room, *BELOW[room]}, f"{name} imports {imported}"
 
 
+def test_text_files_are_utf8_whatever_the_locale_says():
+    found = []
+    for folder, _, names in os.walk(REPOSITORY):
+        for name in names:
+            path = os.path.relpath(os.path.join(folder, name), REPOSITORY)
+            if name.endswith(".py") and not path.startswith((".", "tests")):
+                found += [f"{path}: {ast.unparse(call)}" for call in ast.walk(ast.parse(read(path)))
+                          if isinstance(call, ast.Call) and isinstance(call.func, ast.Name)
+                          and call.func.id == "open" and "encoding" not in [k.arg for k in call.keywords]]
+    assert not [call for call in found if not re.search("'(r|w|x|a|r[+])b'", call)]
+
+
 def test_the_root_holds_the_six_doors():
     assert {name for name in os.listdir(REPOSITORY) if name.endswith(".py")} == {
         f"{name}.py" for name in ("model", "gate", "geco", "train", "prepare_data", "analyze")

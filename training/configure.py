@@ -21,6 +21,8 @@ import textwrap
 
 from storage.files import CONFIGS, UserError
 
+# what ast.literal_eval raises: TypeError of {[]: 1}, the last two of what is nested too deep
+NO_LITERAL = (ValueError, SyntaxError, TypeError, MemoryError, RecursionError)
 EXAMPLES = {int: "1000", float: "1e-3", bool: "True or False", str: "auto"}
 
 
@@ -58,11 +60,11 @@ def parse_command_line(arguments, config_class, limits):
                 raise UserError(f"{argument} has no value: write {argument}=VALUE")
             try:
                 value = text if config_class.__annotations__.get(key) is str else ast.literal_eval(text)
-            except (ValueError, SyntaxError):
+            except NO_LITERAL:
                 value = text  # no Python literal: `check` will say what is expected
             values[key] = check(key, value, "on the command line", config_class, limits)
         elif path is None:
-            path = argument
+            path = os.path.expanduser(argument)
         else:
             raise UserError(
                 f"one config file at a time, not both {path} and {argument}. Settings are written "
@@ -100,6 +102,7 @@ def beside(path, other):
     """Where another config file lies that the one at path names: as it is written, from the current folder;
     else in the folder of the file that names it.
     """
+    other = os.path.expanduser(other)
     neighbour = os.path.join(os.path.dirname(path), os.path.basename(other))
     return other if os.path.exists(other) or not os.path.exists(neighbour) else neighbour
 
@@ -146,7 +149,7 @@ def plain_value(key, node, where):
     """The Python value that a syntax tree stands for, if it is plain. Raises UserError."""
     try:
         return ast.literal_eval(node)
-    except ValueError as error:
+    except NO_LITERAL as error:
         raise UserError(f"{key} {where}: write a plain value, such as 3, 1e-3, True or 'text'") from error
 
 
@@ -188,6 +191,8 @@ def check(key, value, where, config_class, limits):
             message += f" Did you mean {near[0]}?"
         raise UserError(f"{message} `python train.py --help` lists all settings")
     wanted = types[key]
+    if type(value) is int and abs(value) >= 2**63:
+        raise UserError(f"{key} {where} is {value}: it must be less than 2^63")
     if wanted is float and type(value) is int:
         value = float(value)
     if type(value) is float and not math.isfinite(value):

@@ -17,14 +17,13 @@ Notable:
 
 import math
 import os
-import shlex
 import sys
 import time
 from dataclasses import asdict
 
 from models.checkpoint import checkpoint_of, load_weights, read_checkpoint, save_checkpoint, state_to_save
 from storage.addition import addition_task
-from storage.files import UserError, write_json
+from storage.files import UserError, typed, write_json
 from training import hardware, sharding
 from training.evaluate import evaluate_splits
 from training.flow import FlowLog
@@ -266,5 +265,5 @@ class Judge:
         hardware.wait_for_all()  # torchrun ends all processes as soon as one has ended
         if hardware.rank() > 0:
             sys.exit(1)
-        sys.exit(f"stopped and saved after {step} steps. To go on: {hardware.program()} train.py "
-                 f"{shlex.join(sys.argv[1:])}")
+        sys.exit(f"stopped and saved after {step} steps. To go on: {hardware.program()} "
+                 + typed("train.py", *sys.argv[1:]))

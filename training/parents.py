@@ -27,7 +27,7 @@ from model import PRETRAINED
 from models import lora
 from models.checkpoint import fingerprint, model_of, new_model, read_checkpoint, require_tokenizer, shape_of
 from models.sources import is_elsewhere, kept_checkpoint
-from storage.files import UserError
+from storage.files import UserError, typed
 from training import hardware, sharding
 from training.settings import GATE, SHAPE, Config, make_config
 from training.verdict import train_on
@@ -99,10 +99,10 @@ def refuse_other_shape(parent, first, config, given):
         ours, theirs = getattr(config, key), getattr(first, key)
         shorter = key == "block_size" and first.architecture != "gpt2" and ours < theirs
         if key in given and ours != theirs and not shorter:
+            first = typed("python", "train.py", parent, f"--{key}={ours}", "--out_dir=out/PARENT")
             raise UserError(
                 f"{key}={ours!r}, but {parent} has {key}={theirs!r}: a run that starts from another keeps "
-                f"its shape. First python train.py {parent} --{key}={ours} --out_dir=out/PARENT, then this "
-                f"one with --init_from=out/PARENT and without --{key}"
+                f"its shape. First {first}, then this one with --init_from=out/PARENT and without --{key}"
             )
 
 
@@ -145,7 +145,7 @@ def require_ready(checkpoint, path, setting):
         raise UserError(
             f"{path} is no parent yet: it still gets answers wrong, or its held-out loss is above its "
             f"ready_loss={ready_loss:g}. Train it on: {train_on(folder, steps)}; then the same command as "
-            f"now with --{setting}={folder}"
+            f"now with {typed(f'--{setting}={folder}')}"
         )
 
 
@@ -212,10 +212,10 @@ def check_sources(c, sources, origin, checkpoint):
             require_ready(found, source, setting)
     if not checkpoint:
         if c.lora_rank and "lora" in sources.of_parent:
+            merge = typed("python", "analyze.py", "export", sources.parent, "--to", "hf", "FOLDER")
             raise UserError(
                 f"{sources.parent} holds adapters itself, and one model has one set of them. Merge them "
-                "first "
-                f"(python analyze.py export {sources.parent} --to hf FOLDER) and start from FOLDER"
+                f"first ({merge}) and start from FOLDER"
             )
         return
     if checkpoint["reference_fingerprint"] != origin["reference_fingerprint"]:

@@ -225,6 +225,8 @@ def make_config(path, given):
         if values.get(key, "").endswith(".py"):
             values[key] = beside(path, values[key])
     values |= given
+    for key in {"init_from", "target_from", "out_dir"} & set(values):
+        values[key] = os.path.expanduser(values[key])
     config = Config(**values)
     if not config.out_dir:
         name = os.path.splitext(os.path.basename(path))[0] if path else "run"

@@ -24,6 +24,7 @@ import statistics
 from typing import NamedTuple
 
 from geco import is_cutting
+from storage.files import typed
 
 # nats; a loss that falls by less in the last quarter of a run has settled: the slack that addition's child is
 # given
@@ -240,8 +241,8 @@ def advice(report, config, metrics, parent=None):
 
 def train_on(folder, steps=None):
     """The command with which the run of a folder goes on, up to `steps`."""
-    more = f" --max_steps={steps}" if steps else ""
-    return f"python train.py --init_from=resume --out_dir={folder}{more}"
+    more = [f"--max_steps={steps}"] if steps else []
+    return typed("python", "train.py", "--init_from=resume", f"--out_dir={folder}", *more)
 
 
 def unfinished(parent, run):
@@ -250,8 +251,8 @@ def unfinished(parent, run):
         return []
     longer = train_on(parent.folder, 2 * parent.metrics[-1]["step"])
     return ["Its parent was still learning when it ended: the target is an unfinished model's loss. To train "
-            f"that on: {longer}; then the same command as for this run with --init_from={parent.folder} "
-            f"--out_dir={run}-again"]
+            f"that on: {longer}; then the same command as for this run with "
+            + typed(f"--init_from={parent.folder}", f"--out_dir={run}-again")]
 
 
 def remarks_on_met(report, config, parent):
@@ -272,31 +273,32 @@ def advice_for_missed(report, config, metrics, parent):
             *sentences,
             "Answers were lost while the loss was met, so the slack is too wide: the same command with "
             f"--loss_slack={config['loss_slack'] / 3:.1g} "
-            f"--constraint_scale={config['constraint_scale'] / 3:.1g} --out_dir={run}-tight",
+            f"--constraint_scale={config['constraint_scale'] / 3:.1g} {typed(f'--out_dir={run}-tight')}",
         ]
     if was_lost_late(report, config, metrics):
         return [
             *sentences,
             f"It was closest at step {report['step']} and lost that again: an edge that it needs was shut "
             f"for good. Smaller steps and a higher floor take more care: the same command with "
-            f"{smaller_steps_and_higher_floor(config)} --out_dir={run}-careful",
+            f"{smaller_steps_and_higher_floor(config)} {typed(f'--out_dir={run}-careful')}",
         ]
     at_cap = is_at_cap_throughout(config, metrics)
     found = learning(metrics)
     if at_cap:
         cap = cap_of(config, report["step"] - 1)
         sentences.append("Lambda stood at its cap throughout, so edges went faster than training could "
-                         f"repair: the same command with --{cap}={3 * config[cap]:g} --out_dir={run}-slower")
+                         f"repair: the same command with --{cap}={3 * config[cap]:g} "
+                         + typed(f"--out_dir={run}-slower"))
     if found and found.fall > found.noise:
         twice = [f"--{key}={2 * config[key]}" for key in ("max_steps", "noise_free_steps") if config[key]]
         sentences.append("Its loss was still falling at the end, so more time may do: the same command with "
-                         f"{' '.join(twice)} --out_dir={run}-longer")
+                         f"{' '.join(twice)} {typed(f'--out_dir={run}-longer')}")
     elif not at_cap:
         sentences.append(
             "Its loss came no closer at the end, and lambda was not at its cap throughout: the target is "
             "tighter than this training can meet. "
             f"Allow more loss: the same command with --loss_slack={3 * config['loss_slack'] or 0.01:g} "
-            f"--out_dir={run}-loose"
+            + typed(f"--out_dir={run}-loose")
         )
     return sentences
 

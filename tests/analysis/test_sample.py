@@ -95,6 +95,30 @@ def test_command_line(run, capsys):
     assert done.stdout.count(" edges\n") == 5 and sample.NEW not in done.stdout  # no colours into a pipe
 
 
+@pytest.mark.parametrize("flag, message", [
+    ("--temperature=nan", "--temperature=nan is no number to compute with"),
+    ("--temperature=1e999", "--temperature=inf is no number"),
+    ("--top_k=99999999999999999999", "--top_k=99999999999999999999 is no number"),
+    ("--seed=99999999999999999999", "it must be from 0 to a million"),
+    ("--seed=-1", "it must be from 0 to a million"),
+])
+def test_a_number_that_nothing_can_be_computed_with_is_named(run, flag, message):
+    done = call(analyze.main, "sample", run, flag)
+    assert done.returncode == 1 and message in done.stderr
+
+
+def test_the_smallest_temperature_takes_the_likeliest_token(run):
+    coldest, cold = (call(analyze.main, "sample", run, "--tokens=9", f"--temperature={t}").stdout
+                     for t in ("0", "1e-40"))
+    assert coldest == cold
+
+
+def test_a_prompt_may_hold_any_bytes(run):
+    """Python takes what is no UTF-8 on a command line for halves of surrogate pairs."""
+    done = call(analyze.main, "sample", run, "--prompt=a\udcff", "--tokens=1")
+    assert done.stdout.startswith("a\udcff"), done.stderr
+
+
 def test_mistakes_are_named(run):
     save_checkpoint("sums.pt", checkpoint_of(random_model(), data=BYTES | {"tokenizer": "addition"}))
     mistakes = [(["out/none"], "there is no out/none. A run on text: python train.py config/stdlib.py"),

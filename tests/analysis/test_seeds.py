@@ -15,7 +15,7 @@ def test_numbers_and_ranges():
     assert seeds.parse_seeds("21-23") == [21, 22, 23]
     assert seeds.parse_seeds("1,5,9") == [1, 5, 9]
     assert seeds.parse_seeds("7,2-3") == [7, 2, 3]
-    for wrong in ("", "a", "1-", "-3", "1,,2", "5-3", "1,5-3", "1,1"):
+    for wrong in ("", "a", "1-", "-3", "1,,2", "5-3", "1,5-3", "1,1", "1-99999999999999999999"):
         with pytest.raises(UserError, match="--seeds="):
             seeds.parse_seeds(wrong)
 

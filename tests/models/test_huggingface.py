@@ -19,6 +19,8 @@ from models.checkpoint import (
     save_checkpoint,
     tokenizer_of,
 )
+from storage import corpora, text
+from storage.download import hub as hub_of
 from storage.files import UserError
 
 transformers = pytest.importorskip("transformers", reason="pip install -r tests/requirements.txt")
@@ -202,6 +204,16 @@ def test_what_changed_in_the_cache_is_refused(hub):
     cached.write_bytes(content)
     with pytest.raises(UserError, match="is not the file that was downloaded .wrong sha256"):
         GPT.from_pretrained("gpt2")
+
+
+def test_an_address_of_the_hub_that_is_none_is_named(workplace, monkeypatch):
+    monkeypatch.setenv("HF_ENDPOINT", "hf.example")
+    for fetch in (lambda: GPT.from_pretrained("gpt2"), lambda: huggingface.fetch("allenai/OLMo-1B-hf", "*"),
+                  lambda: text.tokenizer("olmo"), lambda: corpora.the_package_datasets("dolma")):
+        with pytest.raises(UserError, match="HF_ENDPOINT=hf.example is no address. Write it with https://"):
+            fetch()
+    monkeypatch.setenv("HF_ENDPOINT", "")  # which other packages do not take for none
+    assert hub_of() == "https://huggingface.co" and "HF_ENDPOINT" not in os.environ
 
 
 @pytest.mark.parametrize("where", ["../elsewhere.safetensors", "/etc/passwd", 3])

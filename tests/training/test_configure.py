@@ -37,6 +37,9 @@ def test_values_and_words():
     ("--max_steps=10.5", "takes int"),
     ("--gated=1", "takes bool, such as True or False"),
     ("--learning_rate=fast", "takes float, such as 1e-3"),
+    ("--learning_rate={[]:1}", "is '{[]:1}': it takes float, such as 1e-3"),
+    (f"--learning_rate=1{400 * '0'}", "must be less than 2^63"),
+    ("--batch_size=99999999999999999999", "must be less than 2^63"),
     ("--learning_rate=-1", "must be above 0"),
     ("--max_steps=0", "must be at least 1"),
     ("--dropout=1.0", "must be from 0 up to, not including, 1"),
@@ -58,6 +61,7 @@ def test_mistakes_on_the_command_line(argument, message):
     ("import os", "line 1: a config file holds comments and lines `name = value`"),
     ("max_steps = 5 * 10", "max_steps in my.py, line 1: write a plain value"),
     ("max_steps = open('harm', 'w')", "write a plain value"),
+    ("learning_rate = {[]: 1}", "learning_rate in my.py, line 1: write a plain value"),
     ("max_steps = (", "my.py, line 1"),
     ("\0", "my.py"),
 ])
@@ -111,6 +115,17 @@ def test_out_dir_is_named_after_file_and_seed(workplace):
     assert make_config("mine.py", {"seed": 4})[0].out_dir == "out/mine-seed4"
     assert make_config("mine.py", {"seed": 4, "out_dir": "here/"})[0].out_dir == "here"
     assert parse("--out_dir=2024")[1] == {"out_dir": "2024"}
+
+
+def test_a_tilde_is_the_home_folder_in_every_path(workplace, monkeypatch):
+    monkeypatch.setenv("HOME", str(workplace))
+    (workplace / "mine.py").write_text("base = '~/other.py'\nout_dir = '~/runs/x'\ninit_from = '~/parent'")
+    (workplace / "other.py").write_text("target_from = '~/dense.py'")
+    path, given = parse("~/mine.py")
+    assert path == f"{workplace}/mine.py"
+    found = [getattr(make_config(path, given)[0], key) for key in ("out_dir", "init_from", "target_from")]
+    assert found == [f"{workplace}/runs/x", f"{workplace}/parent", f"{workplace}/dense.py"]
+    assert make_config(*parse("--out_dir=~/y"))[0].out_dir == f"{workplace}/y"
 
 
 @pytest.mark.parametrize("name", sorted(name[:-3] for name in os.listdir(os.path.join(REPOSITORY, "config"))))

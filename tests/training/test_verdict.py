@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 
@@ -305,6 +306,16 @@ def test_a_run_of_the_same_table_is_not_advised_again():
     missed = {"run": "out/x", "advice": lines}
     assert advice_of([missed]) == [f"out/x: {line}" for line in lines]
     assert advice_of([missed, {"run": "out/x-slower", "advice": []}]) == [f"out/x: {lines[1]}"]
+
+
+def test_what_is_advised_can_be_typed_whatever_a_run_is_called():
+    assert shlex.split(verdict.train_on("out/my run", 9)) == [
+        "python", "train.py", "--init_from=resume", "--out_dir=out/my run", "--max_steps=9"]
+    missed = report(answers_lost=3, run="out/my run")
+    [sentence] = advice(missed, CONFIG, lines(FLAT))
+    assert shlex.split(sentence)[-1] == "--out_dir=out/my run-tight"
+    missed["advice"] = [sentence]
+    assert advice_of([missed]) and not advice_of([missed, {"run": "out/my run-tight", "advice": []}])
 
 
 @pytest.mark.parametrize("given, flags", [
