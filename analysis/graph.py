@@ -54,14 +54,15 @@ def read_transcoder(folder, name, checkpoint):
     """The trained Transcoder of a run. folder: its; None of a model that is no run. Raises UserError."""
     if folder is None:
         raise UserError("only a run's folder, such as out/addition, can have a transcoder")
+    # the price of docs/attribution.md: the default is too dear for sums
+    command = f"python analyze.py transcode {folder} --price=0.1 --name={name}"
     place = os.path.join(folder, name + ".pt")
     if not os.path.exists(place):
-        raise UserError(f"{folder} has no {name}.pt. Train one first: python analyze.py transcode {folder} "
-                        f"--name={name}")
+        raise UserError(f"{folder} has no {name}.pt. Train one first: {command}")
     trained = read_checkpoint(place)
     if trained["of"] != fingerprint(checkpoint):
         raise UserError(f"{place} was trained for other weights than {folder} holds now. Delete it, and: "
-                        f"python analyze.py transcode {folder} --name={name}")
+                        f"{command}")
     steps = trained["settings"]["steps"]
     if trained["step"] < steps:
         raise UserError(f"{place} is not finished, {trained['step']} of {steps} steps: give "

@@ -97,6 +97,11 @@ def test_what_a_link_says_of_heads_is_its_own(made):
             assert share == pytest.approx((shares[layer, head].abs() / whole).item(), abs=1e-6)
 
 
+def test_a_transcoder_that_is_missing_is_advised_at_the_price_of_the_docs(made):
+    done = call(analyze.main, "graph", "out/run", f"--prompt={PROMPT}", "--name=other")
+    assert "Train one first: python analyze.py transcode out/run --price=0.1 --name=other" in done.stderr
+
+
 def test_mistakes_are_answered(made):
     for words, answer in ((["--name=other"], "has no other.pt. Train one first: python analyze.py transcode"),
                           (["--at=s1"], "--at=s1: this prompt is answered at its end")):

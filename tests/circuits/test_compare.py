@@ -7,11 +7,12 @@ import pytest
 import torch
 
 import analyze
+from analysis.circuit import two_models
 from circuits.attribution import effects
 from circuits.graph import ComponentGraph
 from circuits.tasks import make_pairs, vocabulary
 from model import GPT, GPTConfig
-from models.checkpoint import checkpoint_of, load_checkpoint, read_checkpoint, save_checkpoint
+from models.checkpoint import checkpoint_of, load_checkpoint, read_checkpoint, save_checkpoint, tokenizer_of
 
 
 @pytest.fixture
@@ -73,6 +74,15 @@ def test_circuit_prints_a_table_and_leaves_numbers_and_pictures(runs, capsys, ta
     assert set(result["attention_edges"]) == {"zero", "interchange"}
     for name in ("", "-graph", "-gallery"):
         assert os.path.getsize(f"out/sparse/circuit-{task}{name}.png") > 3000
+
+
+def test_a_parent_whose_tokens_nobody_wrote_down_reads_its_childs(runs):
+    """As a GPT-2 of transformers' does."""
+    kept = {key: value for key, value in read_checkpoint("out/dense/best.pt").items() if key != "data"}
+    save_checkpoint("out/dense/best.pt", kept)
+    assert tokenizer_of(kept) is None
+    *_, tokenizer = two_models("out/dense", "out/sparse")
+    assert tokenizer == "bytes"
 
 
 def test_induction_writes_every_head(runs, capsys):
