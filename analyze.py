@@ -105,7 +105,7 @@ def check_values(options, parser):
         if name == "seed" and not 0 <= value <= 1_000_000:
             parser.error(f"--seed={value}: it must be from 0 to a million")
         if type(value) is float and not math.isfinite(value) or type(value) is int and abs(value) >= 2**63:
-            parser.error(f"--{name}={value} is no number to compute with")
+            parser.error(f"--{name}={value}: it must be a finite number")
         if name == "prompt":
             continue  # a text, which may begin with ~
         if isinstance(value, str):

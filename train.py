@@ -51,7 +51,7 @@ from training.folder import StopRequest, alone_in, claim_folder, settle
 from training.judge import Judge
 from training.parents import lineage_of
 from training.progress import Job, Progress
-from training.run import Run, get_lr
+from training.run import Run, get_lr, pays_on_cpu
 from training.settings import Config, check_together, limits, make_config
 from training.verdict import MISSED, cap_of, has_succeeded, is_at_end
 
@@ -144,11 +144,16 @@ def train(config, given=frozenset()):
     if len(lineage) == 1:
         return train_one(config, given)
     job = Job([planned.config for planned in lineage])
-    # a mistake in the last run's settings is found before the first one trains
+    # a mistake in the last run's settings, and a compiler that does not work, are found before the first one
+    # trains
     claim_folder(config, given)
     prepare_data.require(config.dataset)
     check_together(config, hardware.world())
     hardware.attention(config.attention_impl, hardware.pick_device(config.device))
+    first = lineage[0].config  # all have its shape
+    for c, _, _ in lineage:
+        _, pays = pays_on_cpu(c, first.architecture, first.block_size)
+        hardware.compiles(c.compile, hardware.pick_device(c.device), pays)
     for run, names, source in lineage[:-1]:
         try:
             train_one(run, names, job)

@@ -85,6 +85,8 @@ def ways(device, T, D, dtype, splash):
         found["tiled, compiled"] = torch.compile(gated("tiled"), dynamic=False)
     elif choose_impl("auto", device, T, D, dtype) == "triton":
         found["triton"] = gated("triton")
+    if not hardware.compiles("auto", device, pays_on_cpu=True):
+        found = {name: way for name, way in found.items() if "compiled" not in name}
     if splash is not None:
         sys.path.insert(0, splash)
         try:

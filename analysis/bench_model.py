@@ -39,7 +39,8 @@ def training_steps(options, device, name):
     def built(gated, impl):
         model = GPT(GPTConfig(**shape, gated=gated, gate_bias=options.gate_bias)).to(device)
         model.attention_impl = impl
-        return model, torch.compile(model) if gated or device != "cpu" else model
+        compiles = hardware.compiles("auto", device, pays_on_cpu=gated)
+        return model, torch.compile(model) if compiles else model
 
     def step_of(gated, impl, teacher=None):
         model, network = built(gated, impl)

@@ -41,6 +41,7 @@ def two_models(dense_run, sparse_run):
     """(dense, sparse, name of their tokenizer). Raises UserError if the two cannot be compared."""
     dense, tokenizer = model_and_tokenizer(dense_run)
     sparse, other = model_and_tokenizer(sparse_run)
+    tokenizer, other = tokenizer or other, other or tokenizer  # what nobody wrote down is no other one
     shape = ("vocab_size", "n_layer", "n_head")
     same_shape = all(getattr(dense.config, key) == getattr(sparse.config, key) for key in shape)
     if dense.config.gated or not sparse.config.gated or tokenizer != other or not same_shape:

@@ -55,6 +55,8 @@ def read_transcoder(folder, name, checkpoint):
     """The trained Transcoder of a run. folder: its; None of a model that is no run. Raises UserError."""
     if folder is None:
         raise UserError("only a run's folder, such as out/addition, can have a transcoder")
+    # the price of docs/attribution.md: the default is too dear for sums
+    command = f"python analyze.py transcode {folder} --price=0.1 --name={name}"
     place = os.path.join(folder, name + ".pt")
     command = typed("python", "analyze.py", "transcode", folder, f"--name={name}")
     if not os.path.exists(place):

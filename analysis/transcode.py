@@ -94,7 +94,7 @@ def left_the_numbers(what, options):
 def add_arguments(parser):
     parser.add_argument("run", metavar="RUN", help="a run's folder, dense or gated, a GPT")
     parser.add_argument("--features", type=int, default=256, help="a layer")
-    parser.add_argument("--price", type=float, default=1.0, help="c, of a feature that fires")
+    parser.add_argument("--price", type=float, default=1.0, help="c, of a feature that fires; 0.1 for sums")
     parser.add_argument("--revive", type=float, default=1e-3, help="d, of a feature that is far from firing")
     parser.add_argument("--per-layer", action="store_true", help="decoders into the own layer only")
     parser.add_argument("--tokens", type=int, default=1_000_000, help="of training data")

@@ -15,9 +15,10 @@ import contextlib
 import datetime
 import functools
 import os
+import platform
 import re
-import shutil
 import time
+import zlib
 
 import torch
 import torch.distributed as dist
@@ -118,16 +119,45 @@ def attention(setting, device, context=64, width=1, dtype=torch.float32):
 
 
 def compiles(setting, device, pays_on_cpu):
-    """Shall torch.compile be used?
+    """Shall torch.compile be used? Every process has to ask: all get the same answer.
 
-    setting 'on', 'off', or 'auto': on a GPU; on a CPU if it pays there and a C++ compiler is at hand.
+    setting 'on', 'off', or 'auto': on a GPU, and on a CPU if it pays there; where it works. Raises UserError
+    if it is on and does not work.
     """
-    if setting != "auto":
-        return setting == "on"
-    if device.startswith("cuda"):
-        return True
-    compilers = (os.environ.get("CXX", "c++"), "g++", "clang++", "cl")
-    return device == "cpu" and pays_on_cpu and any(shutil.which(name) for name in compilers)
+    asked = setting == "on" or device.startswith("cuda") or device == "cpu" and pays_on_cpu
+    return setting != "off" and asked and can_compile(setting, device)
+
+
+@functools.cache  # tried out once
+def can_compile(setting, device):
+    """Does torch.compile work here? It needs a compiler, Python's headers, and a folder that suits both.
+
+    Says so in a line if not; raises UserError if setting is 'on'.
+    """
+    # every machine's own: a cache on a disk that several share is no proof that this one can compile
+    number, reason = zlib.crc32(platform.node().encode()), ""
+    try:
+        torch.compile(lambda x: x + number)(torch.zeros(8, device=device))
+    except Exception as error:  # of many types, by three packages
+        reason = cause_in_a_line(error)
+    reasons = [reason]
+    if dist.is_initialized():
+        reasons *= world()
+        dist.all_gather_object(reasons, reason)
+    reason = next(filter(None, reasons), "")
+    if reason and setting == "on":
+        raise UserError(f"compile=on: torch.compile does not work here ({reason}). Mend that, or use "
+                        "--compile=off: the same run, but slower")
+    if reason:
+        say(f"not compiled, so slower: torch.compile does not work here ({reason})")
+    return not reason
+
+
+def cause_in_a_line(error):
+    """What a compiler complains about, of the pages that torch.compile raises."""
+    said = str(getattr(error, "inner_exception", error)).strip() or type(error).__name__
+    lines = (said.partition("Output:\n")[2].strip() or said).splitlines()
+    return next((line for line in lines if "error" in line or "cannot find" in line), lines[0])
 
 
 def peak_flops(device):

@@ -114,16 +114,13 @@ class Run:
         dynamo.recompile_limit = 64
         # compiled code draws from torch's own generator: the same noise as without compiling
         inductor.fallback_random = True
-        long = self.context >= 64 and not self.sharded
-        # on a CPU: OLMo's norms and rotations; a dense GPT is no faster
-        pays_dense = long and c.architecture != "gpt2"
-        pays_gated = pays_dense or c.gated and long
-        self.compiled = hardware.compiles(c.compile, self.device, pays_on_cpu=pays_gated)
+        pays_dense, pays = pays_on_cpu(c, c.architecture, self.context)
+        self.compiled = hardware.compiles(c.compile, self.device, pays)
         self.called = self.model
         if self.compiled and not self.sharded:
             self.called = torch.compile(self.model)
         self.called_dense = self.dense_model
-        if c.gated and not self.sharded and hardware.compiles(c.compile, self.device, pays_on_cpu=pays_dense):
+        if c.gated and not self.sharded and hardware.compiles(c.compile, self.device, pays_dense):
             if isinstance(self.dense_model, lora.Base):
                 self.called_dense = lora.Base(self.model, torch.compile(self.model))
             else:
@@ -283,6 +280,14 @@ class Run:
         )
         words.append(f"from step {self.state.step} to {c.max_steps}")
         return ", ".join(words)
+
+
+def pays_on_cpu(c, architecture, context):
+    """Is compiled code faster on a CPU? (the dense model's, the run's own). c: the run's settings."""
+    long = context >= 64 and not sharding.applies(c.parallel)
+    # OLMo's norms and rotations; a dense GPT is no faster
+    dense = long and architecture != "gpt2"
+    return dense, dense or c.gated and long
 
 
 def adamw(parameters, c):

@@ -37,8 +37,8 @@ class Config:
     dataset: str = "addition"  # data/<dataset>, made by prepare_data.py
     seed: int = 1  # of initialisation, data order and gates; passed on to a parent that is trained first
     device: str = "auto"  # 'auto' is cuda, else cpu; mps, which nobody has tried yet, only on request
-    # torch.compile: 'on', 'off', or 'auto': on cuda; on a CPU with a C++ compiler, gated models and OLMos
-    # with contexts of 64 and more
+    # torch.compile: 'on', 'off', or 'auto', where it works: on cuda; on a CPU, gated models and OLMos with
+    # contexts of 64 and more
     compile: str = "auto"
     # of gated attention: 'plain', the formula; 'tiled', for CPUs; 'triton', for GPUs; 'auto' is the fastest
     # that fits (gate.py)

@@ -31,6 +31,9 @@ from storage.files import typed
 SETTLED = 0.001
 COOLED = 0.2  # of its peak; a learning rate that ends below has come down
 AT_CAP = 0.99  # of lambda_max, and more, is the cap
+# of the dense loss; a child that falls below by more has a parent that was not there yet. To train on for as
+# long, with gates or without, brought finished parents at most 2 % (docs/text.md)
+FAR = 0.05
 
 MISSED = 2  # the exit status of train.py where a run at its end is not what it was to become
 
@@ -224,7 +227,7 @@ def advice(report, config, metrics, parent=None):
         return []
     if report["sparse"]:
         if report["meets_target"]:
-            return remarks_on_met(report, config, parent)
+            return remarks_on_met(report, config, metrics, parent)
         if metrics[-1]["step"] < config["max_steps"]:
             return [f"It is not at its end. To go on: {train_on(run)}"]
         return advice_for_missed(report, config, metrics, parent)
@@ -249,15 +252,26 @@ def unfinished(parent, run):
     """[what to do about a gated run's Parent that was still learning], or [] if there is none such."""
     if not parent or not still_learning(parent.metrics, parent.config):
         return []
+    return ["Its parent was still learning when it ended: the target is an unfinished model's loss. "
+            f"{train_again(parent, run)}"]
+
+
+def train_again(parent, run):
+    """How to train a gated run's Parent on, and then the run anew."""
     longer = train_on(parent.folder, 2 * parent.metrics[-1]["step"])
-    return ["Its parent was still learning when it ended: the target is an unfinished model's loss. To train "
-            f"that on: {longer}; then the same command as for this run with "
-            + typed(f"--init_from={parent.folder}", f"--out_dir={run}-again")]
+    return (f"To train that on: {longer}; then the same command as for this run with "
+            + typed(f"--init_from={parent.folder}", f"--out_dir={run}-again"))
 
 
-def remarks_on_met(report, config, parent):
+def remarks_on_met(report, config, metrics, parent):
     """What to know of a gated run that met its target: how much the target is worth, and an early best."""
     remarks = unfinished(parent, report["run"])
+    loss, childs = report["dense"]["val_loss"], report["sparse"]["val_loss"]
+    moved = learning(metrics)
+    if loss - childs > max(FAR * loss, SETTLED, moved.noise if moved else 0):
+        longer = train_again(parent, report["run"]) if parent else "Train that longer first"
+        remarks = [f"The dense model was hardly trained: its held-out loss is {loss:.4g}, the child's "
+                   f"{childs:.4g}, so the target asks for little. {longer}"]
     if report["step"] < config["max_steps"] / 4:
         remarks.append(f"best.pt is of step {report['step']} of {config['max_steps']}: no later evaluation "
                        "met the target with fewer edges (the green dots in training.png)")
@@ -274,6 +288,15 @@ def advice_for_missed(report, config, metrics, parent):
             "Answers were lost while the loss was met, so the slack is too wide: the same command with "
             f"--loss_slack={config['loss_slack'] / 3:.1g} "
             f"--constraint_scale={config['constraint_scale'] / 3:.1g} {typed(f'--out_dir={run}-tight')}",
+        ]
+    higher = better_lambda_init(config, metrics)
+    if higher:
+        return [
+            *sentences,
+            f"Lambda began too low, at {config['lambda_init']:g}, and was on its way up for most of the run: "
+            "meanwhile edges went that it needs. The same command with "
+            f"--lambda_init={higher:.4g} {typed(f'--out_dir={run}-higher')}, or with more steps: "
+            f"--max_steps={2 * config['max_steps']} {typed(f'--out_dir={run}-longer')}",
         ]
     if was_lost_late(report, config, metrics):
         return [
@@ -328,6 +351,18 @@ def was_lost_late(report, config, metrics):
     if last["accuracy"] is not None and closest["accuracy"] - last["accuracy"] > 0.01:
         return True
     return last["val_loss"] - target > 2 * max(closest["val_loss"] - target, config["loss_slack"])
+
+
+def better_lambda_init(config, metrics):
+    """The lambda to begin with, of a run whose lambda began too low: it took more than half of the run to
+    come to half of its highest, the loss so far above its target that lambda rose at half its speed or more.
+    Else None.
+    """
+    highest = min(config["lambda_max"], max(m["lambda"] for m in metrics))
+    there = next(i for i, m in enumerate(metrics) if m["lambda"] >= highest / 2)
+    way = metrics[1:there]
+    was_long = bool(way) and way[-1]["step"] > metrics[-1]["step"] / 2
+    return highest if was_long and statistics.mean(m["violation"] for m in way) > 0.5 else None
 
 
 def cap_of(config, step):

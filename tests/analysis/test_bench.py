@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import analyze
-from analysis import bench_model, split
+from analysis import bench, bench_model, split
 from analysis.bench import make_inputs
 from analysis.stopwatch import peak_memory
 from conftest import REPOSITORY
@@ -51,6 +51,17 @@ def test_a_small_run(workplace):
         assert row["forward_ms"] > 0 and row["ms"] > 0
         assert row["way"] in done.stdout
     assert os.path.getsize("out/bench/bench.png") > 5000
+
+
+def test_where_the_compiler_does_not_work_the_compiled_rows_are_left_out(monkeypatch):
+    monkeypatch.setattr(bench.hardware, "can_compile", lambda setting, device: False)
+    ways = bench.ways("cpu", 64, 8, torch.float32, None)
+    assert list(ways) == ["dense (SDPA)", "plain, eager", "tiled, eager"]
+    shape = dict(vocab_size=9, n_layer=1, n_head=1, n_embd=8, block_size=64)
+    monkeypatch.setitem(bench_model.SHAPES, "tiny", shape)
+    monkeypatch.setattr(torch, "compile", None)  # nobody calls it
+    options = argparse.Namespace(B=1, gate_bias=3.0, most_memory=8.0)
+    assert bench_model.training_steps(options, "cpu", "tiny")
 
 
 def test_the_steps_of_a_model_count_what_they_compute(monkeypatch):

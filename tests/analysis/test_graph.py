@@ -111,6 +111,11 @@ def test_a_transcoder_that_left_the_numbers_has_no_graph(made, value, said):
     assert done.stdout == "" and not glob.glob("out/run/graph-*")
 
 
+def test_a_transcoder_that_is_missing_is_advised_at_the_price_of_the_docs(made):
+    done = call(analyze.main, "graph", "out/run", f"--prompt={PROMPT}", "--name=other")
+    assert "Train one first: python analyze.py transcode out/run --price=0.1 --name=other" in done.stderr
+
+
 def test_mistakes_are_answered(made):
     for words, answer in ((["--name=other"], "has no other.pt. Train one first: python analyze.py transcode"),
                           (["--at=s1"], "--at=s1: this prompt is answered at its end")):

@@ -96,7 +96,7 @@ def test_command_line(run, capsys):
 
 
 @pytest.mark.parametrize("flag, message", [
-    ("--temperature=nan", "--temperature=nan is no number to compute with"),
+    ("--temperature=nan", "--temperature=nan: it must be a finite number"),
     ("--temperature=1e999", "--temperature=inf is no number"),
     ("--top_k=99999999999999999999", "--top_k=99999999999999999999 is no number"),
     ("--seed=99999999999999999999", "it must be from 0 to a million"),

@@ -8,13 +8,14 @@ import torch
 from matplotlib import pyplot as plt
 
 import analyze
+from analysis.circuit import two_models
 from analysis.circuit_figures import band
 from circuits import compare
 from circuits.attribution import effects
 from circuits.graph import ComponentGraph
 from circuits.tasks import make_pairs, vocabulary
 from model import GPT, GPTConfig
-from models.checkpoint import checkpoint_of, load_checkpoint, read_checkpoint, save_checkpoint
+from models.checkpoint import checkpoint_of, load_checkpoint, read_checkpoint, save_checkpoint, tokenizer_of
 
 
 @pytest.fixture
@@ -86,6 +87,15 @@ def test_where_a_draw_has_no_effect_the_band_is_null_and_not_drawn(monkeypatch):
     ax = plt.figure().subplots()
     band(ax, curve["n"], curve["explained"], curve["low"], curve["high"], "red", "sparse")
     plt.close(ax.figure)
+
+
+def test_a_parent_whose_tokens_nobody_wrote_down_reads_its_childs(runs):
+    """As a GPT-2 of transformers' does."""
+    kept = {key: value for key, value in read_checkpoint("out/dense/best.pt").items() if key != "data"}
+    save_checkpoint("out/dense/best.pt", kept)
+    assert tokenizer_of(kept) is None
+    *_, tokenizer = two_models("out/dense", "out/sparse")
+    assert tokenizer == "bytes"
 
 
 def test_induction_writes_every_head(runs, capsys):

@@ -1,6 +1,7 @@
 """One process or two: the same losses, densities, lambda and checkpoints."""
 
 import csv
+import functools
 import os
 import signal
 import subprocess
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 from conftest import REPOSITORY
-from helpers import assert_same_losses, count_dataset, launch, metrics, unequal_rows
+from helpers import assert_same_losses, count_dataset, launch, metrics, run, unequal_rows
 from models.checkpoint import read_checkpoint
 from storage.files import UserError
 from training import hardware
@@ -78,6 +79,67 @@ def test_a_scheduler_that_stops_everybody_at_once_loses_nothing(workplace):
     assert errors.count("stopped and saved") == 1
 
 
+def broken(function, **how):
+    """torch.compile, where Python's headers are missing."""
+    def call(*inputs):
+        raise RuntimeError("C++ compile error\n\nCommand:\ng++ error.cpp\n\nOutput:\nIncluded from a:\n"
+                           "a.cpp:1:10: fatal error: Python.h: No such file\ncompilation terminated.\n")
+
+    return call
+
+
+@pytest.fixture
+def long_texts(counting, monkeypatch):
+    """Configs that are compiled on a CPU, and a probe that remembers nothing of other tests."""
+    for name in "dense.py", "sparse.py":
+        words = (counting / name).read_text().replace("block_size = 8", "block_size = 64")
+        (counting / name).write_text(words.replace("max_steps = 60", "max_steps = 2"))
+    monkeypatch.setattr(hardware, "can_compile", functools.cache(hardware.can_compile.__wrapped__))
+
+
+def test_auto_goes_on_uncompiled_with_one_line_where_the_compiler_does_not_work(
+        long_texts, monkeypatch, capsys):
+    monkeypatch.setattr(torch, "compile", broken)
+    run("sparse.py")
+    first, *others = capsys.readouterr().out.splitlines()
+    assert first == ("not compiled, so slower: torch.compile does not work here (a.cpp:1:10: fatal error: "
+                     "Python.h: No such file)")
+    assert "part 1 of 2" in others[0] and not any("does not work" in line for line in others)
+    assert metrics("out/sparse")[-1]["step"] == 2
+
+
+def test_on_a_compiler_that_does_not_work_is_an_error_before_anything_is_trained(long_texts, monkeypatch):
+    monkeypatch.setattr(torch, "compile", broken)
+    with pytest.raises(UserError, match=r"^compile=on: .*fatal error: Python.h.*--compile=off"):
+        run("sparse.py", compile="on")
+    assert not os.path.exists("out")
+
+
+def test_the_compiler_is_tried_once_a_command_and_never_where_nothing_is_compiled(long_texts, monkeypatch):
+    tried = []
+    monkeypatch.setattr(torch, "compile", lambda function, **how: tried.append(function) or function)
+    run("sparse.py", compile="off")
+    assert not tried
+    run("dense.py", out_dir="out/again")  # a dense GPT is no faster
+    assert not tried
+    run("sparse.py", out_dir="out/compiled")
+    assert len([function for function in tried if not isinstance(function, torch.nn.Module)]) == 1
+
+
+def test_what_one_process_cannot_compile_none_does(monkeypatch, capsys):
+    def gather(reasons, mine):
+        reasons[:] = [mine, "no g++"]
+
+    monkeypatch.setattr(torch, "compile", lambda function: function)
+    assert hardware.can_compile.__wrapped__("auto", "cpu")
+    monkeypatch.setattr(hardware.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(hardware.dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(hardware.dist, "get_rank", lambda: 0)
+    monkeypatch.setattr(hardware.dist, "all_gather_object", gather)
+    assert not hardware.can_compile.__wrapped__("auto", "cpu")
+    assert "(no g++)" in capsys.readouterr().out
+
+
 def test_settings_in_words(monkeypatch):
     context, name = hardware.precision("bfloat16", "cpu")
     with context():
@@ -86,6 +148,7 @@ def test_settings_in_words(monkeypatch):
     with context():
         assert name == "float32" and (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.float32
     assert hardware.precision("auto", "mps")[1] == "float32"
+    monkeypatch.setattr(hardware, "can_compile", lambda setting, device: True)
     assert hardware.compiles("auto", "cuda:0", False)
     assert hardware.compiles("on", "cpu", False)
     assert not hardware.compiles("off", "cuda", True)

@@ -300,6 +300,36 @@ def test_a_target_that_is_worth_little_and_an_early_best_are_said():
     assert "best.pt is of step 50 of 400" in remark
 
 
+def test_a_lambda_that_began_too_low_is_to_begin_higher_and_no_laxer_slack_is_advised():
+    rising = {"lambda": [0.01, 0.02, 0.04, 0.1, 0.2, 0.4, 0.9, 1.6, 3.0], "violation": [0.0] + 8 * [0.9]}
+    config, missed = CONFIG | {"lambda_init": 0.01, "lambda_min": 0.01}, report(100, 0, 0.01)
+    lost = lines([1.0, 0.2, 0.11, 0.2, 0.5, 0.9, 1.0, 1.0, 1.0], **rising)
+    for losses in lines(FLAT, **rising), lost:
+        [sentence] = advice(missed, config, losses)
+        assert "began too low, at 0.01" in sentence and "--loss_slack" not in sentence
+        assert "--lambda_init=3 --out_dir=out/x-higher" in sentence and "--max_steps=800" in sentence
+    # a target that comes down takes lambda along, slowly; and one that was soon there did not begin too low
+    slowly = rising | {"violation": 0.2}
+    soon = rising | {"lambda": [0.01, 0.5, 2.0, 3.0, 3.0, 3.0, 2.0, 3.0, 2.5]}
+    for healthy in slowly, soon, {"lambda": 0.01, "violation": 0.9}:
+        [sentence] = advice(report(nats_too_many=0.01), config, lines(FLAT, **healthy))
+        assert "--loss_slack=0.003" in sentence
+
+
+def test_a_parent_that_was_hardly_trained_is_said_of_a_child_that_meets_its_target():
+    def met(dense, sparse):
+        sides = {"dense": {"val_loss": dense}, "sparse": {"val_loss": sparse}}
+        return report(meets_target=True, closest=None, **sides)
+
+    for parent, words in (None, "Train that longer first"), (parent_with(FLAT), "--out_dir=out/dense --max"):
+        [remark] = advice(met(4.1, 2.3), CONFIG, lines(FLAT), parent)
+        assert "hardly trained: its held-out loss is 4.1, the child's 2.3" in remark and words in remark
+    [remark] = advice(met(4.1, 2.3), CONFIG, lines(FLAT), parent_with(FALLING))  # said once
+    assert "hardly trained" in remark
+    for dense, sparse in (1.36, 1.33), (0.0009, 0.0001), (0.2, 0.18):  # 2 %, next to nothing, noise
+        assert advice(met(dense, sparse), CONFIG, lines(FLAT), parent_with(FLAT)) == []
+
+
 def test_a_run_of_the_same_table_is_not_advised_again():
     lines = ["Lambda stood at its cap: --lambda_max=3 --out_dir=out/x-slower",
              "To go on: python train.py --init_from=resume --out_dir=out/x"]
