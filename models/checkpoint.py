@@ -269,7 +269,7 @@ def new_model(c, vocab_size, gate_settings):
     gate_settings: the fields of gate.GateConfig.
     """
     same = {
-        key: getattr(c, key) for key in ("n_layer", "n_head", "n_embd", "block_size", "tied")
+        key: getattr(c, key) for key in ("n_layer", "n_head", "n_embd", "block_size", "tied", "init_std")
     } | gate_settings
     if c.architecture == "gpt2":
         return GPT(
@@ -278,7 +278,6 @@ def new_model(c, vocab_size, gate_settings):
                 dropout=c.dropout,
                 bias=c.bias,
                 gelu=c.gelu,
-                init_std=c.init_std,
                 **same,
             )
         )
@@ -308,6 +307,7 @@ def shape_of(config):
             "bias",
             "tied",
             "gelu",
+            "init_std",
         )
         if hasattr(config, key)
     } | {"architecture": architecture}
