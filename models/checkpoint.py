@@ -233,8 +233,7 @@ def tokenizer_of(checkpoint):
     vocab_size = checkpoint["model_args"].get("vocab_size", 0)
     if "architecture" in checkpoint["model_args"]:  # an OLMo of Hugging Face's
         return olmo_files.tokenizer_for(vocab_size)
-    # 50304: padded to a multiple of 64, as nanoGPT does
-    return "gpt2" if vocab_size in (50257, 50304) else None
+    return "gpt2" if vocab_size in huggingface.GPT2_SIZES else None
 
 
 def state_to_save(model):

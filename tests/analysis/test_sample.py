@@ -95,6 +95,16 @@ def test_command_line(run, capsys):
     assert done.stdout.count(" edges\n") == 5 and sample.NEW not in done.stdout  # no colours into a pipe
 
 
+def test_a_gpt2_with_a_pad_token_writes_gpt2s_tokens(workplace, monkeypatch):
+    model = random_model(vocab_size=50258, n_embd=4)
+    del (found := checkpoint_of(model))["model_args"]["gated"]  # as others write it
+    save_checkpoint("padded.pt", found)
+    asked, tokenizer = [], text.tokenizer
+    monkeypatch.setattr(text, "tokenizer", lambda name: asked.append(name) or tokenizer("bytes"))
+    done = call(analyze.main, "sample", "padded.pt", "--tokens=3", "--device=cpu")
+    assert done.returncode == 0 and asked == ["gpt2"], done.stderr
+
+
 def test_mistakes_are_named(run):
     save_checkpoint("sums.pt", checkpoint_of(random_model(), data=BYTES | {"tokenizer": "addition"}))
     mistakes = [(["out/none"], "there is no out/none. A run on text: python train.py config/stdlib.py"),
