@@ -218,7 +218,8 @@ def cause_of(error):
 
 def gate_of(theirs):
     """The model_args of the gates in their config.json, where our export has written them."""
-    return {"gated": True, "gate_bias": theirs["gate_bias"]} if "gate_bias" in theirs else {}
+    bias = theirs.get("gate_bias")
+    return {} if bias is None else {"gated": True, "gate_bias": bias}
 
 
 def convert(tensors, theirs, source):
