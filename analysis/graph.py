@@ -30,7 +30,7 @@ from circuits.influence import (
 )
 from circuits.transcoder import Transcoder
 from model import GPT
-from models.checkpoint import fingerprint, model_of, read_checkpoint
+from models.checkpoint import is_of, model_of, read_checkpoint
 from models.sources import checkpoint_named, folder_of_answers
 from storage.files import UserError, write_json
 
@@ -59,7 +59,7 @@ def read_transcoder(folder, name, checkpoint):
         raise UserError(f"{folder} has no {name}.pt. Train one first: python analyze.py transcode {folder} "
                         f"--name={name}")
     trained = read_checkpoint(place)
-    if trained["of"] != fingerprint(checkpoint):
+    if not is_of(trained["of"], checkpoint):
         raise UserError(f"{place} was trained for other weights than {folder} holds now. Delete it, and: "
                         f"python analyze.py transcode {folder} --name={name}")
     steps = trained["settings"]["steps"]
