@@ -26,7 +26,7 @@ from analysis.figures import GREY, save
 from analysis.rules import RULES
 from analysis.seeds_table import aligned
 from models.checkpoint import read_checkpoint
-from models.sources import checkpoint_named
+from models.sources import checkpoint_named, from_here
 from storage.files import UserError, read_json, typed, write_json
 from training.folder import read_metrics, settings_of
 from training.verdict import AT_CAP, bounds_of_lambda
@@ -66,11 +66,12 @@ def point_of(folder, controls):
     steps = config["max_steps"]
     tokens, heads = len(edges["by_distance"]), sum(map(len, edges["per_head"]))
     others = place_of(folder, steps)
-    control = controls.get((report["parent"], steps))
+    parent = from_here(report["parent"], folder, report["run"])
+    control = controls.get((parent, steps))
     return {
         "run": folder,
         "seed": report["seed"],
-        "parent": report["parent"],
+        "parent": parent,
         "steps": steps,
         "slack": config["loss_slack"],
         "met": report["meets_target"],

@@ -30,7 +30,7 @@ from circuits.influence import (
 )
 from circuits.transcoder import Transcoder
 from model import GPT
-from models.checkpoint import fingerprint, model_of, read_checkpoint
+from models.checkpoint import is_of, model_of, read_checkpoint
 from models.sound import is_finite
 from models.sources import checkpoint_named, folder_of_answers
 from storage.files import UserError, typed, write_json
@@ -56,13 +56,12 @@ def read_transcoder(folder, name, checkpoint):
     if folder is None:
         raise UserError("only a run's folder, such as out/addition, can have a transcoder")
     # the price of docs/attribution.md: the default is too dear for sums
-    command = f"python analyze.py transcode {folder} --price=0.1 --name={name}"
+    command = typed("python", "analyze.py", "transcode", folder, "--price=0.1", f"--name={name}")
     place = os.path.join(folder, name + ".pt")
-    command = typed("python", "analyze.py", "transcode", folder, f"--name={name}")
     if not os.path.exists(place):
         raise UserError(f"{folder} has no {name}.pt. Train one first: {command}")
     trained = read_checkpoint(place)
-    if trained["of"] != fingerprint(checkpoint):
+    if not is_of(trained["of"], checkpoint):
         raise UserError(f"{place} was trained for other weights than {folder} holds now. Delete it, and: "
                         f"{command}")
     steps = trained["settings"]["steps"]

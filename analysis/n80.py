@@ -37,7 +37,7 @@ from circuits.compare import prompts
 from circuits.interventions import in_short, interventions
 from circuits.tasks import vocabulary
 from circuits.transcoder import Transcoder, read_and_written
-from models.checkpoint import read_checkpoint, require_unchanged, tokenizer_of
+from models.checkpoint import read_parent, tokenizer_of
 from models.sources import folder_of_answers
 from storage.files import UserError, read_json, write_json
 
@@ -52,9 +52,7 @@ def models_of(run):
     checkpoint, path = gated_checkpoint(run, why)
     found = {}
     for name, (place, folder) in places_of(checkpoint, path, run).items():
-        own = read_checkpoint(place)
-        if name == "dense":
-            require_unchanged(own, checkpoint)
+        own = read_parent(checkpoint) if name == "dense" else checkpoint
         found[name] = folder, own, gpt_of(own, place, run)
     return found
 

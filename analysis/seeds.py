@@ -25,6 +25,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 
 from analysis.seeds_table import cells, in_words, summary, table
 from models.checkpoint import read_checkpoint
+from models.sources import from_here
 from storage.files import REPOSITORY, UserError, read_json, write_json
 from training.configure import parse_command_line
 from training.folder import read_metrics, settings_of
@@ -174,7 +175,8 @@ def row_of(run, seed):
     """
     report = read_json(os.path.join(run, "report.json"))
     judged = report["sparse"] or report["dense"]
-    parents = os.path.join(os.path.dirname(report["parent"] or ""), "metrics.jsonl")
+    parent = from_here(report["parent"], run, report["run"]) if report["parent"] else ""
+    parents = os.path.join(os.path.dirname(parent), "metrics.jsonl")
     return {
         "seed": seed,
         "run": run,

@@ -22,7 +22,7 @@ from tqdm import tqdm
 import prepare_data
 from circuits.transcoder import Transcoder, quality, read_and_written
 from model import GPT
-from models.checkpoint import fingerprint, model_of, read_checkpoint, save_checkpoint
+from models.checkpoint import fingerprint, is_of, model_of, read_checkpoint, save_checkpoint
 from models.sound import is_finite
 from models.sources import checkpoint_named, folder_of_answers
 from storage.files import UserError, read_json, write_json
@@ -108,9 +108,9 @@ def add_arguments(parser):
 SETTINGS = ("features", "price", "revive", "per_layer", "tokens", "steps", "batch", "lr", "seed")
 
 
-def begun(place, settings, of):
+def begun(place, settings, of_model):
     """The checkpoint of an earlier command with the same settings, or None. Raises UserError if it is of
-    other settings or of another model.
+    other settings or of another model than that of the checkpoint of_model.
     """
     if not os.path.exists(place):
         answers = os.path.splitext(place)[0] + ".json"
@@ -118,7 +118,7 @@ def begun(place, settings, of):
             raise UserError(f"{answers} is there already and of no transcoder: say --name=ANOTHER")
         return None
     checkpoint = read_checkpoint(place)
-    if checkpoint.get("settings") != settings or checkpoint.get("of") != of:
+    if checkpoint.get("settings") != settings or not is_of(checkpoint.get("of"), of_model):
         raise UserError(f"{place} was trained with other settings, or for other weights. Delete it, or say "
                         "--name=ANOTHER")
     return checkpoint
@@ -141,7 +141,7 @@ def run(options, settings):
                         "is trained of a run's folder, such as out/addition")
     place = os.path.join(folder, options.name + ".pt")
     settings, of = {key: getattr(options, key) for key in SETTINGS}, fingerprint(checkpoint)
-    start = begun(place, settings, of)
+    start = begun(place, settings, checkpoint)
     data = prepare_data.load(checkpoint["data"]["dataset"])
     T = data.train.shape[2] if data.meta["kind"] == "rows" else model.config.block_size
 

@@ -22,9 +22,10 @@ from dataclasses import asdict, fields
 
 import torch
 
+from gate import GateConfig
 from model import GPT, GPTConfig
 from models import huggingface, lora, olmo, olmo_files, sound
-from models.sources import config_for
+from models.sources import config_for, from_here, is_elsewhere
 from storage.files import UserError, replacing
 
 
@@ -73,24 +74,55 @@ def read_checkpoint(path):
     if missing:
         raise UserError(
             f"{path} is no checkpoint of this project or of nanoGPT: it has no "
-            f"{' and no '.join(sorted(missing))}"
+            f"{' and no '.join(sorted(missing))}. To make one of a model: {huggingface.SAVE_ANEW}"
         )
+    return as_seen_from_here(checkpoint, path)
+
+
+def as_seen_from_here(checkpoint, path):
+    """A checkpoint that was read from path; in it the models that it names, where they lie seen from here.
+    """
+    named = [key for key in ("parent", "reference", "base") if checkpoint.get(key)]
+    out_dir = (checkpoint.get("config") or {}).get("out_dir") if named else None
+    for key in named if out_dir else ():
+        checkpoint[key] = from_here(checkpoint[key], os.path.dirname(path), out_dir)
+    if "gate_bias" in checkpoint:  # export.py's, beside model_args that nanoGPT understands
+        ours = huggingface.gate_of(checkpoint) | {"gelu": checkpoint.get("gelu", "none")}
+        checkpoint["model_args"] = checkpoint["model_args"] | ours
     return checkpoint
 
 
-def fingerprint(checkpoint):
-    """Tells checkpoints of one name apart: sha256 of the beginnings of all tensors, in alphabetical order;
-    None of a sharded run that has not ended.
+# of model_args: what changes no number that a model computes; block_size is the shape of a GPT's positions
+IDLE = ("gate_temperature", "dropout", "init_std", "block_size")
+
+
+def fingerprint(checkpoint, whole=True):
+    """Tells checkpoints of one name apart: sha256 of all that a model computes with, tensor by tensor, in
+    alphabetical order (1 GB a second); None of a sharded run that has not ended.
+
+    whole: False is the fingerprint of before, of the first numbers of all tensors; see `is_of`.
     """
     tensors = checkpoint["model"]
     if tensors is None:
         return None
-    digest = hashlib.sha256()
-    # all of them: merged adapters leave most as they were. Beginnings, because a tensor on the disk is read
-    # no further
+    args = checkpoint["model_args"]
+    idle = (*IDLE, *(() if args.get("gated") else (f.name for f in fields(GateConfig))))
+    computed = sorted(f"{key}={value!r}" for key, value in args.items() if key not in idle)
+    digest = hashlib.sha256(repr(computed).encode() if whole else b"")
     for name in sorted(tensors):
-        digest.update(tensors[name].flatten()[:1024].contiguous().view(torch.uint8).numpy())
-    return digest.hexdigest()
+        tensor = tensors[name]
+        if whole:
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        numbers = tensor.flatten() if whole else tensor.flatten()[:1024]
+        digest.update(numbers.contiguous().view(torch.uint8).numpy())
+    return ("whole-" if whole else "") + digest.hexdigest()
+
+
+def is_of(known, checkpoint):
+    """Is `known`, which somebody wrote down, the fingerprint of this checkpoint? Files from before all
+    numbers took part hold one of the beginnings.
+    """
+    return known == fingerprint(checkpoint, whole=str(known).startswith("whole-"))
 
 
 def copy_into(target, tensor):
@@ -183,8 +215,8 @@ def model_of(
 
 def adapted_model_of(checkpoint, path, device, prepare, merged, **overrides):
     """`model_of`, of a checkpoint that holds LoRA adapters and the name of their base."""
-    base = read_checkpoint(checkpoint["base"])
-    if fingerprint(base) != checkpoint["base_fingerprint"]:
+    base = read_named(checkpoint, "base")
+    if not is_of(checkpoint["base_fingerprint"], base):
         raise UserError(f"{path} holds adapters for {checkpoint['base']}, which holds other weights now than "
                         "when they were trained. Put the old file back")
     sound.require_adapters(checkpoint, base, path)
@@ -203,21 +235,29 @@ def load_checkpoint(path, device="cpu", **overrides):
     return model_of(read_checkpoint(path), path, device, **overrides)
 
 
+def read_named(checkpoint, key):
+    """The checkpoint that another names as its 'parent' or 'base'. Raises UserError if it is gone."""
+    path = checkpoint.get(key)
+    if not path or not is_elsewhere(path) and not os.path.exists(path):
+        raise UserError(f"{path or 'the parent'}, from which this model was trained, is gone. Put it back "
+                        "where it was, seen from the model's own folder")
+    return read_checkpoint(path)
+
+
 def load_parent(checkpoint, device="cpu", **overrides):
-    """The dense model that a gated run's checkpoint started from. Raises UserError if it is gone, or is
-    another model by now.
+    """The dense model that a gated run's checkpoint started from. Raises UserError: see `read_parent`."""
+    return model_of(read_parent(checkpoint), checkpoint["parent"], device, **overrides)
+
+
+def read_parent(checkpoint):
+    """The checkpoint that a gated run's started from. Raises UserError if it is gone, or has been trained on
+    since.
     """
-    parent = read_checkpoint(checkpoint["parent"])
-    require_unchanged(parent, checkpoint)
-    return model_of(parent, checkpoint["parent"], device, **overrides)
-
-
-def require_unchanged(parent, checkpoint):
-    """Raise UserError if the checkpoint `parent` has been trained on since a gated run started from it."""
-    known = checkpoint.get("reference_fingerprint")
-    if known and checkpoint["parent"] == checkpoint["reference"] and fingerprint(parent) != known:
+    parent, known = read_named(checkpoint, "parent"), checkpoint.get("reference_fingerprint")
+    if known and checkpoint["parent"] == checkpoint["reference"] and not is_of(known, parent):
         raise UserError(f"{checkpoint['parent']} holds other weights now than when its child was begun: it "
                         "is another model. Train a new child from it, with another --out_dir")
+    return parent
 
 
 def tokenizer_of(checkpoint):
@@ -229,8 +269,7 @@ def tokenizer_of(checkpoint):
     vocab_size = checkpoint["model_args"].get("vocab_size", 0)
     if "architecture" in checkpoint["model_args"]:  # an OLMo of Hugging Face's
         return olmo_files.tokenizer_for(vocab_size)
-    # 50304: padded to a multiple of 64, as nanoGPT does
-    return "gpt2" if vocab_size in (50257, 50304) else None
+    return "gpt2" if vocab_size in huggingface.GPT2_SIZES else None
 
 
 def state_to_save(model):
@@ -265,7 +304,7 @@ def new_model(c, vocab_size, gate_settings):
     gate_settings: the fields of gate.GateConfig.
     """
     same = {
-        key: getattr(c, key) for key in ("n_layer", "n_head", "n_embd", "block_size", "tied")
+        key: getattr(c, key) for key in ("n_layer", "n_head", "n_embd", "block_size", "tied", "init_std")
     } | gate_settings
     if c.architecture == "gpt2":
         return GPT(
@@ -274,7 +313,6 @@ def new_model(c, vocab_size, gate_settings):
                 dropout=c.dropout,
                 bias=c.bias,
                 gelu=c.gelu,
-                init_std=c.init_std,
                 **same,
             )
         )
@@ -304,6 +342,7 @@ def shape_of(config):
             "bias",
             "tied",
             "gelu",
+            "init_std",
         )
         if hasattr(config, key)
     } | {"architecture": architecture}

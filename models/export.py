@@ -46,8 +46,8 @@ def transformer_lens(model):
 
 
 def nanogpt(model):
-    """Weights and model_args as in nanoGPT's ckpt.pt, and 'gate_bias'; no state of its optimizer, so its
-    train.py cannot resume.
+    """Weights and model_args as in nanoGPT's ckpt.pt, and 'gate_bias' and 'gelu', by which we read the same
+    model again; no state of its optimizer, so its train.py cannot resume.
 
     Raises UserError if the model does not tie its embeddings, as nanoGPT always does.
     """
@@ -63,7 +63,8 @@ def nanogpt(model):
         key: getattr(c, key)
         for key in ("n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size", "dropout")
     }
-    return {"model": model.state_dict(), "model_args": args, "gate_bias": c.gate_bias if c.gated else None}
+    gate_bias = c.gate_bias if c.gated else None
+    return {"model": model.state_dict(), "model_args": args, "gate_bias": gate_bias, "gelu": c.gelu}
 
 
 def refuse_what_would_be_lost(model, run):

@@ -15,11 +15,14 @@ from collections.abc import Mapping
 import torch
 
 from model import CONV1D, PRETRAINED, from_openai, openai_checkpoint
+from models.sound import unwrapped
 from storage.download import hub
 from storage.files import UserError, json_of, read_json, replacing
 
-# the id of <|endoftext|> by the size of the vocabulary: GPT-2's, also padded, OLMo's, OLMo 2's
-END_OF_TEXT = {50257: 50256, 50304: 50256, 50280: 50279, 100278: 100257}
+# vocabularies of GPT-2's: with a few tokens more, such as a pad token, or padded; 50,280 is OLMo's
+GPT2_SIZES = [size for size in range(50257, 50305) if size != 50280]
+# the id of <|endoftext|> by the size of the vocabulary
+END_OF_TEXT = dict.fromkeys(GPT2_SIZES, 50256) | {50280: 50279, 100278: 100257}
 # their names -> torch's `approximate`
 GELU = {"gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu": "none"}
 ACTIVATION = {"tanh": "gelu_new", "none": "gelu"}  # and back
@@ -195,9 +198,19 @@ def read_tensors(path):
         raise UserError(f"{path} cannot be read {cause_of(error) or damaged}") from error
 
 
+SAVE_ANEW = ('torch.save({"model": model.state_dict(), "model_args": {"n_layer": 12, "n_head": 12, '
+             '"n_embd": 768, "block_size": 1024, "vocab_size": 50257, "bias": True, "gelu": "none"}}, '
+             '"NEW.pt"), with what your model has')
+
+
 def cause_of(error):
     """Why a file could not be read, in brackets, if the file itself may be sound; else None."""
     says = str(error)  # torch raises RuntimeErrors
+    held = re.search(r"GLOBAL [\w.]+(?= w)|TorchScript", says)
+    if held:
+        return (f"(it holds an object, {held[0].removeprefix('GLOBAL ')}, that could run code when it is "
+                "read: only tensors and plain values are read here). Save it anew in the program that wrote "
+                f"it: {SAVE_ANEW}")
     if isinstance(error, MemoryError) or "allocate memory" in says or "not enough memory" in says:
         return "(there is not enough memory for it)"
     is_cause = isinstance(error, OSError) and error.errno != errno.EINVAL  # what torch says of half a file
@@ -206,11 +219,13 @@ def cause_of(error):
 
 def gate_of(theirs):
     """The model_args of the gates in their config.json, where our export has written them."""
-    return {"gated": True, "gate_bias": theirs["gate_bias"]} if "gate_bias" in theirs else {}
+    bias = theirs.get("gate_bias")
+    return {} if bias is None else {"gated": True, "gate_bias": bias}
 
 
 def convert(tensors, theirs, source):
     """Their tensors and config (a dict, may be empty) -> {'model', 'model_args'}."""
+    tensors = {unwrapped(name): tensor for name, tensor in tensors.items()}
     leave_aside(tensors, source)
     different = [f"{key}={theirs[key]!r}" for key, value in FIXED.items() if theirs.get(key, value) != value]
     activation = theirs.get("activation_function", "gelu_new")

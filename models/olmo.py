@@ -61,6 +61,7 @@ class OLMoConfig(GateConfig):
     # {'layers': [...], 'factor', 'original', 'attention_factor', 'beta_fast', 'beta_slow'}: layers with
     # stretched rotations
     yarn: dict | None = None
+    init_std: float = 0.02  # of random weights; as OLMo 2's, and transformers'
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -232,7 +233,7 @@ class OLMo(nn.Module):
         self.tie()
         for p in self.parameters():
             if p.dim() == 2:
-                nn.init.normal_(p, std=0.02)  # as OLMo 2, and transformers
+                nn.init.normal_(p, std=config.init_std)
 
     attention_impl = "auto"  # who computes gated attention: see fast/dispatch.py
 

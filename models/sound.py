@@ -16,6 +16,8 @@ from models import lora
 from storage.files import UserError
 
 LARGEST = 10**7  # of any size in model_args
+# what torch.compile, DDP, FSDP and recomputation put into names, in front and in the middle
+WRAPPERS = {"_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 
 
 def require_args(args, config_class, state, path):
@@ -65,20 +67,28 @@ def is_bias_of_heads(config):
     return all(len(heads) == config.n_head and all(fits(b, float) for b in heads) for heads in layers)
 
 
+def unwrapped(name):
+    """A tensor's name without WRAPPERS."""
+    return ".".join(part for part in name.split(".") if part not in WRAPPERS)
+
+
 def stored_names(state):
-    """{name in the model: name in state}, without what torch.compile and DDP put in front."""
-    return {name.removeprefix("_orig_mod.").removeprefix("module."): name for name in state
-            if not name.endswith(".attn.bias")}  # the causal mask of old nanoGPT checkpoints
+    """{name in the model: name in state}."""
+    names = {unwrapped(name): name for name in state}
+    # the causal mask of old nanoGPT checkpoints
+    return {plain: name for plain, name in names.items() if not plain.endswith(".attn.bias")}
 
 
 def require_fit(model, state, path, names=None):
     """Raise UserError, naming every missing, extra or wrongly shaped tensor of state. model may be empty.
 
-    names: what state must hold, no less and no more; everything but LoRA adapters if left out.
+    names: what state must hold, no less and no more; everything but LoRA adapters if left out. A matrix that
+    serves twice (tied) may be there once.
     """
     own, adapters, stored = model.state_dict(), lora.state_of(model), stored_names(state)
     names = [name for name in own if name not in adapters] if names is None else names
-    wrong = [f"{name} is missing" for name in names if name not in stored]
+    once = dict(model.named_parameters())  # a tied one under its first name alone
+    wrong = [f"{name} is missing" for name in names if name not in stored and name in once]
     wrong += [f"{name} is extra" for name in stored if name not in names]
     for name in names:
         if name in stored:

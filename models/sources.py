@@ -4,8 +4,8 @@
     out/addition/last.pt       a file               itself
     gpt2, allenai/OLMo-1B-hf   a model's name       on Hugging Face (huggingface.py, olmo_files.py)
 
-And the other way: where answers about it go, and which config file would make it. Nothing is read here; that
-does checkpoint.py.
+And the other way: where answers about it go, which config file would make it, and where a model lies that a
+run names. Nothing is read here; that does checkpoint.py.
 """
 
 import os
@@ -48,6 +48,25 @@ def folder_of_answers(run):
     folder = os.path.splitext(run)[0]
     os.makedirs(folder, exist_ok=True)
     return folder
+
+
+def to_keep(path, out_dir):
+    """How a run writes down where a model lies: as it was named, which `from_here` understands, or absolute
+    where the run's own folder does not say where one stood.
+    """
+    leads_out = os.path.isabs(out_dir) or out_dir.startswith(os.pardir)
+    is_place = path and path not in huggingface.PRETRAINED and os.path.exists(path)
+    return os.path.abspath(path) if leads_out and is_place else path
+
+
+def from_here(path, folder, out_dir):
+    """Where a model lies that a run wrote down as `path` when it was called out_dir. folder: the run's, seen
+    from here. A name such as gpt2, and what is not there, stays as it is.
+    """
+    if path in huggingface.PRETRAINED or os.path.isabs(path) or os.path.isabs(out_dir):
+        return path
+    found = os.path.abspath(os.path.join(folder, os.path.relpath(path, out_dir)))
+    return found.removeprefix(os.path.join(os.getcwd(), "")) if os.path.exists(found) else path
 
 
 def config_for(path):

@@ -13,7 +13,7 @@ import torch
 import prepare_data
 from helpers import SMALL, launch, metrics, parameters, run, same, unequal_rows
 from model import GPT
-from models.checkpoint import load_checkpoint, load_weights, read_checkpoint
+from models.checkpoint import load_checkpoint, load_parent, load_weights, read_checkpoint
 from storage.addition import IGNORE
 from storage.files import UserError
 from train import get_lr
@@ -72,6 +72,21 @@ def test_the_parent_is_trained_first_once_and_hands_over_its_weights(echo, capsy
     run("sparse.py", max_steps=20, out_dir="out/second")
     assert os.stat("out/dense/last.pt").st_mtime_ns == before
     assert "out/dense is finished" in capsys.readouterr().out
+
+
+def test_a_run_in_another_place_than_where_one_stood_finds_its_parent(echo, tmp_path_factory, monkeypatch):
+    far = tmp_path_factory.mktemp("far")
+    run("sparse.py", max_steps=20, out_dir=str(far / "sparse"))
+    monkeypatch.chdir(far)
+    assert load_parent(read_checkpoint("sparse/last.pt")).config.n_layer == 2
+
+
+def test_a_run_that_goes_on_from_another_folder_keeps_its_parent(echo, monkeypatch):
+    run("sparse.py", max_steps=20)
+    (echo / "out/data").symlink_to(echo / "data")
+    monkeypatch.chdir("out")
+    run("../sparse.py", init_from="resume", max_steps=40, out_dir="sparse")
+    assert read_checkpoint("sparse/last.pt")["parent"] == "dense/best.pt"
 
 
 @pytest.mark.parametrize("cycle_steps", [0, 40])

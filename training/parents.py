@@ -25,8 +25,16 @@ import torch.utils.checkpoint
 
 from model import PRETRAINED
 from models import lora
-from models.checkpoint import fingerprint, model_of, new_model, read_checkpoint, require_tokenizer, shape_of
-from models.sources import is_elsewhere, kept_checkpoint
+from models.checkpoint import (
+    fingerprint,
+    is_of,
+    model_of,
+    new_model,
+    read_checkpoint,
+    require_tokenizer,
+    shape_of,
+)
+from models.sources import is_elsewhere, kept_checkpoint, to_keep
 from storage.files import UserError, typed
 from training import hardware, sharding
 from training.settings import GATE, SHAPE, Config, make_config
@@ -182,13 +190,15 @@ def find_sources(c, given, checkpoint):
 
 def origin_of(c, data, sources, checkpoint):
     """What every checkpoint of a run says of its origin: parents, fingerprints, data, adapters."""
-    origin = {"parent": sources.parent, "reference": sources.reference,
-              "reference_fingerprint": fingerprint(sources.of_reference) if c.gated else None,
+    begun = checkpoint or {"reference_fingerprint": fingerprint(sources.of_reference) if c.gated else None}
+    origin = {"parent": to_keep(sources.parent, c.out_dir),
+              "reference": to_keep(sources.reference, c.out_dir),
+              "reference_fingerprint": begun["reference_fingerprint"],
               "data": {"dataset": c.dataset, "tokenizer": data.meta.get("tokenizer", c.dataset),
                        "sha256": data.meta["sha256"]}}
     if c.lora_rank:
         origin["lora"] = {"rank": c.lora_rank, "alpha": c.lora_alpha, "targets": c.lora_targets}
-        origin["base"] = sources.parent
+        origin["base"] = origin["parent"]
         origin["base_fingerprint"] = (
             checkpoint["base_fingerprint"] if checkpoint else fingerprint(sources.of_parent)
         )
@@ -218,7 +228,7 @@ def check_sources(c, sources, origin, checkpoint):
                 f"first ({merge}) and start from FOLDER"
             )
         return
-    if checkpoint["reference_fingerprint"] != origin["reference_fingerprint"]:
+    if c.gated and not is_of(checkpoint["reference_fingerprint"], sources.of_reference):
         raise UserError(
             f"{sources.reference} holds other weights now than when {c.out_dir} was begun: the target is "
             "not "

@@ -65,8 +65,7 @@ class Config:
     # 'tanh', GPT-2's approximation, or 'none', the exact one, nanoGPT's, which a CPU computes faster; GPT-2
     # only
     gelu: str = "tanh"
-    # of random weights, of a GPT from scratch; GPT-2's is made for 768 channels, a narrow model wants about
-    # 0.6 / sqrt(n_embd)
+    # of random weights; GPT-2's is made for 768 channels, a narrow model wants about 0.6 / sqrt(n_embd)
     init_std: float = 0.02
     # --- adapters (lora.py)
     lora_rank: int = 0  # train adapters of this rank and freeze the model; 0 trains all weights
@@ -193,7 +192,9 @@ def limits():
 
 
 # what a run takes over from its parent
-SHAPE = tuple("architecture n_layer n_head n_kv_head n_embd block_size dropout bias tied gelu".split())
+SHAPE = tuple(
+    "architecture n_layer n_head n_kv_head n_embd block_size dropout bias tied gelu init_std".split()
+)
 GATE = tuple(f.name for f in fields(GateConfig))
 # model, start and target: what no run may change on its way
 FIXED = SHAPE + GATE + tuple(
@@ -276,6 +277,8 @@ def check_shape(config):
             "lora_rank adds adapters to a model that is there already: set init_from, or leave lora_rank away"
         )
     if config.architecture == "gpt2":
+        if config.n_kv_head:
+            raise UserError("n_kv_head is OLMo's only: leave it away for a GPT-2")
         return
     if n_head % (config.n_kv_head or n_head) or n_embd // n_head % 2:
         raise UserError(

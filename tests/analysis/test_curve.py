@@ -14,7 +14,7 @@ def report_of(folder):
         return json.load(f)
 
 
-def test_the_command_puts_runs_and_controls_side_by_side(counting):
+def test_the_command_puts_runs_and_controls_side_by_side(counting, monkeypatch):
     run("sparse.py", out_dir="out/narrow", loss_slack=0.01)
     run("sparse.py", out_dir="out/wide", loss_slack=0.2)
     run("sparse.py", out_dir="out/short", loss_slack=0.2, max_steps=30)
@@ -50,6 +50,10 @@ def test_the_command_puts_runs_and_controls_side_by_side(counting):
     assert {points["out/narrow"]["slack"], points["out/wide"]["slack"]} == {0.01, 0.2}
     with open("out/found.png", "rb") as f:
         assert f.read(4) == b"\x89PNG"
+    monkeypatch.chdir("out")  # a control is found beside its run from any folder
+    call(analyze.main, "curve", "wide", "--controls", "control", "--to=near")
+    with open("near.json") as f:
+        assert json.load(f)[0]["above_control"] == points["out/wide"]["above_control"]
 
 
 @pytest.mark.parametrize("values, inside", [((9.0, 1.0, 2.0), True), ((1.0, 1.0, 10.0), False),

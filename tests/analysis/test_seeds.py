@@ -161,3 +161,16 @@ def test_explain_adds_the_algorithm():
     assert seeds_table.table([row, failed]).splitlines()[2].split() == [
         "4", "FAILED", "-", "-", "-", "-", "-", "3", "error:", "no"
     ]
+
+
+def test_a_parents_steps_are_found_from_any_folder(workplace, monkeypatch):
+    os.makedirs("out/dense")
+    os.makedirs("out/sparse")
+    (workplace / "out/dense/best.pt").touch()
+    (workplace / "out/dense/metrics.jsonl").write_text('{"step": 40}\n')
+    report = {"run": "out/sparse", "meets_target": True, "ready": None, "parent": "out/dense/best.pt",
+              "dense": {"val_loss": 1.0}, "sparse": {"val_loss": 1.0, "correct": 1, "examples": 1},
+              "edges": {"open": 1, "total": 2}, "seconds": {}, "closest": None}
+    (workplace / "out/sparse/report.json").write_text(json.dumps(report))
+    monkeypatch.chdir("out")
+    assert seeds.row_of("sparse", 1)["parent_steps"] == 40

@@ -81,6 +81,7 @@ def place(tmp_path_factory):
         prepare_data.write_dataset("data/other", nothing, nothing, kind="stream", vocab_size=13)
         for name, (model, more) in runs.items():
             os.makedirs(f"out/{name}")
+            more["config"] = {"out_dir": f"out/{name}"}
             save_checkpoint(f"out/{name}/best.pt", checkpoint_of(model, **more))
     return place
 
@@ -189,6 +190,13 @@ def test_without_its_parent_the_sparse_model_alone(place, capsys):
     data = data_in(page_at(place, "orphan", "1+2"))
     assert "out/nowhere/best.pt is no dense model that can be read here" in capsys.readouterr().out
     assert list(data["prompts"][0]["models"]) == ["sparse"] and "sparse model only" in data["note"]
+
+
+def test_from_another_folder_the_page_shows_the_parent_too(place, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    analyze.main(["view", str(place / "out/text/best.pt"), "--prompt=ab"])
+    assert list(data_in(place / "out/text/best/view.html")["prompts"][0]["models"]) == ["dense", "sparse"]
+    assert "train.py" not in capsys.readouterr().out
 
 
 def test_the_report_says_how_to_get_the_page(place, addition_page, monkeypatch):

@@ -1,6 +1,9 @@
 """Checkpoints: round trips, none half written, none run as a program, and what does not fit is named."""
 
+import argparse
 import errno
+import hashlib
+import os
 
 import pytest
 import torch
@@ -10,6 +13,7 @@ from models import checkpoint
 from models.checkpoint import (
     checkpoint_of,
     fingerprint,
+    is_of,
     load_checkpoint,
     load_parent,
     load_weights,
@@ -18,6 +22,7 @@ from models.checkpoint import (
     save_checkpoint,
     tokenizer_of,
 )
+from models.olmo import OLMo, OLMoConfig
 from storage.files import UserError
 
 
@@ -49,9 +54,146 @@ def test_a_parent_that_was_trained_on_is_no_parent_any_more(workplace):
     assert load_parent(child | {"reference": "other.pt"})  # whose fingerprint it is then
 
 
-def test_nanogpts_compiled_names_load():
-    m = tiny()
-    load_weights(tiny(), {f"_orig_mod.{name}": t for name, t in m.state_dict().items()})
+def without_a_head(found):
+    found["model"]["transformer.h.1.attn.c_attn.weight"][64:128] = 0
+
+
+def with_other_heads(found):
+    found["model_args"]["n_head"] = 4
+
+
+def with_another_name(found):
+    found["model"]["transformer.h.0.ln_1.weights"] = found["model"].pop("transformer.h.0.ln_1.weight")
+
+
+def with_another_shape(found):
+    found["model"]["lm_head.weight"] = found["model"]["lm_head.weight"].view(64, 11)
+
+
+@pytest.mark.parametrize("change", [without_a_head, with_other_heads, with_another_name, with_another_shape])
+def test_a_fingerprint_is_of_all_numbers_names_shapes_and_sizes(change):
+    found = checkpoint_of(tiny(n_embd=64))
+    before = fingerprint(found)
+    change(found)
+    assert fingerprint(found) != before
+
+
+def test_what_only_training_uses_is_not_in_the_fingerprint():
+    model = tiny()
+    known = fingerprint(checkpoint_of(model))
+    for key, value in {"gate_bias": 1.0, "gate_temperature": 2.0, "dropout": 0.5, "init_std": 0.1}.items():
+        setattr(model.config, key, value)
+    assert is_of(known, checkpoint_of(model))
+    model.config.gated = True
+    gated = fingerprint(checkpoint_of(model))
+    model.config.gate_bias = 2.0
+    assert len({known, gated, fingerprint(checkpoint_of(model))}) == 3
+
+
+def test_a_fingerprint_that_was_written_down_before_all_numbers_took_part_is_recognised(workplace):
+    model = tiny(n_embd=64)
+    digest = hashlib.sha256()
+    for _, tensor in sorted(model.state_dict().items()):
+        digest.update(tensor.flatten()[:1024].contiguous().view(torch.uint8).numpy())
+    save_checkpoint("parent.pt", checkpoint_of(model))
+    child = {"parent": "parent.pt", "reference": "parent.pt", "reference_fingerprint": digest.hexdigest()}
+    assert load_parent(child)
+    model.lm_head.weight.data += 1
+    save_checkpoint("parent.pt", checkpoint_of(model))
+    with pytest.raises(UserError, match="holds other weights now"):
+        load_parent(child)
+
+
+@pytest.mark.parametrize("wrapped", [
+    "_orig_mod.{}", "module._orig_mod.{}", "_orig_mod.module.{}", "module.module.{}",
+    "{}"  # and a block compiled by itself, as others do
+])
+def test_the_names_that_compile_and_ddp_leave_in_any_order_load(wrapped):
+    m, again = tiny(), tiny()
+    state = {wrapped.format(name.replace("h.1.", "h.1._orig_mod.")): t for name, t in m.state_dict().items()}
+    state[wrapped.format("transformer.h.1._orig_mod.attn.bias")] = torch.ones(1, 1, 8, 8)  # an old mask
+    load_weights(again, state)
+    assert all(torch.equal(a, b) for a, b in zip(m.state_dict().values(), again.state_dict().values()))
+
+
+@pytest.mark.parametrize("model", [
+    tiny(), OLMo(OLMoConfig(vocab_size=11, n_layer=1, n_head=2, n_kv_head=2, n_embd=16, n_hidden=16)),
+], ids=["gpt2", "olmo"])
+def test_a_tied_model_without_its_output_embedding_loads(workplace, model):
+    found = checkpoint_of(model)
+    del found["model"]["lm_head.weight"]
+    save_checkpoint("c.pt", found)
+    idx = torch.arange(8)[None]
+    assert torch.equal(load_checkpoint("c.pt")(idx)[0], model.eval()(idx)[0])
+    found["model_args"]["tied"] = False
+    save_checkpoint("c.pt", found)
+    with pytest.raises(UserError, match="lm_head.weight is missing"):
+        load_checkpoint("c.pt")
+
+
+@pytest.mark.parametrize("name", ["c.pt", "pytorch_model.bin"])
+@pytest.mark.parametrize("held, content", [
+    ("argparse.Namespace", {"model": {}, "model_args": argparse.Namespace(n_layer=2)}),
+    ("model.GPT", tiny()),
+    ("model.GPT", {"model": tiny(), "model_args": {}}),
+], ids=["config object", "module", "module in a dictionary"])
+def test_a_file_with_an_object_says_which_and_how_to_save_it_anew(workplace, name, held, content):
+    torch.save(content, name)
+    with pytest.raises(UserError, match=f"{name} cannot be read .it holds an object, {held}") as refused:
+        read_checkpoint(name)
+    assert 'torch.save({"model": model.state_dict(), "model_args": ' in str(refused.value)
+    assert "truncated" not in str(refused.value)
+
+
+def test_what_is_typed_to_save_a_model_anew_makes_a_checkpoint_that_loads(workplace):
+    model = tiny(n_layer=12, n_head=12, n_embd=12, vocab_size=50257, block_size=1024, gelu="none")
+    command = checkpoint.huggingface.SAVE_ANEW.rpartition(", with")[0].replace("768", "12")
+    exec(command, {"torch": torch, "model": model})
+    assert torch.equal(load_checkpoint("NEW.pt")(torch.arange(8)[None])[0],
+                       model.eval()(torch.arange(8)[None])[0])
+
+
+def family(place):
+    """A dense model and its gated child in folders below place, as runs leave them."""
+    for name, gated in (("dense", False), ("child", True)):
+        os.makedirs(f"{place}/out/{name}")
+        origin = {"parent": "out/dense/best.pt", "reference": "out/dense/best.pt"} if gated else {}
+        save_checkpoint(f"{place}/out/{name}/best.pt", checkpoint_of(
+            tiny(gated=gated), config={"out_dir": f"out/{name}"}, **origin))
+
+
+@pytest.mark.parametrize("here, folder", [
+    (".", "out/child"), ("out", "child"), ("out/child", "."), ("elsewhere", "../out/child"),
+])
+def test_a_parent_is_found_from_any_folder(workplace, monkeypatch, here, folder):
+    family(workplace)
+    (workplace / "elsewhere/out/dense").mkdir(parents=True)
+    save_checkpoint("elsewhere/out/dense/best.pt", checkpoint_of(tiny(n_layer=1)))  # another of that name
+    monkeypatch.chdir(here)
+    child = read_checkpoint(f"{folder}/best.pt")
+    assert os.path.samefile(child["parent"], workplace / "out/dense/best.pt")
+    assert load_parent(child).config.n_layer == 2
+    if here == ".":
+        assert child["parent"] == "out/dense/best.pt"
+
+
+def test_runs_that_were_moved_together_find_each_other(workplace):
+    family(workplace)
+    os.rename("out", "archive")
+    assert load_parent(read_checkpoint("archive/child/best.pt"))
+
+
+def test_a_name_and_a_parent_that_is_gone_stay_as_they_were_written(workplace):
+    family(workplace)
+    os.rename("out/child", "child")
+    child = read_checkpoint("child/best.pt")
+    assert child["parent"] == "out/dense/best.pt" and load_parent(child)  # it has stayed where it was
+    save_checkpoint("child/best.pt", child | {"parent": "gpt2", "reference": "out/none/best.pt"})
+    os.makedirs("gpt2")
+    assert read_checkpoint("child/best.pt")["parent"] == "gpt2"
+    with pytest.raises(UserError, match="out/none/best.pt, from which .* was trained, is gone") as gone:
+        load_parent(child | {"parent": "out/none/best.pt"})
+    assert "train.py" not in str(gone.value)
 
 
 def test_too_little_memory_is_not_called_a_damaged_file(workplace, monkeypatch):
@@ -75,7 +217,7 @@ def test_bad_checkpoints_are_named(workplace):
     with pytest.raises(UserError, match="cut.pt cannot be read"):
         read_checkpoint("cut.pt")
     torch.save({"weights": 1}, "other.pt")
-    with pytest.raises(UserError, match="no model and no model_args"):
+    with pytest.raises(UserError, match="no model and no model_args. To make one of a model: torch.save"):
         read_checkpoint("other.pt")
     state = tiny().state_dict()
     state["extra"] = state.pop("transformer.ln_f.bias")
@@ -121,6 +263,8 @@ def test_a_full_disk_leaves_the_old_checkpoint(workplace, monkeypatch):
     [
         ({"vocab_size": 50257}, "gpt2"),
         ({"vocab_size": 50304}, "gpt2"),
+        ({"vocab_size": 50258}, "gpt2"),  # with a pad token
+        ({"vocab_size": 50280}, None),
         ({"vocab_size": 50304, "architecture": "olmo"}, "olmo"),
         ({"vocab_size": 100352, "architecture": "olmo"}, "olmo2"),
         ({"vocab_size": 256, "architecture": "olmo"}, None),

@@ -13,7 +13,7 @@ import analyze
 from conftest import REPOSITORY
 from model import GPT, GPTConfig
 from models import checkpoint, export
-from models.checkpoint import checkpoint_of, load_checkpoint, read_checkpoint, save_checkpoint
+from models.checkpoint import checkpoint_of, load_checkpoint, save_checkpoint
 from models.olmo import OLMo, OLMoConfig
 from storage.files import UserError
 
@@ -182,14 +182,24 @@ def test_nanogpt(workplace, capsys):
     model = random_model(gelu="none", gated=False)
     save_checkpoint("ours.pt", checkpoint_of(model))
     analyze.main(["export", "ours.pt", "--to", "nanogpt", "ckpt.pt"])
-    found = read_checkpoint("ckpt.pt")
+    found = torch.load("ckpt.pt", weights_only=True)  # as nanoGPT does
     assert set(found["model_args"]) == {"n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size",
                                         "dropout"}
     assert torch.equal(load_checkpoint("ckpt.pt")(IDX)[0], model(IDX)[0])
     assert "exact GELU" not in capsys.readouterr().out
+    assert not load_checkpoint("ckpt.pt").config.gated
     save_checkpoint("ours.pt", checkpoint_of(random_model(tied=False)))
     with pytest.raises(SystemExit, match="ties the embeddings"):
         analyze.main(["export", "ours.pt", "--to", "nanogpt", "untied.pt"])
+
+
+@pytest.mark.parametrize("gelu", ["none", "tanh"])
+@pytest.mark.parametrize("gate_bias", [0.3, [[0.3, -0.2], [0.1, 0.5], [0.2, 0.4]]])
+def test_a_gated_model_that_went_to_nanogpt_is_read_back_gated(workplace, gelu, gate_bias):
+    model = random_model(gelu=gelu, gate_bias=gate_bias)
+    save_checkpoint("ours.pt", checkpoint_of(model))
+    analyze.main(["export", "ours.pt", "--to", "nanogpt", "ckpt.pt"])
+    assert torch.equal(load_checkpoint("ckpt.pt")(IDX)[0], model(IDX)[0])
 
 
 def test_mistakes_are_named(workplace, monkeypatch):

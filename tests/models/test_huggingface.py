@@ -85,7 +85,7 @@ def bin_file(path, model, prefix=""):
     torch.save(state, path)
 
 
-@pytest.mark.parametrize("prefix", ["", "transformer."])
+@pytest.mark.parametrize("prefix", ["", "transformer.", "module._orig_mod.transformer."])
 def test_pytorch_model_bin_alone_and_in_a_folder(workplace, prefix):
     model = theirs(**TINY | {"n_head": 1})
     model.save_pretrained("hf")

@@ -20,9 +20,10 @@ from conftest import REPOSITORY
 from gate import gated_attention
 from helpers import theirs
 from models import olmo, olmo_files
-from models.checkpoint import load_checkpoint, model_of, read_checkpoint
+from models.checkpoint import load_checkpoint, model_of, new_model, read_checkpoint
 from models.olmo import OLMo, OLMoConfig
 from storage.files import UserError
+from training.settings import Config
 
 transformers = pytest.importorskip("transformers", reason="pip install -r tests/requirements.txt")
 YARN = {
@@ -60,6 +61,12 @@ KINDS = [
     ("Olmo3", stretched(factor=0.5)),
     ("Olmo3", stretched(factor=4.0)),
 ]
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "olmo", "olmo2"])
+def test_init_std_is_that_of_the_random_weights(architecture):
+    model = new_model(Config(architecture=architecture, init_std=0.5), vocab_size=50, gate_settings={})
+    assert 0.45 < model.embeddings()[0].std() < 0.55
 
 
 def ours(generation=2, **changes):

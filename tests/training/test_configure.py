@@ -91,6 +91,7 @@ GATED = {"gated": True, "init_from": "out/dense"}
     ({"architecture": "olmo2", "n_head": 4, "n_kv_head": 3}, "n_head=4 must be a multiple of n_kv_head=3"),
     ({"architecture": "olmo", "n_head": 4, "n_embd": 60}, "an even multiple of n_head"),
     ({"architecture": "olmo", "dropout": 0.1}, "dropout is GPT-2's only"),
+    ({"n_kv_head": 1}, "n_kv_head is OLMo's only"),
     ({"base_dtype": "bfloat16"}, "it needs lora_rank"),
     ({"lora_rank": 4}, "set init_from, or leave lora_rank away"),
 ])

@@ -218,6 +218,8 @@ def test_another_shape_than_the_parents_is_refused_before_the_parent_is_trained(
         run("sparse.py", n_layer=3)
     with pytest.raises(UserError, match="block_size=8, but dense.py has block_size=4"):
         run("sparse.py", block_size=8)
+    with pytest.raises(UserError, match="init_std=0.5, but dense.py has init_std=0.02"):
+        run("sparse.py", init_std=0.5)
     (echo / "middle.py").write_text((echo / "sparse.py").read_text().replace("gated = True", "gated = False"))
     with pytest.raises(UserError, match="n_layer=3, but middle.py has n_layer=2"):
         run("sparse.py", init_from="middle.py", n_layer=3)
