@@ -31,14 +31,6 @@ This file imports no other file of ours.
 import math
 
 
-def is_cutting(step, linear_penalty_steps, cycle_steps):
-    """Two phases take turns, ours and not the paper's: cut, repair, cut, repair. Is this step one that cuts?
-
-    Those are the first linear_penalty_steps of every cycle_steps steps; of the whole run where that is 0.
-    """
-    return (step % cycle_steps if cycle_steps else step) < linear_penalty_steps
-
-
 class GECO:
     """The controller of lambda: `update(loss)` after a measurement; `objective(...)` is what to minimise.
 
@@ -72,9 +64,9 @@ class GECO:
         self.lam = min(self.lambda_max, max(self.lambda_min, self.lam * math.exp(self.rate * self.violation)))
         return self.lam
 
-    def objective(self, loss, density, density_weight=1.0):
-        """L = density_weight * density + lambda (loss - target). Tensors in, tensor out."""
-        return density_weight * density + self.lam * (loss - self.target)
+    def objective(self, loss, density):
+        """L = density + lambda (loss - target). Tensors in, tensor out."""
+        return density + self.lam * (loss - self.target)
 
     def state_dict(self):
         """What `update` changes and what it aims at: plain floats, safe to save."""

@@ -1,4 +1,4 @@
-"""Train a GPT, dense or gated: one loop, readable from top to bottom.
+"""Train a GPT, dense or gated: the whole training script, readable from top to bottom.
 
     python train.py config/addition.py                  train, or go on with, the run that this file describes
     python train.py config/addition.py --seed=2         any setting can be changed on the command line
@@ -8,129 +8,327 @@
     dense:   minimise  loss                                            an ordinary nanoGPT run
     gated:   minimise  density  subject to  loss <= target             geco.py; the paper's post-training
 
-The gated run starts from a dense one (`init_from`), measures the dense model's loss, and then shuts edges as
-long as the loss stays there. Three losses take part, and all of them are in the log:
+Three models take part:
+- `model` is trained;
+- `ema`, the moving average of its weights, is measured, judged and kept; without average_decay it is `model`;
+- `dense`, of a gated run, is the frozen parent: it sets the target and teaches.
+
+And three losses, all of them in the log but the teacher's:
 - the gradient is that of the mean loss of a training batch under sampled gates (in the last
-  `noise_free_steps` under thresholds), straight-through; with `distill_weight` KL(dense, gated) is added,
-  which no log has;
-- lambda is moved, every `constraint_interval` steps, by the loss of the same batch under deterministic gates
-  and averaged weights, as the run is judged, or under sampled gates, as in the paper (`constraint_gates`).
-  Its target is the dense model's loss on training batches + loss_slack - constraint_margin; on text a
-  peak_slack is added, which goes to 0 along the learning rate's cosine, and the dense model's luck with the
-  batch is taken off (`constraint_paired`);
-- the run is judged on the held-out set under deterministic gates (training/verdict.py).
+  `noise_free_steps` under thresholds), straight-through; with `distill_weight` KL(dense, gated) is added;
+- lambda is moved, every `constraint_interval` steps, by the loss of the same batch under thresholds and
+  averaged weights, as the run is judged, or under sampled gates, as in the paper (`constraint_gates`). Its
+  target is the dense model's loss on training batches + loss_slack - constraint_margin; on text a peak_slack
+  is added, which goes to 0 along the learning rate's cosine, and the dense model's luck with the batch is
+  taken off (`constraint_paired`);
+- the run is judged on the held-out set under thresholds (training/judge.py).
 
 Notable:
 - best.pt is not the last evaluation but, of those that meet the target, the one with the fewest open edges.
-- A step's examples and its micro-batches' noise hang on (seed, step) alone (training/batches.py): a run that
-  is killed and started again does on a CPU bit for bit what it would have done (GPUs sum in an order of their
-  own), and one process does what many do, if micro-batches are of one size.
-- The same command continues an unfinished run. A folder is never overwritten by a run with other settings.
+- The same command continues an unfinished run, on a CPU bit for bit. A folder is never overwritten by a run
+  with other settings.
 - Exit status: 0, the run is what it was to become; 2, it is at its end and is not (a target missed, a parent
   not ready); 1, an error, or stopped; also of a finished run whose numbers cannot be reported (a picture that
   cannot be drawn is named, and changes no status). torchrun makes every status but 0 a 1.
 
-What stands around the loop: settings and their meaning, training/settings.py; where a run comes from,
-parents.py; models, optimizer and devices, run.py; evaluation and checkpoints, judge.py; how dense becomes
-gated without a shock, handover.py.
+What stays outside has one reason each: settings, training/config.py; where a run starts and its folder,
+parents.py and folder.py; examples, noise, learning rate and average as functions of the step, steps.py;
+evaluation and verdict, judge.py; how dense becomes gated without a shock, handover.py; devices and processes,
+parallel.py; logs and the progress line, log.py.
 """
 
 import gc
+import math
 import os
 import subprocess
 import sys
+import time
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 
 import prepare_data
-from geco import is_cutting
-from storage.files import UserError, take_every_sign, typed
-from training import hardware
-from training.configure import described, parse_command_line
-from training.folder import StopRequest, alone_in, claim_folder, settle
-from training.judge import Judge
-from training.parents import lineage_of
-from training.progress import Job, Progress
-from training.run import Run, get_lr, pays_on_cpu
-from training.settings import Config, check_together, limits, make_config
-from training.verdict import MISSED, cap_of, has_succeeded, is_at_end
+from geco import GECO
+from storage.files import UserError, take_every_sign, typed, write_json
+from training import parallel, sharding
+from training.config import (
+    Config,
+    check_together,
+    described,
+    limits,
+    make_config,
+    micro_batches_of,
+    parse_command_line,
+)
+from training.folder import StopRequest, alone_in, claim_folder, restore, save, settle
+from training.handover import distillation, fold_shift
+from training.judge import (
+    MISSED,
+    can_be_best,
+    evaluate_splits,
+    has_succeeded,
+    is_at_end,
+    is_ready,
+    meets_target,
+    names_to_keep,
+)
+from training.log import Logs, Progress
+from training.parents import lineage_of, models_of
+from training.steps import Batches, adamw, averaged, cosine, get_lr, update_average
+
+MEASURED = 50  # batches of the dense loss on training data: a good mean
 
 
-def loop(run, judge, progress, stop):
-    """Train run (training/run.py) from where it stands to its end."""
-    c, geco, state = run.config, run.geco, run.state
-    for step in range(state.step, c.max_steps + 1):
-        if step % c.eval_interval == 0 or step == c.max_steps:
-            judge(step)  # evaluate, log, best.pt, last.pt
-            if judge.is_over:
-                break
-        learning_rate = get_lr(step, c)
-        for group in run.optimizer.param_groups:
-            group["lr"] = learning_rate
-        noisy = step < c.max_steps - c.noise_free_steps  # else gates are thresholds, as when they are judged
-        noise = None if noisy else 0.0  # None: gate.py draws it
-        cutting = is_cutting(step, c.linear_penalty_steps, c.cycle_steps)
+@dataclass
+class State:
+    """Where a run stands: what a checkpoint remembers beside weights, optimizer and lambda."""
 
-        # --- 1. lambda: up if the loss is above its target, else down ---------------------------------------
-        if c.gated and step % c.constraint_interval == 0:  # from lambda_init on, and at step 0 already
-            geco.lambda_max = getattr(c, cap_of(vars(c), step))  # one while cutting, another while repairing
-            geco.target = run.constraint_target(step)
-            geco.update(run.constraint(step, noisy))
-
-        # --- 2. gradients: of  density_weight * density + lambda (loss - target) ----------------------------
-        seen = []
-        for x, y, weight in run.parts(step):  # weight: its share of the step's targets, as batches.py says
-            with run.autocast():
-                logits, loss, density = run.network(x, y, linear_penalty=cutting, noise=noise)
-                objective = loss = weight * loss
-                if c.gated:
-                    taught = loss + weight * run.distillation_loss(x, y, logits)
-                    objective = geco.objective(taught, density, c.density_weight)
-            (objective / len(run.batches.ours)).backward()  # DDP and FSDP average over the processes
-            seen.append((loss.detach(), density.detach(), objective.detach()))
-
-        # --- 3. step ----------------------------------------------------------------------------------------
-        norm = run.clip_gradient()
-        sums = [sum(number.item() for number in numbers) for numbers in zip(*seen)]
-        # all processes see the same, and decide alike
-        *sums, stopping = hardware.all_reduce_sum([*sums, stop.asked], run.device)
-        batch_loss, density, objective = (number / run.micro_batches for number in sums)
-        judge.note(step, loss=batch_loss, density=density, gradient_norm=norm, learning_rate=learning_rate)
-        run.require_finite(step, batch_loss, objective, norm)
-        run.update_weights()
-        judge.speed.step()
-        progress.step()
-        if stopping and step + 1 < c.max_steps:  # after the last step only the evaluation is left
-            judge.save_and_exit(step + 1)
+    step: int = 0  # where this command began, and so is `seconds`; a checkpoint has its own
+    seconds: float = 0.0  # of training
+    best: list | None = None  # [open edges, loss] of best.pt
+    closest: list | None = None  # how far closest.pt is from the target
+    ready: bool | None = None  # of a dense run with a ready_loss
+    dense: dict | None = None  # of a gated run: {split: what `evaluate` says of the dense model}
+    target_loss: float | None = None  # held out, nats
+    dense_on_training: float | None = None  # nats
+    batch_loss: float | None = None  # moving average, nats
+    density: float | None = None  # of the last step
+    constraint_loss: float | None = None  # of the last measurement, nats
+    shards: str | None = None  # of a sharded run: the folder that last.pt names
 
 
-def train_one(config, given, job=None):
+def train_one(c, given, runs, place):  # noqa: C901, the script as a whole, from top to bottom
     """Train one run, whose parents have been trained, from where its folder stands to its end. As `train`.
 
-    given: names of the settings that were set; job: of which this run is a part, for the progress line.
+    c: its Config; given: names of the settings that were set; runs: the Configs of all runs of this command,
+    of which this is runs[place].
     """
-    c = config
-    checkpoint = claim_folder(c, given)
-    hardware.wait_for_all()  # nobody writes into the folder before everybody has read it
-    if job is None:
-        job = Job.of_begun(c, checkpoint) if checkpoint else Job([c])
-    if checkpoint and is_at_end(checkpoint, c):
-        if hardware.rank() == 0:
+    saved = claim_folder(c, given)  # its last.pt, if it has begun
+    parallel.wait_for_all()  # nobody writes into the folder before everybody has read it
+    if saved and is_at_end(saved, c):
+        if parallel.rank() == 0:
             settle(c.out_dir)
-        hardware.say(f"{job.name(c.out_dir)} is finished ({checkpoint['step']} steps)")
-        return has_succeeded(c, checkpoint)
-    run = Run(c, given, checkpoint)
-    hardware.say(f"{job.outlook(c.out_dir)}: {run.outlook()}")
-    with alone_in(c.out_dir), StopRequest() as stop, Progress(job, c, run.state.step) as progress:
-        judge = Judge(run, progress)
-        try:
-            loop(run, judge, progress, stop)
-        finally:
-            judge.close_logs()
-    hardware.wait_for_all()  # a child that starts now finds the files whole
-    if c.out_dir != job.parts[-1].folder and hardware.all_reduce_sum([stop.asked], run.device)[0]:
+        parallel.say(f"{Progress(runs, place, saved['step']).name} is finished ({saved['step']} steps)")
+        return has_succeeded(c, saved)
+
+    # --- data and models ------------------------------------------------------------------------------------
+    device, world = parallel.pick_device(c.device), parallel.world()
+    check_together(c, world)
+    micro_batches = micro_batches_of(c, world)
+    with parallel.first_alone():
+        data = prepare_data.load(c.dataset)
+    model, dense, origin = models_of(c, given, data, device, saved)
+    T = data.train.shape[2] if data.meta["kind"] == "rows" else c.block_size
+    is_child = origin["parent"] is not None
+    batches = Batches(data, T, c.batch_size, micro_batches, c.seed, is_child, device)
+    autocast, dtype, impl, compiled = how_to_compute(c, model, dense, T, device)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer, geco, state = adamw(trained, c), None, State()
+    if c.gated:  # the target is measured below
+        geco = GECO(target=0.0, scale=c.constraint_scale, rate=c.lambda_rate, alpha=c.lambda_average,
+                    lambda_init=c.lambda_init, lambda_min=c.lambda_min, lambda_max=c.lambda_max)
+
+    def constraint_target(step):
+        """What the constraint's loss is to be, nats: it comes down with the learning rate."""
+        slack = c.target_loss - state.dense["val"]["loss"] if c.target_loss else c.loss_slack
+        return state.dense_on_training + slack - c.constraint_margin + c.peak_slack * cosine(step, c)
+
+    # --- where it stands: a new run measures its target; one that goes on is put back -----------------------
+    if saved:
+        ema = restore(saved, c, model, optimizer, geco, state)
+    else:
+        if c.gated:
+            state.dense = evaluate_splits(dense, data, c.eval_batch_size, c.eval_batches)
+            state.target_loss = c.target_loss or state.dense["val"]["loss"] + c.loss_slack
+            # like with like: the measure and the stream of batches that the constraint sees
+            losses = [batches.mean_loss(step, dense, autocast) for step in range(MEASURED)]
+            state.dense_on_training = sum(losses) / MEASURED
+            geco.target = constraint_target(c.max_steps)
+            parallel.say(f"dense model: held-out loss {state.dense['val']['loss']:.4f}, target "
+                         f"{state.target_loss:.4f}; on training batches {state.dense_on_training:.4f}, the "
+                         f"constraint's target {geco.target:.4f}")
+            if c.open_above:  # edges with some attention start open
+                rows = batches.indices(0)[:max(1, 8192 // T)]
+                fold_shift(model, torch.from_numpy(data.batch("train", rows, T)[0]).to(device), c.open_above,
+                           fold=not c.lora_rank)
+        ema = averaged(model, c.average_decay)
+    if compiled and ema is not model:
+        ema.compile()
+    start, began, is_over = state.step, time.time(), False
+    network = model
+    if world > 1 and not sharding.applies(c.parallel):
+        network = torch.nn.parallel.DistributedDataParallel(model)
+    model.train()  # samples the gates, drops out; loading and evaluating leave models in evaluation mode
+
+    def keep(name, step):
+        """Write the run as it stands before a step: last.pt, best.pt or closest.pt."""
+        seconds = state.seconds + time.time() - began
+        save(name, step, seconds, c, model, ema, optimizer, geco, origin, state, is_over)
+
+    def left_the_numbers(step, what):
+        """Leave the batch's indices behind, and raise UserError. what: is no finite number."""
+        if parallel.rank() == 0:
+            write_json(os.path.join(c.out_dir, "offending_batch.json"),
+                       {"step": step, "dataset": c.dataset, "indices": batches.indices(step).tolist()})
+        raise UserError(f"{what} at step {step}; {c.out_dir}/last.pt still holds an earlier step, "
+                        f"offending_batch.json the indices of the batch. {smaller_step(c)}")
+
+    # --- the loop -------------------------------------------------------------------------------------------
+    progress = Progress(runs, place, start)
+    words = outlook(c, model, trained, dtype, impl, compiled, micro_batches, T, start)
+    parallel.say(f"{progress.outlook()}: {words}")
+    with alone_in(c.out_dir), StopRequest() as stop, progress, Logs(c, start, data, model, T, device) as log:
+        for step in range(start, c.max_steps + 1):
+
+            # --- once in a while: evaluate, log, keep -------------------------------------------------------
+            if step % c.eval_interval == 0 or step == c.max_steps:
+                log.speed.pause()
+                found = evaluate_splits(ema, data, c.eval_batch_size, c.eval_batches,
+                                        partial(can_be_best, c, state))
+                loss = found["val"]["loss"]
+                if not math.isfinite(loss):
+                    earlier = f"; {c.out_dir}/last.pt still holds an earlier step" if step else ""
+                    raise UserError(f"the held-out loss is {loss} at step {step}{earlier}. {smaller_step(c)}")
+                passes = not c.gated or meets_target(found, state.dense, state.target_loss)
+                state.ready = is_ready(found, c.ready_loss) if c.ready_loss and not c.gated else None
+                is_over = step == c.max_steps or bool(state.ready)
+                kept = names_to_keep(c, state, step, found, passes, goes_on=step == start)
+                progress.evaluated(found, state, geco)
+                log.evaluated(step, found, passes, kept, state, geco, state.seconds + time.time() - began)
+                if is_over:  # best.pt waits as best.pt.next: who is killed in between still needs the old one
+                    kept = [f"{name}.next" for name in kept]
+                # who is killed behind last.pt evaluates again, but not at the end of a run
+                for name in [*kept, "last.pt"] if is_over else ["last.pt", *kept]:
+                    keep(name, step)
+                if is_over:
+                    if parallel.rank() == 0:
+                        settle(c.out_dir)
+                    break
+                log.speed.go_on()
+            learning_rate = get_lr(step, c)
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate
+            noisy = step < c.max_steps - c.noise_free_steps  # else gates are thresholds, as when judged
+
+            # --- 1. lambda: up if the loss is above its target, else down -----------------------------------
+            if c.gated and step % c.constraint_interval == 0:
+                sampled = noisy and c.constraint_gates == "sampled"
+                measured = batches.mean_loss(step, model if sampled else ema, autocast, sampled)
+                if c.constraint_paired:  # the dense model's luck with this batch; on average it is 0
+                    measured -= batches.mean_loss(step, dense, autocast) - state.dense_on_training
+                if not math.isfinite(measured):
+                    left_the_numbers(step, f"the constraint is {measured}")
+                state.constraint_loss, geco.target = measured, constraint_target(step)
+                geco.lambda_max = c.lambda_init if step < c.linear_penalty_steps else c.lambda_max
+                geco.update(measured)
+
+            # --- 2. gradients: of  density + lambda (loss - target) -----------------------------------------
+            seen = []
+            for i, (x, y, weight) in enumerate(batches.at(step)):
+                if network is not model:  # DDP averages gradients after the last micro-batch alone
+                    network.require_backward_grad_sync = i == len(batches.ours) - 1
+                with autocast():
+                    logits, loss, density = network(x, y, noise=None if noisy else 0.0,
+                                                    linear_penalty=step < c.linear_penalty_steps)
+                    objective = loss = weight * loss  # weight: its share of the step's targets
+                    if c.gated:
+                        taught = loss + weight * distillation(c.distill_weight, dense, x, y, logits)
+                        objective = geco.objective(taught, density)
+                (objective / len(batches.ours)).backward()  # DDP and FSDP average over the processes
+                seen.append(torch.stack([loss, density, objective]).detach().float())
+
+            # --- 3. step ------------------------------------------------------------------------------------
+            norm = torch.nn.utils.clip_grad_norm_(trained, c.grad_clip or math.inf)
+            norm = sharding.whole(norm).item()
+            # all processes see the same, and decide alike
+            sums = torch.stack(seen).cpu().double().sum(dim=0).tolist()
+            *sums, stopping = parallel.all_reduce_sum([*sums, stop.asked], device)
+            batch_loss, state.density, objective = (number / micro_batches for number in sums)
+            state.batch_loss = (batch_loss if state.batch_loss is None
+                                else 0.95 * state.batch_loss + 0.05 * batch_loss)
+            log.stepped(step, geco, loss=batch_loss, density=state.density, gradient_norm=norm,
+                        learning_rate=learning_rate)
+            if not math.isfinite(objective + norm):
+                left_the_numbers(step, f"the loss is {batch_loss}, the gradient's norm {norm}")
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            update_average(ema, model, c.average_decay)
+            log.speed.step()
+            progress.step()
+            if stopping and step + 1 < c.max_steps:  # after the last step only the evaluation is left
+                keep("last.pt", step + 1)
+                log.close()  # may wait for a network, so after the checkpoint
+                stop_here(step + 1)
+    parallel.wait_for_all()  # a child that starts now finds the files whole
+    if place + 1 < len(runs) and parallel.all_reduce_sum([stop.asked], device)[0]:
         raise KeyboardInterrupt  # asked for in its last step or evaluation: no child starts
-    return has_succeeded(c, vars(run.state))
+    return has_succeeded(c, vars(state))
+
+
+def how_to_compute(c, model, dense, T, device):
+    """Precision, attention, compilation: (a function that returns the autocast context, its dtype in words,
+    who computes attention, is the model compiled?). Compiles model and dense, in place, where that pays.
+    """
+    sharded, config = sharding.applies(c.parallel), model.config
+    autocast, dtype = parallel.precision(c.dtype, device, cache=not (sharded or c.recompute_activations))
+    model.attention_impl = c.attention_impl
+    impl = "dense"
+    if c.gated:
+        width = config.n_embd // config.n_head
+        asked = "plain" if config.plain_only else c.attention_impl
+        impl = parallel.attention(asked, device, config.block_size, width, getattr(torch, dtype))
+
+    # here: a mistake in the settings is answered before the compiler's two seconds of importing
+    from torch._dynamo import config as dynamo
+    from torch._inductor import config as inductor
+
+    # one model, many ways to run it: dense, gated, sampled, judged; at 8 torch would give up compiling
+    dynamo.recompile_limit = 64
+    inductor.fallback_random = True  # noise from torch's own generator: the same as without compiling
+    pays_dense, pays = pays_on_cpu(c, c.architecture, T)
+    compiled = parallel.compiles(c.compile, device, pays)
+    if compiled and not sharded:
+        model.compile()
+    if dense and not sharded and parallel.compiles(c.compile, device, pays_dense):
+        dense.compile()
+    return autocast, dtype, impl, compiled
+
+
+def pays_on_cpu(c, architecture, T):
+    """Is compiled code faster on a CPU? (the dense model's, the run's own). c: the run's settings."""
+    long = T >= 64 and not sharding.applies(c.parallel)
+    dense = long and architecture != "gpt2"  # OLMo's norms and rotations; a dense GPT is no faster
+    return dense, dense or c.gated and long
+
+
+def stop_here(step):
+    """After Ctrl-C or SIGTERM, the run saved: say how to go on, and exit."""
+    parallel.wait_for_all()  # torchrun ends all processes as soon as one has ended
+    if parallel.rank() > 0:
+        sys.exit(1)
+    sys.exit(f"stopped and saved after {step} steps. To go on: {parallel.program()} "
+             + typed("train.py", *sys.argv[1:]))
+
+
+def outlook(c, model, trained, dtype, impl, compiled, micro_batches, T, start):
+    """A line about what is going to be trained, and how."""
+    words = ["gated" if c.gated else "dense", f"{sum(p.numel() for p in model.parameters()):,} parameters"]
+    if c.lora_rank:
+        words[-1] += f", {sum(p.numel() for p in trained):,} of them trained"
+    words += [f"{parallel.world()} x {next(model.parameters()).device}", dtype, f"attention {impl}"]
+    words.append(
+        "compiled (the first step takes half a minute, or more)" if compiled else "not compiled"
+    )
+    words.append(f"{micro_batches} micro-batch(es) of {c.batch_size // micro_batches} x {T} tokens")
+    words.append(f"from step {start} to {c.max_steps}")
+    return ", ".join(words)
+
+
+def smaller_step(c):
+    """Advice for a run that has left the numbers."""
+    smaller = f"--learning_rate={c.learning_rate / 3:.1g}"
+    return f"Start again with a smaller step, for instance {smaller} --out_dir=out/NEW"
 
 
 def train(config, given=frozenset()):
@@ -141,26 +339,25 @@ def train(config, given=frozenset()):
     run saved.
     """
     lineage = lineage_of(config, given)
-    if len(lineage) == 1:
-        return train_one(config, given)
-    job = Job([planned.config for planned in lineage])
-    # a mistake in the last run's settings, and a compiler that does not work, are found before the first one
-    # trains
-    claim_folder(config, given)
-    prepare_data.require(config.dataset)
-    check_together(config, hardware.world())
-    hardware.attention(config.attention_impl, hardware.pick_device(config.device))
-    first = lineage[0].config  # all have its shape
-    for c, _, _ in lineage:
-        _, pays = pays_on_cpu(c, first.architecture, first.block_size)
-        hardware.compiles(c.compile, hardware.pick_device(c.device), pays)
-    for run, names, source in lineage[:-1]:
+    runs = [c for c, _ in lineage]
+    if len(runs) > 1:
+        # a mistake in the last run's settings, and a compiler that does not work, are found before the first
+        # one trains
+        claim_folder(config, given)
+        prepare_data.require(config.dataset)
+        check_together(config, parallel.world())
+        parallel.attention(config.attention_impl, parallel.pick_device(config.device))
+        for c in runs:  # all have the first one's shape
+            _, pays = pays_on_cpu(c, runs[0].architecture, runs[0].block_size)
+            parallel.compiles(c.compile, parallel.pick_device(c.device), pays)
+    for place, (c, names) in enumerate(lineage[:-1]):
         try:
-            train_one(run, names, job)
+            train_one(c, names, runs, place)
         except UserError as error:
+            source = runs[place + 1].init_from
             raise UserError(f"the parent, {source}: {error} (flags for the parent go with its own command; "
                             "another parent is named with --init_from=out/OTHER)") from error
-    return train_one(config, given, job)
+    return train_one(config, given, runs, len(runs) - 1)
 
 
 def main(arguments):
@@ -172,22 +369,22 @@ def main(arguments):
     try:
         path, given = parse_command_line(arguments, Config, limits())
         config, names = make_config(path, given)
-        hardware.start_processes(hardware.pick_device(config.device))
+        parallel.start_processes(parallel.pick_device(config.device))
         succeeded = train(config, names)
-        writes = hardware.rank() == 0
+        writes = parallel.rank() == 0
     except torch.OutOfMemoryError as error:
         sys.exit(f"error: out of memory: {str(error).splitlines()[0]} Try a smaller --micro_batch_size (the "
                  "same batches, other noise), or, for a new run, --eval_batch_size")
     except (UserError, OSError) as error:
         sys.exit(f"error: {error}")
     except RuntimeError as error:
-        if not hardware.lost_another(error):
+        if not parallel.lost_another(error):
             raise
         sys.exit("stopped, because another process has: its message says why")
     except KeyboardInterrupt:
         sys.exit("stopped. The same command goes on from the last checkpoint")
     finally:
-        hardware.stop_processes()
+        parallel.stop_processes()
     if writes:
         sys.exit(report(config.out_dir) or (0 if succeeded else MISSED))
 

@@ -19,12 +19,12 @@ import sys
 from analysis.seeds import add_shared_arguments, folder_for, read_shared, runs_for, train_all
 from analysis.seeds_table import aligned, spread
 from storage.files import UserError, read_json, write_json
-from training.settings import make_config
+from training.config import make_config
 
 
 def fixed_penalty(c):
     """Lambda stays where it begins, as in an ordinary L0 penalty."""
-    return {"lambda_min": c.lambda_init, "lambda_max": c.lambda_init, "repair_lambda_max": 0.0}
+    return {"lambda_min": c.lambda_init, "lambda_max": c.lambda_init}
 
 
 CHANGES = {  # name: {setting: value} of a Config, the change
@@ -42,7 +42,6 @@ CHANGES = {  # name: {setting: value} of a Config, the change
     "no hand-over": lambda c: {"open_above": 0.0},
     "no peak slack": lambda c: {"peak_slack": 0.0},
     "no linear penalty": lambda c: {"linear_penalty_steps": 0},
-    "no cycles": lambda c: {"cycle_steps": 0},
     "noise to the end": lambda c: {"noise_free_steps": 0},
     "renormalised": lambda c: {"renormalise": True},
     # weights above exp(-3.5) = 0.03 start open, and it takes no hand-over

@@ -54,13 +54,11 @@ from models.checkpoint import (
 )
 from models.sources import checkpoint_named, folder_of_answers
 from storage.files import UserError
-from training import hardware
-from training.average import follow, judged_model
-from training.batches import Batches
-from training.distillation import divergence
-from training.evaluate import evaluate, examples_of
-from training.run import adamw, get_lr
-from training.settings import Config
+from training import parallel
+from training.config import SETTINGS, Config
+from training.handover import divergence
+from training.judge import evaluate, examples_of
+from training.steps import Batches, adamw, averaged, get_lr, update_average
 
 FITTED_ON = 16  # windows, or rows, on which a head's number is chosen
 
@@ -87,8 +85,8 @@ def train_on(model, teacher, cut, data, c, path, progress):
     """
     device = next(model.parameters()).device
     batches = Batches(data, model.config.block_size, c.batch_size, 1, c.seed, True, device)
-    autocast, _ = hardware.precision(c.dtype, device.type)
-    average = judged_model(model, c.average_decay)
+    autocast, _ = parallel.precision(c.dtype, device.type)
+    average = averaged(model, c.average_decay)
     optimizer = adamw(list(model.parameters()), c)
     begun = go_on_from(path, model, average, optimizer)
     progress.update(begun)
@@ -110,7 +108,7 @@ def train_on(model, teacher, cut, data, c, path, progress):
             optimizer.step()
             optimizer.zero_grad()
             if c.average_decay:
-                follow(average, model, c.average_decay)
+                update_average(average, model, c.average_decay)
             progress.update()
             if (step + 1) % c.eval_interval == 0 or step + 1 == c.max_steps:
                 if not loss.isfinite():
@@ -215,10 +213,7 @@ def models_and_data(folder, tasks):
     if not checkpoint["model_args"].get("gated") or "lora" in checkpoint:
         raise UserError(f"{folder} is no gated run whose weights are all trained: baselines start from the "
                         "parent of one")
-    if checkpoint["parent"] != checkpoint["reference"]:
-        raise UserError(f"{folder} keeps the loss of {checkpoint['reference']} and started from "
-                        f"{checkpoint['parent']} (target_from): baselines compare with one parent")
-    c = Config(**checkpoint["config"])
+    c = Config(**{key: value for key, value in checkpoint["config"].items() if key in SETTINGS})
     tokens = vocabulary(tokenizer_of(checkpoint), checkpoint["model_args"]["vocab_size"])
     room = checkpoint["model_args"]["block_size"]
     posed = {}
@@ -235,7 +230,7 @@ def run(options, settings):
     folder = options.run.rstrip("/")
     checkpoint, gated, c, data, posed = models_and_data(folder, tasks)
     c, parent = replace(c, max_steps=options.steps), checkpoint["parent"]
-    device = hardware.pick_device("auto")
+    device = parallel.pick_device("auto")
     dense, gated = load_parent(checkpoint).to(device).eval(), gated.to(device).eval()
     whole = judged(dense, None, data, c)
     table = Table(folder_of_answers(folder), parent, whole["loss"], options.steps, tasks)

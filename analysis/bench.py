@@ -35,7 +35,7 @@ from analysis.stopwatch import measure, row_of
 from fast.dispatch import choose_impl
 from gate import gated_attention
 from storage.files import UserError, write_json
-from training import hardware
+from training import parallel
 
 
 def make_inputs(B, H, T, D, share, dtype, device):
@@ -85,7 +85,7 @@ def ways(device, T, D, dtype, splash):
         found["tiled, compiled"] = torch.compile(gated("tiled"), dynamic=False)
     elif choose_impl("auto", device, T, D, dtype) == "triton":
         found["triton"] = gated("triton")
-    if not hardware.compiles("auto", device, pays_on_cpu=True):
+    if not parallel.compiles("auto", device, pays_on_cpu=True):
         found = {name: way for name, way in found.items() if "compiled" not in name}
     if splash is not None:
         sys.path.insert(0, splash)
@@ -148,7 +148,7 @@ def floor_of(B, H, T, D, dtype, device):
     words = (f"T={T}: scores and values are 2 products forward, {2 * product / 1e9:.1f} GFLOP, "
              f"and 5 backward, {5 * product / 1e9:.1f} GFLOP (fast/kernels.py computes 7); "
              f"q, k, v, y, dy, dq, dk, dv once through memory are {8 * tensor / 1e6:.0f} MB")
-    peak = hardware.peak_flops(device) if dtype != "float32" else None
+    peak = parallel.peak_flops(device) if dtype != "float32" else None
     if peak:
         words += (f"; at the data sheet's {peak / 1e12:.0f} TFLOP/s "
                   f"the products take {7 * product / peak * 1000:.3f} ms")
@@ -256,7 +256,7 @@ def title_of(options, device):
 
 def run(options, settings):
     """`analyze.py bench`."""
-    device = hardware.pick_device(options.device)
+    device = parallel.pick_device(options.device)
     if ":" in device:  # 'cuda:1'; torch takes no 'cuda' here
         torch.cuda.set_device(device)
     torch._inductor.config.fallback_random = True  # torch's own generator in compiled code, as in train.py

@@ -6,7 +6,7 @@
     MFU = FLOP of a step / seconds / the data sheet's bf16 FLOP/s
 
 Notable: FLOP are counted as for dense attention, whatever is open and whatever a kernel computes twice: MFU
-says what the researcher gets for the hardware. Weights and tokens are random.
+says what the researcher gets for the parallel. Weights and tokens are random.
 """
 
 import statistics
@@ -17,8 +17,8 @@ from tqdm import tqdm
 
 from analysis.stopwatch import measure, row_of, time_call
 from model import GPT, GPTConfig
-from training import hardware
-from training.distillation import divergence
+from training import parallel
+from training.handover import divergence
 
 SHAPES = {
     "text": dict(vocab_size=256, n_layer=4, n_head=16, n_embd=128, block_size=128),
@@ -34,12 +34,12 @@ def training_steps(options, device, name):
     shape = SHAPES[name]
     context = shape.get("block_size", 1024)
     x = torch.randint(0, shape["vocab_size"], (options.B, context), device=device)
-    autocast, _ = hardware.precision("auto", device)
+    autocast, _ = parallel.precision("auto", device)
 
     def built(gated, impl):
         model = GPT(GPTConfig(**shape, gated=gated, gate_bias=options.gate_bias)).to(device)
         model.attention_impl = impl
-        compiles = hardware.compiles("auto", device, pays_on_cpu=gated)
+        compiles = parallel.compiles("auto", device, pays_on_cpu=gated)
         return model, torch.compile(model) if compiles else model
 
     def step_of(gated, impl, teacher=None):
@@ -91,7 +91,7 @@ def used(flop, ms, device):
 
     flop: of the step, counted as for dense attention; ms: how long it took.
     """
-    peak = hardware.peak_flops(device)
+    peak = parallel.peak_flops(device)
     return flop / (ms / 1000) / peak if peak else None
 
 

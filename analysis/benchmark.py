@@ -20,7 +20,7 @@ from models.checkpoint import load_parent, read_checkpoint, tokenizer_of
 from models.sources import checkpoint_named, folder_of_answers
 from storage import text
 from storage.files import UserError, write_json
-from training import hardware
+from training import parallel
 
 PAPERS = "truthfulqa_mc1,piqa,openbookqa,arc_easy"
 
@@ -46,7 +46,7 @@ def models_to_compare(checkpoint, path):
 
     def parent():
         context = checkpoint["model_args"]["block_size"]
-        return load_parent(checkpoint, hardware.pick_device("auto"), block_size=context)
+        return load_parent(checkpoint, parallel.pick_device("auto"), block_size=context)
 
     if not checkpoint["model_args"].get("gated"):
         return {"dense": judged}

@@ -22,7 +22,7 @@ from circuits.tasks import fitting, vocabulary
 from models.checkpoint import model_of, read_checkpoint, tokenizer_of
 from models.sources import checkpoint_named, folder_of_answers
 from storage.files import UserError, write_json
-from training import hardware
+from training import parallel
 
 DRAWN_HEADS = 5
 
@@ -34,7 +34,7 @@ def model_and_tokenizer(source):
     """
     path = checkpoint_named(source)
     checkpoint = read_checkpoint(path)
-    return model_of(checkpoint, path, hardware.pick_device("auto")), tokenizer_of(checkpoint)
+    return model_of(checkpoint, path, parallel.pick_device("auto")), tokenizer_of(checkpoint)
 
 
 def two_models(dense_run, sparse_run):

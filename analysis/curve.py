@@ -25,11 +25,11 @@ from analysis.baselines_table import place_of
 from analysis.figures import GREY, save
 from analysis.rules import RULES
 from analysis.seeds_table import aligned
+from analysis.verdict import AT_CAP
 from models.checkpoint import read_checkpoint
 from models.sources import checkpoint_named, from_here
 from storage.files import UserError, read_json, typed, write_json
 from training.folder import read_metrics, settings_of
-from training.verdict import AT_CAP, bounds_of_lambda
 
 MARKS = dict(zip(RULES, "^x+s*d"))  # of other rules in the picture
 
@@ -48,8 +48,7 @@ def lambda_of(folder, config):
     metrics = read_metrics(os.path.join(folder, "metrics.jsonl"))
     half = [m["lambda"] for m in metrics if m["step"] >= metrics[-1]["step"] / 2]
     low, high = min(half), max(half)
-    floor, cap = bounds_of_lambda(config)
-    inside = low > floor / AT_CAP and high < cap * AT_CAP
+    inside = low > config["lambda_min"] / AT_CAP and high < config["lambda_max"] * AT_CAP
     return {"low": low, "high": high, "inside": inside}
 
 

@@ -98,7 +98,6 @@ def training(path, metrics, kept_step=None, bounds=()):
         draw_open_edges(axes[1], metrics, kept_step)
         draw_lambda(axes[2], metrics, bounds)
         for ax in axes[1:]:
-            draw_returns(ax, metrics)
             ax.legend(fontsize=8)
     # above the axes: every corner inside may hold a curve
     axes[0].legend(fontsize=8, loc="lower left", bbox_to_anchor=(0, 1), ncols=2)
@@ -159,15 +158,6 @@ def draw_lambda(ax, metrics, bounds):
     for bound, label in zip(bounds, ("floor", "cap")):
         ax.axhline(bound, color=GREY, lw=1, ls="--", label=label)
     ax.set(ylabel="lambda")
-
-
-def draw_returns(ax, metrics):
-    """A vertical line wherever a cycle was not repaired and the run went back to its best."""
-    label = "not repaired: back to the best so far"
-    for m in metrics:
-        if m.get("goes_back"):
-            ax.axvline(m["step"], color="tab:orange", lw=1, zorder=0, label=label)
-            label = None  # one line of the legend
 
 
 def logarithmic_if_wide(ax):

@@ -33,10 +33,17 @@ from torch.overrides import TorchFunctionMode
 from models import lora
 from models.olmo import OLMo, OLMoConfig, rotations
 from storage.files import CONFIGS, UserError
-from training.configure import parse_command_line
+from training.config import (
+    Config,
+    check_together,
+    forward_passes,
+    limits,
+    make_config,
+    micro_batch_size,
+    parse_command_line,
+)
 from training.folder import read_metrics
-from training.hardware import PEAK_FLOPS
-from training.settings import Config, check_together, forward_passes, limits, make_config, micro_batch_size
+from training.parallel import PEAK_FLOPS
 
 OVERHEAD = 2e9  # bytes: assumed
 OLMO_2 = dict(generation=2, block_size=4096, vocab_size=100352, n_head=40, n_embd=5120, tied=False)
@@ -201,7 +208,7 @@ def utilisation(run):
     found = [line["mfu"] for line in read_metrics(os.path.join(run, "metrics.jsonl")) if line["mfu"]]
     if not found:
         raise UserError(f"{run}/metrics.jsonl has no mfu: it was no run on a GPU whose peak is known "
-                        "(hardware.PEAK_FLOPS)")
+                        "(parallel.PEAK_FLOPS)")
     return statistics.median(found)
 
 

@@ -11,14 +11,15 @@ import re
 import torch
 
 import prepare_data
+from analysis import verdict
 from analysis.report_figures import draw
 from models import lora
 from models.checkpoint import model_of, read_checkpoint
 from models.sources import config_for, folder_of_answers, kept_checkpoint
 from storage.files import UserError, typed, write_json
-from training import hardware, verdict
-from training.evaluate import evaluate_splits
+from training import parallel
 from training.folder import read_metrics, settings_of
+from training.judge import distance_from_target, evaluate_splits, meets_target
 
 COUNTED = ("open", "total", "fraction", "per_head", "by_distance")  # of the edges: see evaluate.py
 
@@ -39,7 +40,7 @@ def model_judged(checkpoint, path, device="auto"):
             return model
         return lora.freeze_in(model, getattr(torch, checkpoint["config"]["base_dtype"]))
 
-    return model_of(checkpoint, path, hardware.pick_device(device), prepare, merged=False)
+    return model_of(checkpoint, path, parallel.pick_device(device), prepare, merged=False)
 
 
 def report(run):
@@ -49,7 +50,7 @@ def report(run):
     text            which text it saw, in words; null for rows
     headline, advice  what became of the run, and what to do about it (verdict.py): a sentence, and a list of
                       them
-    dense, sparse   the model whose loss is to be kept (target_from, else the parent), and the run's:
+    dense, sparse   the model whose loss is to be kept, the parent, and the run's:
                     {val_loss (nats, held out), accuracy (share of held-out rows right, null for text),
                     correct, examples (both splits)}
     target_loss     nats; what the sparse val_loss had to stay at or below
@@ -102,7 +103,7 @@ def report(run):
     }
     if not result["meets_target"]:
         dense, target = checkpoint["dense"], checkpoint["target_loss"]
-        held_out, nats, training = verdict.distance_from_target(judged, dense, target)
+        held_out, nats, training = distance_from_target(judged, dense, target)
         result["closest"] = {"answers_lost": held_out + training, "nats_too_many": nats}
     result["headline"] = verdict.headline(result, config, metrics)
     if parent and parent.config.get("ready_loss"):
@@ -140,7 +141,7 @@ def has_met(checkpoint, path, judged):
         return False  # nobody's result is the untrained start
     by_name = {"best.pt": True, "closest.pt": False}.get(os.path.basename(path))
     if by_name is None:
-        return verdict.meets_target(judged, checkpoint["dense"], checkpoint["target_loss"])
+        return meets_target(judged, checkpoint["dense"], checkpoint["target_loss"])
     return by_name
 
 

@@ -9,15 +9,13 @@ import os
 import numpy as np
 import torch
 
-from analysis import explain, figures
+from analysis import explain, figures, flow
 from models import lora
 from models.checkpoint import load_parent
 from models.sources import folder_of_answers
 from storage import text
 from storage.addition import ADDITION_TOKENS, addition_rows, addition_task
 from storage.files import UserError, draw_or_say
-from training import flow
-from training.verdict import bounds_of_lambda
 
 # The paper's three kinds of sum. Of each number a d-digit model gets the last d digits: 53+21, 36+28, 43+59
 SUMS = [(6253, 1421, "no carry"),
@@ -33,7 +31,7 @@ def draw(result, config, metrics, checkpoint, model, data):
     run, edges = folder_of_answers(result["run"]), result["edges"]
     bounds = ()
     if config["gated"]:
-        bounds = bounds_of_lambda(config)
+        bounds = config["lambda_min"], config["lambda_max"]
     pictures = [("training.png", figures.training, metrics, checkpoint["step"], bounds)]
     if model.config.gated and checkpoint["step"]:  # else all edges are open
         pictures.append(("gates.png", figures.open_by_head, edges["per_head"]))

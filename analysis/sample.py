@@ -25,7 +25,7 @@ from models.checkpoint import model_of, read_checkpoint, tokenizer_of
 from models.sources import checkpoint_named, is_elsewhere
 from storage import text
 from storage.files import UserError
-from training import hardware
+from training import parallel
 
 READ = "\033[30;43m"  # black on yellow: a token that was read
 NEW = "\033[1;36m"  # bold cyan: the token that reads
@@ -114,7 +114,7 @@ def run(options, settings):
         raise UserError(f"{options.run} does not write text of a tokenizer that is known here "
                         f"(trained on: {name}). Choose a run on text, such as out/stdlib")
     tokens = text.tokenizer(name)
-    device = hardware.pick_device(options.device)
+    device = parallel.pick_device(options.device)
     write(model_of(checkpoint, path, device), tokens, options, device)
 
 

@@ -24,14 +24,14 @@ import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
 
 from analysis.seeds_table import cells, in_words, summary, table
+from analysis.verdict import distance_in_words
 from models.checkpoint import read_checkpoint
 from models.sources import from_here
 from storage.files import REPOSITORY, UserError, read_json, write_json
-from training.configure import parse_command_line
+from training.config import FREE, SHAPE, Config, check_together, limits, make_config, parse_command_line
 from training.folder import read_metrics, settings_of
+from training.judge import MISSED, is_at_end
 from training.parents import PASSED_ON
-from training.settings import FREE, SHAPE, Config, check_together, limits, make_config
-from training.verdict import MISSED, distance_in_words, is_at_end
 
 OF_PARENT = (*SHAPE, "dataset")  # settings that a child takes from its parent, or shares with it
 

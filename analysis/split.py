@@ -17,11 +17,10 @@ import torch
 
 import prepare_data
 from model import GPT, GPTConfig
-from training.average import follow, judged_model
-from training.batches import Batches
-from training.evaluate import evaluate_splits
-from training.hardware import precision
-from training.settings import make_config
+from training.config import make_config
+from training.judge import evaluate_splits
+from training.parallel import precision
+from training.steps import Batches, averaged, update_average
 
 CONFIG = "config/addition.py"
 
@@ -40,7 +39,7 @@ def run_to_time(path=CONFIG):
                        gated=True, gate_bias=c.gate_bias, gate_temperature=c.gate_temperature)
     model = GPT(config).train()
     batches = Batches(data, config.block_size, c.batch_size, 1, c.seed, True, "cpu")
-    return c, model, judged_model(model, c.average_decay), data, batches
+    return c, model, averaged(model, c.average_decay), data, batches
 
 
 def parts(c, model, average, data, batches):
@@ -65,7 +64,7 @@ def parts(c, model, average, data, batches):
         optimizer.step()
 
     def average_follows():
-        follow(average, model, c.average_decay)
+        update_average(average, model, c.average_decay)
 
     def held_out():
         evaluate_splits(average, data, c.eval_batch_size, 0, lambda val: False)

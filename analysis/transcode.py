@@ -26,8 +26,8 @@ from models.checkpoint import fingerprint, is_of, model_of, read_checkpoint, sav
 from models.sound import is_finite
 from models.sources import checkpoint_named, folder_of_answers
 from storage.files import UserError, read_json, write_json
-from training import hardware
-from training.evaluate import examples_of
+from training import parallel
+from training.judge import examples_of
 
 SAVED = 500  # steps between two checkpoints
 MOST = 2**31  # bytes of activations that are kept; twice as many where they need single precision
@@ -132,7 +132,7 @@ def run(options, settings):
         raise UserError("--price and --revive must be 0 or more")
     path = checkpoint_named(options.run.rstrip("/"))
     checkpoint = read_checkpoint(path)
-    model = model_of(checkpoint, path, hardware.pick_device("auto")).eval()
+    model = model_of(checkpoint, path, parallel.pick_device("auto")).eval()
     if not isinstance(model, GPT):
         raise UserError(f"{options.run} is no GPT: transcoders are made for its MLPs alone so far")
     folder = folder_of_answers(options.run.rstrip("/"))

@@ -27,7 +27,7 @@ from analysis.questions import questions_of
 from models.checkpoint import load_parent, model_of, read_checkpoint
 from models.sources import checkpoint_named, folder_of_answers
 from storage.files import UserError, json_of, write_whole
-from training import hardware
+from training import parallel
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 TEMPLATE, FEATURES = os.path.join(HERE, "view.html"), os.path.join(HERE, "view_features.js")
@@ -41,7 +41,7 @@ MOST_BYTES = 3_000_000
 
 def models_of(checkpoint, path):
     """({'dense': its parent, 'sparse': the model}, what the page says of a parent that is gone, or '')."""
-    device = hardware.pick_device("auto")
+    device = parallel.pick_device("auto")
     sparse = model_of(checkpoint, path, device)
     parent = checkpoint.get("parent")
     try:

@@ -246,6 +246,9 @@ class Base:
     def parameters(self):
         return self.model.parameters()
 
+    def compile(self):
+        """Its model is, already."""
+
     def train(self, mode=True):
         """It has one mode only: as it is evaluated."""
         return self

@@ -22,9 +22,8 @@ from analysis import seeds
 from models.checkpoint import fingerprint, read_checkpoint
 from storage.addition import IGNORE
 from train import train
-from training.configure import parse_command_line
-from training.settings import Config, limits, make_config
-from training.verdict import MISSED
+from training.config import Config, limits, make_config, parse_command_line
+from training.judge import MISSED
 
 SMALL = {"dataset": "echo", "n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": 4, "batch_size": 32,
          "max_steps": 60, "warmup_steps": 5, "learning_rate": 3e-3, "eval_interval": 20,

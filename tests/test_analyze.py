@@ -20,7 +20,7 @@ from PIL import Image
 import analyze as analyze_file
 import prepare_data
 import train as train_file
-from analysis import ask, curve, figures, graph, report_figures
+from analysis import ask, curve, figures, graph, report_figures, verdict
 from analysis.report import pages_of, text_seen
 from conftest import REPOSITORY
 from helpers import call, in_this_process
@@ -32,10 +32,8 @@ from storage.addition import AdditionTask
 from storage.dataset import Dataset
 from storage.files import UserError
 from train import train
-from training import verdict
-from training.evaluate import evaluate
-from training.settings import make_config
-from training.verdict import MISSED
+from training.config import make_config
+from training.judge import MISSED, evaluate
 
 
 @pytest.fixture(scope="module")
@@ -394,7 +392,8 @@ def test_a_command_in_an_answer_can_be_typed_whatever_a_folder_is_called(workpla
         said.append(str(error.value))
     assert [shlex.split(words.partition("python ")[2]) for words in said] == [
         ["analyze.py", "view", "my run"], ["analyze.py", "report", "my run"],
-        ["analyze.py", "transcode", "my run", "--name=a b"], ["analyze.py", "ask", "my run", "33+49"]]
+        ["analyze.py", "transcode", "my run", "--price=0.1", "--name=a b"],
+        ["analyze.py", "ask", "my run", "33+49"]]
 
 
 def test_a_report_says_which_text_a_run_saw():

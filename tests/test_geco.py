@@ -74,8 +74,8 @@ def test_state_goes_on_exactly():
 
 def test_objective_is_the_lagrangian():
     geco = GECO(target=0.5, scale=1.0, rate=0.01, lambda_init=2.0)
-    assert geco.objective(torch.tensor(0.75), torch.tensor(0.1), density_weight=3.0).item() == pytest.approx(
-        3 * 0.1 + 2 * 0.25
+    assert geco.objective(torch.tensor(0.75), torch.tensor(0.1)).item() == pytest.approx(
+        0.1 + 2 * 0.25
     )
 
 

@@ -17,7 +17,7 @@ import pytest
 
 from conftest import REPOSITORY
 from helpers import MAIN, call, in_this_process
-from training.verdict import MISSED
+from training.judge import MISSED
 
 LABS = os.path.join(REPOSITORY, "docs", "labs")
 SHEETS = ("1-edges", "2-carry", "3-thermostat", "4-faithful")

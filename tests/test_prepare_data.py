@@ -18,8 +18,7 @@ from prepare_data import load, write_dataset
 from storage.addition import ADDITION_TOKENS, IGNORE, addition_pairs, addition_rows, addition_task
 from storage.download import download
 from storage.files import UserError, locked, read_json, replacing, sha256, typed, write_json, write_whole
-from training.configure import parse_command_line
-from training.settings import Config, limits, make_config
+from training.config import Config, limits, make_config, parse_command_line
 
 
 def text(tokens):

@@ -10,7 +10,7 @@ import re
 import pytest
 
 from conftest import REPOSITORY
-from training.settings import Config
+from training.config import Config
 
 
 def read(name):

@@ -1,15 +1,12 @@
 """What stands around the loop of train.py.
 
-1. settings.py   every setting; configure.py reads and checks them
-2. run.py        a run while it trains: models, optimizer, state; judge.py: what happens at every evaluation
-3. batches.py    examples and noise as functions of (seed, step)
-4. evaluate.py   how a model is judged; verdict.py: what became of a run
-5. parents.py    where a run starts, and whose loss it is to keep; handover.py: how a dense model is handed to
-                 the gates; distillation.py: what it teaches
-6. folder.py     a run that cannot be lost; progress.py and flow.py: what a person sees meanwhile;
-                 steplog.py: what is measured at every step
-7. average.py    the moving average of the weights
-8. hardware.py   devices, processes, speed; sharding.py: models too large for one GPU
+1. config.py     every setting, read and checked
+2. steps.py      examples, noise, learning rate, averaged weights: functions of the step
+3. judge.py      how a model is judged, and which evaluation is kept
+4. parents.py    where a run starts; handover.py: how a dense model is handed to the gates, and teaches
+5. folder.py     a run that cannot be lost: whose folder it is, checkpoints, where it goes on
+6. log.py        what a run writes down, and what a person sees meanwhile
+7. parallel.py   devices, processes, speed; sharding.py: models too large for one GPU
 
 Imports models/, fast/ and what they import, and prepare_data.
 """

@@ -13,7 +13,7 @@ report.json and figures. Its rules:
 - Ctrl-C and SIGTERM finish the step, save, and say how to go on. Further SIGTERMs change nothing: torchrun
   and a scheduler may both send one.
 
-Which settings may differ when a run goes on is written in settings.py.
+Which settings may differ when a run goes on is written in config.py.
 """
 
 import contextlib
@@ -22,10 +22,17 @@ import os
 import signal
 from dataclasses import asdict
 
-from models.checkpoint import read_checkpoint
-from storage.files import UserError, json_of, locked, write_whole
-from training import hardware
-from training.settings import FIXED, FREE, GATED_ONLY, SETTINGS, SHAPE, Config
+from models.checkpoint import (
+    checkpoint_of,
+    load_weights,
+    read_checkpoint,
+    save_checkpoint,
+    state_to_save,
+)
+from storage.files import UserError, locked
+from training import parallel, sharding
+from training.config import FIXED, FREE, GATED_ONLY, SETTINGS, SHAPE, Config
+from training.steps import averaged
 
 
 def claim_folder(config, given):
@@ -60,7 +67,7 @@ def claim_folder(config, given):
             "--out_dir=out/NEW, or go on with that one, settings changed, with --init_from=resume"
         )
     if changed:
-        hardware.say(f"going on with changed settings: {words}")
+        parallel.say(f"going on with changed settings: {words}")
     return read_checkpoint(last)
 
 
@@ -126,7 +133,7 @@ def alone_in(folder):
     """
     with contextlib.ExitStack() as stack:
         try:
-            if hardware.rank() == 0:
+            if parallel.rank() == 0:
                 stack.enter_context(locked(folder, wait=False))
         except BlockingIOError as error:
             raise UserError(
@@ -150,35 +157,6 @@ def read_metrics(path):
     return found
 
 
-class MetricsLog:
-    """metrics.jsonl, one line per evaluation.
-
-    Lines of steps after keep_until, which a killed run wrote, are dropped.
-    """
-
-    def __init__(self, path, keep_until):
-        kept = [
-            json_of(m, path) + "\n"
-            for m in (read_metrics(path) if os.path.exists(path) else [])
-            if m["step"] <= keep_until
-        ]
-        write_whole(path, "".join(kept).encode())
-        self.path = path
-
-    def write(self, **values):
-        line = json_of(values, self.path) + "\n"
-        try:
-            with open(self.path, "a", encoding="utf-8") as f:
-                f.write(line)
-                f.flush()
-                os.fsync(f.fileno())
-        except OSError as error:
-            raise UserError(
-                f"cannot write {self.path}: {error}. The checkpoints are untouched: free some space, and "
-                "the same command goes on"
-            ) from error
-
-
 class StopRequest:
     """`with StopRequest() as stop:` Ctrl-C and SIGTERM set stop.asked, for the loop to see; a second Ctrl-C
     stops at once.
@@ -196,3 +174,57 @@ class StopRequest:
     def __exit__(self, *exception):
         for number, handler in self.before.items():
             signal.signal(number, handler)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Checkpoints of a run
+
+
+def save(name, step, seconds, c, model, ema, optimizer, geco, origin, state, is_over):
+    """Write a checkpoint of a run: 'last.pt', to go on from, or one that holds the judged model alone.
+
+    step, seconds: where the run stands; state: train.py's State, stored beside; is_over: it is at its end.
+    All processes call it; process 0 writes, of a sharded run every process its part.
+    """
+    sharded, is_last, parts = sharding.applies(c.parallel), name == "last.pt", {}
+    parts["optimizer"] = optimizer.state_dict() if is_last and not sharded else None
+    if is_last:
+        state.shards = sharding.folder_for(step, state.shards) if sharded else None
+    if sharded and is_last:
+        sharding.save(os.path.join(c.out_dir, state.shards), state_to_save(model), model, optimizer)
+    if sharded:
+        is_whole = not is_last or is_over
+        parts["model"] = sharding.whole_state(state_to_save(model)) if is_whole else None
+    if c.average_decay and is_last:
+        parts["trained"] = state_to_save(model)
+    if parallel.rank() > 0:
+        return
+    stands = asdict(state) | {"step": step, "seconds": seconds}
+    checkpoint = checkpoint_of(ema, geco=geco and geco.state_dict(), config=asdict(c), **origin, **stands)
+    save_checkpoint(os.path.join(c.out_dir, name), {**checkpoint, **parts})
+    if name == "best.pt":
+        forget_closest(c.out_dir)
+    if is_last:
+        sharding.remove_old(c.out_dir, keep=state.shards)
+
+
+def restore(saved, c, model, optimizer, geco, state):
+    """Put a run back where its last.pt, `saved`, left it: optimizer, lambda, state, weights. Returns ema."""
+    if saved.get("shards"):
+        folder = os.path.join(c.out_dir, os.path.basename(saved["shards"]))
+        sharding.load(folder, state_to_save(model), model, optimizer)
+        # --init_from=resume may change them
+        for group, decay in zip(optimizer.param_groups, (c.weight_decay, 0.0), strict=True):
+            group.update(weight_decay=decay, betas=(c.beta1, c.beta2))
+    else:
+        sharding.load_optimizer(optimizer, saved["optimizer"])
+    for key in vars(state):
+        setattr(state, key, saved.get(key, getattr(state, key)))
+    if geco:
+        geco.load_state_dict(saved["geco"])
+    ema = averaged(model, c.average_decay)
+    if c.average_decay:
+        load_weights(model, saved["trained"], names=state_to_save(model))
+    for large in {"model", "optimizer", "trained"} & set(saved):
+        del saved[large]
+    return ema

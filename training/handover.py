@@ -39,6 +39,7 @@ import torch
 
 from gate import shared_among_heads
 from models.checkpoint import copy_into
+from training import parallel
 from training.sharding import whole
 
 
@@ -69,7 +70,8 @@ def fold_shift(model, idx, open_above, fold=True, ridge=1e-2, too_low=100.0):
         attention.attend = watching(attention.attend)
     was_gated, was_training = model.config.gated, model.training
     model.config.gated = False
-    model.eval()(idx)
+    with parallel.uncompiled(model):  # once, with a new function in every layer: not worth compiling
+        model.eval()(idx)
     model.config.gated = was_gated
     model.train(was_training)
     for attention in model.attentions:
@@ -81,7 +83,8 @@ def fold_shift(model, idx, open_above, fold=True, ridge=1e-2, too_low=100.0):
             bias[C:2 * C] += shift.flatten()  # rows C to 2C of c_attn make the keys
             copy_into(attention.c_attn.bias, bias)
     else:
-        model.config.gate_bias = [(model.config.gate_bias + shift.flatten()).tolist() for shift in shifts]
+        shifted = [(model.config.gate_bias + shift.flatten()).tolist() for shift in shifts]
+        model.config.gate_bias = parallel.broadcast(shifted)  # DDP does the same for key biases
 
 
 def shift_of(q, k, open_above, bias, fold, ridge, too_low):
@@ -109,3 +112,36 @@ def shift_of(q, k, open_above, bias, fold, ridge, too_low):
         shift = torch.linalg.solve(gram, weighted @ wanted)  # c (H, D, 1)
         weight = torch.where(q @ shift < wanted, too_low, 1.0)
     return shift.squeeze(-1)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The teacher
+
+
+def distillation(weight, dense, x, y, logits):
+    """What the dense model teaches the gated one: to be as sure as it of every token, not only to be right.
+
+        weight * KL(dense || gated)      nats, mean over the positions where something is asked
+
+    A target says which token came next; the dense model's distribution says how likely all others were
+    (Hinton et al. 2015). Not the paper's: distill_weight = 0 is. It is added to the loss that is trained on,
+    and lambda multiplies it; the constraint and the judgement see the loss alone. x, y (B, T); logits
+    (B, T, V), the gated model's.
+    """
+    if not weight:
+        return 0.0
+    with torch.no_grad():
+        teacher_logits = dense(x)[0]
+    return weight * divergence(logits, teacher_logits, y)
+
+
+def divergence(logits, teacher_logits, targets):
+    """KL(teacher || student), mean over the positions where something is asked (0 if nothing is), nats.
+
+    logits, teacher_logits (B, T, V); targets (B, T), -1 where nothing is asked.
+    """
+    student = logits.float().log_softmax(-1)
+    teacher = teacher_logits.float().log_softmax(-1)
+    divergences = (teacher.exp() * (teacher - student)).sum(-1)  # (B, T)
+    asked = targets != -1  # a mask: logits[asked] would copy them
+    return (divergences * asked).sum() / asked.sum().clamp(min=1)

@@ -1,269 +1,245 @@
-"""What happens every eval_interval steps: the run is evaluated, judged, written down and kept.
+"""How a run is judged: thresholds, fixed data, a count of the open edges, and what is kept.
 
-    last.pt      the run itself, to go on from
-    best.pt      of a gated run the evaluation with the FEWEST open edges among those that meet the target,
-                 not the last one; of a dense run the one with the lowest held-out loss, or, with a
-                 ready_loss, the one found ready
-    closest.pt   of a run in which none has met the target: the one that came closest. Never the untrained
-                 start
+    loss       mean cross-entropy over all targets of the split, nats
+    accuracy   share of rows of which every target is right (a sum is right when all five digits are); None
+               for text, see prepare_data.py
+    open       mean number of open edges per sequence, out of n_layer * n_head * T (T + 1) / 2 causal pairs
 
-Notable:
-- last.pt is written first: a run that is killed in between evaluates again, and writes best.pt then. At a
-  run's end it is the other way round (`folder.settle`), for a run whose last.pt is at its end never evaluates
-  again.
-- With cycle_steps a run whose repair has failed returns to best.pt, optimizer and all. Lambda stays as high
-  as it is.
+    a gated run meets its target    held-out loss <= the dense model's + loss_slack, no fewer answers right
+    best.pt     of a gated run the evaluation with the FEWEST open edges among those that meet the target, not
+                the last one; of a dense run the one with the lowest held-out loss, or, with a ready_loss, the
+                one found ready
+    closest.pt  of a run in which none has met the target: the one that came closest. Never the start
+
+Notable: the dense model that a target is taken from and the sparse model that must meet it go through one
+function, on the same examples, in the same order, in float32 whatever they were trained in, frozen weights
+under LoRA in base_dtype (the paper compares both at equal loss). So does report.json. Several processes share
+the examples and all get the same result.
 """
 
 import math
-import os
-import sys
-import time
-from dataclasses import asdict
 
-from models.checkpoint import checkpoint_of, load_weights, read_checkpoint, save_checkpoint, state_to_save
-from storage.addition import addition_task
-from storage.files import UserError, typed, write_json
-from training import hardware, sharding
-from training.evaluate import evaluate_splits
-from training.flow import FlowLog
-from training.folder import MetricsLog, forget_closest, settle
-from training.run import smaller_step
-from training.settings import forward_passes
-from training.steplog import StepLog, Wandb
-from training.verdict import distance_from_target, is_ready, meets_target
+import torch
+
+from storage.files import UserError, typed
+from training import parallel
+
+MISSED = 2  # the exit status of train.py where a run at its end is not what it was to become
 
 
-class Judge:
-    """`judge(step)` evaluates; `is_over` says whether that was the end. run: a `Run`; progress: a `Progress`.
+class EdgeCount:
+    """Open edges, summed over the sequences that a model has seen: model(..., record=count) calls it."""
+
+    def __init__(self, config, T, device, of_every_edge):
+        """of_every_edge: count every edge of every head, too; it must mean the same in all sequences."""
+        # mps has no float64
+        options = {"device": "cpu" if device.type == "mps" else device, "dtype": torch.float64}
+        self.config, self.T, self.device = config, T, device
+        self.by_head = torch.zeros(config.n_layer, config.n_head, **options)
+        self.reads = torch.zeros(T, T, **options)  # query by key, summed over layers and heads
+        self.by_edge = None
+        if of_every_edge and config.gated:
+            self.by_edge = torch.zeros(config.n_layer, config.n_head, T, T, **options)
+
+    def __call__(self, layer, gates):
+        opened = gates.open.sum(dim=0).to(self.reads)  # (H, T, T)
+        self.by_head[layer] += opened.sum(dim=(1, 2))
+        self.reads += opened.sum(dim=0)
+        if self.by_edge is not None:
+            self.by_edge[layer] += opened
+
+    def shares(self, sequences):
+        """The counts of all processes as shares of the edges there are: see `evaluate`, from `open` on.
+
+        sequences: how many were seen, by all processes together.
+        """
+        heads, T = self.by_head.numel(), self.T
+        pairs = T * (T + 1) // 2
+        per_head, by_distance, by_edge = torch.ones(self.by_head.shape), [1.0] * T, None
+        if self.config.gated:
+            reach = [self.reads.diagonal(-distance).sum().item() for distance in range(T)]
+            counted = parallel.all_reduce_sum([*self.by_head.flatten().tolist(), *reach], self.device)
+            by_head, reach = counted[:heads], counted[heads:]
+            per_head = torch.tensor(by_head, dtype=torch.float64).view(self.by_head.shape) / sequences / pairs
+            by_distance = [reach[d] / sequences / heads / (T - d) for d in range(T)]
+        if self.by_edge is not None:
+            by_edge = torch.tensor(parallel.all_reduce_sum(self.by_edge.flatten().tolist(), self.device))
+            by_edge = (by_edge.view(self.by_edge.shape) / sequences).tolist()
+        return {"open": per_head.sum().item() * pairs, "total": heads * pairs,
+                "fraction": per_head.mean().item(), "per_head": per_head.tolist(),
+                "by_distance": by_distance, "by_edge": by_edge}
+
+
+@torch.no_grad()
+def evaluate(model, data, split, batch_size=1000, max_batches=0):
+    """Judge `model` (a GPT, an OLMo, or a lora.Base) on a split of `data` (a dataset.Dataset).
+
+    Every example once, or max_batches batches, spread evenly over the split, because its first documents need
+    not be like the others. Rows are taken as they are, a stream is cut into windows of block_size that do not
+    overlap. Leaves the model in the mode in which it was. Returns a dict of plain numbers:
+
+    loss               nats a target
+    accuracy           None for a stream
+    correct, examples  numbers of rows
+    open, total        edges a sequence
+    fraction           of edges that are open
+    per_head           [n_layer][H] the same by head
+    by_distance        [T] the same of the edges that reach 0, 1, 2, ... positions back
+    by_edge            [n_layer][H][T][T] the share of rows in which an edge is open, query by key; None for a
+                       stream, where positions mean nothing, and for a dense model
     """
+    config, device = model.config, next(model.parameters()).device
+    rows = data.meta["kind"] == "rows"
+    T = data.train.shape[2] if rows else config.block_size
+    indices = examples_of(data, split, T, batch_size, max_batches)
+    count = EdgeCount(config, T, device, of_every_edge=rows)
+    was_training = model.training
+    model.eval()
+    loss_sum = targets_seen = correct = 0
+    for first in range(0, len(indices), parallel.world() * batch_size):
+        ours = indices[first + parallel.rank() * batch_size:][:batch_size]
+        x, y = (torch.from_numpy(a).to(device) for a in data.batch(split, ours or indices[:1], T))
+        with parallel.uncompiled(model):  # what `record` shows would break a compiled graph at every layer
+            logits, loss, _ = model(x, y, record=count if config.gated and ours else None)
+        if not ours:  # nothing left for this process; it took part because a sharded model needs all of them
+            continue
+        asked = y != -1
+        loss_sum += loss.item() * asked.sum().item()
+        targets_seen += asked.sum().item()
+        correct += ((logits.argmax(-1) == y) | ~asked).all(dim=1).sum().item()
+    model.train(was_training)
+    loss_sum, targets_seen, correct = parallel.all_reduce_sum([loss_sum, targets_seen, correct], device)
+    if not targets_seen:
+        raise UserError(f"data/{data.name}: none of the {len(indices)} {split} examples that are judged asks "
+                        "anything. Let --eval_batches=0 judge all of them")
+    return {
+        "loss": loss_sum / targets_seen,
+        "accuracy": correct / len(indices) if rows else None,
+        "correct": int(correct),
+        "examples": len(indices),
+    } | count.shares(len(indices))
 
-    def __init__(self, run, progress):
-        self.run, self.progress, self.config, self.state = run, progress, run.config, run.state
-        self.start, self.is_over = run.state.step, False
-        c, model = self.config, run.model
-        cost = forward_passes(c) - c.recompute_activations
-        flops = model.flops_per_token(run.context) / 3 * cost  # a forward pass is a third of a dense step
-        self.began = time.time()
-        self.speed = hardware.Speed(c.batch_size * run.context, flops, run.device)
-        self.log = self.flow = self.steps = self.wandb = None
-        if hardware.rank() == 0:
-            self.open_logs()
 
-    def open_logs(self):
-        """config.json, metrics.jsonl, steps.csv, Weights & Biases if asked for and, for sums, edges.jsonl.
+def examples_of(data, split, T, batch_size, max_batches):
+    """Indices of what is judged, a list: rows, or the first positions of windows of T tokens."""
+    step = 1 if data.meta["kind"] == "rows" else T
+    indices = list(range(0, data.starts(split, T), step))
+    if max_batches:
+        wanted = min(len(indices), max_batches * batch_size)
+        indices = [indices[i * len(indices) // wanted] for i in range(wanted)]
+    return indices
 
-        What a killed run wrote after last.pt is dropped.
-        """
-        c = self.config
-        settle(c.out_dir, self.start)
-        write_json(os.path.join(c.out_dir, "config.json"), asdict(c))
-        evaluates_at_start = self.start % c.eval_interval == 0 or self.start == c.max_steps
-        keep_until = self.start - evaluates_at_start
-        self.log = MetricsLog(os.path.join(c.out_dir, "metrics.jsonl"), keep_until)
-        self.steps = StepLog(os.path.join(c.out_dir, "steps.csv"), self.start)
-        if c.wandb:
-            self.wandb = Wandb(c.wandb, asdict(c))
-        task = addition_task(self.run.data.meta)
-        if c.gated and task:
-            self.flow = FlowLog(c.out_dir, task, self.run.model.config, c.max_steps, keep_until)
 
-    def __call__(self, step):
-        """Evaluate the run as it stands before a step; keep what is to be kept."""
-        c, state, geco = self.config, self.state, self.run.geco
-        self.speed.pause()
-        found = evaluate_splits(
-            self.run.judged, self.run.data, c.eval_batch_size, c.eval_batches, self.is_promising
-        )
-        self.require_finite(step, found["val"]["loss"])
-        passes = not c.gated or meets_target(found, state.dense, state.target_loss)
-        state.ready = is_ready(found, c.ready_loss) if c.ready_loss and not c.gated else None
-        kept = self.names_to_keep(step, found, passes)
-        self.progress.evaluated(found, state.target_loss, state.best, geco and geco.lam)
-        self.is_over = step == c.max_steps or bool(state.ready)
-        goes_back = self.has_failed_to_repair(step, passes)
-        if self.log:
-            line = self.line(step, found, passes) | {"goes_back": goes_back}
-            self.log.write(**line)
-            if self.wandb:
-                self.wandb.write(**line)
-        if self.flow:
-            self.flow.write(step, found, kept, passes, geco.lam)
-        self.save_all(step, kept)
-        if goes_back:
-            self.go_back()
-        self.speed.go_on()
+def evaluate_splits(model, data, batch_size, max_batches, worthwhile=None):
+    """{split: what `evaluate` returns}. A run is judged while it trains, and reported, by this.
 
-    def note(self, step, **measured):
-        """A step has been made: what was measured goes into steps.csv; see steplog.py."""
-        before, loss = self.state.batch_loss, measured["loss"]
-        self.state.batch_loss = loss if before is None else 0.95 * before + 0.05 * loss
-        self.state.density = measured["density"]
-        if not self.steps:
-            return
-        if self.run.geco:
-            measured |= {"lambda": self.run.geco.lam, "violation": self.run.geco.violation}
-        self.steps.write(step, **measured)
-        if self.wandb:
-            self.wandb.write(step, **{f"step/{name}": value for name, value in measured.items()})
+    Rows are judged on both splits, "val" and "train", for whether all answers are right; a text on "val"
+    alone.
+    worthwhile  called with what "val" gave: False leaves "train" out, four fifths of the work, where nothing
+                hangs on it any more
+    """
+    found = {"val": evaluate(model, data, "val", batch_size, max_batches)}
+    if data.meta["kind"] == "rows" and (worthwhile is None or worthwhile(found["val"])):
+        found["train"] = evaluate(model, data, "train", batch_size, max_batches)
+    return found
 
-    def close_logs(self):
-        """What waits is written or sent, also of a run that has left the numbers."""
-        if self.steps:
-            self.steps.flush()
-        if self.wandb:
-            self.wandb.finish()
-            self.wandb = None
 
-    def require_finite(self, step, loss):
-        """Raise UserError if the held-out loss is no number."""
-        if math.isfinite(loss):
-            return
-        earlier = f"; {self.config.out_dir}/last.pt still holds an earlier step" if step else ""
-        raise UserError(f"the held-out loss is {loss} at step {step}{earlier}. {smaller_step(self.config)}")
+# ------------------------------------------------------------------------------------------------------------
+# The verdict
 
-    # --- judging --------------------------------------------------------------------------------------------
 
-    def is_promising(self, val):
-        """Can this become the best evaluation, after what the held-out rows say?
+def meets_target(found, dense, target_loss):
+    """Is the gated model as good as the dense one?
 
-        Else the others need not be counted.
-        """
-        if not self.config.gated:
-            return val["correct"] == val["examples"]
-        best = self.state.best
-        # equal: a run that goes on judges its best again
-        fewer = best is None or val["open"] <= best[0] * (1 + 1e-6)
-        return fewer and meets_target({"val": val}, self.state.dense, self.state.target_loss)
+    Its held-out loss is at most the target and, where answers are right or wrong (rows), on both splits no
+    fewer of them are right. found, dense: {split: what `evaluate` returns}.
+    """
+    return found["val"]["loss"] <= target_loss and all(
+        found[split]["correct"] >= dense[split]["correct"]
+        for split in found
+        if found[split]["accuracy"] is not None
+    )
 
-    def names_to_keep(self, step, found, passes):
-        """['best.pt'], ['closest.pt'] or []: under which name, beside last.pt, this evaluation's model is
-        kept.
-        """
-        state = self.state
-        if state.ready:
-            state.best = [found["val"]["open"], found["val"]["loss"]]
-            return ["best.pt"]
-        if self.config.gated and step == 0:
+
+def is_ready(found, ready_loss):
+    """Is a dense model ready to be a parent?
+
+    All its answers are right, where they are right or wrong, and its held-out loss is at most ready_loss
+    (nats).
+    """
+    val = found["val"]
+    answers = [f for f in found.values() if f["accuracy"] is not None]
+    return val["loss"] <= ready_loss and all(f["correct"] == f["examples"] for f in answers)
+
+
+def distance_from_target(found, dense, target_loss):
+    """How far a gated model is from what `meets_target` asks for: (held-out answers lost, nats too many,
+    training answers lost). Zeros meet it.
+
+    In the order in which it is found out: training rows are counted only where the first two are 0.
+    """
+    lost = {"val": 0, "train": 0}
+    for split in found:
+        if found[split]["accuracy"] is not None:
+            lost[split] = max(0, dense[split]["correct"] - found[split]["correct"])
+    return lost["val"], max(0.0, found["val"]["loss"] - target_loss), lost["train"]
+
+
+def has_succeeded(config, state):
+    """Has a run at its end become what it was to become? A gated one has met its target; a dense one is
+    ready, if it was to be (ready_loss).
+
+    state: a checkpoint, or what goes into one.
+    """
+    if config.gated:
+        return bool(state.get("best"))
+    return not config.ready_loss or bool(state.get("ready"))
+
+
+def is_at_end(checkpoint, config):
+    """Is a run at its end? checkpoint: its last.pt; config: its settings now, a Config."""
+    is_ready = checkpoint.get("ready") and checkpoint["config"]["ready_loss"] == config.ready_loss
+    return bool(is_ready or checkpoint["step"] >= config.max_steps)
+
+
+def can_be_best(c, state, val):
+    """Can this become the best evaluation, after what the held-out rows say? Else the others are not counted.
+
+    c, state: the run's Config and State; val: what `evaluate` says of the held-out rows.
+    """
+    if not c.gated:
+        return val["correct"] == val["examples"]
+    # equal: a run that goes on judges its best again
+    fewer = state.best is None or val["open"] <= state.best[0] * (1 + 1e-6)
+    return fewer and meets_target({"val": val}, state.dense, state.target_loss)
+
+
+def names_to_keep(c, state, step, found, passes, goes_on):
+    """['best.pt'], ['closest.pt'] or []: under which name, beside last.pt, this evaluation's model is kept.
+
+    Changes state.best or state.closest. goes_on: this is the evaluation from which a run goes on; another
+    device or number of processes may round otherwise.
+    """
+    if state.ready:
+        state.best = [found["val"]["open"], found["val"]["loss"]]
+        return ["best.pt"]
+    if (c.gated and step == 0) or (state.best and not passes):
+        return []
+    if passes:
+        # a dense run's edges are all open
+        which, score = "best", [found["val"]["open"], found["val"]["loss"]]
+    else:
+        which, score = "closest", list(distance_from_target(found, state.dense, state.target_loss))
+    before = getattr(state, which)
+    if before and score > before:
+        same = goes_on and all(math.isclose(*pair, rel_tol=1e-6) for pair in zip(score, before))
+        if not same:
             return []
-        if not passes and state.best:
-            return []
-        if passes:
-            # a dense run's edges are all open
-            which, score = "best", [found["val"]["open"], found["val"]["loss"]]
-        else:
-            which, score = "closest", list(distance_from_target(found, state.dense, state.target_loss))
-        before = getattr(state, which)
-        if before and score > before and not self.was_judged_before(step, score, before):
-            return []
-        setattr(state, which, score)
-        return [f"{which}.pt"]
+    setattr(state, which, score)
+    return [f"{which}.pt"]
 
-    def was_judged_before(self, step, score, before):
-        """Is this the evaluation from which a run goes on?
 
-        Another device or number of processes may round otherwise.
-        """
-        return step == self.start and all(math.isclose(*pair, rel_tol=1e-6) for pair in zip(score, before))
-
-    def has_failed_to_repair(self, step, passes):
-        """Has a cycle of cutting and repairing ended without meeting the target, though an earlier one did?
-
-        Where best.pt has fewer edges, held-out rows alone say so (`is_promising`).
-        """
-        c = self.config
-        ends_cycle = c.gated and c.cycle_steps and step % c.cycle_steps == 0
-        return bool(ends_cycle and self.state.best and not passes and not self.is_over)
-
-    def line(self, step, found, passes):
-        """A line of metrics.jsonl."""
-        val, train, state, geco = found["val"], found.get("train"), self.state, self.run.geco
-        line = {
-            "step": step,
-            "val_loss": val["loss"],
-            "accuracy": val["accuracy"],
-            "val_correct": val["correct"],
-            "correct": val["correct"] + train["correct"] if train else None,
-            "train_loss": train["loss"] if train else None,
-            "batch_loss": state.batch_loss,
-            "density": state.density,
-            "open": val["open"],
-            "fraction": val["fraction"],
-            "passes": passes,
-            "target_loss": state.target_loss,
-            "seconds": self.seconds(),
-            **self.speed.read(),
-        }
-        if geco:
-            line |= {"constraint_target": geco.target, "constraint_loss": state.constraint_loss,
-                     "violation": geco.violation, "lambda": geco.lam}
-        return line
-
-    def seconds(self):
-        """Of training, in this and earlier commands."""
-        return self.state.seconds + time.time() - self.began
-
-    # --- keeping --------------------------------------------------------------------------------------------
-
-    def save_all(self, step, kept):
-        """last.pt, and this evaluation under the names in kept; see the docstring above for the order."""
-        if not self.is_over:
-            for name in ["last.pt", *kept]:
-                self.save(name, step)
-            return
-        for name in [f"{name}.next" for name in kept] + ["last.pt"]:
-            self.save(name, step)
-        if hardware.rank() == 0:
-            settle(self.config.out_dir)
-
-    def save(self, name, step):
-        """Write a checkpoint.
-
-        All processes call it; process 0 writes, of a sharded run every process its part.
-        """
-        run, c, is_last = self.run, self.config, name == "last.pt"
-        if is_last and self.steps:  # a run goes on behind the rows that are there
-            self.steps.flush()
-        state = asdict(self.state) | {"step": step, "seconds": self.seconds()}
-        goes_on_from_it = is_last or c.cycle_steps  # `go_back`; else best.pt is a third as large without
-        parts = {"optimizer": run.optimizer.state_dict() if goes_on_from_it and not run.sharded else None}
-        if run.sharded and is_last:
-            run.shards = parts["shards"] = sharding.folder_for(step, run.shards)
-            sharding.save(
-                os.path.join(c.out_dir, run.shards), state_to_save(run.model), run.model, run.optimizer
-            )
-        if run.sharded:
-            is_whole = not is_last or self.is_over
-            parts["model"] = sharding.whole_state(state_to_save(run.model)) if is_whole else None
-        if c.average_decay and is_last:
-            parts["trained"] = state_to_save(run.model)
-        if hardware.rank() > 0:
-            return
-        geco = run.geco and run.geco.state_dict()
-        checkpoint = checkpoint_of(run.judged, geco=geco, config=asdict(c), **run.origin, **state)
-        save_checkpoint(os.path.join(c.out_dir, name), {**checkpoint, **parts})
-        if name == "best.pt":
-            forget_closest(c.out_dir)
-        if is_last:
-            sharding.remove_old(c.out_dir, keep=parts.get("shards"))
-
-    def go_back(self):
-        """Return to best.pt, the state with the fewest edges of those that met the target."""
-        run = self.run
-        hardware.wait_for_all()  # process 0 has written it
-        best = read_checkpoint(os.path.join(self.config.out_dir, "best.pt"))
-        for weights in {run.model, run.judged}:
-            load_weights(weights, best["model"])
-        if best["optimizer"]:  # not of a time without cycles
-            sharding.load_optimizer(run.optimizer, best["optimizer"])
-        run.geco.violation = 0.0
-
-    def save_and_exit(self, step):
-        """After Ctrl-C or SIGTERM: keep the run and say how to go on."""
-        self.save("last.pt", step)
-        self.close_logs()  # may wait for a network, so after the checkpoint
-        hardware.wait_for_all()  # torchrun ends all processes as soon as one has ended
-        if hardware.rank() > 0:
-            sys.exit(1)
-        sys.exit(f"stopped and saved after {step} steps. To go on: {hardware.program()} "
-                 + typed("train.py", *sys.argv[1:]))
+def train_on(folder, steps=None):
+    """The command with which the run of a folder goes on, up to `steps`."""
+    more = [f"--max_steps={steps}"] if steps else []
+    return typed("python", "train.py", "--init_from=resume", f"--out_dir={folder}", *more)

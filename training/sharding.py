@@ -2,7 +2,7 @@
 checkpoint is written in shares, too.
 
     parallel = 'ddp'     every process holds the whole model, gradients and optimizer; gradients are averaged:
-                         hardware.py
+                         parallel.py
     parallel = 'fsdp'    parameters, gradients and optimizer are cut into one part for each process;
                          a block is put together just before it computes, on all at once: this file
 
@@ -46,17 +46,17 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from models.checkpoint import copy_into
-from training import hardware
+from training import parallel
 
 
-def applies(parallel):
-    """Is a run with this setting `parallel` cut into parts? Not where one process is alone."""
-    return parallel == "fsdp" and hardware.world() > 1
+def applies(setting):
+    """Is a run with this setting of `parallel` cut into parts? Not where one process is alone."""
+    return setting == "fsdp" and parallel.world() > 1
 
 
 def shard(model, device):
     """Cut model (a GPT or OLMo, in place) into parts, block by block. All processes call it."""
-    mesh = init_device_mesh(device.split(":")[0], (hardware.world(),))
+    mesh = init_device_mesh(device.split(":")[0], (parallel.world(),))
     for block in model.blocks:
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)  # what is left: embeddings, the last norm
@@ -75,7 +75,7 @@ def whole_state(state):
     gathered = {}
     for name, tensor in state.items():
         tensor = whole(tensor)
-        if hardware.rank() == 0:
+        if parallel.rank() == 0:
             gathered[name] = tensor.cpu()
     return gathered
 

@@ -8,7 +8,7 @@ import analyze
 from analysis.ablate import CHANGES, changes_of, line_of, table
 from helpers import call, in_this_process
 from storage.files import UserError
-from training.settings import make_config
+from training.config import make_config
 
 ADDITION, TEXT = "config/addition.py", "config/stdlib.py"
 
@@ -32,13 +32,13 @@ def test_what_is_on_goes_off_and_what_is_off_goes_on():
     addition, text = changes_of(ADDITION, {}, []), changes_of(TEXT, {}, [])
     assert "distillation" in addition and "no distillation" not in addition
     assert "no distillation" in text and "distillation" not in text
-    assert {"no cycles", "no linear penalty", "temperature 1"} <= set(addition) - set(text)
+    assert {"no linear penalty", "temperature 1"} <= set(addition) - set(text)
     assert {"no hand-over", "noise to the end", "temperature 3"} <= set(text) - set(addition)
     # a run whose gates are thresholds all along has no samples to measure on
     assert addition["sampled constraint"] == {"constraint_gates": "sampled"}
     assert text["sampled constraint"] == {"constraint_gates": "sampled", "noise_free_steps": 0}
     fixed = addition["fixed penalty"]
-    assert fixed == {"lambda_min": 4.0, "repair_lambda_max": 0.0}  # lambda_init and lambda_max are 4, too
+    assert fixed == {"lambda_min": 4.0, "lambda_max": 4.0}  # as lambda_init
 
 
 def test_settings_hold_for_all_and_some_changes_can_be_chosen():

@@ -21,9 +21,9 @@ from helpers import SMALL, call, run
 from model import GPT, GPTConfig
 from models.checkpoint import load_checkpoint, read_checkpoint
 from storage.files import UserError, read_json
-from train import get_lr
-from training.evaluate import evaluate
-from training.settings import Config
+from training.config import Config
+from training.judge import evaluate
+from training.steps import get_lr
 
 B, H, T = 3, 2, 12
 
@@ -254,13 +254,6 @@ def test_the_circuit_of_a_model_that_is_cut_is_found():
     cut.fitting = False
     cut.levels = {0: 1, 1: 1}
     assert size_of_circuits(model, cut, PLANTED, LOGIT) == 2
-
-
-def test_a_run_that_keeps_the_loss_of_another_than_its_parent_is_refused(counting):
-    run("control.py")
-    run("sparse.py", target_from="out/control")
-    done = call(analyze.main, "baselines", "out/sparse")
-    assert done.returncode == 1 and "baselines compare with one parent" in done.stderr
 
 
 def test_the_command_from_end_to_end(counting):

@@ -9,7 +9,7 @@ import torch
 import analyze
 from analysis import plan
 from models.olmo import OLMo, OLMoConfig, rotations
-from training.settings import make_config
+from training.config import make_config
 
 
 def settings(**given):

@@ -70,8 +70,8 @@ def test_what_one_seed_runs(echo):
 
 
 def test_settings_that_contradict_each_other_are_found_before_anything_is_trained(echo):
-    done = call(main, "seeds", "sparse.py", "--seeds=1", "--cycle_steps=7")
-    assert done.returncode == 1 and "cycle_steps=7 must be a multiple of eval_interval=20" in done.stderr
+    done = call(main, "seeds", "sparse.py", "--seeds=1", "--lambda_min=7")
+    assert done.returncode == 1 and "lambda_init=4.0 must lie between lambda_min=7.0" in done.stderr
     assert not os.path.exists("out")
 
 

@@ -9,7 +9,7 @@ import torch
 
 from fast.noise import edge_codes, edge_noise, mix, new_seed, uniform
 from gate import gated_attention
-from training.batches import Batches
+from training.steps import Batches
 
 HEADS, T = 8, 512
 

@@ -23,7 +23,7 @@ from models import olmo, olmo_files
 from models.checkpoint import load_checkpoint, model_of, new_model, read_checkpoint
 from models.olmo import OLMo, OLMoConfig
 from storage.files import UserError
-from training.settings import Config
+from training.config import Config
 
 transformers = pytest.importorskip("transformers", reason="pip install -r tests/requirements.txt")
 YARN = {

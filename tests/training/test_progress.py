@@ -5,10 +5,11 @@ import re
 
 import pytest
 
+from geco import GECO
 from helpers import run
-from training.parents import lineage_of
-from training.progress import Job, Progress
-from training.settings import Config, make_config
+from train import State
+from training.config import Config
+from training.log import Progress
 
 
 def found(loss=0.5, correct=3, open_edges=12.4, accuracy=0.3):
@@ -33,14 +34,18 @@ class Terminal(io.StringIO):
 def clock(monkeypatch):
     """Seconds that only pass when a test says so."""
     now = [100.0]
-    monkeypatch.setattr("training.progress.time.perf_counter", lambda: now[0])
+    monkeypatch.setattr("training.log.time.perf_counter", lambda: now[0])
     return now
+
+
+def stands(best=None, target=None):
+    return State(best=best, target_loss=target)
 
 
 def two_parts(**of_parent):
     parent = Config(out_dir="out/dense", max_steps=100, batch_size=10, **of_parent)
     child = Config(out_dir="out/sparse", max_steps=200, batch_size=10, gated=True)
-    return Job([parent, child]), parent, child
+    return [parent, child]
 
 
 def test_a_pipe_gets_one_plain_line_an_evaluation(echo, capsys):
@@ -69,9 +74,7 @@ def test_a_run_whose_parent_is_finished_says_so(echo, capsys):
     assert "part 1 of 2, out/dense (then out/sparse): dense" in said
     assert "part 2 of 2, out/sparse: gated" in said
     run("sparse.py", init_from="resume", max_steps=40)  # the parent is not even looked at
-    said = capsys.readouterr()
-    assert "part 2 of 2, out/sparse (out/dense is finished): gated" in said.out
-    assert "part 2 of 2, out/sparse: step 40 of 40" in said.err
+    assert "\nout/sparse: step 40 of 40" in capsys.readouterr().err
     run("sparse.py", max_steps=20, out_dir="out/second")
     said = capsys.readouterr()
     assert "part 1 of 2, out/dense is finished (60 steps)" in said.out
@@ -80,26 +83,18 @@ def test_a_run_whose_parent_is_finished_says_so(echo, capsys):
     assert "\nout/third: step 20 of 20" in capsys.readouterr().err  # a job of one part does not count parts
 
 
-def test_the_parts_of_a_job_with_a_control(echo):
-    (echo / "control.py").write_text("init_from = 'dense.py'\ndataset = 'echo'\n")
-    lineage = lineage_of(*make_config("sparse.py", {"target_from": "control.py", "seed": 3}))
-    job = Job([planned.config for planned in lineage])
-    assert [part.folder for part in job.parts] == ["out/dense-seed3", "out/control-seed3", "out/sparse-seed3"]
-    assert job.outlook("out/control-seed3") == "part 2 of 3, out/control-seed3 (then out/sparse-seed3)"
-
-
 def test_the_time_left_is_that_of_all_parts(clock):
-    job, parent, child = two_parts()
-    with Progress(job, parent, 0, io.StringIO()) as progress:
+    runs = two_parts()
+    with Progress(runs, 0, 0, io.StringIO()) as progress:
         assert progress.left() == "time left unknown"
         clock[0] += 50  # the first evaluation
-        progress.evaluated(found())
+        progress.evaluated(found(), stands(), None)
         clock[0] += 10
         for _ in range(50):
             progress.step()
         # 0.2 s a step: 50 steps of the parent, 200 of the child, which take (3 + 1 / 4) / 3 as long
         assert progress.left() == "00:53 left"
-    with Progress(job, child, 100, io.StringIO()) as progress:  # goes on from step 100
+    with Progress(runs, 1, 100, io.StringIO()) as progress:  # goes on from step 100
         clock[0] += 10
         for _ in range(50):
             progress.step()
@@ -107,28 +102,29 @@ def test_the_time_left_is_that_of_all_parts(clock):
 
 
 def test_a_parent_that_may_stop_early_makes_it_an_upper_bound(clock):
-    job, parent, child = two_parts(ready_loss=0.1)
+    runs = two_parts(ready_loss=0.1)
     stream = io.StringIO()
-    with Progress(job, parent, 0, stream) as progress:
+    with Progress(runs, 0, 0, stream) as progress:
         progress.step()
         clock[0] += 1
-        progress.evaluated(found(loss=0.2), best=[40, 0.15])
+        progress.evaluated(found(loss=0.2), stands([40, 0.15]), None)
     assert (
         stream.getvalue()
         == "part 1 of 2, out/dense: step 1 of 100, at most 05:16 left, loss 0.2000 (ready at 0.1), 3 of 10 "
            "held-out right, best 0.1500\n"
     )
-    with Progress(job, child, 0, stream) as progress:
+    with Progress(runs, 1, 0, stream) as progress:
         progress.step()
         clock[0] += 1
         assert progress.left() == "03:19 left"
 
 
 def test_a_text_has_no_answers_to_be_right():
-    job, _, child = two_parts()
+    runs = two_parts()
     stream = io.StringIO()
-    with Progress(job, child, 200, stream) as progress:
-        progress.evaluated(found(accuracy=None), target=0.4, best=[9.0, 0.4], lam=2.0)
+    with Progress(runs, 1, 200, stream) as progress:
+        geco = GECO(0.4, 1.0, 0.01, lambda_init=2.0)
+        progress.evaluated(found(accuracy=None), stands([9.0, 0.4], 0.4), geco)
     assert (
         stream.getvalue()
         == "part 2 of 2, out/sparse: step 200 of 200, done, loss 0.5000 (target 0.4000), 12.4 of 40 edges "
@@ -137,13 +133,13 @@ def test_a_text_has_no_answers_to_be_right():
 
 
 def test_a_terminal_gets_a_bar_that_moves():
-    job, _, child = two_parts()
+    runs = two_parts()
     stream = Terminal()
-    with Progress(job, child, 0, stream) as progress:
-        progress.evaluated(found(), target=0.4, best=None, lam=2.0)
+    with Progress(runs, 1, 0, stream) as progress:
+        progress.evaluated(found(), stands(None, 0.4), GECO(0.4, 1.0, 0.01, lambda_init=2.0))
         for _ in range(50):
             progress.step()
-        progress.evaluated(found(correct=10), target=0.4, best=[12.4, 0.4], lam=2.0)
+        progress.evaluated(found(correct=10), stands([12.4, 0.4], 0.4), GECO(0.4, 1.0, 0.01, lambda_init=2.0))
     last = stream.getvalue().split("\r")[-1]
     assert "part 2 of 2, out/sparse" in last
     assert "50/200" in last
@@ -153,11 +149,11 @@ def test_a_terminal_gets_a_bar_that_moves():
 
 
 def test_other_processes_are_silent(monkeypatch):
-    monkeypatch.setattr("training.progress.hardware.rank", lambda: 1)
-    job, parent, _ = two_parts()
+    monkeypatch.setattr("training.log.parallel.rank", lambda: 1)
+    runs = two_parts()
     for stream in (io.StringIO(), Terminal()):
-        with Progress(job, parent, 0, stream) as progress:
-            progress.evaluated(found())
+        with Progress(runs, 0, 0, stream) as progress:
+            progress.evaluated(found(), stands(), None)
             progress.step()
         assert stream.getvalue() == ""
 

@@ -23,7 +23,7 @@ from models.checkpoint import load_checkpoint, read_checkpoint
 from storage.files import UserError
 from train import main
 from training import sharding
-from training.evaluate import evaluate
+from training.judge import evaluate
 from training.sharding import folder_for
 
 SHAPE = ["--architecture=olmo2", "--n_layer=2", "--n_head=4", "--n_kv_head=2", "--n_embd=32",

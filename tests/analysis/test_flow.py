@@ -11,16 +11,17 @@ import torch
 from PIL import Image
 
 import analyze
+from analysis import flow
 from conftest import REPOSITORY
 from helpers import call, run
 from models.checkpoint import load_checkpoint
 from prepare_data import load
 from storage.addition import AdditionTask
 from train import train
-from training import flow
-from training.evaluate import evaluate
+from training.config import make_config
 from training.folder import StopRequest
-from training.settings import make_config
+from training.judge import evaluate
+from training.log import edge_list
 
 LINE = {"step": 300, "open": 12.4, "total": 264, "correct": 9998, "examples": 10000, "lambda": 3.5,
         "passes": True, "held_out_only": False, "kept": None}
@@ -87,7 +88,6 @@ def test_every_evaluation_stores_which_edges_are_open(folder, monkeypatch):
         != evaluate(load_checkpoint("out/dense/best.pt"), load("addition"), "val", 1000, 1)["by_edge"]
         is None
     )
-    assert Image.open("out/whole/flow.png").width > 400
 
 
 def test_a_run_that_was_stopped_stores_what_one_that_was_not_does(folder):
@@ -96,19 +96,7 @@ def test_a_run_that_was_stopped_stores_what_one_that_was_not_does(folder):
 
 def test_only_gated_addition_has_a_flow(echo):
     run("sparse.py", max_steps=5)
-    assert not os.path.exists("out/sparse/edges.jsonl") and not os.path.exists("out/sparse/flow.png")
-
-
-def test_a_frame_that_cannot_be_drawn_is_stored_and_stops_no_training(tmp_path, monkeypatch, capsys):
-    def no_font(size):
-        raise ImportError("no FreeType")
-
-    monkeypatch.setattr(flow, "font", no_font)
-    log = flow.FlowLog(str(tmp_path), AdditionTask(), Shape(1, 1), 100, -1)
-    found = {"open": 1.0, "total": 66, "correct": 1, "examples": 1, "by_edge": np.ones((1, 1, 11, 11))}
-    log.write(0, {"val": found}, [], True, 1.0)
-    assert [line["open"] for line in stored(tmp_path)] == [1.0]
-    assert f"{tmp_path}/flow.png could not be drawn: ImportError: no FreeType\n" == capsys.readouterr().out
+    assert not os.path.exists("out/sparse/edges.jsonl")
 
 
 def test_the_loop_does_without_matplotlib():
@@ -124,6 +112,7 @@ def test_the_report_makes_the_film(folder, monkeypatch):
     with Image.open(folder / "out/whole/flow.gif") as film:
         assert film.n_frames == flow.kept_frame(lines) + 1
     assert (folder / "out/whole/flow.gif").stat().st_size < flow.MOST_BYTES
+    assert Image.open("out/whole/flow.png").width > 400
 
 
 def test_the_film_ends_with_what_is_kept():
@@ -155,7 +144,7 @@ def test_films_of_any_shape_stay_small(tmp_path, task, n_layer, n_head, evaluati
     random = np.random.default_rng(0).random((n_layer, n_head, T, T)) * np.tril(np.ones((T, T)))
     with open(tmp_path / "edges.jsonl", "w") as f:
         for i in range(evaluations):
-            edges = flow.edge_list(np.clip(3 * (random - i / evaluations), 0, 1))
+            edges = edge_list(np.clip(3 * (random - i / evaluations), 0, 1))
             f.write(json.dumps(LINE | {"step": i, "kept": "best", "edges": edges}) + "\n")
     flow.film(str(tmp_path), task, Shape(n_layer, n_head), 100)
     with Image.open(tmp_path / "flow.gif") as film:

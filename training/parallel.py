@@ -160,6 +160,13 @@ def cause_in_a_line(error):
     return next((line for line in lines if "error" in line or "cannot find" in line), lines[0])
 
 
+def uncompiled(model):
+    """`with uncompiled(model):` its calls run as they are written, also if it was compiled (in place)."""
+    if getattr(getattr(model, "model", model), "_compiled_call_impl", None) is None:
+        return contextlib.nullcontext()  # and the compiler need not be imported
+    return torch.compiler.set_stance("force_eager")
+
+
 def peak_flops(device):
     """bf16 FLOP/s that the device could do at best, or None where nobody has written it down (PEAK_FLOPS)."""
     if not device.startswith("cuda"):

@@ -13,8 +13,15 @@ from model import GPTConfig
 from models.olmo import OLMoConfig
 from storage.files import UserError
 from train import main, train
-from training.configure import parse_command_line, read_config_file
-from training.settings import GATED_ONLY, Config, check_together, limits, make_config
+from training.config import (
+    GATED_ONLY,
+    Config,
+    check_together,
+    limits,
+    make_config,
+    parse_command_line,
+    read_config_file,
+)
 
 
 def parse(*arguments):
@@ -87,7 +94,6 @@ GATED = {"gated": True, "init_from": "out/dense"}
     ({"gated": True}, "a gated run needs a dense model"),
     ({**GATED, "gate_on_weights": True, "open_above": 0.01}, "gate_on_weights does not feel it: set"),
     ({**GATED, "lambda_init": 5.0}, "lambda_init=5.0 must lie between lambda_min=0.2 and lambda_max=4.0"),
-    ({**GATED, "repair_lambda_max": 0.1}, "repair_lambda_max=0.1 is a cap below the floor lambda_min=0.2"),
     ({"architecture": "olmo2", "n_head": 4, "n_kv_head": 3}, "n_head=4 must be a multiple of n_kv_head=3"),
     ({"architecture": "olmo", "n_head": 4, "n_embd": 60}, "an even multiple of n_head"),
     ({"architecture": "olmo", "dropout": 0.1}, "dropout is GPT-2's only"),
@@ -121,11 +127,11 @@ def test_out_dir_is_named_after_file_and_seed(workplace):
 def test_a_tilde_is_the_home_folder_in_every_path(workplace, monkeypatch):
     monkeypatch.setenv("HOME", str(workplace))
     (workplace / "mine.py").write_text("base = '~/other.py'\nout_dir = '~/runs/x'\ninit_from = '~/parent'")
-    (workplace / "other.py").write_text("target_from = '~/dense.py'")
+    (workplace / "other.py").write_text("n_head = 2")
     path, given = parse("~/mine.py")
     assert path == f"{workplace}/mine.py"
-    found = [getattr(make_config(path, given)[0], key) for key in ("out_dir", "init_from", "target_from")]
-    assert found == [f"{workplace}/runs/x", f"{workplace}/parent", f"{workplace}/dense.py"]
+    found = [getattr(make_config(path, given)[0], key) for key in ("out_dir", "init_from", "n_head")]
+    assert found == [f"{workplace}/runs/x", f"{workplace}/parent", 2]
     assert make_config(*parse("--out_dir=~/y"))[0].out_dir == f"{workplace}/y"
 
 
@@ -147,7 +153,7 @@ def test_a_child_and_its_control_differ_in_the_gates_alone(name, besides, monkey
     """Or the control would control nothing."""
     monkeypatch.chdir(REPOSITORY)
     child, control = (vars(make_config(f"config/{name}{of}.py", {})[0]) for of in ("", "_control"))
-    about_gates = {"gated", "target_from", "out_dir", "open_above", "distill_weight", *GATED_ONLY}
+    about_gates = {"gated", "out_dir", "open_above", "distill_weight", *GATED_ONLY}
     assert {key for key in child if child[key] != control[key]} <= about_gates | besides
 
 

@@ -9,7 +9,7 @@ import prepare_data
 from model import GPT, GPTConfig
 from storage.addition import IGNORE
 from storage.files import UserError
-from training.evaluate import evaluate
+from training.judge import evaluate
 
 
 def test_counts_on_rows(workplace):

@@ -4,17 +4,23 @@
     python train.py config/x.py --key=value     a config file's lines win over the defaults, the command line
                                                 over both
 
-It computes only what follows from them: a run's folder, what a step costs, its micro-batches. configure.py
-reads and checks values.
+nanoGPT runs its config files with `exec` and accepts any name; a typo is silently ignored. Here a config file
+is read, not run: lines `name = value` with plain Python values. An unknown name, a value of the wrong type or
+out of range stops before anything is built, and the message names the nearest setting that exists. One name
+is no setting: `base`, another config file, of which this one says only what differs.
 """
 
+import ast
+import difflib
+import inspect
+import math
 import os
 import re
+import textwrap
 from dataclasses import dataclass, fields
 
 from gate import GateConfig
-from storage.files import UserError
-from training.configure import beside, one_of, read_config_file
+from storage.files import CONFIGS, UserError
 
 
 @dataclass
@@ -29,9 +35,6 @@ class Config:
     # 'gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl'; an OLMo such as 'allenai/OLMo-1B-hf'; or a checkpoint: a
     # .pt file, or a file or folder of transformers
     init_from: str = "scratch"
-    # of a gated run: the dense model whose loss is to be kept, written as init_from; '' is the one it starts
-    # from
-    target_from: str = ""
     # folder of the run; '' is out/<name of the config file>, with -seed<N> behind it unless N is 1
     out_dir: str = ""
     dataset: str = "addition"  # data/<dataset>, made by prepare_data.py
@@ -92,14 +95,12 @@ class Config:
     distill_weight: float = 0.0
     # first steps, under the penalty that pulls at wide-open edges too (gate.py); 0 is the paper's
     linear_penalty_steps: int = 3000
-    # every so many steps the linear penalty starts anew: cut, repair, cut, repair; after a repair that failed
-    # from best.pt. 0 is once, at the start
-    cycle_steps: int = 0
     # last steps, in which gates are not drawn but thresholds, as when they are judged; gradients stay
     # straight-through. 0 is the paper's
     noise_free_steps: int = 0
-    density_weight: float = 1.0  # in L = density_weight * density + lambda (loss - target)
     loss_slack: float = 0.001  # nats above the dense loss that count as equal
+    # nats, held out: a target of its own, such as a control's loss; 0 is the dense model's loss + loss_slack
+    target_loss: float = 0.0
     # gates under which the constraint's loss is taken; 'sampled' is the paper's
     constraint_gates: str = "deterministic"
     constraint_interval: int = 4  # steps between two measurements of the constraint
@@ -116,13 +117,13 @@ class Config:
     constraint_scale: float = 0.001
     lambda_rate: float = 0.03  # largest relative change of lambda per measurement
     lambda_average: float = 0.9  # memory of the moving average of the violation
-    lambda_init: float = 4.0  # at the cap: the loss jumps when the gates begin to sample
+    # where lambda starts: high, for the loss jumps when the gates begin to sample; while the penalty is
+    # linear also its cap, so that edges go
+    lambda_init: float = 4.0
     # the floor: a low lambda cuts edges faster than the constraint can tell which were needed
     lambda_min: float = 0.2
     # the cap: a high lambda lets nothing be shut for a long time after an error is gone
     lambda_max: float = 4.0
-    # the cap while the penalty is not linear: what was cut too far is won back; 0 is lambda_max, all along
-    repair_lambda_max: float = 0.0
     # --- optimisation
     batch_size: int = 128  # sequences per step, of all processes together
     # sequences per forward pass; 0 is a process's whole share. Smaller needs less memory (gradient
@@ -168,13 +169,13 @@ def limits():
         "eval_interval eval_batch_size"
     )
     positive = (
-        "lora_alpha init_std gate_temperature density_weight constraint_scale lambda_rate "
+        "lora_alpha init_std gate_temperature constraint_scale lambda_rate "
         "lambda_init lambda_min lambda_max learning_rate"
     )
     not_negative = (
-        "repair_lambda_max cycle_steps ready_loss n_kv_head lora_rank loss_slack linear_penalty_steps "
-        "noise_free_steps min_lr warmup_steps weight_decay grad_clip eval_batches constraint_margin "
-        "distill_weight micro_batch_size peak_slack"
+        "ready_loss n_kv_head lora_rank loss_slack linear_penalty_steps noise_free_steps min_lr warmup_steps "
+        "weight_decay grad_clip eval_batches constraint_margin distill_weight micro_batch_size peak_slack "
+        "target_loss"
     )
     fractions = "dropout average_decay lambda_average beta1 beta2 open_above"
     return {
@@ -198,7 +199,7 @@ SHAPE = tuple(
 GATE = tuple(f.name for f in fields(GateConfig))
 # model, start and target: what no run may change on its way
 FIXED = SHAPE + GATE + tuple(
-    "average_decay lora_rank lora_alpha lora_targets base_dtype dataset target_from open_above loss_slack "
+    "average_decay lora_rank lora_alpha lora_targets base_dtype dataset open_above loss_slack target_loss "
     "constraint_margin eval_batches eval_batch_size".split()
 )
 # what may differ when a run goes on
@@ -206,7 +207,7 @@ FREE = tuple("out_dir wandb device compile attention_impl dtype micro_batch_size
              "recompute_activations".split())
 SETTINGS = list(Config.__annotations__)
 # the block that a dense run ignores
-GATED_ONLY = SETTINGS[SETTINGS.index("gate_bias"):SETTINGS.index("repair_lambda_max") + 1]
+GATED_ONLY = SETTINGS[SETTINGS.index("gate_bias"):SETTINGS.index("lambda_max") + 1]
 
 
 def forward_passes(c):
@@ -222,11 +223,10 @@ def make_config(path, given):
     were set.
     """
     values = read_config_file(path, Config, limits()) if path else {}
-    for key in ("init_from", "target_from"):
-        if values.get(key, "").endswith(".py"):
-            values[key] = beside(path, values[key])
+    if values.get("init_from", "").endswith(".py"):
+        values["init_from"] = beside(path, values["init_from"])
     values |= given
-    for key in {"init_from", "target_from", "out_dir"} & set(values):
+    for key in {"init_from", "out_dir"} & set(values):
         values[key] = os.path.expanduser(values[key])
     config = Config(**values)
     if not config.out_dir:
@@ -298,15 +298,10 @@ def check_adapters(config):
             "average_decay holds a second copy of the whole model: it does not go with parallel='fsdp'. "
             "Set it to 0"
         )
-    if config.gated and config.cycle_steps and (config.parallel == "fsdp" or config.lora_rank):
-        raise UserError(
-            "cycle_steps goes back to whole checkpoints: it goes with neither parallel='fsdp' nor lora_rank. "
-            "Set it to 0"
-        )
 
 
 def check_constraint(config):
-    """The hand-over, lambda's bounds, and the cycles of cutting and repairing."""
+    """The hand-over, and lambda's bounds."""
     if config.gate_on_weights and config.open_above:
         raise UserError(
             f"open_above={config.open_above} shifts scores, and gate_on_weights does not feel it: set "
@@ -317,18 +312,191 @@ def check_constraint(config):
             f"lambda_init={config.lambda_init} must lie between lambda_min={config.lambda_min} and "
             f"lambda_max={config.lambda_max}"
         )
-    if 0 < config.repair_lambda_max < config.lambda_min:
-        raise UserError(
-            f"repair_lambda_max={config.repair_lambda_max} is a cap below the floor "
-            f"lambda_min={config.lambda_min}. Make it larger, or 0: lambda_max all along"
-        )
-    if config.cycle_steps % config.eval_interval:
-        raise UserError(
-            f"cycle_steps={config.cycle_steps} must be a multiple of eval_interval={config.eval_interval}: "
-            "an evaluation says whether a cycle has repaired what it cut"
-        )
-    if 0 < config.cycle_steps <= config.linear_penalty_steps:
-        raise UserError(
-            f"cycle_steps={config.cycle_steps} leaves no step for repair: make it larger than "
-            f"linear_penalty_steps={config.linear_penalty_steps}, or 0"
-        )
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Reading and checking. What follows knows no setting by name
+
+
+# what ast.literal_eval raises: TypeError of {[]: 1}, the last two of what is nested too deep
+NO_LITERAL = (ValueError, SyntaxError, TypeError, MemoryError, RecursionError)
+EXAMPLES = {int: "1000", float: "1e-3", bool: "True or False", str: "auto"}
+
+
+def described(config_class):
+    """All settings of a dataclass in words, for --help: its fields, their defaults, the comments beside and
+    above them. A comment `# --- words` begins a group.
+    """
+    lines, said = [], []
+    for line in inspect.getsource(config_class).splitlines():
+        line = line.strip()
+        field = re.fullmatch(r"(\w+): \w+ = (.+?)(?:  # (.*))?", line)
+        if line.startswith("# --- "):
+            lines += ["", line.removeprefix("# --- ") + ":"]
+        elif line.startswith("# "):
+            said.append(line[2:])
+        elif field:
+            name, default, beside_it = field.groups()
+            words = " ".join([*said, *([beside_it] if beside_it else [])])
+            said = []
+            lines += textwrap.wrap(words, 100, initial_indent=f"  --{name}={default}".ljust(34) + "  ",
+                                   subsequent_indent=" " * 36) or [f"  --{name}={default}"]
+    return "\n".join(lines).strip()
+
+
+def parse_command_line(arguments, config_class, limits):
+    """`[FILE.py] [--key=value ...]` -> the file's path or None, and a dict of the settings that were given.
+
+    config_class: a dataclass; limits: {key: (words, test)}, see `check`. Raises UserError.
+    """
+    path, values = None, {}
+    for argument in arguments:
+        key, equals, text = argument.removeprefix("--").partition("=")
+        if argument.startswith("--"):
+            if not equals:
+                raise UserError(f"{argument} has no value: write {argument}=VALUE")
+            try:
+                value = text if config_class.__annotations__.get(key) is str else ast.literal_eval(text)
+            except NO_LITERAL:
+                value = text  # no Python literal: `check` will say what is expected
+            values[key] = check(key, value, "on the command line", config_class, limits)
+        elif path is None:
+            path = os.path.expanduser(argument)
+        else:
+            raise UserError(
+                f"one config file at a time, not both {path} and {argument}. Settings are written "
+                "--key=value"
+            )
+    return path, values
+
+
+def read_config_file(path, config_class, limits, inside=()):
+    """The settings in a config file, as a dict. Nothing in it is executed. Raises UserError, with the line's
+    number.
+
+    `base = 'config/other.py'` takes over the settings of another file; the file's own win. inside: files that
+    led here.
+    """
+    if os.path.realpath(path) in inside:
+        raise UserError(f"{path} is its own base: a file that it names as its base leads back to it")
+    values, base = {}, {}
+    for key, node, where in lines_of(path):
+        value = plain_value(key, node, where)
+        if key == "base":
+            if not isinstance(value, str):
+                raise UserError(
+                    f"base {where} is {value!r}: it takes another config file, such as 'config/stdlib.py'"
+                )
+            base = read_config_file(
+                beside(path, value), config_class, limits, (*inside, os.path.realpath(path))
+            )
+        else:
+            values[key] = check(key, value, where, config_class, limits)
+    return base | values
+
+
+def beside(path, other):
+    """Where another config file lies that the one at path names: as it is written, from the current folder;
+    else in the folder of the file that names it.
+    """
+    other = os.path.expanduser(other)
+    neighbour = os.path.join(os.path.dirname(path), os.path.basename(other))
+    return other if os.path.exists(other) or not os.path.exists(neighbour) else neighbour
+
+
+def lines_of(path):
+    """[(name, syntax tree of its value, where it stands)] of the lines `name = value` in a config file.
+
+    Raises UserError.
+    """
+    try:
+        with open(path, encoding="utf-8-sig") as f:  # some editors put a mark at the beginning
+            statements = ast.parse(f.read()).body
+    except IsADirectoryError as error:
+        raise UserError(f"{path} is a folder. Name a config file: "
+                        "python train.py config/addition.py") from error
+    except FileNotFoundError as error:
+        raise UserError(f"there is no config file {path}.{file_like(path)}") from error
+    except SyntaxError as error:
+        raise UserError(f"{path}, line {error.lineno}: {error.msg}") from error
+    except ValueError as error:
+        raise UserError(f"{path} is no config file: it is not even text") from error
+    lines = []
+    for node in statements:
+        where = f"in {path}, line {node.lineno}"
+        if is_docstring(node):
+            continue
+        targets = node.targets if isinstance(node, ast.Assign) else []
+        if len(targets) != 1 or not isinstance(targets[0], ast.Name):
+            raise UserError(f"{where}: a config file holds comments and lines `name = value`, nothing else")
+        lines.append((targets[0].id, node.value, where))
+    return lines
+
+
+def is_docstring(node):
+    """Is this statement a string, and nothing else?"""
+    return (
+        isinstance(node, ast.Expr)
+        and isinstance(node.value, ast.Constant)
+        and isinstance(node.value.value, str)
+    )
+
+
+def plain_value(key, node, where):
+    """The Python value that a syntax tree stands for, if it is plain. Raises UserError."""
+    try:
+        return ast.literal_eval(node)
+    except NO_LITERAL as error:
+        raise UserError(f"{key} {where}: write a plain value, such as 3, 1e-3, True or 'text'") from error
+
+
+def file_like(path):
+    """` Did you mean config/addition.py?`, or nothing if no file has a name like this one's.
+
+    Looked for in its folder and in config/.
+    """
+    folder, name = os.path.split(path.replace("\\", "/"))
+    if not name.endswith(".py"):
+        name += ".py"
+    for place in dict.fromkeys((folder, "config", CONFIGS)):
+        files = os.listdir(place or ".") if os.path.isdir(place or ".") else []
+        files = [file for file in files if file.endswith(".py")]
+        near = difflib.get_close_matches(name, files, n=1, cutoff=0.7)
+        if near:
+            return f" Did you mean {os.path.join(place, near[0])}?"
+    return ""
+
+
+def one_of(words):
+    """("'a', 'b' or 'c'", test) of "a b c": a limit, for `check`."""
+    *others, last = map(repr, words.split())
+    return f"{', '.join(others)} or {last}", words.split().__contains__
+
+
+def check(key, value, where, config_class, limits):
+    """Return value, an int made a float where a float is wanted; raise UserError if key, type or range is
+    wrong.
+
+    limits[key] = (words, test): test(value) says whether the value makes sense, words complete "it must be
+    ...".
+    """
+    types = config_class.__annotations__
+    if key not in types:
+        near = difflib.get_close_matches(key, types, n=1, cutoff=0.5)
+        message = f"unknown setting {key} {where}."
+        if near:
+            message += f" Did you mean {near[0]}?"
+        raise UserError(f"{message} `python train.py --help` lists all settings")
+    wanted = types[key]
+    if type(value) is int and abs(value) >= 2**63:
+        raise UserError(f"{key} {where} is {value}: it must be less than 2^63")
+    if wanted is float and type(value) is int:
+        value = float(value)
+    if type(value) is float and not math.isfinite(value):
+        raise UserError(f"{key} {where} is {value!r}: it must be a finite number")
+    if type(value) is not wanted:
+        raise UserError(f"{key} {where} is {value!r}: it takes {wanted.__name__}, such as {EXAMPLES[wanted]}")
+    words, test = limits.get(key, ("", lambda _: True))
+    if not test(value):
+        raise UserError(f"{key} {where} is {value!r}: it must be {words}")
+    return value

@@ -1,5 +1,4 @@
-"""What became of a run, in a sentence, and what to do about it: how it is judged, the headline of its report,
-its exit status.
+"""What became of a run, in a sentence, and what to do about it: the headline of its report, and advice.
 
     a gated run    meets its target, or MISSED it: by how much, why, and what to type instead
     a dense run    is ready to be a parent, or not; and whether it was still learning when it ended
@@ -23,8 +22,8 @@ This file reads numbers, of `evaluate`, of metrics.jsonl and of report.json.
 import statistics
 from typing import NamedTuple
 
-from geco import is_cutting
 from storage.files import typed
+from training.judge import train_on
 
 # nats; a loss that falls by less in the last quarter of a run has settled: the slack that addition's child is
 # given
@@ -34,66 +33,6 @@ AT_CAP = 0.99  # of lambda_max, and more, is the cap
 # of the dense loss; a child that falls below by more has a parent that was not there yet. To train on for as
 # long, with gates or without, brought finished parents at most 2 % (docs/text.md)
 FAR = 0.05
-
-MISSED = 2  # the exit status of train.py where a run at its end is not what it was to become
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Judging
-
-
-def meets_target(found, dense, target_loss):
-    """Is the gated model as good as the dense one?
-
-    Its held-out loss is at most the target and, where answers are right or wrong (rows), on both splits no
-    fewer of them are right. found, dense: {split: what `evaluate` returns}.
-    """
-    return found["val"]["loss"] <= target_loss and all(
-        found[split]["correct"] >= dense[split]["correct"]
-        for split in found
-        if found[split]["accuracy"] is not None
-    )
-
-
-def is_ready(found, ready_loss):
-    """Is a dense model ready to be a parent?
-
-    All its answers are right, where they are right or wrong, and its held-out loss is at most ready_loss
-    (nats).
-    """
-    val = found["val"]
-    answers = [f for f in found.values() if f["accuracy"] is not None]
-    return val["loss"] <= ready_loss and all(f["correct"] == f["examples"] for f in answers)
-
-
-def distance_from_target(found, dense, target_loss):
-    """How far a gated model is from what `meets_target` asks for: (held-out answers lost, nats too many,
-    training answers lost). Zeros meet it.
-
-    In the order in which it is found out: training rows are counted only where the first two are 0.
-    """
-    lost = {"val": 0, "train": 0}
-    for split in found:
-        if found[split]["accuracy"] is not None:
-            lost[split] = max(0, dense[split]["correct"] - found[split]["correct"])
-    return lost["val"], max(0.0, found["val"]["loss"] - target_loss), lost["train"]
-
-
-def has_succeeded(config, state):
-    """Has a run at its end become what it was to become? A gated one has met its target; a dense one is
-    ready, if it was to be (ready_loss).
-
-    state: a checkpoint, or what goes into one.
-    """
-    if config.gated:
-        return bool(state.get("best"))
-    return not config.ready_loss or bool(state.get("ready"))
-
-
-def is_at_end(checkpoint, config):
-    """Is a run at its end? checkpoint: its last.pt; config: its settings now, a Config."""
-    is_ready = checkpoint.get("ready") and checkpoint["config"]["ready_loss"] == config.ready_loss
-    return bool(is_ready or checkpoint["step"] >= config.max_steps)
 
 
 class Learning(NamedTuple):
@@ -242,12 +181,6 @@ def advice(report, config, metrics, parent=None):
     return []
 
 
-def train_on(folder, steps=None):
-    """The command with which the run of a folder goes on, up to `steps`."""
-    more = [f"--max_steps={steps}"] if steps else []
-    return typed("python", "train.py", "--init_from=resume", f"--out_dir={folder}", *more)
-
-
 def unfinished(parent, run):
     """[what to do about a gated run's Parent that was still learning], or [] if there is none such."""
     if not parent or not still_learning(parent.metrics, parent.config):
@@ -308,9 +241,8 @@ def advice_for_missed(report, config, metrics, parent):
     at_cap = is_at_cap_throughout(config, metrics)
     found = learning(metrics)
     if at_cap:
-        cap = cap_of(config, report["step"] - 1)
         sentences.append("Lambda stood at its cap throughout, so edges went faster than training could "
-                         f"repair: the same command with --{cap}={3 * config[cap]:g} "
+                         f"repair: the same command with --lambda_max={3 * config['lambda_max']:g} "
                          + typed(f"--out_dir={run}-slower"))
     if found and found.fall > found.noise:
         twice = [f"--{key}={2 * config[key]}" for key in ("max_steps", "noise_free_steps") if config[key]]
@@ -334,7 +266,7 @@ def smaller_steps_and_higher_floor(config):
     flags = [f"--learning_rate={config['learning_rate'] / 2:g}", f"--lambda_min={floor:g}"]
     if config["min_lr"] > config["learning_rate"] / 2:
         flags.append(f"--min_lr={config['learning_rate'] / 2:g}")
-    flags += [f"--{key}={floor:g}" for key in ("lambda_init", "lambda_max", "repair_lambda_max")
+    flags += [f"--{key}={floor:g}" for key in ("lambda_init", "lambda_max")
               if 0 < config[key] < floor]
     return " ".join(flags)
 
@@ -365,21 +297,8 @@ def better_lambda_init(config, metrics):
     return highest if was_long and statistics.mean(m["violation"] for m in way) > 0.5 else None
 
 
-def cap_of(config, step):
-    """The name of the setting that caps lambda at a step: edges are cut at a low price of a nat, and repaired
-    at a high one. config: a dict.
-    """
-    cutting = is_cutting(step, config["linear_penalty_steps"], config.get("cycle_steps", 0))
-    return "lambda_max" if cutting or not config.get("repair_lambda_max") else "repair_lambda_max"
-
-
-def bounds_of_lambda(config):
-    """(floor, highest cap) of lambda over a run. config: a dict."""
-    return config["lambda_min"], max(config["lambda_max"], config.get("repair_lambda_max", 0))
-
-
 def is_at_cap_throughout(config, metrics):
     """Was lambda at its cap in nine of ten evaluations after the start?"""
-    # an evaluation sees the lambda that the step before it left
-    at_cap = [m["lambda"] >= AT_CAP * config[cap_of(config, m["step"] - 1)] for m in metrics[1:]]
+    behind = [m for m in metrics[1:] if m["step"] > config["linear_penalty_steps"]]  # before, it may not rise
+    at_cap = [m["lambda"] >= AT_CAP * config["lambda_max"] for m in behind]
     return sum(at_cap) >= 0.9 * len(at_cap) > 0

@@ -1,8 +1,7 @@
-"""Edges going out: the attention edges that are open while a model learns to add, as a picture that is drawn
-anew at every evaluation.
+"""Edges going out: the attention edges that are open while a model learns to add, evaluation by evaluation.
 
     out/<run>/edges.jsonl   one line an evaluation: which edges are open, in what share of the held-out sums
-    out/<run>/flow.png      the last of them; at the end, the one that is kept
+    out/<run>/flow.png      the one that is kept
     out/<run>/flow.gif      all of them, up to the one that is kept
 
 As in figures.py time runs to the right and depth upwards: an edge from key j to query i in layer l is a line
@@ -10,8 +9,7 @@ from (j, l) to (i, l + 1). Here it stands for all held-out sums at once, and its
 in which it is open.
 
 Notable:
-- Drawn by Pillow alone, in some 20 ms, because the training loop draws it and matplotlib takes a second to
-  import.
+- Drawn by Pillow alone, in some 20 ms a frame.
 - Drawn at twice the size and scaled down: that makes smooth lines out of Pillow's jagged ones.
 - Frames of steps after the one that a killed run goes on from are dropped, so that a run that was killed has
   the same film.
@@ -25,8 +23,8 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont  # comes with matplotlib
 
 from storage.addition import token_names
-from storage.files import draw_or_say, write_whole
-from training.folder import MetricsLog, read_metrics
+from storage.files import write_whole
+from training.folder import read_metrics
 
 # matplotlib's tab10, as in analysis/figures.py
 HEAD_COLORS = ((31, 119, 180), (255, 127, 14), (44, 160, 44), (214, 39, 40), (148, 103, 189),
@@ -43,53 +41,6 @@ MOST_BYTES = 300_000  # of flow.gif, so that it fits into a README
 FRAME, FIRST, LAST = 200, 1000, 4000  # milliseconds that a frame stands
 
 
-# ------------------------------------------------------------------------------------------------------------
-# What is stored
-
-
-def edge_list(by_edge):
-    """by_edge (n_layer, H, T, T), shares -> [[layer, head, query, key, share], ...] of the edges that open in
-    any sum.
-    """
-    shares = np.asarray(by_edge)
-    return [[*at, round(float(shares[tuple(at)]), 4)] for at in np.argwhere(shares > 0).tolist()]
-
-
-class FlowLog:
-    """edges.jsonl and flow.png of a run that trains.
-
-    task: an AdditionTask; config: the model's; max_steps: of the run; keep_until: the last step whose line is
-    kept of what the file holds already.
-    """
-
-    def __init__(self, folder, task, config, max_steps, keep_until):
-        self.folder, self.canvas = folder, Canvas(task, config.n_layer, config.n_head, max_steps)
-        self.log = MetricsLog(os.path.join(folder, "edges.jsonl"), keep_until)
-
-    def write(self, step, found, kept, passes, lam):
-        """Store an evaluation and draw it.
-
-        found: {split: what `evaluate` returns}; kept: the names under which its model is kept, such as
-        ['best.pt']; lam: lambda.
-        """
-        val = found["val"]
-        frame = {
-            "step": step,
-            "open": val["open"],
-            "total": val["total"],
-            "correct": sum(f["correct"] for f in found.values()),
-            "examples": sum(f["examples"] for f in found.values()),
-            "lambda": lam,
-            "passes": passes,
-            "held_out_only": "train" not in found,
-            "kept": kept[0].removesuffix(".pt") if kept else None,
-            "edges": edge_list(val["by_edge"]),
-        }
-        self.log.write(**frame)
-        draw_or_say(os.path.join(self.folder, "flow.png"),
-                    lambda path: save_picture(path, self.canvas.draw(frame)))
-
-
 def kept_frame(frames):
     """The place in `frames` of the evaluation whose model the run is known by: the last that became best.pt,
     else closest.pt, else the last of all.
@@ -104,7 +55,7 @@ def kept_frame(frames):
 def film(folder, task, config, max_steps):
     """Draw flow.png and flow.gif of a run from its edges.jsonl; nothing if it has none.
 
-    Arguments as of FlowLog.
+    task: an AdditionTask; config: the model's; max_steps: of the run.
     """
     path = os.path.join(folder, "edges.jsonl")
     frames = read_metrics(path) if os.path.exists(path) else []

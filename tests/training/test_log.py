@@ -10,7 +10,7 @@ import pytest
 from conftest import REPOSITORY
 from helpers import metrics, run
 from storage.files import UserError
-from training.steplog import StepLog
+from training.log import StepLog
 
 
 def test_every_step_is_a_row_that_pandas_reads(echo):

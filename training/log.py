@@ -1,0 +1,334 @@
+"""What a run writes down and shows while it trains.
+
+    metrics.jsonl   a line for every evaluation
+    edges.jsonl     of gated sums: which edges are open, in what share of the held-out sums
+    steps.csv       a row for every step: pandas.read_csv("out/addition/steps.csv").plot("step", "lambda")
+    the progress line, and Weights & Biases if it is asked for
+
+To follow a quantity of your own, add it to the call of `log.stepped` in train.py's loop: it becomes a column.
+
+Notable:
+- The progress line knows all parts of the job: how many there are, and how long they still take. A terminal
+  gets a bar (tqdm). A file or a pipe gets one plain line an evaluation, without carriage returns.
+- Rows are written at every evaluation, just before last.pt, and when a run ends, whatever ends it. What a
+  killed run did after last.pt is done again, and its rows with it.
+- --wandb=PROJECT needs `pip install wandb`, imported only then. WANDB_MODE=offline keeps all of it in the
+  run's folder.
+"""
+
+import csv
+import io
+import os
+import secrets
+import sys
+import time
+from dataclasses import asdict
+
+import numpy as np
+from tqdm import tqdm
+
+from storage.addition import addition_task
+from storage.files import UserError, json_of, write_json, write_whole
+from training import parallel
+from training.config import forward_passes
+from training.folder import read_metrics, settle
+
+
+class Logs:
+    """`with Logs(...) as log:` all files of a run with the settings c that goes on from step `start`.
+
+    Process 0 writes; what a killed run wrote after last.pt is dropped.
+
+    data, model, T: what is trained on, what is trained, and its context.
+    """
+
+    def __init__(self, c, start, data, model, T, device):
+        cost = forward_passes(c) - c.recompute_activations
+        flops = model.flops_per_token(T) / 3 * cost  # a forward pass is a third of a dense step
+        self.config = c
+        self.speed = parallel.Speed(c.batch_size * T, flops, device)
+        self.metrics = self.edges = self.steps = self.wandb = None
+        if parallel.rank() > 0:
+            return
+        settle(c.out_dir, start)
+        write_json(os.path.join(c.out_dir, "config.json"), asdict(c))
+        evaluates_at_start = start % c.eval_interval == 0 or start == c.max_steps
+        keep_until = start - evaluates_at_start
+        self.metrics = JsonLines(os.path.join(c.out_dir, "metrics.jsonl"), keep_until)
+        self.steps = StepLog(os.path.join(c.out_dir, "steps.csv"), start)
+        if c.gated and addition_task(data.meta):
+            self.edges = JsonLines(os.path.join(c.out_dir, "edges.jsonl"), keep_until)
+        if c.wandb:
+            self.wandb = Wandb(c.wandb, asdict(c))
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        self.close()
+
+    def stepped(self, step, geco, **measured):
+        """A step has been made: what was measured goes into steps.csv."""
+        if not self.steps:
+            return
+        if geco:
+            measured |= {"lambda": geco.lam, "violation": geco.violation}
+        self.steps.write(step, **measured)
+        if self.wandb:
+            self.wandb.write(step, **{f"step/{name}": value for name, value in measured.items()})
+
+    def evaluated(self, step, found, passes, kept, state, geco, seconds):
+        """An evaluation: a line of metrics.jsonl and, of sums, of edges.jsonl; steps.csv up to here.
+
+        found: {split: what `evaluate` returns}; kept: names of the files that keep it; seconds: of training.
+        """
+        if not self.metrics:
+            return
+        val, train = found["val"], found.get("train")
+        line = {
+            "step": step,
+            "val_loss": val["loss"],
+            "accuracy": val["accuracy"],
+            "val_correct": val["correct"],
+            "correct": val["correct"] + train["correct"] if train else None,
+            "train_loss": train["loss"] if train else None,
+            "batch_loss": state.batch_loss,
+            "density": state.density,
+            "open": val["open"],
+            "fraction": val["fraction"],
+            "passes": passes,
+            "target_loss": state.target_loss,
+            "seconds": seconds,
+            **self.speed.read(),
+        }
+        if geco:
+            line |= {"constraint_target": geco.target, "constraint_loss": state.constraint_loss,
+                     "violation": geco.violation, "lambda": geco.lam}
+        self.metrics.write(line)
+        if self.wandb:
+            self.wandb.write(**line)
+        if self.edges:
+            self.edges.write({
+                "step": step,
+                "open": val["open"],
+                "total": val["total"],
+                "correct": sum(f["correct"] for f in found.values()),
+                "examples": sum(f["examples"] for f in found.values()),
+                "lambda": geco.lam,
+                "passes": passes,
+                "held_out_only": train is None,
+                "kept": kept[0].removesuffix(".pt") if kept else None,
+                "edges": edge_list(val["by_edge"]),
+            })
+        self.steps.flush()  # a run goes on behind the rows that are there
+
+    def close(self):
+        """What waits is written or sent, also of a run that has left the numbers."""
+        if self.steps:
+            self.steps.flush()
+        if self.wandb:
+            self.wandb.finish()
+            self.wandb = None
+
+
+def edge_list(by_edge):
+    """by_edge (n_layer, H, T, T), shares -> [[layer, head, query, key, share], ...] of the edges that open in
+    any sum.
+    """
+    shares = np.asarray(by_edge)
+    return [[*at, round(float(shares[tuple(at)]), 4)] for at in np.argwhere(shares > 0).tolist()]
+
+
+class JsonLines:
+    """A file with a line of JSON per evaluation.
+
+    Lines of steps after keep_until, which a killed run wrote, are dropped.
+    """
+
+    def __init__(self, path, keep_until):
+        kept = [
+            json_of(m, path) + "\n"
+            for m in (read_metrics(path) if os.path.exists(path) else [])
+            if m["step"] <= keep_until
+        ]
+        write_whole(path, "".join(kept).encode())
+        self.path = path
+
+    def write(self, values):
+        line = json_of(values, self.path) + "\n"
+        try:
+            with open(self.path, "a", encoding="utf-8") as f:
+                f.write(line)
+                f.flush()
+                os.fsync(f.fileno())
+        except OSError as error:
+            raise UserError(
+                f"cannot write {self.path}: {error}. The checkpoints are untouched: free some space, and "
+                "the same command goes on"
+            ) from error
+
+
+class StepLog:
+    """`write(step, name=value, ...)` notes a step, `flush()` writes what was noted.
+
+    path: of steps.csv; rows of steps from `start` on, which a killed run wrote, are dropped.
+    """
+
+    def __init__(self, path, start):
+        self.path, self.columns, self.waiting = path, [], []
+        if not os.path.exists(path):
+            return
+        with open(path, encoding="utf-8", newline="") as f:
+            rows = [row for row in csv.DictReader(f) if (row["step"] or "").isdecimal()]
+        kept = [row for row in rows if int(row["step"]) < start and None not in row.values()]
+        self.rewrite(kept, list(rows[0]) if rows else [])
+
+    def rewrite(self, rows, columns):
+        """The whole file anew: rows, dicts, under these columns."""
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, columns, restval="")
+        if columns:
+            writer.writeheader()
+        writer.writerows(rows)
+        write_whole(self.path, text.getvalue().encode())
+        self.columns = columns
+
+    def write(self, step, **values):
+        self.waiting.append({"step": step, **values})
+
+    def flush(self):
+        """Append what waits. Raises UserError if the disk is full."""
+        if not self.waiting:
+            return
+        columns = list(self.waiting[0])
+        try:
+            if columns != self.columns:  # a new file, or a quantity more than before
+                before = []
+                if self.columns:
+                    with open(self.path, encoding="utf-8", newline="") as f:
+                        before = list(csv.DictReader(f))
+                self.rewrite(before, [*columns, *(name for name in self.columns if name not in columns)])
+            with open(self.path, "a", encoding="utf-8", newline="") as f:
+                csv.DictWriter(f, self.columns, restval="").writerows(self.waiting)
+        except OSError as error:
+            raise UserError(f"cannot write {self.path}: {error}. The checkpoints are untouched: free some "
+                            "space, and the same command goes on") from error
+        self.waiting = []
+
+
+class Wandb:
+    """The same for Weights & Biases. project: its name; settings: the run's, a dict."""
+
+    def __init__(self, project, settings):
+        try:
+            import wandb
+        except ImportError as error:
+            missing = f"--wandb={project} needs a package that is not installed: pip install wandb"
+            raise UserError(missing) from error
+        folder = settings["out_dir"]
+        place = os.path.join(folder, "wandb.id")  # a run that goes on is one run there, too
+        if not os.path.exists(place):
+            write_whole(place, secrets.token_hex(4).encode())
+        with open(place, encoding="utf-8") as f:
+            number = f.read()
+        self.run = wandb.init(project=project, name=os.path.basename(folder), id=number, resume="allow",
+                              dir=folder, config=settings)
+
+    def write(self, step, **values):
+        self.run.log({name: value for name, value in values.items() if value is not None}, step=step)
+
+    def finish(self):
+        """What waits is written or sent."""
+        self.run.finish()
+
+
+class Progress:
+    """`with Progress(runs, place, start) as progress:` the line of runs[place], one of the runs (Configs)
+    that a command trains one after the other. start: the step it goes on from; stream: stderr.
+
+    Call `evaluated` after every evaluation and `step` after every training step.
+    """
+
+    def __init__(self, runs, place, start, stream=None):
+        self.config, self.waiting, self.now, self.start = runs[place], runs[place + 1:], start, start
+        self.name = self.config.out_dir
+        if len(runs) > 1:
+            self.name = f"part {place + 1} of {len(runs)}, {self.name}"
+        self.stream = stream or sys.stderr
+        self.silent = parallel.rank() > 0
+        self.is_terminal = self.stream.isatty()
+        self.results = []
+
+    def __enter__(self):
+        self.began = time.perf_counter()
+        self.bar = tqdm(total=self.config.max_steps, initial=self.start, desc=self.name, file=self.stream,
+                        dynamic_ncols=True, disable=self.silent or not self.is_terminal,
+                        bar_format="{desc} {percentage:3.0f}%|{bar:10}| {n_fmt}/{total_fmt}{postfix}")
+        return self
+
+    def __exit__(self, *exception):
+        self.bar.close()
+
+    def outlook(self):
+        """The name, and what comes behind: `part 1 of 2, out/dense (then out/sparse)`."""
+        behind = ", ".join(f"then {c.out_dir}" for c in self.waiting)
+        return f"{self.name} ({behind})" if behind else self.name
+
+    def step(self):
+        """One more training step is done."""
+        self.now += 1
+        if self.is_terminal:
+            self.bar.set_postfix_str(", ".join([self.left(), *self.results]), refresh=False)
+            self.bar.update()
+
+    def evaluated(self, found, state, geco):
+        """Show an evaluation.
+
+        found: {split: what `evaluate` returns}; state: train.py's State, its best up to date; geco: or None.
+        """
+        if self.now == self.start:
+            # an evaluation before the first step tells nothing about the speed
+            self.began = time.perf_counter()
+        self.results = results(self.config, found, state.target_loss, state.best, geco and geco.lam)
+        words = ", ".join([self.left(), *self.results])
+        if self.is_terminal:
+            self.bar.set_postfix_str(words)
+        elif not self.silent:
+            print(f"{self.name}: step {self.now} of {self.config.max_steps}, {words}", file=self.stream,
+                  flush=True)
+
+    def left(self):
+        """The time that all parts still take, in words: `00:58 left`."""
+        c, steps_left = self.config, self.config.max_steps - self.now
+        work = steps_left * work_of_step(c) + sum(w.max_steps * work_of_step(w) for w in self.waiting)
+        if self.now == self.start:
+            return "time left unknown" if work else "done"
+        done = (self.now - self.start) * work_of_step(c)
+        seconds = work * (time.perf_counter() - self.began) / done
+        early = any(part.ready_loss and not part.gated for part in [c, *self.waiting])
+        return f"{'at most ' if early else ''}{tqdm.format_interval(round(seconds))} left"
+
+
+def work_of_step(c):
+    """What a training step costs, in forward passes of one sequence; only ratios matter."""
+    return c.batch_size * forward_passes(c)
+
+
+def results(c, found, target, best, lam):
+    """What an evaluation found, in words, the most important first; see `Progress.evaluated`."""
+    val = found["val"]
+    words = [f"loss {val['loss']:.4f}"]
+    if c.gated:
+        words[0] += f" (target {target:.4f})"
+    elif c.ready_loss:
+        words[0] += f" (ready at {c.ready_loss:g})"
+    if val["accuracy"] is not None:
+        correct, examples = (sum(split[key] for split in found.values()) for key in ("correct", "examples"))
+        # the others are not counted where these say enough
+        held_out = "" if "train" in found else "held-out "
+        words.append(f"{correct:,} of {examples:,} {held_out}right")
+    if not c.gated:
+        return [*words, f"best {best[1]:.4f}"] if best else words
+    words.append(f"{val['open']:.1f} of {val['total']} edges open")
+    words.append(f"best {best[0]:.1f}" if best else "none met the target yet")
+    return [*words, f"lambda {lam:.3f}"]
