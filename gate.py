@@ -12,8 +12,8 @@ Notable:
 - No parameters of its own. The gate reuses q and k, so any pre-trained checkpoint fits as it is.
 - The softmax is not renormalised after the mask: to shut an edge removes its term and changes no other.
   A head whose edges are all shut writes exactly zero (then c_proj adds its bias): whole heads switch off.
-- Training samples the gates (binary Gumbel-softmax, straight-through); on text it takes those of evaluation,
-  A = [s > 0], with the same gradient (`noise`).
+- Training samples the gates (binary Gumbel-softmax, straight-through); evaluation, and on text training too,
+  takes the threshold A = [s > 0], with the same gradient.
 - The penalty is the expected open fraction, the mean of sigmoid(s) over causal pairs: an L0 norm made smooth.
   One addition of ours keeps it from going flat: see linear_penalty below.
 - A pair with j > i is never open, never counted, and sends no gradient.
@@ -27,25 +27,16 @@ from typing import NamedTuple
 
 import torch
 
-from fast import dispatch
-
 
 @dataclass
 class GateConfig:
     """The gate's settings, part of every model's config. A new one needs a default, and the same in
-    training/settings.py.
+    training/config.py.
     """
 
     gated: bool = False  # attention through Bernoulli gates
     gate_bias: float | list = 3.0  # b in s = a + b; a list has one for each head, [layer][head] (handover.py)
     gate_temperature: float = 1.0  # of the straight-through gradient
-    gate_on_weights: bool = False  # an ablation: s = log softmax_j(a_i.)_j + b
-    renormalise: bool = False  # an ablation: the weights of open edges sum to 1 again
-
-    @property
-    def plain_only(self):
-        """Does only the plain formula know this gate?"""
-        return self.gate_on_weights or self.renormalise
 
 
 class Gates(NamedTuple):
@@ -60,75 +51,51 @@ class Gates(NamedTuple):
         return self.open * self.pattern
 
 
-def gated_attention(q, k, v, bias=3.0, temperature=1.0, sample=False, *, dense=False, linear_penalty=False,
-                    noise=None, keep=None, on_weights=False, renormalise=False, return_gates=False,
-                    impl="auto"):
+def gated_attention(q, k, v, bias=3.0, temperature=1.0, gates="threshold", *, dense=False,
+                    linear_penalty=False, keep=None, noise=None, return_gates=False):
     """Causal attention with a Bernoulli gate on every edge, as the paper writes it.
 
     q, k, v       (B, H, T, D) queries, keys, values. k and v may have fewer heads, each for a group of q's
     bias          b in s = a + b: a float, or a tensor that broadcasts to (B, H, T, T), such as (H, 1, 1)
     temperature   t of the straight-through gradient, sigmoid'((s + n) / t) / t. Never changes values
-    sample        True: as in training, A ~ Bernoulli(sigmoid(s)), or see noise, with a straight-through
-                  gradient.  False: as in evaluation, A = [s > 0]
+    gates         'sample': as in training, A ~ Bernoulli(sigmoid(s)). 'threshold': as in evaluation,
+                  A = [s > 0], which is n = 0. Both with the straight-through gradient
     dense         True: no gates, ordinary attention; the density is then 1
     linear_penalty  not the paper's: where s > 0 the penalty goes on along its tangent, 1/2 + s/4, and pulls
                   at wide-open edges, too, where sigmoid(s) is flat and edges that do nothing stay open. The
                   density may then exceed 1. It charges needed edges for being certain: the last steps want
                   sigmoid(s) again
-    noise         n when sampling: None draws it; a tensor (B, H, T, T) is taken as it is; 0.0 leaves it out:
-                  then values are those of evaluation, gradients those of training
     keep          ([[B,] H,] T, T) bool: an edge that is False here is shut; the penalty counts it still. A
                   float multiplies the gate, so that a gradient by edges can be had
-    on_weights    not the paper's, an ablation (docs/ablations.md): s_ij = log p_ij + b, p_ij the softmax, so
-                  that an edge is open where its attention weight is above exp(-b)
-    renormalise   not the paper's, an ablation (docs/ablations.md): a row's open weights are divided by their
-                  sum, so that to shut one edge strengthens the others; on_weights by exp(-b) at least
+    noise         n of 'sample', (B, H, T, T); None draws it
     return_gates  True: the third value is a `Gates`, else it is None
-    impl          'plain', 'tiled', 'triton' or 'auto': fast/dispatch.py
 
     Returns y (B, H, T, D); density, a scalar, the mean of the penalty over causal pairs, heads and batch; and
     the gates. Raises ValueError if the arguments do not fit together.
     """
     k, v = shared_among_heads(k, q), shared_among_heads(v, q)
-    check(q, k, v, temperature, keep)
-    # A fast form computes it, torch's where it is dense, fast/ from 64 tokens on; unless a caller wants to
-    # look inside, or an ablation. Then `noise` is what that form would have drawn: to look changes nothing
-    done, noise = dispatch.attention(q, k, v, bias, temperature, sample, dense, linear_penalty, noise,
-                                     plain=keep is not None or on_weights or renormalise or return_gates,
-                                     impl=impl)
-    if done is not None:
-        return *done, None
-
-    # The plain formula. a_ij is exact: half precision is too coarse at the gate's threshold
+    check(q, k, v, temperature, gates, keep)
     B, H, T, D = q.shape
-    exact = torch.promote_types(q.dtype, torch.float32)
+    exact = torch.promote_types(q.dtype, torch.float32)  # half precision is too coarse at the threshold
     causal = torch.ones(T, T, dtype=torch.bool, device=q.device).tril()  # (T, T), True where j <= i
     with torch.autocast(q.device.type, enabled=False):
         scores = q.to(exact) @ k.to(exact).transpose(-2, -1) / math.sqrt(D)  # a_ij              (B, H, T, T)
-    if on_weights:  # log p_ij in place of a_ij: the softmax of both is the same, the gate's threshold is not
-        scores = scores - scores.masked_fill(~causal, -math.inf).logsumexp(-1, keepdim=True)
     pattern = scores.masked_fill(~causal, -math.inf).softmax(dim=-1)  # over all causal keys     (B, H, T, T)
 
     if dense:
-        gates = causal.expand(B, H, T, T).to(pattern.dtype)
+        A = causal.expand(B, H, T, T).to(pattern.dtype)
         density = q.new_ones(())
     else:
         s = scores + bias  # gate logit s_ij                                                      (B, H, T, T)
-        gates = sampled_gates(s, temperature, noise) if sample else (s > 0).to(pattern.dtype)
-        gates = gates.masked_fill(~causal, 0)
+        A = sampled_gates(s, temperature, 0.0 if gates == "threshold" else noise).masked_fill(~causal, 0)
         penalty = s.sigmoid()  # the chance that the edge is open
         if linear_penalty:
             penalty = torch.where(s > 0, 0.5 + s / 4, penalty)
         density = penalty.masked_fill(~causal, 0).sum() / (B * H * T * (T + 1) / 2)
     if keep is not None:
-        gates = gates * keep
-
-    if renormalise:
-        # in evaluation no open edge has a weight below exp(-b): where none is open, gradients stay small
-        least = torch.as_tensor(-bias, dtype=exact, device=q.device).exp() if on_weights else 1e-9
-        pattern = pattern / (gates * pattern).sum(-1, keepdim=True).clamp(min=least)
-    y = (gates * pattern).to(v.dtype) @ v  # y_i = sum_j A_ij p_ij v_j                            (B, H, T, D)
-    return y, density, Gates(gates, pattern) if return_gates else None
+        A = A * keep
+    y = (A * pattern).to(v.dtype) @ v  # y_i = sum_j A_ij p_ij v_j                                (B, H, T, D)
+    return y, density, Gates(A, pattern) if return_gates else None
 
 
 def sampled_gates(s, temperature=1.0, noise=None):
@@ -141,6 +108,8 @@ def sampled_gates(s, temperature=1.0, noise=None):
     """
     noisy = s + (logistic_noise(s.shape, s.device) if noise is None else noise)
     hard = (noisy > 0).to(s.dtype)
+    if not noisy.requires_grad:
+        return hard
     soft = (noisy / temperature).sigmoid()
     return hard + (soft - soft.detach())  # the bracket is exactly 0, so the value is exactly 0 or 1
 
@@ -158,7 +127,7 @@ def shared_among_heads(x, q):
     return x
 
 
-def check(q, k, v, temperature, keep=None):
+def check(q, k, v, temperature, gates="threshold", keep=None):
     """Raise ValueError if the arguments of `gated_attention` do not fit together."""
     if q.dim() != 4 or not q.shape == k.shape == v.shape:
         raise ValueError(
@@ -167,23 +136,8 @@ def check(q, k, v, temperature, keep=None):
         )
     if temperature <= 0:
         raise ValueError(f"temperature must be above 0, not {temperature}")
+    if gates not in ("sample", "threshold"):
+        raise ValueError(f"gates is 'sample' or 'threshold', not {gates!r}")
     B, H, T, _ = q.shape
     if keep is not None and tuple(keep.shape) not in ((T, T), (H, T, T), (1, H, T, T), (B, H, T, T)):
         raise ValueError(f"keep must be ([[B,] H,] T, T), here B={B}, H={H}, T={T}, not {tuple(keep.shape)}")
-
-
-def by_layer(config, keep, device):
-    """For every layer {'bias', 'keep', 'on_weights', 'renormalise'} of `gated_attention`: config's gate_bias,
-    of a list [layer][head] a (H, 1, 1); its part of keep (n_layer, ...), or None. Raises ValueError if keep
-    has no such parts.
-    """
-    biases, kept = [config.gate_bias] * config.n_layer, [None] * config.n_layer
-    if isinstance(config.gate_bias, list):
-        biases = torch.tensor(config.gate_bias, device=device)[:, :, None, None]
-    if keep is not None:
-        if keep.dim() < 4 or len(keep) != config.n_layer:
-            raise ValueError("keep must be (n_layer, H, T, T) or (n_layer, B, H, T, T) with n_layer="
-                             f"{config.n_layer}, not {tuple(keep.shape)}")
-        kept = keep
-    same = {"on_weights": config.gate_on_weights, "renormalise": config.renormalise}
-    return [{"bias": b, "keep": k, **same} for b, k in zip(biases, kept)]

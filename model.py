@@ -11,8 +11,8 @@ pre-trained checkpoint can be post-trained, and a gated checkpoint can be run de
 Notable:
 - Parameter names are nanoGPT's (`transformer.h.0.attn.c_attn.weight`), so its users' tools load our
   checkpoints.
-- As with dropout, `model.train()` samples the gates (`noise=0.0`: thresholds, with the gradient of training)
-  and `model.eval()` makes them deterministic.
+- As with dropout, `model.train()` samples the gates and `model.eval()` makes them thresholds, unless `gates`
+  says which.
 - forward gives the density penalty beside the loss. It does not add them up: that is the business of geco.py.
 - `record` shows every layer's gates and attention pattern, `keep` shuts chosen edges: the analysis needs no
   more.
@@ -32,7 +32,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from gate import GateConfig, by_layer, gated_attention
+from fast.dispatch import attention
+from gate import GateConfig
 from storage.download import download, hub, sha256_of_hub
 from storage.files import UserError
 
@@ -65,6 +66,21 @@ def cross_entropy(logits, targets):
     return summed / (targets != -1).sum().clamp(min=1)
 
 
+def by_layer(config, keep, device):
+    """For every layer {'bias', 'keep'} of `gate.gated_attention`: config's gate_bias, of a list [layer][head]
+    a (H, 1, 1); its part of keep (n_layer, ...), or None. Raises ValueError if keep has no such parts.
+    """
+    biases, kept = [config.gate_bias] * config.n_layer, [None] * config.n_layer
+    if isinstance(config.gate_bias, list):
+        biases = torch.tensor(config.gate_bias, device=device)[:, :, None, None]
+    if keep is not None:
+        if keep.dim() < 4 or len(keep) != config.n_layer:
+            raise ValueError("keep must be (n_layer, H, T, T) or (n_layer, B, H, T, T) with n_layer="
+                             f"{config.n_layer}, not {tuple(keep.shape)}")
+        kept = keep
+    return [{"bias": b, "keep": k} for b, k in zip(biases, kept)]
+
+
 class CausalSelfAttention(nn.Module):
     def __init__(self, config):
         super().__init__()
@@ -76,9 +92,7 @@ class CausalSelfAttention(nn.Module):
     def attend(self, q, k, v, **gate_options):
         """q, k, v (B, H, T, D) -> y, density and gates, see `gated_attention`."""
         temperature, dense = self.config.gate_temperature, not self.config.gated
-        return gated_attention(
-            q, k, v, temperature=temperature, sample=self.training, dense=dense, **gate_options
-        )
+        return attention(q, k, v, temperature=temperature, dense=dense, **gate_options)
 
     def forward(self, x, **gate_options):
         """x (B, T, C) -> y (B, T, C); density, a scalar; gates, a `gate.Gates` or None.
@@ -179,7 +193,7 @@ class GPT(nn.Module):
     def attentions(self):
         return [block.attn for block in self.blocks]
 
-    def forward(self, idx, targets=None, keep=None, record=None, linear_penalty=False, noise=None):
+    def forward(self, idx, targets=None, keep=None, record=None, linear_penalty=False, gates=None):
         """idx (B, T) token ids; targets (B, T) the token to predict at each position, -1 where nothing is
         asked.
 
@@ -187,8 +201,7 @@ class GPT(nn.Module):
                 or float, for gradients by edges
         record  called as record(layer, gates) for every layer, gates a `gate.Gates`: what is open, what is
                 attended to
-        noise   of the gates in training mode; 0.0 leaves it out: gates are those of evaluation, with the
-                gradient of training. See gate.py
+        gates   'sample' or 'threshold', see gate.py; left out, training mode samples
         linear_penalty  the density is made of the penalty that does not saturate, see gate.py; False is the
                         paper's
 
@@ -204,13 +217,14 @@ class GPT(nn.Module):
             )
         x = self.transformer.wte(idx) + self.transformer.wpe(torch.arange(T, device=idx.device))  # (B, T, C)
         x = self.transformer.drop(x)
+        gates = gates or ("sample" if self.training else "threshold")
         densities, own = [], by_layer(self.config, keep, idx.device)
         for layer, block in enumerate(self.blocks):
-            x, density, gates = block(x, **own[layer], return_gates=record is not None, noise=noise,
+            x, density, shown = block(x, **own[layer], return_gates=record is not None, gates=gates,
                                       linear_penalty=linear_penalty, impl=self.attention_impl)
             densities.append(density)
             if record is not None:
-                record(layer, gates)
+                record(layer, shown)
         logits = self.lm_head(self.transformer.ln_f(x))  # (B, T, V)
         loss = None
         if targets is not None:

@@ -209,11 +209,11 @@ def train_one(c, given, runs, place):  # noqa: C901, the script as a whole, from
             learning_rate = get_lr(step, c)
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate
-            noisy = step < c.max_steps - c.noise_free_steps  # else gates are thresholds, as when judged
+            gates = "sample" if step < c.max_steps - c.noise_free_steps else "threshold"
 
             # --- 1. lambda: up if the loss is above its target, else down -----------------------------------
             if c.gated and step % c.constraint_interval == 0:
-                sampled = noisy and c.constraint_gates == "sampled"
+                sampled = gates == "sample" and c.constraint_gates == "sampled"
                 measured = batches.mean_loss(step, model if sampled else ema, autocast, sampled)
                 if c.constraint_paired:  # the dense model's luck with this batch; on average it is 0
                     measured -= batches.mean_loss(step, dense, autocast) - state.dense_on_training
@@ -229,7 +229,7 @@ def train_one(c, given, runs, place):  # noqa: C901, the script as a whole, from
                 if network is not model:  # DDP averages gradients after the last micro-batch alone
                     network.require_backward_grad_sync = i == len(batches.ours) - 1
                 with autocast():
-                    logits, loss, density = network(x, y, noise=None if noisy else 0.0,
+                    logits, loss, density = network(x, y, gates=gates,
                                                     linear_penalty=step < c.linear_penalty_steps)
                     objective = loss = weight * loss  # weight: its share of the step's targets
                     if c.gated:
@@ -276,8 +276,7 @@ def how_to_compute(c, model, dense, T, device):
     impl = "dense"
     if c.gated:
         width = config.n_embd // config.n_head
-        asked = "plain" if config.plain_only else c.attention_impl
-        impl = parallel.attention(asked, device, config.block_size, width, getattr(torch, dtype))
+        impl = parallel.attention(c.attention_impl, device, config.block_size, width, getattr(torch, dtype))
 
     # here: a mistake in the settings is answered before the compiler's two seconds of importing
     from torch._dynamo import config as dynamo

@@ -43,10 +43,6 @@ CHANGES = {  # name: {setting: value} of a Config, the change
     "no peak slack": lambda c: {"peak_slack": 0.0},
     "no linear penalty": lambda c: {"linear_penalty_steps": 0},
     "noise to the end": lambda c: {"noise_free_steps": 0},
-    "renormalised": lambda c: {"renormalise": True},
-    # weights above exp(-3.5) = 0.03 start open, and it takes no hand-over
-    "gate on renormalised weights": lambda c: {"gate_on_weights": True, "renormalise": True, "gate_bias": 3.5,
-                                               "open_above": 0.0},
 }
 
 

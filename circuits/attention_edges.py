@@ -42,7 +42,7 @@ from typing import NamedTuple
 
 import torch
 
-from circuits.attribution import batches, metric_of, ranks, settles, sizes, straight_through
+from circuits.attribution import batches, metric_of, ranks, settles, sizes
 from gate import shared_among_heads
 
 LEVELS = (0.8, 0.9, 0.95)
@@ -171,8 +171,7 @@ def integrated_scores(model, batch, metric, steps=5):
     for step in range(steps):
         way = 1.0 if steps == 1 else (step + 0.5) / steps
         keep = (way * batch.present).requires_grad_()
-        with straight_through(model):
-            logits = run_cut(model, batch.tokens, keep, batch.instead, noise=0.0)
+        logits = run_cut(model, batch.tokens, keep, batch.instead)
         value = metric_of(logits, batch.pairs, metric).sum()
         scores += torch.autograd.grad(value, keep)[0] / steps
     return scores.masked_fill(~batch.present, 0)

@@ -23,7 +23,7 @@ Notable:
   attention edges.
 - A gate is a threshold, and its derivative 0: an edge that acts only by opening one would score 0, and such
   edges are what these models are made of. So attribution takes the gradient of training, straight through the
-  gate (`straight_through`). Where a graph is small the exact scores are better still.
+  gate (gate.py). Where a graph is small the exact scores are better still.
 - Edges that lie on no path from the embedding to the output are dropped before a circuit is counted or run.
 - Heads without an open edge on the task's prompts write a constant: they and their edges are out of the graph
   from the start (`dead_heads`).
@@ -32,7 +32,6 @@ Notable:
   paper's section on circuits (arXiv 2512.05865). Works on every model that patching.py runs.
 """
 
-import contextlib
 import math
 
 import numpy as np
@@ -94,20 +93,6 @@ def run(model, tokens, hooks=None):
 # Scores
 
 
-@contextlib.contextmanager
-def straight_through(model):
-    """`with straight_through(model):` and noise=0.0, gates have their values of evaluation and the gradients
-    of training. Nothing else changes, no dropout.
-    """
-    for attention in model.attentions:
-        attention.training = True  # of this module alone, not of its parts
-    try:
-        yield
-    finally:
-        for attention in model.attentions:
-            attention.training = False
-
-
 def gradient_runs(model, pairs, metric, steps, batch_size):
     """Yield, for every batch and every step on the way from the corrupted to the clean input: by how much all
     writes differ between the two runs (corrupted - clean, (B, W, T, C)), the `Gradients` of the step's run,
@@ -122,8 +107,7 @@ def gradient_runs(model, pairs, metric, steps, batch_size):
         for k in range(steps):
             way = 1.0 if steps == 1 else k / steps
             hooks = Gradients(graph, (after[:, 0] + way * (before[:, 0] - after[:, 0])).requires_grad_())
-            with straight_through(model):
-                logits = patched(model, clean, hooks, noise=0.0)
+            logits = patched(model, clean, hooks)
             yield after - before, hooks, metric_of(logits, group, metric).sum()
 
 

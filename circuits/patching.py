@@ -19,18 +19,18 @@ is well defined. Which hooks there are: graph.py.
 
 import torch
 
-from gate import by_layer
+from model import by_layer
 from models.olmo import OLMo, rms_norm_of_heads, rotate, rotations
 
 
-def patched(model, idx, hooks, keep=None, record=None, noise=None):
+def patched(model, idx, hooks, keep=None, record=None, gates="threshold"):
     """Logits (B, T, V) of a GPT or OLMo whose reads and writes go through hooks.
 
-    idx (B, T); keep, record and noise as in `GPT.forward`.
+    idx (B, T); keep, record and gates as in `GPT.forward`.
     """
     run = run_olmo if isinstance(model, OLMo) else run_gpt
 
-    options = {"noise": noise, "return_gates": record is not None, "impl": model.attention_impl}
+    options = {"gates": gates, "return_gates": record is not None, "impl": model.attention_impl}
     every = [own | options for own in by_layer(model.config, keep, idx.device)]
     return run(model, idx, hooks, every, record or (lambda layer, gates: None))
 

@@ -7,9 +7,8 @@
 
 `auto` takes the fastest that fits: from a context of 64 on, triton on a GPU and tiled on a CPU.
 
-Notable: the fast forms know no `keep`, no `return_gates`, no tensor of noise and no bias that varies inside a
-head. What asks for one of these gets the plain formula, and nobody else in the project has to know: it gets
-the noise that the fast form would have made, so that looking at the gates changes nothing.
+Notable: the fast forms know no `keep`, no `return_gates` and no bias that varies inside a head. What asks for
+one of these gets the plain formula, and nobody else in the project has to know.
 """
 
 import importlib.util
@@ -18,6 +17,8 @@ import os
 import torch
 from torch.nn import functional as F
 
+from gate import check, gated_attention, shared_among_heads
+
 SHORT = 64  # tokens; below, the plain formula is as fast as any
 WIDEST = 128  # head that the Triton kernels take
 LARGE = 1e30  # a gate bias that decides by itself
@@ -25,32 +26,35 @@ LARGE = 1e30  # a gate bias that decides by itself
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
-def attention(q, k, v, bias, temperature, sample, dense, linear_penalty, noise, plain, impl):
-    """`gate.gated_attention` by the fastest form that knows all that is asked. Arguments as there, k and v
-    with as many heads as q; plain: only the plain formula can do it.
+def attention(q, k, v, bias=3.0, temperature=1.0, gates="threshold", *, dense=False, linear_penalty=False,
+              keep=None, return_gates=False, impl="auto"):
+    """`gate.gated_attention` by the fastest form that knows all that is asked; takes and returns the same.
 
-    Returns (y, density), or None where the plain formula has to do it; and the noise that it shall use.
+    impl: 'plain', 'tiled', 'triton' or 'auto'.
     """
-    if dense:
-        return None if plain else dense_attention(q, k, v), noise
-    if torch.is_tensor(noise) or noise not in (None, 0):
-        return None, noise
-    B, H, T, D = q.shape
-    impl = choose_impl(impl, q.device.type, T, D, q.dtype)
+    k, v = shared_among_heads(k, q), shared_among_heads(v, q)
+    check(q, k, v, temperature, gates, keep)
+    (B, H, T, D), shown = q.shape, keep is not None or return_gates
+    if dense and not shown:
+        return *dense_attention(q, k, v), None
+    impl = "plain" if dense else choose_impl(impl, q.device.type, T, D, q.dtype)
     head_bias = bias_of_heads(bias, H, q.device, torch.promote_types(q.dtype, torch.float32))
-    if impl == "plain" or head_bias is None or not q.numel():
-        return None, noise
+    is_fast = impl != "plain" and head_bias is not None and q.numel()
+    seed = noise = None
+    if is_fast:
+        from fast import op  # here, so that who only reads or runs the formula needs none of it
+        from fast.noise import edge_noise, new_seed
 
-    from fast import op  # here, so that who only reads or runs the formula needs none of it
-    from fast.noise import edge_noise, new_seed
-
-    seed = new_seed(q.device) if sample and noise is None else None
-    if plain:
-        return None, noise if seed is None else edge_noise(seed, B, H, T)
+        seed = new_seed(q.device) if gates == "sample" else None
+    if not is_fast or shown:
+        if seed is not None:  # the noise that the fast form would have made: to look changes nothing
+            noise = edge_noise(seed, B, H, T)
+        return gated_attention(q, k, v, bias, temperature, gates, dense=dense, linear_penalty=linear_penalty,
+                               keep=keep, noise=noise, return_gates=return_gates)
     if impl == "tiled" and torch.compiler.is_compiling():
         impl = "tiled compiled"
-    y, penalty, _ = op.forward(q, k, v, head_bias, seed, sample, temperature, linear_penalty, impl)
-    return (y, penalty.sum() / (B * H * T * (T + 1) / 2)), noise
+    y, penalty, _ = op.forward(q, k, v, head_bias, seed, temperature, linear_penalty, impl)
+    return y, penalty.sum() / (B * H * T * (T + 1) / 2), None
 
 
 def dense_attention(q, k, v):

@@ -98,19 +98,17 @@ def gate_tile(left, right, i, j, scale, bias, row_codes, column_codes, NOISE: tl
 @triton.jit
 def gradient_tile(
     s, share, odds, gate, p, dy, v, delta, dpenalty,
-    SAMPLE: tl.constexpr, TEMPERATURE: tl.constexpr, LINEAR: tl.constexpr,
+    TEMPERATURE: tl.constexpr, LINEAR: tl.constexpr,
 ):
     """e, the gradient of the scores of a tile, and p where gates are open.
 
     dy and v: the two factors of w, in the tile's orientation.
     """
     open_p = tl.where(gate, p, 0.0)
-    weight = open_p  # of w
-    if SAMPLE:
-        if TEMPERATURE != 1.0:
-            odds = exp(tl.log(odds) / TEMPERATURE)
-        soft = 1 / (1 + odds)
-        weight += p * (soft * (1 - soft) / TEMPERATURE)
+    if TEMPERATURE != 1.0:
+        odds = exp(tl.log(odds) / TEMPERATURE)
+    soft = 1 / (1 + odds)
+    weight = open_p + p * (soft * (1 - soft) / TEMPERATURE)  # of w
     e = weight * tl.dot(dy, v, input_precision="ieee") - p * delta
     slope = share * (1 - share)
     if LINEAR:
@@ -174,7 +172,7 @@ def dq_kernel(
     q, k, v, y, dy, dq, lse, delta, dpenalty, bias, seed,
     q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, H, T, scale,
     D: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    SAMPLE: tl.constexpr, TEMPERATURE: tl.constexpr, NOISE: tl.constexpr, LINEAR: tl.constexpr,
+    TEMPERATURE: tl.constexpr, NOISE: tl.constexpr, LINEAR: tl.constexpr,
 ):
     head, tile = tl.program_id(0), tl.num_programs(1) - 1 - tl.program_id(1)
     b, h = (head // H).to(tl.int64), head % H
@@ -204,7 +202,7 @@ def dq_kernel(
         )
         p = exp(a - lse_i[:, None])
         e, _ = gradient_tile(
-            s, share, odds, gate, p, dy_tile, v_tile, delta_i[:, None], g, SAMPLE, TEMPERATURE, LINEAR
+            s, share, odds, gate, p, dy_tile, v_tile, delta_i[:, None], g, TEMPERATURE, LINEAR
         )
         gathered += tl.dot(e.to(k_tile.dtype), tl.trans(k_tile), input_precision="ieee")
 
@@ -216,7 +214,7 @@ def dkdv_kernel(
     q, k, v, dy, dk, dv, lse, delta, dpenalty, bias, seed,
     q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, H, T, scale,
     D: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    SAMPLE: tl.constexpr, TEMPERATURE: tl.constexpr, NOISE: tl.constexpr, LINEAR: tl.constexpr,
+    TEMPERATURE: tl.constexpr, NOISE: tl.constexpr, LINEAR: tl.constexpr,
 ):
     head, tile = tl.program_id(0), tl.program_id(1)  # the first keys are read by the most queries
     b, h = (head // H).to(tl.int64), head % H
@@ -243,7 +241,7 @@ def dkdv_kernel(
         )
         p = exp(a - lse_i[None, :])
         e, open_p = gradient_tile(
-            s, share, odds, gate, p, v_tile, dy_tile, delta_i[None, :], g, SAMPLE, TEMPERATURE, LINEAR
+            s, share, odds, gate, p, v_tile, dy_tile, delta_i[None, :], g, TEMPERATURE, LINEAR
         )
         dv_tile += tl.dot(open_p.to(dy_tile.dtype), tl.trans(dy_tile), input_precision="ieee")
         dk_tile += tl.dot(e.to(q_tile.dtype), tl.trans(q_tile), input_precision="ieee")
@@ -287,7 +285,7 @@ def launch_for(kernel, q, tile):
     return launch(kernel, q.shape[-1], q.dtype) | ({"ROWS": tile[0], "COLUMNS": tile[1]} if tile else {})
 
 
-def forward(q, k, v, bias, seed, sample, temperature, linear_penalty, tile=None):
+def forward(q, k, v, bias, seed, temperature, linear_penalty, tile=None):
     """q, k, v (B, H, T, D); bias (H,); seed (2,) of the noise, or None.
 
     Returns y (B, H, T, D), the penalty's sum per head (B H), lse (B, H, T). tile: (ROWS, COLUMNS), powers of
@@ -307,13 +305,13 @@ def forward(q, k, v, bias, seed, sample, temperature, linear_penalty, tile=None)
     return y, penalty.sum(1), lse
 
 
-def backward(dy, dpenalty, q, k, v, bias, seed, y, lse, sample, temperature, linear_penalty, tile=None):
+def backward(dy, dpenalty, q, k, v, bias, seed, y, lse, temperature, linear_penalty, tile=None):
     """dy as y, dpenalty (B H), the rest as in `forward`. Returns dq, dk, dv (B, H, T, D)."""
     (q, k, v, bias, seed), numbers, options = ready(q, k, v, bias, seed)
     B, H, T, D = q.shape
     dy, dpenalty, delta = dy.contiguous(), dpenalty.contiguous(), torch.empty_like(lse)
     dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
-    options |= {"SAMPLE": sample, "TEMPERATURE": temperature, "LINEAR": linear_penalty}
+    options |= {"TEMPERATURE": temperature, "LINEAR": linear_penalty}
     of_dq, of_dkdv = (options | launch_for(kernel, q, tile) for kernel in (dq_kernel, dkdv_kernel))
     shared = lse, delta, dpenalty, bias, seed, *numbers
     with torch.cuda.device_of(q):

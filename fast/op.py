@@ -36,7 +36,6 @@ def forward(
     v: torch.Tensor,
     bias: torch.Tensor,
     seed: torch.Tensor | None,
-    sample: bool,
     temperature: float,
     linear_penalty: bool,
     impl: str,
@@ -48,11 +47,11 @@ def forward(
     module, options = computed_by(impl)
     # an operator does not leave autocast by itself, and half precision is too coarse for gates
     with torch.autocast(q.device.type, enabled=False):
-        return module.forward(q, k, v, bias, seed, sample, temperature, linear_penalty, **options)
+        return module.forward(q, k, v, bias, seed, temperature, linear_penalty, **options)
 
 
 @forward.register_fake
-def _(q, k, v, bias, seed, sample, temperature, linear_penalty, impl):
+def _(q, k, v, bias, seed, temperature, linear_penalty, impl):
     B, H, T, _ = q.shape
     exact = torch.promote_types(q.dtype, torch.float32)
     return (
@@ -73,7 +72,6 @@ def backward(
     seed: torch.Tensor | None,
     y: torch.Tensor,
     lse: torch.Tensor,
-    sample: bool,
     temperature: float,
     linear_penalty: bool,
     impl: str,
@@ -82,7 +80,7 @@ def backward(
     module, options = computed_by(impl)
     with torch.autocast(q.device.type, enabled=False):
         return module.backward(
-            dy, dpenalty, q, k, v, bias, seed, y, lse, sample, temperature, linear_penalty, **options
+            dy, dpenalty, q, k, v, bias, seed, y, lse, temperature, linear_penalty, **options
         )
 
 
@@ -99,7 +97,7 @@ def keep(ctx, inputs, output):
 
 
 def gradient(ctx, dy, dpenalty, dlse):
-    return *backward(dy, dpenalty, *ctx.saved_tensors, *ctx.options), None, None, None, None, None, None
+    return *backward(dy, dpenalty, *ctx.saved_tensors, *ctx.options), None, None, None, None, None
 
 
 forward.register_autograd(gradient, setup_context=keep)

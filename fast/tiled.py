@@ -24,11 +24,10 @@ temperature:
     e_ij     = d(a)_ij = the three together: s and a differ by a constant
     dq_i     = sum_j e_ij k_j / sqrt(D),   dk_j = sum_i e_ij q_i / sqrt(D)
 
-Notable: sigmoid'(x) = sigmoid(x) sigmoid(-x). The line through the gate is absent where gates are not sampled
-(evaluation); where training leaves the noise out it stays, with n = 0. Arithmetic is float32, or float64 if
-the queries are. The noise comes from noise.py, made again in the backward pass. Inside a compiled model the
-two functions that compute a strip are compiled as well: everything between their matrix products becomes one
-loop. op.py makes this an operator of torch, kernels.py does the same on a GPU.
+Notable: sigmoid'(x) = sigmoid(x) sigmoid(-x). Where gates are thresholds, n = 0. Arithmetic is float32, or
+float64 if the queries are. The noise comes from noise.py, made again in the backward pass. Inside a compiled
+model the two functions that compute a strip are compiled as well: everything between their matrix products
+becomes one loop. op.py makes this an operator of torch, kernels.py does the same on a GPU.
 """
 
 import functools
@@ -90,7 +89,7 @@ def forward_strip(q, k, v, bias, position, rows, columns, linear_penalty):
 
 
 def backward_strip(
-    dy, dpenalty, q, k, v, bias, position, rows, columns, lse, delta, sample, temperature, linear_penalty
+    dy, dpenalty, q, k, v, bias, position, rows, columns, lse, delta, temperature, linear_penalty
 ):
     """Gradients of what `forward_strip` returns: of q, and this strip's share of those of k and v.
 
@@ -101,10 +100,8 @@ def backward_strip(
     gate = (noisy > 0).to(p.dtype)
     dv = (gate * p).transpose(-2, -1) @ dy
     w = dy @ v.transpose(-2, -1)
-    through = gate
-    if sample:
-        soft = (noisy / temperature).sigmoid()
-        through = gate + soft * (1 - soft) / temperature
+    soft = (noisy / temperature).sigmoid()
+    through = gate + soft * (1 - soft) / temperature
     share = s.sigmoid()
     slope = share * (1 - share)
     if linear_penalty:
@@ -140,7 +137,7 @@ def prepare(q, k, v, bias, seed):
     )
 
 
-def forward(q, k, v, bias, seed, sample, temperature, linear_penalty, fuse=False):
+def forward(q, k, v, bias, seed, temperature, linear_penalty, fuse=False):
     """q, k, v (B, H, T, D); bias (H,); seed (2,) of the noise, or None.
 
     Returns y (B, H, T, D), the penalty's sum per head (B H), lse (B, H, T). fuse: compile the strips.
@@ -158,7 +155,7 @@ def forward(q, k, v, bias, seed, sample, temperature, linear_penalty, fuse=False
     return y.view(B, H, T, D).to(dtype), penalty, lse.view(B, H, T)
 
 
-def backward(dy, dpenalty, q, k, v, bias, seed, y, lse, sample, temperature, linear_penalty, fuse=False):
+def backward(dy, dpenalty, q, k, v, bias, seed, y, lse, temperature, linear_penalty, fuse=False):
     """dy as y, dpenalty (B H), the rest as in `forward`. Returns dq, dk, dv (B, H, T, D).
 
     The docstring above has the formulas.
@@ -172,7 +169,7 @@ def backward(dy, dpenalty, q, k, v, bias, seed, y, lse, sample, temperature, lin
     for h, i, j in strips(B * H, T):
         noise = (None, None) if rows is None else (rows[h, i], columns[h, j])
         dq[h, i], for_k, for_v = strip(dy[h, i], dpenalty[h], q[h, i], k[h, j], v[h, j], bias[h], position[i],
-                                       *noise, lse[h, i], delta[h, i], sample, temperature, linear_penalty)
+                                       *noise, lse[h, i], delta[h, i], temperature, linear_penalty)
         dk[h, j] += for_k
         dv[h, j] += for_v
     return [x.view(B, H, T, D).to(dtype) for x, dtype in zip((dq / math.sqrt(D), dk, dv), dtypes)]

@@ -186,6 +186,9 @@ def model_of(
     if "lora" in checkpoint:
         return adapted_model_of(checkpoint, path, device, prepare, merged, **overrides)
     args = {**checkpoint["model_args"], **overrides}
+    for ablation in ("gate_on_weights", "renormalise"):  # of commits up to 09dc135
+        if args.pop(ablation, False):
+            raise UserError(f"{path} was trained with {ablation}, which this version no longer computes")
     model_class, config_class = classes_of(args)
     unknown = sorted(set(args) - {f.name for f in fields(config_class)})
     if unknown:

@@ -37,8 +37,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from gate import GateConfig, by_layer, gated_attention
-from model import cross_entropy
+from fast.dispatch import attention
+from gate import GateConfig
+from model import by_layer, cross_entropy
 
 
 @dataclass
@@ -149,9 +150,7 @@ class Attention(nn.Module):
     def attend(self, q, k, v, **gate_options):
         """q (B, H, T, D), k and v (B, n_kv_head or H, T, D), normed and rotated."""
         temperature, dense = self.config.gate_temperature, not self.config.gated
-        return gated_attention(
-            q, k, v, temperature=temperature, sample=self.training, dense=dense, **gate_options
-        )
+        return attention(q, k, v, temperature=temperature, dense=dense, **gate_options)
 
     def forward(self, x, rotation, **gate_options):
         """x (B, T, C) -> y (B, T, C); density, a scalar; gates, a `gate.Gates` or None."""
@@ -255,7 +254,7 @@ class OLMo(nn.Module):
     def attentions(self):
         return [block.self_attn for block in self.blocks]
 
-    def forward(self, idx, targets=None, keep=None, record=None, linear_penalty=False, noise=None):
+    def forward(self, idx, targets=None, keep=None, record=None, linear_penalty=False, gates=None):
         """Takes and returns what `GPT.forward` in model.py does.
 
         Raises ValueError if idx is longer than block_size.
@@ -268,14 +267,15 @@ class OLMo(nn.Module):
             )
         x = self.model.embed_tokens(idx)  # (B, T, C)
         plain, stretched = rotations(c, T, idx.device), c.yarn and rotations(c, T, idx.device, stretched=True)
+        gates = gates or ("sample" if self.training else "threshold")
         densities, own = [], by_layer(c, keep, idx.device)
         for layer, block in enumerate(self.blocks):
             rotation = stretched if c.yarn and layer in c.yarn["layers"] else plain
-            x, density, gates = block(x, rotation, **own[layer], return_gates=record is not None, noise=noise,
+            x, density, shown = block(x, rotation, **own[layer], return_gates=record is not None, gates=gates,
                                       linear_penalty=linear_penalty, impl=self.attention_impl)
             densities.append(density)
             if record is not None:
-                record(layer, gates)
+                record(layer, shown)
         logits = self.lm_head(self.model.norm(x))  # (B, T, V)
         loss = None
         if targets is not None:

@@ -97,9 +97,9 @@ def test_requirements_are_the_five_and_the_pin():
         assert f.read().split() == ["torch==2.13.0", "tiktoken", "numpy", "tqdm", "matplotlib"]
 
 
-BELOW = {"geco": [], "fast": [], "storage": [], "gate": ["fast"], "model": ["gate", "storage"],
-         "prepare_data": ["storage"], "models": ["gate", "model", "storage"],
-         "circuits": ["gate", "models", "storage"],
+BELOW = {"geco": [], "gate": [], "storage": [], "fast": ["gate"], "model": ["gate", "fast", "storage"],
+         "prepare_data": ["storage"], "models": ["gate", "fast", "model", "storage"],
+         "circuits": ["gate", "model", "models", "storage"],
          "training": ["fast", "geco", "gate", "model", "prepare_data", "storage", "models"],
          "analysis": ["fast", "gate", "model", "prepare_data", "storage", "models", "training", "circuits"],
          "train": ["geco", "fast", "gate", "model", "prepare_data", "storage", "models", "training"],

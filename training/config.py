@@ -83,10 +83,6 @@ class Config:
     gated: bool = False  # False is an ordinary dense run; it ignores this block
     gate_bias: float = 3.0  # b in sigmoid(a + b); above 0 the edges start open
     gate_temperature: float = 1.0  # of the straight-through gradient
-    # two ablations, which the plain formula alone knows: gates open where the attention weight is above
-    # exp(-gate_bias), and the weights of open edges sum to 1 again
-    gate_on_weights: bool = False
-    renormalise: bool = False
     # attention weight above which edges start open, by a shift of the key biases, or of each head's gates
     # (handover.py); 0 is off, the paper's
     open_above: float = 0.0
@@ -302,11 +298,6 @@ def check_adapters(config):
 
 def check_constraint(config):
     """The hand-over, and lambda's bounds."""
-    if config.gate_on_weights and config.open_above:
-        raise UserError(
-            f"open_above={config.open_above} shifts scores, and gate_on_weights does not feel it: set "
-            "open_above to 0. Weights above exp(-gate_bias) start open"
-        )
     if not config.lambda_min <= config.lambda_init <= config.lambda_max:
         raise UserError(
             f"lambda_init={config.lambda_init} must lie between lambda_min={config.lambda_min} and "

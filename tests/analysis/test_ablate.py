@@ -42,19 +42,19 @@ def test_what_is_on_goes_off_and_what_is_off_goes_on():
 
 
 def test_settings_hold_for_all_and_some_changes_can_be_chosen():
-    found = changes_of(TEXT, {"max_steps": 9}, ["renormalised"])
-    assert found == {"as it is": {"max_steps": 9}, "renormalised": {"max_steps": 9, "renormalise": True}}
-    with pytest.raises(UserError, match="there is no change 'renormalized'. There are as it is, fixed"):
-        changes_of(TEXT, {}, ["renormalized"])
+    found = changes_of(TEXT, {"max_steps": 9}, ["gate bias 6"])
+    assert found == {"as it is": {"max_steps": 9}, "gate bias 6": {"max_steps": 9, "gate_bias": 6.0}}
+    with pytest.raises(UserError, match="there is no change 'gate bias 7'. There are as it is, fixed"):
+        changes_of(TEXT, {}, ["gate bias 7"])
     with pytest.raises(UserError, match="dense run: there is no part of the method"):
         changes_of("config/stdlib_dense.py", {}, [])
 
 
 def test_a_failed_seed_stays_in_the_table():
     failed = {"seed": 1, "failed": "error: out of memory", "met": False, "run": "out/x"}
-    line = line_of("renormalised", {}, [failed])
+    line = line_of("gate bias 6", {}, [failed])
     assert line["failed"] == ["error: out of memory"]
-    assert table([line]).splitlines()[1].split() == ["renormalised", "0", "of", "1", "-", "-"]
+    assert table([line]).splitlines()[1].split() == ["gate", "bias", "6", "0", "of", "1", "-", "-"]
 
 
 def test_a_line_holds_all_seeds_sorted():
@@ -67,23 +67,23 @@ def test_a_line_holds_all_seeds_sorted():
 
 def test_the_command_trains_each_change_and_says_what_became_of_it(counting, monkeypatch):
     in_this_process(monkeypatch)
-    done = call(analyze.main, "ablate", "sparse.py", "--seeds=1", "--max_steps=20", "--only=renormalised")
+    done = call(analyze.main, "ablate", "sparse.py", "--seeds=1", "--max_steps=20", "--only=gate bias 6")
     assert done.returncode is None or done.returncode == 0, done.stderr
     with open("out/sparse-max_steps=20-ablations.json") as f:
         lines = json.load(f)
-    assert [line["change"] for line in lines] == ["as it is", "renormalised"]
+    assert [line["change"] for line in lines] == ["as it is", "gate bias 6"]
     for line in lines:
         assert line["of"] == 1 and len(line["open"]) == len(line["above"]) == 1 and not line["failed"]
-        changed = "-renormalise=True" if line["change"] == "renormalised" else ""
-        folder = f"out/sparse-max_steps=20{changed}"
+        changed = "gate_bias=6.0-" if line["change"] == "gate bias 6" else ""
+        folder = f"out/sparse-{changed}max_steps=20"
         with open(f"{folder}/report.json") as f:
             report = json.load(f)
         assert report["edges"]["open"] in line["open"]
         assert report["sparse"]["val_loss"] - report["dense"]["val_loss"] in line["above"]
         with open(f"{folder}/config.json") as f:
-            assert json.load(f)["renormalise"] == (line["change"] == "renormalised")
+            assert json.load(f)["gate_bias"] == (6.0 if line["change"] == "gate bias 6" else 3.0)
     assert set(CHANGES) >= {line["change"] for line in lines}
     # the table of another command keeps these lines
     call(analyze.main, "ablate", "sparse.py", "--seeds=1", "--max_steps=20", "--only=temperature 3")
     with open("out/sparse-max_steps=20-ablations.json") as f:
-        assert {line["change"] for line in json.load(f)} == {"as it is", "temperature 3", "renormalised"}
+        assert {line["change"] for line in json.load(f)} == {"as it is", "temperature 3", "gate bias 6"}

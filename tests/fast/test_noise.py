@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
+from fast.dispatch import attention
 from fast.noise import edge_codes, edge_noise, mix, new_seed, uniform
-from gate import gated_attention
 from training.steps import Batches
 
 HEADS, T = 8, 512
@@ -112,9 +112,9 @@ def test_gates_open_as_often_as_their_probability_says():
 
 def test_no_edge_is_drawn_twice_alike_when_attention_is_called_twice():
     q, k, v = torch.randn(3, 1, 2, 96, 8).unbind(0)
-    first, second = (gated_attention(q, k, v, 0.0, sample=True, impl="tiled")[0] for _ in range(2))
+    first, second = (attention(q, k, v, 0.0, gates="sample", impl="tiled")[0] for _ in range(2))
     assert (first != second).any()
     torch.manual_seed(5)
-    first = gated_attention(q, k, v, 0.0, sample=True, impl="tiled")[0]
+    first = attention(q, k, v, 0.0, gates="sample", impl="tiled")[0]
     torch.manual_seed(5)
-    assert torch.equal(first, gated_attention(q, k, v, 0.0, sample=True, impl="tiled")[0])
+    assert torch.equal(first, attention(q, k, v, 0.0, gates="sample", impl="tiled")[0])

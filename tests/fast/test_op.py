@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from conftest import REPOSITORY
 from fast import op
-from fast.dispatch import choose_impl
+from fast.dispatch import attention, choose_impl
 from fast.noise import edge_noise, new_seed
 from gate import gated_attention
 from model import GPT, GPTConfig
@@ -27,28 +27,30 @@ from model import GPT, GPTConfig
 kernels = pytest.importorskip("fast.kernels", reason="the triton package is not installed")
 GPU = torch.cuda.is_available()
 DEVICE = {"tiled": "cpu", "tiled compiled": "cpu", "triton": "cuda" if GPU else "cpu"}
-# sample, noise, temperature, linear_penalty
-OPTIONS = list(itertools.product((True, False), (True, False), (1.0, 0.7), (False, True)))
+# noise, temperature, linear_penalty
+OPTIONS = list(itertools.product((True, False), (1.0, 0.7), (False, True)))
 
 
 def make(B, H, T, D, dtype=torch.float64, scale=1.0):
     return [(scale * torch.randn(B, H, T, D, dtype=torch.float64)).to(dtype) for _ in range(4)]  # q, k, v, dy
 
 
-def plain(q, k, v, dy, bias, seed, sample, temperature, linear, dpenalty=7.0):
+def plain(q, k, v, dy, bias, seed, temperature, linear, dpenalty=7.0):
     """y, density, dq, dk, dv of the formula in float64."""
     q, k, v = (x.double().requires_grad_() for x in (q, k, v))
-    noise = 0.0 if seed is None else edge_noise(seed, *q.shape[:3]).double()
-    y, density, _ = gated_attention(q, k, v, bias.double()[:, None, None], temperature, sample, noise=noise,
-                                    linear_penalty=linear, impl="plain")
+    gates, noise = "threshold", None
+    if seed is not None:
+        gates, noise = "sample", edge_noise(seed, *q.shape[:3]).double()
+    y, density, _ = gated_attention(q, k, v, bias.double()[:, None, None], temperature, gates, noise=noise,
+                                    linear_penalty=linear)
     return y, density, *torch.autograd.grad((y * dy.double()).sum() + dpenalty * density, (q, k, v))
 
 
-def fast(impl, q, k, v, dy, bias, seed, sample, temperature, linear, dpenalty=7.0):
+def fast(impl, q, k, v, dy, bias, seed, temperature, linear, dpenalty=7.0):
     to = DEVICE[impl]
     q, k, v = (x.to(to).requires_grad_() for x in (q, k, v))
     (B, H, T, _), seed = q.shape, None if seed is None else seed.to(to)
-    y, penalty, _ = op.forward(q, k, v, bias.to(to), seed, sample, temperature, linear, impl)
+    y, penalty, _ = op.forward(q, k, v, bias.to(to), seed, temperature, linear, impl)
     density = penalty.sum() / (B * H * T * (T + 1) / 2)
     return [
         x.cpu()
@@ -63,14 +65,14 @@ def agree(ours, theirs, tolerance):
                                    msg=lambda text: f"{name}: {text}")
 
 
-@pytest.mark.parametrize("sample, noise, temperature, linear", OPTIONS)
+@pytest.mark.parametrize("noise, temperature, linear", OPTIONS)
 @pytest.mark.parametrize("impl", ["tiled", "triton"])
-def test_values_and_gradients_agree_with_the_plain_formula(impl, sample, noise, temperature, linear):
+def test_values_and_gradients_agree_with_the_plain_formula(impl, noise, temperature, linear):
     bias = torch.tensor([-2.0, 0.5, 3.0])
-    seed = new_seed() if noise and sample else None
+    seed = new_seed() if noise else None
     inputs = make(2, 3, 70, 32, torch.float32)
-    agree(fast(impl, *inputs, bias, seed, sample, temperature, linear),
-          plain(*inputs, bias, seed, sample, temperature, linear), 1e-5)
+    agree(fast(impl, *inputs, bias, seed, temperature, linear),
+          plain(*inputs, bias, seed, temperature, linear), 1e-5)
 
 
 @pytest.mark.parametrize("D", [32, 64, 128])
@@ -78,7 +80,7 @@ def test_values_and_gradients_agree_with_the_plain_formula(impl, sample, noise, 
 @pytest.mark.parametrize("impl", ["tiled", "triton"])
 def test_widths_and_lengths(impl, T, D):
     inputs, bias, seed = make(1, 2, T, D, torch.float32), torch.tensor([1.0, -1.0]), new_seed()
-    agree(fast(impl, *inputs, bias, seed, True, 1.0, False), plain(*inputs, bias, seed, True, 1.0, False),
+    agree(fast(impl, *inputs, bias, seed, 1.0, False), plain(*inputs, bias, seed, 1.0, False),
           1e-5)
 
 
@@ -97,16 +99,15 @@ def test_widths_and_lengths(impl, T, D):
     seed=strategies.lists(strategies.integers(0, 2**31 - 2), min_size=2, max_size=2),
 )
 def test_any_shape(impl, B, H, T, D, option, bias, seed):
-    sample, noise, temperature, linear = option
+    noise, temperature, linear = option
     inputs, bias = make(B, H, T, D, torch.float32), torch.full((H,), bias)
-    seed = torch.tensor(seed) if noise and sample else None
-    agree(fast(impl, *inputs, bias, seed, sample, temperature, linear),
-          plain(*inputs, bias, seed, sample, temperature, linear), 3e-5)
+    seed = torch.tensor(seed) if noise else None
+    agree(fast(impl, *inputs, bias, seed, temperature, linear),
+          plain(*inputs, bias, seed, temperature, linear), 3e-5)
 
 
 @pytest.mark.parametrize("impl", ["tiled", "triton"])
-@pytest.mark.parametrize("sample", [True, False])
-def test_heads_without_an_open_edge_rows_with_one_and_scores_that_are_huge(impl, sample):
+def test_heads_without_an_open_edge_rows_with_one_and_scores_that_are_huge(impl):
     """Head 0: all shut. Head 1: every query reads itself alone, in a tile otherwise shut.
 
     Head 2: scores of 100 and more.
@@ -117,9 +118,9 @@ def test_heads_without_an_open_edge_rows_with_one_and_scores_that_are_huge(impl,
     q[:, 1], k[:, 1] = 30 * position[:, :D], 30 * position[:, :D]  # the last 16 queries see nothing at all
     q[:, 2], k[:, 2] = 12 * q[:, 2], 8 * k[:, 2]
     bias = torch.tensor([-60.0, -40.0, -50.0])
-    y, *rest = fast(impl, q, k, v, dy, bias, None, sample, 1.0, False)
+    y, *rest = fast(impl, q, k, v, dy, bias, None, 1.0, False)
     # float32 has 5 digits behind the point of a score of 100
-    agree((y, *rest), plain(q, k, v, dy, bias, None, sample, 1.0, False), 1e-4)
+    agree((y, *rest), plain(q, k, v, dy, bias, None, 1.0, False), 1e-4)
     assert (y[:, 0] == 0).all() and (y[:, 1, D:] == 0).all() and (y[:, 1, :D] != 0).any(-1).all()
 
 
@@ -135,8 +136,8 @@ def test_half_precision_stays_within_its_rounding(impl, dtype, bias):
     rounding what goes into the products.
     """
     inputs, bias, seed = make(1, 2, 96, 64, dtype), torch.full((2,), bias), new_seed()
-    agree(fast(impl, *inputs, bias, seed, True, 1.0, False, dpenalty=7 * 96 * 97),
-          plain(*inputs, bias, seed, True, 1.0, False, dpenalty=7 * 96 * 97), 2e-2)
+    agree(fast(impl, *inputs, bias, seed, 1.0, False, dpenalty=7 * 96 * 97),
+          plain(*inputs, bias, seed, 1.0, False, dpenalty=7 * 96 * 97), 2e-2)
 
 
 def test_half_precision_does_not_lose_what_many_small_weights_say_together():
@@ -146,8 +147,8 @@ def test_half_precision_does_not_lose_what_many_small_weights_say_together():
     q, k, v, dy = make(1, 1, 256, 32, torch.float16)
     q[..., 0], k[..., 0], k[:, :, 0, 0], v[:, :, 0] = 6.0, 0.0, 11.5 * 32**0.5 / 6, 0.0
     bias = torch.full((1,), 40.0)
-    ours, theirs = fast("triton", q, k, v, dy, bias, None, False, 1.0, False, 0.0), plain(
-        q, k, v, dy, bias, None, False, 1.0, False, 0.0
+    ours, theirs = fast("triton", q, k, v, dy, bias, None, 1.0, False, 0.0), plain(
+        q, k, v, dy, bias, None, 1.0, False, 0.0
     )
     for a, b in zip(ours[2:], theirs[2:]):
         assert (a.double() - b).norm() < 0.02 * b.norm()
@@ -162,7 +163,7 @@ def test_autocast_does_not_reach_inside(impl):
     bias, found = torch.zeros(2, device=device), []
     for enabled in (True, False):
         with torch.autocast(device, dtype=torch.bfloat16, enabled=enabled):
-            y, penalty, _ = op.forward(q, k, v, bias, None, True, 1.0, False, impl)
+            y, penalty, _ = op.forward(q, k, v, bias, None, 1.0, False, impl)
             found.append((y, penalty, *torch.autograd.grad((y * dy).sum() + penalty.sum(), (q, k, v))))
     assert all(torch.equal(a, b) for a, b in zip(*found))
 
@@ -170,11 +171,11 @@ def test_autocast_does_not_reach_inside(impl):
 def test_tiles_of_any_size_give_the_same():
     q, k, v, dy = (x.to(DEVICE["triton"]) for x in make(1, 2, 100, 32, torch.float32))
     bias, seed, g = torch.zeros(2, device=q.device), new_seed(q.device), torch.ones(2, device=q.device)
-    y, penalty, lse = kernels.forward(q, k, v, bias, seed, True, 1.0, False, tile=(128, 128))
-    gradients = kernels.backward(dy, g, q, k, v, bias, seed, y, lse, True, 1.0, False, tile=(128, 128))
+    y, penalty, lse = kernels.forward(q, k, v, bias, seed, 1.0, False, tile=(128, 128))
+    gradients = kernels.backward(dy, g, q, k, v, bias, seed, y, lse, 1.0, False, tile=(128, 128))
     for tile in ((16, 64), (64, 16), (32, 32)):
-        others = kernels.forward(q, k, v, bias, seed, True, 1.0, False, tile=tile)
-        others_gradients = kernels.backward(dy, g, q, k, v, bias, seed, y, lse, True, 1.0, False, tile=tile)
+        others = kernels.forward(q, k, v, bias, seed, 1.0, False, tile=tile)
+        others_gradients = kernels.backward(dy, g, q, k, v, bias, seed, y, lse, 1.0, False, tile=tile)
         for a, b in zip((y, penalty, lse, *gradients), (*others, *others_gradients)):
             torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
 
@@ -183,7 +184,7 @@ def test_two_runs_give_the_same_bits():
     """Nothing races: every sum is one program's. On a GPU this would show an atomic addition."""
     for impl in ("tiled", "triton"):
         inputs, seed = make(2, 2, 150, 32, torch.float32), new_seed()
-        first, second = (fast(impl, *inputs, torch.zeros(2), seed, True, 1.0, False) for _ in range(2))
+        first, second = (fast(impl, *inputs, torch.zeros(2), seed, 1.0, False) for _ in range(2))
         assert all(torch.equal(a, b) for a, b in zip(first, second)), impl
 
 
@@ -196,12 +197,12 @@ def test_torch_accepts_the_operators_on_views_of_a_projection_as_in_model_py(imp
     joint = torch.randn(B, 40, 3 * 2 * 16, device=DEVICE[impl], requires_grad=True)
     q, k, v = (part.view(B, 40, 2, 16).transpose(1, 2) for part in joint.split(32, dim=2))
     bias, seed = torch.zeros(2, device=DEVICE[impl]), new_seed(DEVICE[impl])
-    torch.library.opcheck(op.forward, (q, k, v, bias, seed, True, 1.0, False, impl))
+    torch.library.opcheck(op.forward, (q, k, v, bias, seed, 1.0, False, impl))
     dy = torch.randn(B, 40, 2, 16).transpose(1, 2)
     seed = seed.cpu()
-    strided = fast(impl, q.detach(), k.detach(), v.detach(), dy, bias.cpu(), seed, True, 1.0, False)
+    strided = fast(impl, q.detach(), k.detach(), v.detach(), dy, bias.cpu(), seed, 1.0, False)
     agree(strided,
-          plain(q.detach().cpu(), k.detach().cpu(), v.detach().cpu(), dy, bias.cpu(), seed, True, 1.0, False),
+          plain(q.detach().cpu(), k.detach().cpu(), v.detach().cpu(), dy, bias.cpu(), seed, 1.0, False),
           1e-5)
 
 
@@ -239,7 +240,7 @@ def test_what_the_fast_forms_keep_for_the_backward_pass_grows_with_T_not_with_it
         sizes = []
         q, k, v = (torch.randn(1, 1, T, 8, requires_grad=True) for _ in range(3))
         with torch.autograd.graph.saved_tensors_hooks(lambda x: sizes.append(x.numel()), lambda x: x):
-            gated_attention(q, k, v, sample=True, impl="tiled")
+            attention(q, k, v, gates="sample", impl="tiled")
         return sum(sizes)
 
     assert kept(512) < 2.1 * kept(256)
@@ -279,40 +280,34 @@ def test_the_choice_and_its_errors(monkeypatch):
 
 def test_what_the_fast_forms_cannot_do_is_done_by_the_formula():
     q, k, v, _ = make(1, 2, 80, 16)
-    y, density, gates = gated_attention(q, k, v, 0.0, return_gates=True, impl="tiled")
+    y, density, gates = attention(q, k, v, 0.0, return_gates=True, impl="tiled")
     assert gates.open.shape == (1, 2, 80, 80)
-    torch.testing.assert_close(y, gated_attention(q, k, v, 0.0, impl="tiled")[0])
+    torch.testing.assert_close(y, attention(q, k, v, 0.0, impl="tiled")[0])
     keep = torch.ones(80, 80).tril(-1).bool()
-    torch.testing.assert_close(gated_attention(q, k, v, 0.0, keep=keep, impl="tiled")[0],
-                               gated_attention(q, k, v, 0.0, keep=keep, impl="plain")[0])
+    torch.testing.assert_close(attention(q, k, v, 0.0, keep=keep, impl="tiled")[0],
+                               attention(q, k, v, 0.0, keep=keep, impl="plain")[0])
     bias = torch.randn(2, 80, 80, dtype=torch.float64)  # varies inside a head
-    torch.testing.assert_close(gated_attention(q, k, v, bias, impl="tiled")[0],
-                               gated_attention(q, k, v, bias, impl="plain")[0])
+    torch.testing.assert_close(attention(q, k, v, bias, impl="tiled")[0],
+                               attention(q, k, v, bias, impl="plain")[0])
     learned = torch.zeros(2, 1, 1, dtype=torch.float64, requires_grad=True)
     assert (
-        torch.autograd.grad(gated_attention(q, k, v, learned, sample=True, impl="tiled")[1], learned)[0]
+        torch.autograd.grad(attention(q, k, v, learned, gates="sample", impl="tiled")[1], learned)[0]
         .abs()
         .max()
         > 0
     )
-    assert not torch.equal(gated_attention(q, k, v, -1.0, sample=True, noise=0.5, impl="tiled")[0],
-                           gated_attention(q, k, v, -1.0, sample=True, noise=0.0, impl="tiled")[0])
     for bias in (torch.tensor(0.3), torch.tensor([0.3, -0.2])[:, None, None]):
-        torch.testing.assert_close(gated_attention(q, k, v, bias, impl="tiled")[0],
-                                   gated_attention(q, k, v, bias, impl="plain")[0])
+        torch.testing.assert_close(attention(q, k, v, bias, impl="tiled")[0],
+                                   attention(q, k, v, bias, impl="plain")[0])
 
 
 @pytest.mark.parametrize("impl", ["tiled", "triton"])
 def test_a_shut_head_writes_nothing_and_still_hears_that_it_is_missed(impl):
     """Straight-through: dv is 0, yet q and k get a gradient by sigmoid'(s), though none of its edges is open.
-    Deterministic gates pass on none.
     """
     q, k, v, dy = make(1, 1, 40, 16, torch.float32)
-    for sample in (True, False):
-        y, _, dq, dk, dv = fast(impl, q, k, v, dy, torch.tensor([-12.0]), None, sample, 1.0, False,
-                                dpenalty=0.0)
-        assert (y == 0).all() and (dv == 0).all()
-        assert ((dq != 0).any() and (dk != 0).any()) == sample
+    y, _, dq, dk, dv = fast(impl, q, k, v, dy, torch.tensor([-12.0]), None, 1.0, False, dpenalty=0.0)
+    assert (y == 0).all() and (dv == 0).all() and (dq != 0).any() and (dk != 0).any()
 
 
 COMPILE = """
@@ -325,15 +320,15 @@ from fast import kernels
 FLOATS, NUMBERS = {"lse", "penalty", "bias", "delta", "dpenalty"}, {"scale"}
 # bytes of shared memory of a block: T4, A100, 3090, H100
 LIMITS = {75: 65536, 80: 166912, 86: 101376, 90: 232448}
-CASES = [  # capability, dtype, width, noise, sample, linear
-    (90, "bf16", 64, True, True, False),
-    (90, "bf16", 128, True, True, False),
-    (90, "fp32", 64, True, True, False),
-    (86, "fp32", 128, True, True, True),
-    (86, "fp16", 128, False, True, False),
-    (86, "bf16", 64, True, True, False),
-    (80, "bf16", 128, False, False, True),
-    (75, "fp32", 128, True, True, False),
+CASES = [  # capability, dtype, width, noise, linear
+    (90, "bf16", 64, True, False),
+    (90, "bf16", 128, True, False),
+    (90, "fp32", 64, True, False),
+    (86, "fp32", 128, True, True),
+    (86, "fp16", 128, False, False),
+    (86, "bf16", 64, True, False),
+    (80, "bf16", 128, False, True),
+    (75, "fp32", 128, True, False),
 ]
 
 
@@ -349,12 +344,12 @@ def type_of(name, constants, dtype):
     return "i32" if name in {"H", "T"} or name[1:2] == "_" else "*" + dtype
 
 
-def check(kernel, capability, dtype, width, noise, sample, linear):
+def check(kernel, capability, dtype, width, noise, linear):
     options = kernels.launch(kernel, width, torch.float32 if dtype == "fp32" else torch.bfloat16)
     constants = {"D": width, "WIDTH": width, "ROWS": options.pop("ROWS"), "COLUMNS": options.pop("COLUMNS")}
     constants |= {"NOISE": noise, "LINEAR": linear}
     if kernel is not kernels.forward_kernel:
-        constants |= {"SAMPLE": sample, "TEMPERATURE": 0.7 if linear else 1.0}
+        constants |= {"TEMPERATURE": 0.7 if linear else 1.0}
     names = kernel.arg_names
     types = {name: type_of(name, constants, dtype) for name in names}
     # pointers and strides are multiples of 16, as in a real call: that enables pipelining
@@ -393,8 +388,8 @@ def test_the_kernels_compile_to_machine_code_and_fit_into_small_gpus(tmp_path):
 @pytest.mark.parametrize("bias, density", [(math.inf, 1.0), (-math.inf, 0.0)])
 def test_infinite_biases_open_or_shut_everything(impl, bias, density):
     q, k, v, _ = (x.to(DEVICE.get(impl, "cpu")) for x in make(1, 2, 70, 16, torch.float32))
-    y, found, _ = gated_attention(q, k, v, bias, sample=True, impl=impl)
-    dense = gated_attention(q, k, v, dense=True)[0]
+    y, found, _ = attention(q, k, v, bias, gates="sample", impl=impl)
+    dense = attention(q, k, v, dense=True)[0]
     assert found == density
     torch.testing.assert_close(y, dense * density)
 
@@ -404,18 +399,18 @@ def test_infinite_biases_open_or_shut_everything(impl, bias, density):
 def test_a_nan_is_seen(impl, which):
     inputs = make(1, 1, 70, 16, torch.float32)[:3]
     inputs[which][0, 0, 40, 3] = math.nan
-    y, _, _ = gated_attention(*(x.to(DEVICE.get(impl, "cpu")) for x in inputs), impl=impl)
+    y, _, _ = attention(*(x.to(DEVICE.get(impl, "cpu")) for x in inputs), impl=impl)
     assert torch.isfinite(y[0, 0, :40]).all()
     assert y[0, 0, 40].isnan().all()
 
 
 def test_an_empty_batch_has_an_empty_answer():
     q = torch.randn(0, 2, 70, 16)
-    assert gated_attention(q, q, q, impl="tiled")[0].shape == q.shape
+    assert attention(q, q, q, impl="tiled")[0].shape == q.shape
 
 
 @pytest.mark.skipif(GPU, reason="is about Triton's interpreter")
 def test_bfloat16_in_tritons_interpreter_is_refused():
     q = torch.randn(1, 2, 70, 16, dtype=torch.bfloat16)
     with pytest.raises(ValueError, match="needs a GPU.*bfloat16"):
-        gated_attention(q, q, q, impl="triton")
+        attention(q, q, q, impl="triton")

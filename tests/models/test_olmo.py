@@ -17,7 +17,7 @@ from circuits.induction import copying_scores
 from circuits.patching import patched
 from circuits.tasks import Pair
 from conftest import REPOSITORY
-from gate import gated_attention
+from fast import dispatch
 from helpers import theirs
 from models import olmo, olmo_files
 from models.checkpoint import load_checkpoint, model_of, new_model, read_checkpoint
@@ -268,7 +268,7 @@ def test_training_arguments_do_what_they_do_in_gpt2():
     model, idx = ours(gated=True), torch.randint(0, 11, (2, 16))
     model.train()
     assert not torch.equal(model(idx)[0], model(idx)[0])  # sampled
-    assert torch.equal(model(idx, noise=0.0)[0], model.eval()(idx)[0])  # thresholds
+    assert torch.equal(model(idx, gates="threshold")[0], model.eval()(idx)[0])  # thresholds
     _, loss, density = model.train()(idx, idx, linear_penalty=True)
     (loss + density).backward()
     for attention in model.attentions:
@@ -426,9 +426,9 @@ def test_the_fast_forms_take_olmos_shapes(impl):
     for how in ("plain", impl):
         inputs = [x.clone().requires_grad_() for x in (q, k, v)]
         rotation = olmo.rotations(config, T, "cpu")
-        y, density, _ = gated_attention(olmo.rotate(inputs[0], rotation), olmo.rotate(inputs[1], rotation),
-                                        inputs[2], torch.tensor([0.5, -0.5, 0.0, 1.0])[:, None, None],
-                                        sample=True, noise=0.0, impl=how)
+        y, density, _ = dispatch.attention(olmo.rotate(inputs[0], rotation), olmo.rotate(inputs[1], rotation),
+                                           inputs[2], torch.tensor([0.5, -0.5, 0.0, 1.0])[:, None, None],
+                                           impl=how)
         (y.square().sum() + 100 * density).backward()
         results.append([y.detach(), density.detach(), *(x.grad for x in inputs)])
     for plain, fast in zip(*results):

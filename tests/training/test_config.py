@@ -92,7 +92,6 @@ GATED = {"gated": True, "init_from": "out/dense"}
 @pytest.mark.parametrize("given, message", [
     ({"n_head": 5}, "n_embd=64 must be a multiple of n_head=5"),
     ({"gated": True}, "a gated run needs a dense model"),
-    ({**GATED, "gate_on_weights": True, "open_above": 0.01}, "gate_on_weights does not feel it: set"),
     ({**GATED, "lambda_init": 5.0}, "lambda_init=5.0 must lie between lambda_min=0.2 and lambda_max=4.0"),
     ({"architecture": "olmo2", "n_head": 4, "n_kv_head": 3}, "n_head=4 must be a multiple of n_kv_head=3"),
     ({"architecture": "olmo", "n_head": 4, "n_embd": 60}, "an even multiple of n_head"),
