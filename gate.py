@@ -27,6 +27,8 @@ from typing import NamedTuple
 
 import torch
 
+GATES = "sample", "threshold"
+
 
 @dataclass
 class GateConfig:
@@ -136,7 +138,7 @@ def check(q, k, v, temperature, gates="threshold", keep=None):
         )
     if temperature <= 0:
         raise ValueError(f"temperature must be above 0, not {temperature}")
-    if gates not in ("sample", "threshold"):
+    if gates not in GATES:
         raise ValueError(f"gates is 'sample' or 'threshold', not {gates!r}")
     B, H, T, _ = q.shape
     if keep is not None and tuple(keep.shape) not in ((T, T), (H, T, T), (1, H, T, T), (B, H, T, T)):

@@ -32,7 +32,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from fast.dispatch import attention
+from fast.attention import attention
 from gate import GateConfig
 from storage.download import download, hub, sha256_of_hub
 from storage.files import UserError
@@ -171,7 +171,7 @@ class GPT(nn.Module):
             elif name.endswith("bias"):
                 nn.init.zeros_(p)
 
-    # who computes gated attention: see fast/dispatch.py. A choice of this run, not of the model: in no
+    # who computes gated attention: see fast/attention.py. A choice of this run, not of the model: in no
     # checkpoint
     attention_impl = "auto"
 

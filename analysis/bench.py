@@ -32,8 +32,8 @@ from torch.nn import functional as F
 
 from analysis.bench_model import SHAPES, circuits, whole_model
 from analysis.stopwatch import measure, row_of
-from fast import dispatch
-from fast.dispatch import choose_impl
+from fast import attention as fast_attention
+from fast.attention import choose_impl
 from storage.files import UserError, write_json
 from training import parallel
 
@@ -75,7 +75,7 @@ def ways(device, T, D, dtype, splash):
         return F.scaled_dot_product_attention(q, k, v, is_causal=True), q.new_zeros(())
 
     def gated(impl):
-        return lambda q, k, v, bias: dispatch.attention(q, k, v, bias, gates="sample", impl=impl)[:2]
+        return lambda q, k, v, bias: fast_attention.attention(q, k, v, bias, gates="sample", impl=impl)[:2]
 
     found = {"dense (SDPA)": dense,
              "plain, eager": gated("plain"),

@@ -67,7 +67,7 @@ class Kernel(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q, k, v):
-        y = torch.empty_like(v, memory_format=torch.contiguous_format)  # as fast/op.py says
+        y = torch.empty_like(v, memory_format=torch.contiguous_format)  # as fast/attention.py says
         ctx.save_for_backward(q, k, v, y, torch.empty(q.shape[:3], device=q.device))
         return y
 

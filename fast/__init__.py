@@ -6,8 +6,7 @@ Read gate.py first; nothing here says what is computed, only how. Then, in this 
    pass
 2. tiled.py    for CPUs: a strip of queries at a time, with the whole derivation of the gradient
 3. kernels.py  for GPUs: the same in Triton
-4. op.py       both as one operator of torch
-5. dispatch.py `attention`: the formula, or one of these, whichever is fastest
+4. attention.py `attention`: the formula, or one of these as an operator of torch, whichever is fastest
 
 Imports gate.py alone.
 """

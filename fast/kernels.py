@@ -29,7 +29,7 @@ Notable:
   compiled wrongly on an H100: in float32 dv was noise (torch 2.11, Triton 3.6; docs/gpu.md).
 - Widths that are no power of two are padded inside the kernel. Queries beyond the end of the text are zeros:
   what is computed for them is finite, meets zeros, and is not stored.
-- TRITON_INTERPRET=1 runs all of it on a CPU (tests/fast/test_op.py).
+- TRITON_INTERPRET=1 runs all of it on a CPU (tests/fast/test_attention.py).
 
 Online softmax: Milakov & Gimelshein 2018. Tiles, and the backward pass with lse and delta: Dao et al.,
 FlashAttention 1, 2.

@@ -27,7 +27,7 @@ temperature:
 Notable: sigmoid'(x) = sigmoid(x) sigmoid(-x). Where gates are thresholds, n = 0. Arithmetic is float32, or
 float64 if the queries are. The noise comes from noise.py, made again in the backward pass. Inside a compiled
 model the two functions that compute a strip are compiled as well: everything between their matrix products
-becomes one loop. op.py makes this an operator of torch, kernels.py does the same on a GPU.
+becomes one loop. attention.py makes this an operator of torch, kernels.py does the same on a GPU.
 """
 
 import functools

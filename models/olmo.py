@@ -37,7 +37,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from fast.dispatch import attention
+from fast.attention import attention
 from gate import GateConfig
 from model import by_layer, cross_entropy
 
@@ -234,7 +234,7 @@ class OLMo(nn.Module):
             if p.dim() == 2:
                 nn.init.normal_(p, std=config.init_std)
 
-    attention_impl = "auto"  # who computes gated attention: see fast/dispatch.py
+    attention_impl = "auto"  # who computes gated attention: see fast/attention.py
 
     def tie(self):
         """If config.tied: let lm_head use the input embedding's own parameters.

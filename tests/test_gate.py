@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from fast.dispatch import attention
+from fast.attention import attention
 from gate import gated_attention, logistic_noise, sampled_gates
 
 

@@ -23,7 +23,7 @@ import zlib
 import torch
 import torch.distributed as dist
 
-from fast.dispatch import choose_impl
+from fast.attention import choose_impl
 from storage.files import UserError
 
 # Dense bf16 matrix FLOP/s that the data sheets promise, by words in torch.cuda.get_device_name(). The first
@@ -111,7 +111,7 @@ def precision(name, device, cache=True):
 
 
 def attention(setting, device, context=64, width=1, dtype=torch.float32):
-    """Who computes gated attention here, see fast/dispatch.py. Raises UserError if `setting` cannot."""
+    """Who computes gated attention here, see fast/attention.py. Raises UserError if `setting` cannot."""
     try:
         return choose_impl(setting, device.split(":")[0], context, width, dtype)
     except ValueError as error:

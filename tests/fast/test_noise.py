@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from fast.dispatch import attention
+from fast.attention import attention
 from fast.noise import edge_codes, edge_noise, mix, new_seed, uniform
 from training.steps import Batches
 

@@ -17,7 +17,7 @@ from circuits.induction import copying_scores
 from circuits.patching import patched
 from circuits.tasks import Pair
 from conftest import REPOSITORY
-from fast import dispatch
+from fast import attention as fast_attention
 from helpers import theirs
 from models import olmo, olmo_files
 from models.checkpoint import load_checkpoint, model_of, new_model, read_checkpoint
@@ -423,12 +423,12 @@ def test_the_fast_forms_take_olmos_shapes(impl):
     config, T = OLMoConfig(n_embd=512, n_head=4), 70
     q, k, v = (torch.randn(1, heads, T, 128) for heads in (4, 2, 2))
     results = []
+    bias = torch.tensor([0.5, -0.5, 0.0, 1.0])[:, None, None]
     for how in ("plain", impl):
         inputs = [x.clone().requires_grad_() for x in (q, k, v)]
         rotation = olmo.rotations(config, T, "cpu")
-        y, density, _ = dispatch.attention(olmo.rotate(inputs[0], rotation), olmo.rotate(inputs[1], rotation),
-                                           inputs[2], torch.tensor([0.5, -0.5, 0.0, 1.0])[:, None, None],
-                                           impl=how)
+        turned = (olmo.rotate(x, rotation) for x in inputs[:2])
+        y, density, _ = fast_attention.attention(*turned, inputs[2], bias, impl=how)
         (y.square().sum() + 100 * density).backward()
         results.append([y.detach(), density.detach(), *(x.grad for x in inputs)])
     for plain, fast in zip(*results):

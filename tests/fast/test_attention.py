@@ -18,8 +18,8 @@ from hypothesis import strategies
 from torch.utils.checkpoint import checkpoint
 
 from conftest import REPOSITORY
-from fast import op
-from fast.dispatch import attention, choose_impl
+from fast import attention as op
+from fast.attention import attention, choose_impl
 from fast.noise import edge_noise, new_seed
 from gate import gated_attention
 from model import GPT, GPTConfig

@@ -7,8 +7,12 @@
 
 `auto` takes the fastest that fits: from a context of 64 on, triton on a GPU and tiled on a CPU.
 
-Notable: the fast forms know no `keep`, no `return_gates` and no bias that varies inside a head. What asks for
-one of these gets the plain formula, and nobody else in the project has to know.
+Notable:
+- The fast forms know no `keep`, no `return_gates` and no bias that varies inside a head. What asks for one of
+  these gets the plain formula, and nobody else in the project has to know.
+- A fast form is an operator of torch, sparse_attention::forward, with a gradient of its own and a fake that
+  knows shapes alone: so a compiled model has no graph break here, and checkpointing and DDP see an ordinary
+  function. Biases are constants: no gradient.
 """
 
 import importlib.util
@@ -17,7 +21,7 @@ import os
 import torch
 from torch.nn import functional as F
 
-from gate import check, gated_attention, shared_among_heads
+from gate import GATES, gated_attention, shared_among_heads
 
 SHORT = 64  # tokens; below, the plain formula is as fast as any
 WIDEST = 128  # head that the Triton kernels take
@@ -32,8 +36,10 @@ def attention(q, k, v, bias=3.0, temperature=1.0, gates="threshold", *, dense=Fa
 
     impl: 'plain', 'tiled', 'triton' or 'auto'.
     """
-    k, v = shared_among_heads(k, q), shared_among_heads(v, q)
-    check(q, k, v, temperature, gates, keep)
+    if gates not in GATES:
+        raise ValueError(f"gates is 'sample' or 'threshold', not {gates!r}")
+    if k.shape[1] < q.shape[1]:
+        k, v = shared_among_heads(k, q), shared_among_heads(v, q)
     (B, H, T, D), shown = q.shape, keep is not None or return_gates
     if dense and not shown:
         return *dense_attention(q, k, v), None
@@ -42,8 +48,7 @@ def attention(q, k, v, bias=3.0, temperature=1.0, gates="threshold", *, dense=Fa
     is_fast = impl != "plain" and head_bias is not None and q.numel()
     seed = noise = None
     if is_fast:
-        from fast import op  # here, so that who only reads or runs the formula needs none of it
-        from fast.noise import edge_noise, new_seed
+        from fast.noise import edge_noise, new_seed  # here: who runs the formula alone needs none of it
 
         seed = new_seed(q.device) if gates == "sample" else None
     if not is_fast or shown:
@@ -53,7 +58,7 @@ def attention(q, k, v, bias=3.0, temperature=1.0, gates="threshold", *, dense=Fa
                                keep=keep, noise=noise, return_gates=return_gates)
     if impl == "tiled" and torch.compiler.is_compiling():
         impl = "tiled compiled"
-    y, penalty, _ = op.forward(q, k, v, head_bias, seed, temperature, linear_penalty, impl)
+    y, penalty, _ = forward(q, k, v, head_bias, seed, temperature, linear_penalty, impl)
     return y, penalty.sum() / (B * H * T * (T + 1) / 2), None
 
 
@@ -108,3 +113,95 @@ def bias_of_heads(bias, H, device, dtype):
     elif bias.numel() != H or bias.shape[-3:] != (H, 1, 1):
         return None
     return bias.reshape(H).to(device, dtype).clamp(-LARGE, LARGE)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The operator
+
+
+def computed_by(impl):
+    """The module whose `forward` and `backward` compute, and options for them.
+
+    impl: 'tiled', 'tiled compiled' or 'triton', which is not installed everywhere.
+    """
+    if impl == "triton":
+        from fast import kernels
+
+        return kernels, {}
+    from fast import tiled
+
+    return tiled, {"fuse": impl == "tiled compiled"}
+
+
+@torch.library.custom_op("sparse_attention::forward", mutates_args=())
+def forward(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    bias: torch.Tensor,
+    seed: torch.Tensor | None,
+    temperature: float,
+    linear_penalty: bool,
+    impl: str,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """q, k, v (B, H, T, D); bias (H,).
+
+    Returns y (B, H, T, D); the penalty's sum over the causal pairs of every head (B H); lse (B, H, T).
+    """
+    module, options = computed_by(impl)
+    # an operator does not leave autocast by itself, and half precision is too coarse for gates
+    with torch.autocast(q.device.type, enabled=False):
+        return module.forward(q, k, v, bias, seed, temperature, linear_penalty, **options)
+
+
+@forward.register_fake
+def _(q, k, v, bias, seed, temperature, linear_penalty, impl):
+    B, H, T, _ = q.shape
+    exact = torch.promote_types(q.dtype, torch.float32)
+    return (
+        torch.empty_like(v, memory_format=torch.contiguous_format),
+        q.new_empty(B * H, dtype=exact),
+        q.new_empty(B, H, T, dtype=exact),
+    )
+
+
+@torch.library.custom_op("sparse_attention::backward", mutates_args=())
+def backward(
+    dy: torch.Tensor,
+    dpenalty: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    bias: torch.Tensor,
+    seed: torch.Tensor | None,
+    y: torch.Tensor,
+    lse: torch.Tensor,
+    temperature: float,
+    linear_penalty: bool,
+    impl: str,
+) -> list[torch.Tensor]:
+    """The gradients of `forward`'s y and penalty. Returns dq, dk, dv."""
+    module, options = computed_by(impl)
+    with torch.autocast(q.device.type, enabled=False):
+        return module.backward(
+            dy, dpenalty, q, k, v, bias, seed, y, lse, temperature, linear_penalty, **options
+        )
+
+
+@backward.register_fake
+def _(dy, dpenalty, q, k, v, *rest):
+    return [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v)]
+
+
+def keep_for_backward(ctx, inputs, output):
+    q, k, v, bias, seed, *ctx.options = inputs
+    y, _, lse = output
+    ctx.mark_non_differentiable(lse)
+    ctx.save_for_backward(q, k, v, bias, seed, y, lse)
+
+
+def gradient(ctx, dy, dpenalty, dlse):
+    return *backward(dy, dpenalty, *ctx.saved_tensors, *ctx.options), None, None, None, None, None
+
+
+forward.register_autograd(gradient, setup_context=keep_for_backward)
