@@ -51,7 +51,7 @@ import torch
 import prepare_data
 from geco import GECO
 from storage.files import UserError, take_every_sign, typed, write_json
-from training import parallel, sharding
+from training import parallel
 from training.config import (
     Config,
     check_together,
@@ -157,7 +157,7 @@ def train_one(c, given, runs, place):  # noqa: C901, the script as a whole, from
         ema.compile()
     start, began, is_over = state.step, time.time(), False
     network = model
-    if world > 1 and not sharding.applies(c.parallel):
+    if world > 1 and not parallel.is_sharded(c.parallel):
         network = torch.nn.parallel.DistributedDataParallel(model)
     model.train()  # samples the gates, drops out; loading and evaluating leave models in evaluation mode
 
@@ -240,7 +240,7 @@ def train_one(c, given, runs, place):  # noqa: C901, the script as a whole, from
 
             # --- 3. step ------------------------------------------------------------------------------------
             norm = torch.nn.utils.clip_grad_norm_(trained, c.grad_clip or math.inf)
-            norm = sharding.whole(norm).item()
+            norm = parallel.whole(norm).item()
             # all processes see the same, and decide alike
             sums = torch.stack(seen).cpu().double().sum(dim=0).tolist()
             *sums, stopping = parallel.all_reduce_sum([*sums, stop.asked], device)
@@ -270,7 +270,7 @@ def how_to_compute(c, model, dense, T, device):
     """Precision, attention, compilation: (a function that returns the autocast context, its dtype in words,
     who computes attention, is the model compiled?). Compiles model and dense, in place, where that pays.
     """
-    sharded, config = sharding.applies(c.parallel), model.config
+    sharded, config = parallel.is_sharded(c.parallel), model.config
     autocast, dtype = parallel.precision(c.dtype, device, cache=not (sharded or c.recompute_activations))
     model.attention_impl = c.attention_impl
     impl = "dense"
@@ -296,7 +296,7 @@ def how_to_compute(c, model, dense, T, device):
 
 def pays_on_cpu(c, architecture, T):
     """Is compiled code faster on a CPU? (the dense model's, the run's own). c: the run's settings."""
-    long = T >= 64 and not sharding.applies(c.parallel)
+    long = T >= 64 and not parallel.is_sharded(c.parallel)
     dense = long and architecture != "gpt2"  # OLMo's norms and rotations; a dense GPT is no faster
     return dense, dense or c.gated and long
 

@@ -19,18 +19,23 @@ Which settings may differ when a run goes on is written in config.py.
 import contextlib
 import json
 import os
+import re
+import shutil
 import signal
 from dataclasses import asdict
 
+import torch
+
 from models.checkpoint import (
     checkpoint_of,
+    copy_into,
     load_weights,
     read_checkpoint,
     save_checkpoint,
     state_to_save,
 )
 from storage.files import UserError, locked
-from training import parallel, sharding
+from training import parallel
 from training.config import FIXED, FREE, GATED_ONLY, SETTINGS, SHAPE, Config
 from training.steps import averaged
 
@@ -186,10 +191,12 @@ def save(name, step, seconds, c, model, ema, optimizer, geco, origin, state, is_
     step, seconds: where the run stands; state: train.py's State, stored beside; is_over: it is at its end.
     All processes call it; process 0 writes, of a sharded run every process its part.
     """
-    sharded, is_last, parts = sharding.applies(c.parallel), name == "last.pt", {}
+    sharded, is_last, parts = parallel.is_sharded(c.parallel), name == "last.pt", {}
     parts["optimizer"] = optimizer.state_dict() if is_last and not sharded else None
     if is_last:
-        state.shards = sharding.folder_for(step, state.shards) if sharded else None
+        state.shards = folder_for(step, state.shards) if sharded else None
+    if sharded:
+        from training import sharding  # here: nobody else waits a second for its imports
     if sharded and is_last:
         sharding.save(os.path.join(c.out_dir, state.shards), state_to_save(model), model, optimizer)
     if sharded:
@@ -205,19 +212,21 @@ def save(name, step, seconds, c, model, ema, optimizer, geco, origin, state, is_
     if name == "best.pt":
         forget_closest(c.out_dir)
     if is_last:
-        sharding.remove_old(c.out_dir, keep=state.shards)
+        remove_old(c.out_dir, keep=state.shards)
 
 
 def restore(saved, c, model, optimizer, geco, state):
     """Put a run back where its last.pt, `saved`, left it: optimizer, lambda, state, weights. Returns ema."""
     if saved.get("shards"):
+        from training import sharding
+
         folder = os.path.join(c.out_dir, os.path.basename(saved["shards"]))
         sharding.load(folder, state_to_save(model), model, optimizer)
         # --init_from=resume may change them
         for group, decay in zip(optimizer.param_groups, (c.weight_decay, 0.0), strict=True):
             group.update(weight_decay=decay, betas=(c.beta1, c.beta2))
     else:
-        sharding.load_optimizer(optimizer, saved["optimizer"])
+        load_optimizer(optimizer, saved["optimizer"])
     for key in vars(state):
         setattr(state, key, saved.get(key, getattr(state, key)))
     if geco:
@@ -228,3 +237,30 @@ def restore(saved, c, model, optimizer, geco, state):
     for large in {"model", "optimizer", "trained"} & set(saved):
         del saved[large]
     return ema
+
+
+def folder_for(step, named):
+    """Name of a folder for the checkpoint of a step, never the one that last.pt names now: that stays whole
+    until last.pt names another.
+    """
+    return f"shards-{step}" + ("-again" if named == f"shards-{step}" else "")
+
+
+def load_optimizer(optimizer, saved):
+    """Put an optimizer's state dict of whole tensors into one whose parameters may be cut."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for index, moments in saved["state"].items():
+        for name, tensor in moments.items():
+            if hasattr(parameters[index], "device_mesh") and tensor.shape == parameters[index].shape:
+                moments[name] = torch.zeros_like(parameters[index])
+                copy_into(moments[name], tensor)
+    # moments are the checkpoint's, settings this run's: --init_from=resume may have changed them
+    own = optimizer.state_dict()["param_groups"]
+    optimizer.load_state_dict({"state": saved["state"], "param_groups": own})
+
+
+def remove_old(out_dir, keep=None):
+    """Delete the folders shards-<step> that last.pt does not name any more."""
+    for name in os.listdir(out_dir):
+        if re.fullmatch(r"shards-\d+(-again)?", name) and name != keep:
+            shutil.rmtree(os.path.join(out_dir, name))

@@ -40,7 +40,6 @@ import torch
 from gate import shared_among_heads
 from models.checkpoint import copy_into
 from training import parallel
-from training.sharding import whole
 
 
 @torch.no_grad()
@@ -79,7 +78,7 @@ def fold_shift(model, idx, open_above, fold=True, ridge=1e-2, too_low=100.0):
     if fold:
         for attention, shift in zip(model.attentions, shifts):
             C = shift.numel()
-            bias = whole(attention.c_attn.bias).clone()  # of which this process may hold a part
+            bias = parallel.whole(attention.c_attn.bias).clone()  # of which this process may hold a part
             bias[C:2 * C] += shift.flatten()  # rows C to 2C of c_attn make the keys
             copy_into(attention.c_attn.bias, bias)
     else:

@@ -225,6 +225,16 @@ def first_alone():
         wait_for_all()
 
 
+def is_sharded(setting):
+    """Is a run with this setting of `parallel` cut into parts (sharding.py)? Not if one process is alone."""
+    return setting == "fsdp" and world() > 1
+
+
+def whole(tensor):
+    """The whole tensor, which all processes must ask for together, if it is cut; else itself."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
 def all_reduce_sum(values, device="cpu"):
     """Sums over all processes of a list of numbers; every process gets them. A list of floats."""
     place = "cpu" if torch.device(device).type == "mps" else device  # mps has no float64

@@ -31,7 +31,7 @@ from models.checkpoint import (
 )
 from models.sources import is_elsewhere, kept_checkpoint, to_keep
 from storage.files import UserError, typed
-from training import parallel, sharding
+from training import parallel
 from training.config import GATE, SHAPE, make_config
 from training.judge import train_on
 
@@ -245,7 +245,9 @@ def check_data_fits(c, data, model):
 
 def cut_if_sharded(c, device, model):
     """Cut model into parts if the run is to be sharded; return it."""
-    if sharding.applies(c.parallel):
+    if parallel.is_sharded(c.parallel):
+        from training import sharding
+
         sharding.shard(model, device)
     return model
 
@@ -260,7 +262,7 @@ def prepare(c, device, model):
             lora.add(model, c.lora_rank, c.lora_alpha, c.lora_targets)
         lora.freeze_in(model, getattr(torch, c.base_dtype))
     for block in model.blocks:
-        if sharding.applies(c.parallel) and parallel.compiles(c.compile, device, pays_on_cpu=False):
+        if parallel.is_sharded(c.parallel) and parallel.compiles(c.compile, device, pays_on_cpu=False):
             # by itself, because the graph of the whole would break wherever a block is put together
             block.forward = torch.compile(block.forward)
         if c.recompute_activations:

@@ -30,8 +30,6 @@ import io
 import os
 import pathlib
 import pickle
-import re
-import shutil
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -43,15 +41,8 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
 
-from models.checkpoint import copy_into
 from training import parallel
-
-
-def applies(setting):
-    """Is a run with this setting of `parallel` cut into parts? Not where one process is alone."""
-    return setting == "fsdp" and parallel.world() > 1
 
 
 def shard(model, device):
@@ -62,11 +53,6 @@ def shard(model, device):
     fully_shard(model, mesh=mesh)  # what is left: embeddings, the last norm
 
 
-def whole(tensor):
-    """The whole tensor, which all processes must ask for together, if it is cut; else itself."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
 def whole_state(state):
     """A state dict of whole tensors on the CPU: process 0 gets it, the others an empty one.
 
@@ -74,17 +60,10 @@ def whole_state(state):
     """
     gathered = {}
     for name, tensor in state.items():
-        tensor = whole(tensor)
+        tensor = parallel.whole(tensor)
         if parallel.rank() == 0:
             gathered[name] = tensor.cpu()
     return gathered
-
-
-def folder_for(step, named):
-    """Name of a folder for the checkpoint of a step, never the one that last.pt names now: that stays whole
-    until last.pt names another.
-    """
-    return f"shards-{step}" + ("-again" if named == f"shards-{step}" else "")
 
 
 # of a model with LoRA adapters the optimizer knows these alone
@@ -169,23 +148,3 @@ def load(folder, weights, model, optimizer):
         raise OSError(f"{folder} is damaged: {next(iter(error.failures.values()))[0]}") from error
     if has_moments:
         set_optimizer_state_dict(model, optimizer, state["optimizer"])
-
-
-def load_optimizer(optimizer, saved):
-    """Put an optimizer's state dict of whole tensors into one whose parameters may be cut."""
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    for index, moments in saved["state"].items():
-        for name, tensor in moments.items():
-            if isinstance(parameters[index], DTensor) and tensor.shape == parameters[index].shape:
-                moments[name] = torch.zeros_like(parameters[index])
-                copy_into(moments[name], tensor)
-    # moments are the checkpoint's, settings this run's: --init_from=resume may have changed them
-    own = optimizer.state_dict()["param_groups"]
-    optimizer.load_state_dict({"state": saved["state"], "param_groups": own})
-
-
-def remove_old(out_dir, keep=None):
-    """Delete the folders shards-<step> that last.pt does not name any more."""
-    for name in os.listdir(out_dir):
-        if re.fullmatch(r"shards-\d+(-again)?", name) and name != keep:
-            shutil.rmtree(os.path.join(out_dir, name))

@@ -23,8 +23,8 @@ from models.checkpoint import load_checkpoint, read_checkpoint
 from storage.files import UserError
 from train import main
 from training import sharding
+from training.folder import folder_for, remove_old
 from training.judge import evaluate
-from training.sharding import folder_for
 
 SHAPE = ["--architecture=olmo2", "--n_layer=2", "--n_head=4", "--n_kv_head=2", "--n_embd=32",
          "--block_size=8"]
@@ -198,7 +198,7 @@ def test_a_checkpoint_without_its_shards_is_named(parent):
 def test_old_shards_are_removed_and_nothing_else(workplace):
     for name in ("shards-10", "shards-20", "shards-20-again", "shards-backup"):
         os.makedirs(f"out/run/{name}")
-    sharding.remove_old("out/run", keep="shards-20")
+    remove_old("out/run", keep="shards-20")
     assert sorted(os.listdir("out/run")) == ["shards-20", "shards-backup"]
 
 

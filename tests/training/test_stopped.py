@@ -17,8 +17,7 @@ from helpers import metrics, parameters, run, same
 from models.checkpoint import read_checkpoint, save_checkpoint
 from storage.files import UserError
 from training import judge
-from training.folder import StopRequest
-from training.sharding import load_optimizer
+from training.folder import StopRequest, load_optimizer
 
 
 class Killed(BaseException):
