@@ -41,9 +41,7 @@ COMMANDS = {  # name: (its file, what it answers)
     "induction": ("analysis.induction", "which heads copy?"),
     "tasks": ("circuits.tasks", "the tasks that `circuit` knows, and their prompts"),
     "transcode": ("analysis.transcode", "what do the MLPs compute? trains a transcoder, features for MLPs"),
-    "graph": ("analysis.graph", "which features, through which heads, made a model say this?"),
-    "opens": ("analysis.opens", "addition: which features open an edge, and on which sums do they fire?"),
-    "n80": ("analysis.n80", "are a sparse model's attribution graphs smaller than its parent's?"),
+    "graph": ("analysis.graphs", "which features, through which heads, made a model say this?"),
     "view": ("analysis.view", "a page to look into a model, in any browser"),
     "sample": ("analysis.sample", "text from a model, and what every token read"),
     "benchmark": ("analysis.benchmark", "TruthfulQA, PIQA, OpenBookQA, ARC-Easy, dense beside sparse"),
@@ -57,6 +55,8 @@ COMMANDS = {  # name: (its file, what it answers)
 }
 MOVED = {  # a command that there was: how to type it now
     "ask": "explain RUN 36+28",
+    "opens": "graph RUN --opens",
+    "n80": "graph RUN --tasks=TASK",
 }
 TAKES_SETTINGS = ("seeds", "ablate", "plan")  # and hand them to train.py
 

@@ -7,10 +7,10 @@ import re
 from typing import NamedTuple
 
 import prepare_data
-from analysis.report_figures import example_sums, symbols
+from analysis.conditions import PLACES
 from models.checkpoint import tokenizer_of
 from storage import text
-from storage.addition import addition_rows, addition_task, token_names
+from storage.addition import ADDITION_TOKENS, addition_rows, addition_task, token_names
 from storage.files import UserError, typed
 
 LONGEST = 128  # tokens: more are no page to read
@@ -20,6 +20,10 @@ SNIPPETS = (  # a quote and a bracket to be closed, two words to be ended
     "def f(a, b):\n    ret",
     "if x is not N",
 )
+# The paper's three kinds of sum. Of each number a d-digit model gets the last d digits: 53+21, 36+28, 43+59
+SUMS = [(6253, 1421, "no carry"),
+        (4136, 3528, "carry out of the units"),
+        (5743, 8659, "carry into the {highest}")]
 
 
 class Question(NamedTuple):
@@ -98,6 +102,18 @@ def default_snippets(tokens, block_size):
     """The ends of SNIPPETS that fit into the context."""
     cut = [tokens.encode(snippet.encode())[-block_size:] for snippet in SNIPPETS]
     return [tokens.decode([int(i) for i in ids]) for ids in cut]
+
+
+def symbols(tokens):
+    """Token ids of addition as the signs that they stand for."""
+    return [ADDITION_TOKENS[t] for t in tokens]
+
+
+def example_sums(task):
+    """The sums to draw, of the paper's three kinds: [(a, b, kind)]."""
+    highest = PLACES[task.digits]
+    end = 10**task.digits
+    return [(a % end, b % end, kind.format(highest=highest)) for a, b, kind in SUMS]
 
 
 def sum_question(prompt, task):
