@@ -38,8 +38,6 @@ COMMANDS = {  # name: (its file, what it answers)
     "curve": ("analysis.curve", "what does sparsity cost? edges over loss, for several runs"),
     "baselines": ("analysis.baselines", "what do other ways to cut as many edges cost?"),
     "circuit": ("analysis.circuit", "how much of a dense and of a sparse model does a task need?"),
-    "induction": ("analysis.induction", "which heads copy?"),
-    "tasks": ("circuits.tasks", "the tasks that `circuit` knows, and their prompts"),
     "transcode": ("analysis.transcode", "what do the MLPs compute? trains a transcoder, features for MLPs"),
     "graph": ("analysis.graphs", "which features, through which heads, made a model say this?"),
     "view": ("analysis.view", "a page to look into a model, in any browser"),
@@ -55,6 +53,8 @@ COMMANDS = {  # name: (its file, what it answers)
 }
 MOVED = {  # a command that there was: how to type it now
     "ask": "explain RUN 36+28",
+    "induction": "circuit RUN --task=induction",
+    "tasks": "circuit --task=TASK",
     "opens": "graph RUN --opens",
     "n80": "graph RUN --tasks=TASK",
 }

@@ -6,7 +6,7 @@
 3. seeds.py    the same run with many seeds; seeds_table.py: their table
    ablate.py   with one change at a time; curve.py: edges over loss
    baselines.py   other ways to cut edges, which rules.py has; baselines_table.py: their table
-   circuit.py  how small a task's circuit is, dense and sparse; induction.py: which heads copy
+   circuit.py  how small a task's circuit is, dense and sparse; the tasks; which heads copy
 4. view.py     a page to look into a model: view_data.py computes it, view.html draws; view_features.py and
                view_features.js, its features
    transcode.py, graph.py   features and heads behind an answer; graphs.py: behind many, what opens an edge,

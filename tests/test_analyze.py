@@ -279,7 +279,7 @@ def test_every_question_takes_one_checkpoint_too(folder):
     report = json.loads((folder / "out/sparse/last/report.json").read_text())
     assert report["step"] == read_checkpoint(str(folder / "out/sparse/last.pt"))["step"]
     assert (folder / "out/sparse/last/training.png").exists()
-    assert analyze(folder, "induction", "out/sparse/last.pt").returncode == 0
+    assert analyze(folder, "circuit", "out/sparse/last.pt", "--task=induction").returncode == 0
     assert (folder / "out/sparse/last/induction.json").exists()
     asked = analyze(folder, "circuit", "out/dense", "out/sparse/last.pt")
     assert asked.returncode == 1
