@@ -301,7 +301,6 @@ def test_a_damaged_config_is_named(folder):
         ([], "no command"),
         (["reprot", "out/sparse"], "Did you mean report?"),
         (["report"], "required: RUN"),
-        (["ask", "out/sparse", "1+1"], "ask is part of explain now: python analyze.py explain RUN 36+28"),
         (["explain", "out/sparse", "--shot=0.s0.+"], "it takes no --shot=0.s0.+. Did you mean --shut?"),
         (["report", "out/none"], "out/none is no run's folder"),
         (["bench", "--most_memory=nan"], "--most_memory=nan: it must be a finite number"),
@@ -318,6 +317,14 @@ def test_every_command_explains_itself(command):
     parser = analyze_file.parser_for(command).chosen
     words = parser.format_help()
     assert f"analyze.py {command}" in words and len(words) > 300
+
+
+@pytest.mark.parametrize("old", analyze_file.MOVED)
+def test_an_old_name_answers_with_the_new_one(old):
+    new, *_ = analyze_file.MOVED[old].split()
+    assert old not in analyze_file.COMMANDS and new in analyze_file.COMMANDS
+    with pytest.raises(SystemExit, match=f"^error: {old} is part of {new} now: python analyze.py {new} "):
+        analyze_file.main([old, "out/addition"])
 
 
 def test_a_report_without_a_vocabulary_shows_numbers_and_says_why(monkeypatch, capsys):
