@@ -34,17 +34,12 @@ COMMANDS = {  # name: (its file, what it answers)
     "report": ("analysis.report", "what became of these runs? numbers and figures"),
     "seeds": ("analysis.seeds", "does it work with other seeds? trains them all, one table"),
     "ablate": ("analysis.ablate", "what is each part of the method good for? one change at a time"),
-    "explain": ("analysis.explain", "addition: when does each edge open, and what is it for?"),
-    "ask": ("analysis.ask", "addition: one sum, its answer, the edges that opened"),
+    "explain": ("analysis.explain", "addition: when does each edge open, and what for? or one sum"),
     "curve": ("analysis.curve", "what does sparsity cost? edges over loss, for several runs"),
     "baselines": ("analysis.baselines", "what do other ways to cut as many edges cost?"),
     "circuit": ("analysis.circuit", "how much of a dense and of a sparse model does a task need?"),
-    "induction": ("analysis.induction", "which heads copy?"),
-    "tasks": ("circuits.tasks", "the tasks that `circuit` knows, and their prompts"),
     "transcode": ("analysis.transcode", "what do the MLPs compute? trains a transcoder, features for MLPs"),
-    "graph": ("analysis.graph", "which features, through which heads, made a model say this?"),
-    "opens": ("analysis.opens", "addition: which features open an edge, and on which sums do they fire?"),
-    "n80": ("analysis.n80", "are a sparse model's attribution graphs smaller than its parent's?"),
+    "graph": ("analysis.graphs", "which features, through which heads, made a model say this?"),
     "view": ("analysis.view", "a page to look into a model, in any browser"),
     "sample": ("analysis.sample", "text from a model, and what every token read"),
     "benchmark": ("analysis.benchmark", "TruthfulQA, PIQA, OpenBookQA, ARC-Easy, dense beside sparse"),
@@ -55,6 +50,13 @@ COMMANDS = {  # name: (its file, what it answers)
         "analysis.kill_loop",
         "kill a small run again and again: does it end as if it had never been killed?",
     ),
+}
+MOVED = {  # a command that there was: how to type it now
+    "ask": "explain RUN 36+28",
+    "induction": "circuit RUN --task=induction",
+    "tasks": "circuit --task=TASK",
+    "opens": "graph RUN --opens",
+    "n80": "graph RUN --tasks=TASK",
 }
 TAKES_SETTINGS = ("seeds", "ablate", "plan")  # and hand them to train.py
 
@@ -118,6 +120,9 @@ def main(arguments):
     # whatever a notebook or a person has set: pictures go into files. matplotlib reads it when it is imported
     os.environ["MPLBACKEND"] = "Agg"
     command = arguments[0] if arguments else ""
+    if command in MOVED:
+        now = MOVED[command]
+        sys.exit(f"error: {command} is part of {now.split()[0]} now: python analyze.py {now}")
     if command not in COMMANDS and command not in ("-h", "--help"):
         what = f"there is no command {command!r}.{nearest(command, COMMANDS)}" if command else "no command."
         sys.exit(f"error: {what} There are {', '.join(COMMANDS)}. See: python analyze.py --help")

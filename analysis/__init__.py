@@ -2,16 +2,15 @@
 
 1. report.py   numbers of a run; report_figures.py: its pictures; figures.py and circuit_figures.py draw
 2. explain.py  when every edge of an addition model opens, and what for; conditions.py: in which words;
-               ask.py: one sum
+               questions.py: sums, prompts and edges as they are typed
 3. seeds.py    the same run with many seeds; seeds_table.py: their table
    ablate.py   with one change at a time; curve.py: edges over loss
    baselines.py   other ways to cut edges, which rules.py has; baselines_table.py: their table
-   circuit.py  how small a task's circuit is, dense and sparse; induction.py: which heads copy
+   circuit.py  how small a task's circuit is, dense and sparse; the tasks; which heads copy
 4. view.py     a page to look into a model: view_data.py computes it, view.html draws; view_features.py and
-               view_features.js, its features; questions.py: the prompts
-   transcode.py, graph.py   features and heads behind an answer
-   opens.py    which features open an edge; feature_figures.py draws them
-   n80.py      dense against sparse: heads and edges that carry 80 % of a graph
+               view_features.js, its features
+   transcode.py, graph.py   features and heads behind an answer; graphs.py: behind many, what opens an edge,
+               and are a sparse model's graphs smaller?
 5. sample.py   text, and what every token read; benchmark.py: standard benchmarks, to which
                harness.py lends a model
 6. bench.py    how fast the gate is; bench_model.py: a whole model; stopwatch.py; split.py: where a run's

@@ -1,30 +1,35 @@
 """How small is the circuit of a task, in a dense and in a sparse model? The table, numbers and pictures.
 
+    python analyze.py circuit                                           the tasks that there are
+    python analyze.py circuit --task=quote                              its prompts
     python analyze.py circuit out/stdlib_dense out/stdlib --task=quote
+    python analyze.py circuit out/stdlib --task=induction               which heads copy? any runs
 
 circuits/compare.py measures. Here the models are read, and what was found goes into the sparse run's folder:
 circuit-<task>.json, the curves circuit-<task>.png, one prompt's attention edges -edges.png, the circuit of
-components -graph.png, and what its strongest heads attend to -gallery.png.
+components -graph.png, and what its strongest heads attend to -gallery.png. Of `induction`
+(circuits/induction.py) there are both scores of every head, in induction.json.
 """
 
 import os
 
+import numpy as np
 import torch
 
 from analysis import circuit_figures, figures
 from analysis.report_figures import pieces_of
-from circuits import compare
+from circuits import compare, induction, tasks
 from circuits.attention_edges import terms_of
 from circuits.graph import ComponentGraph
 from circuits.prompt_circuits import circuit_of
 from circuits.table import table
-from circuits.tasks import fitting, vocabulary
 from models.checkpoint import model_of, read_checkpoint, tokenizer_of
 from models.sources import checkpoint_named, folder_of_answers
 from storage.files import UserError, write_json
 from training import parallel
 
 DRAWN_HEADS = 5
+LISTED_HEADS = 10  # of induction
 
 
 def model_and_tokenizer(source):
@@ -125,30 +130,67 @@ def draw_prompt(found, models, tokenizer, folder):
     return [path]
 
 
-def add_arguments(parser):
-    parser.add_argument("dense", metavar="DENSE", help="a dense run, or a name such as gpt2")
-    parser.add_argument("sparse", metavar="SPARSE", help="a gated run's folder")
-    parser.add_argument("--task", help="see: python analyze.py tasks")
-    parser.add_argument("--n", type=int, default=64,
-                        help="pairs of prompts to rank on, and as many others to test on")
-    parser.add_argument("--seed", type=int, default=1, help="of the prompts")
-    parser.add_argument("--steps", type=int, default=5,
-                        help="of integrated gradients (EAP-IG) on component edges; 1 is plain attribution")
+def score_heads(source):
+    """Print the heads of a source that look most like induction heads, and write all into induction.json."""
+    model, _ = model_and_tokenizer(source)
+    matching, copying = induction.prefix_matching(model), induction.copying_scores(model)
+    heads = [{"layer": layer, "head": head, "prefix_matching": matching[layer, head].item(),
+              "copying": copying[layer, head].item()} for layer, head in np.ndindex(*matching.shape)]
+    folder = folder_of_answers(source)
+    if folder:
+        write_json(os.path.join(folder, "induction.json"), heads)
+    print(f"{source}: the ten heads that match prefixes best, of {len(heads)}")
+    print(f"{'head':>6} {'prefix matching':>16} {'copying':>8}")
+    for head in sorted(heads, key=lambda head: -head["prefix_matching"])[:LISTED_HEADS]:
+        name = f"{head['layer']:>3}.{head['head']:<2}"
+        print(f"{name} {head['prefix_matching']:16.3f} {head['copying']:8.2f}")
 
 
-def run(options, settings):
-    """`analyze.py circuit`."""
-    if options.n < 2 or options.steps < 1:
+def compare_runs(dense_run, sparse_run, options):
+    """Print and write how much of two models a task needs, and draw it."""
+    n = 64 if options.n is None else options.n
+    if n < 2 or options.steps < 1:
         raise UserError("--n must be at least 2, --steps at least 1")
-    dense, sparse, tokenizer = two_models(options.dense.rstrip("/"), options.sparse.rstrip("/"))
+    dense, sparse, tokenizer = two_models(dense_run, sparse_run)
     if not options.task:
-        name = vocabulary(tokenizer, sparse.config.vocab_size).name
-        raise UserError(f"say which task: --task={' or --task='.join(fitting(name))}")
-    folder = folder_of_answers(options.sparse.rstrip("/"))
-    found = compare.compare(dense, sparse, tokenizer, options.task, options.n, options.seed, options.steps)
-    runs = {"dense": options.dense, "sparse": options.sparse}
+        name = tasks.vocabulary(tokenizer, sparse.config.vocab_size).name
+        raise UserError(f"say which task: --task={' or --task='.join(tasks.fitting(name))}")
+    folder = folder_of_answers(sparse_run)
+    found = compare.compare(dense, sparse, tokenizer, options.task, n, options.seed, options.steps)
+    runs = {"dense": dense_run, "sparse": sparse_run}
     write_json(os.path.join(folder, f"circuit-{options.task}.json"), {"runs": runs} | found.result)
     print(table(found.result))
     drawn = draw(found, dense, sparse, tokenizer, folder)
     drawn += draw_prompt(found, {"dense": dense, "sparse": sparse}, tokenizer, folder)
     print(f"figures: {', '.join(drawn)}")
+
+
+def add_arguments(parser):
+    parser.add_argument("runs", nargs="*", metavar="RUN",
+                        help="a dense run, or a name such as gpt2, and a gated run's folder; for induction "
+                             "any; left out: the task's prompts are printed")
+    parser.add_argument("--task", help="left out, with no run: the tasks that there are")
+    parser.add_argument("--n", type=int,
+                        help="pairs of prompts to rank on, and as many others to test on, 64; or to print, 5")
+    parser.add_argument("--seed", type=int, default=1, help="of the prompts")
+    parser.add_argument("--steps", type=int, default=5,
+                        help="of integrated gradients (EAP-IG) on component edges; 1 is plain attribution")
+    parser.add_argument("--vocabulary", choices=["gpt2", "bytes", "addition"],
+                        help="of prompts that are printed; default: the first that the task fits")
+
+
+def run(options, settings):
+    """`analyze.py circuit`."""
+    runs = [run.rstrip("/") for run in options.runs]
+    if runs and options.task == "induction":
+        for source in runs:
+            score_heads(source)
+    elif len(runs) == 2:
+        compare_runs(*runs, options)
+    elif runs:
+        raise UserError("circuit compares two runs: `analyze.py circuit DENSE SPARSE --task=...`")
+    elif options.task:
+        n = 5 if options.n is None else options.n
+        print("\n".join(tasks.lines_of_prompts(options.task, n, options.seed, options.vocabulary)))
+    else:
+        print("\n".join(tasks.lines_of_tasks()))

@@ -1,13 +1,17 @@
-"""The pictures of circuits: when every edge opens, how much of a model a task needs, and the circuit as a
-graph.
+"""The pictures of circuits: when every edge opens, how much of a model a task needs, the circuit as a
+graph, and on which sums a feature fires.
 
 Functions take plain lists and write a PNG, as those of figures.py, whose ground they draw on.
 """
+
+import math
 
 import matplotlib
 import numpy as np
 
 from analysis.figures import GREY, HEAD_COLORS, draw_edges, draw_streams, plt, save
+
+PLOTS_IN_A_ROW = 3  # of operand plots
 
 
 def explanation(path, tokens, n_layer, edges, title):
@@ -181,4 +185,24 @@ def circuit_graph(path, names, n_head, edges, title, most=60):
         title + (f"; the strongest {most} of {len(edges)} are drawn" if len(edges) > most else ""),
         fontsize=10,
     )
+    save(figure, path)
+
+
+def operand_plots(path, titles, grids):
+    """Write one picture of all grids, each (100, 100): a downwards, b to the right.
+
+    A diagonal is a condition on a + b, a stripe one on a or on b alone, what repeats ten by ten one on the
+    units.
+    """
+    rows = math.ceil(len(grids) / PLOTS_IN_A_ROW)
+    size = (3.4 * PLOTS_IN_A_ROW, 3.6 * rows)
+    figure, axes = plt.subplots(rows, PLOTS_IN_A_ROW, figsize=size, squeeze=False)
+    for ax in axes.flat[len(grids):]:
+        ax.set_visible(False)
+    for ax, title, grid in zip(axes.flat, titles, grids):
+        ax.imshow(grid, cmap="magma", interpolation="nearest", vmin=0, origin="upper")
+        ax.set_title(title, fontsize=9)
+        ax.set(xticks=range(0, 100, 20), yticks=range(0, 100, 20), xlabel="b", ylabel="a")
+        ax.tick_params(labelsize=7)
+    figure.tight_layout()
     save(figure, path)

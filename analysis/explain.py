@@ -1,5 +1,10 @@
 """When does an edge open? Each edge of an addition model described in words, by counting over many sums.
 
+    python analyze.py explain out/addition                       all sums
+    python analyze.py explain out/addition 36+28                 one: its answer, and the edges that opened
+    python analyze.py explain out/addition 36+28 --shut=2.s1.=   layer 2's edge from `=` to s1 is cut
+    python analyze.py explain out/addition 36+28 --shut=2.0.s1.= with several heads: layer.head.query.key
+
 With digits a1 a0 + b1 b0, an edge that is open on some sums and shut on others computes a predicate of the
 digits. We look for it in a library of readable conditions: the one that agrees with the gate on most sums,
 
@@ -19,6 +24,7 @@ computed from queries and keys, which change with what was read.
 """
 
 import os
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -27,12 +33,14 @@ from tqdm import tqdm
 import prepare_data
 from analysis import circuit_figures
 from analysis.conditions import PLACES, carry_words, conditions, describe
+from analysis.questions import parse_edge, parse_sum
 from models.checkpoint import model_of, read_checkpoint
 from models.sources import checkpoint_named, folder_of_answers
-from storage.addition import addition_pairs, addition_rows, addition_task, token_names
-from storage.files import UserError, draw_or_say, write_json
+from storage.addition import ADDITION_TOKENS, addition_pairs, addition_rows, addition_task, token_names
+from storage.files import UserError, draw_or_say, typed, write_json
 
 MOST_EDGES = 60  # that ever open: more are no circuit to read, and each costs a pass over all sums
+MOST_DENSE = 10  # edges that are listed of a dense model and one sum, the strongest
 CHUNK = 500  # sums that go through the model at once
 
 
@@ -232,6 +240,82 @@ def legend(task):
 
 
 # ------------------------------------------------------------------------------------------------------------
+# one sum
+
+
+class Answer(NamedTuple):
+    """What a model makes of one sum."""
+
+    digits: str  # the answer positions, the highest place first: '00064'
+    weights: np.ndarray  # (n_layer, H, T, T), query by key: A_ij softmax_j(a_i.)_j, 0 where the edge is shut
+    open: np.ndarray  # (n_layer, H, T, T) bool
+
+
+@torch.inference_mode()
+def run_sum(model, task, a, b, shut=()):
+    """The sum a + b through the model -> Answer. shut: edges (layer, head, query, key) to cut."""
+    config, device = model.config, next(model.parameters()).device
+    shape = (config.n_layer, config.n_head, task.length, task.length)
+    keep = torch.ones(shape, dtype=torch.bool, device=device)
+    for edge in shut:
+        keep[edge] = False
+    layers = []
+    question = torch.from_numpy(addition_rows([a], [b], *task)[:, 0].astype(np.int64)).to(device)
+    logits, _, _ = model(question, keep=keep, record=lambda layer, gates: layers.append(gates))
+    return Answer("".join(ADDITION_TOKENS[token] for token in logits[0, task.first:].argmax(-1).tolist()),
+                  np.stack([gates.weights[0].float().cpu().numpy() for gates in layers]),
+                  np.stack([gates.open[0].bool().cpu().numpy() for gates in layers]))
+
+
+def sum_in_words(model, task, a, b, shut=()):
+    """What there is to say of a + b, a list of lines. shut: edges (layer, head, query, key) to cut.
+
+    A cut edge changes what later layers read, and so which of their edges open: those are listed too.
+    """
+    config, expected = model.config, f"{a + b:0{task.answers}d}"
+
+    def judged(digits):
+        return f"{digits}, " + ("right" if digits == expected else f"wrong, {expected} is right")
+
+    def line(edge, weight):
+        name = edge_name(dict(zip(("layer", "head", "query", "key"), edge)), task, config.n_head)
+        return f"  {name:26} {weight:5.2f}"
+
+    before = run_sum(model, task, a, b)
+    edges = [tuple(edge) for edge in np.argwhere(before.open).tolist()]  # in the order of layers
+    total = config.n_layer * config.n_head * task.length * (task.length + 1) // 2
+    opened = f"{len(edges)} of {total} edges opened" if config.gated else f"dense: all {total} edges are open"
+    lines = [f"{a}+{b} = {judged(before.digits)}", f"{opened}; beside each its attention weight"]
+    most = MOST_EDGES if config.gated else MOST_DENSE
+    if len(edges) > most:
+        edges = sorted(edges, key=lambda edge: -before.weights[edge])[:most]
+        lines[-1] += f", the strongest {most}"
+    lines += [line(edge, before.weights[edge]) for edge in edges]
+    if not shut:
+        return lines
+
+    after = run_sum(model, task, a, b, shut)
+    lines.append("")
+    for edge in shut:
+        was_open = "" if before.open[edge] else "  (it was shut anyway)"
+        lines.append(f"cut:{line(edge, before.weights[edge])}{was_open}")
+    names = token_names(task)[task.first:]
+    changed = [f"{name} {old} -> {new}"
+               for name, old, new in zip(names, before.digits, after.digits) if old != new]
+    lines.append(f"before: {judged(before.digits)}")
+    lines.append(f"after:  {judged(after.digits)}; "
+                 + ("changed: " + ", ".join(changed) if changed else "no digit changed"))
+    flipped = [tuple(edge) for edge in np.argwhere(before.open != after.open).tolist()]
+    flipped = [edge for edge in flipped if edge not in shut]
+    for edge in flipped:
+        weight = max(before.weights[edge], after.weights[edge])
+        lines.append(f"{line(edge, weight)}  {'opened' if after.open[edge] else 'shut'} because of it")
+    if config.gated and not flipped:
+        lines.append("no other edge opened or shut because of it")
+    return lines
+
+
+# ------------------------------------------------------------------------------------------------------------
 # a run
 
 
@@ -248,8 +332,8 @@ def read_addition_run(run):
     task = addition_task(data.meta) if data else None
     if task is None:
         kind = "a gated" if gated else "a dense"
-        raise UserError(f"{run} is {kind} run on {name or 'other data'}: explain counts over sums, ask "
-                        "asks for one, so they need a run on addition, such as out/addition")
+        raise UserError(f"{run} is {kind} run on {name or 'other data'}: explain counts over sums, so it "
+                        "needs a run on addition, such as out/addition")
     data.require_same(checkpoint["data"].get("sha256", data.meta["sha256"]), run)
     return model_of(checkpoint, path), data, task
 
@@ -259,8 +343,7 @@ def explain_run(run):
     model, data, task = read_addition_run(run)
     if not model.config.gated:
         raise UserError(f"{run} is a dense run on {data.name}: explain counts over sums and describes "
-                        "gates, "
-                        "so it needs a gated run on addition, such as out/addition")
+                        "gates, so it needs a gated run on addition, such as out/addition")
     a, b = population(data, task)
     edges, unions, intact = explain(model, task, a, b)
     found = summary(edges, unions, intact, task, len(a))
@@ -284,12 +367,18 @@ def explain_run(run):
 
 
 def add_arguments(parser):
-    parser.add_argument(
-        "runs", nargs="+", metavar="RUN", help="a gated run on addition, such as out/addition"
-    )
+    parser.add_argument("run", metavar="RUN", help="a run on addition, such as out/addition")
+    parser.add_argument("sum", nargs="*", metavar="SUM", help="one sum, such as 36+28, in place of all")
+    parser.add_argument("--shut", action="append", default=[], metavar="LAYER.QUERY.KEY",
+                        help="cut this edge; may be given several times")
 
 
 def run(options, settings):
     """`analyze.py explain`."""
-    for folder in options.runs:
-        explain_run(folder.rstrip("/"))
+    folder = options.run.rstrip("/")
+    if not options.sum and not options.shut:
+        return explain_run(folder)
+    model, _, task = read_addition_run(folder)
+    a, b = parse_sum("".join(options.sum), task, typed("python", "analyze.py", "explain", folder))
+    shut = [parse_edge(words, model.config, task) for words in options.shut]
+    print("\n".join(sum_in_words(model, task, a, b, shut)))

@@ -1,13 +1,10 @@
 """Which features, through which heads, made a model say this? One prompt's attribution graph.
 
-    python analyze.py transcode out/addition --price=0.1           first, once
-    python analyze.py graph out/addition --prompt=36+28 --at=s1    the tens
-    python analyze.py graph out/stdlib --prompt="name = 'main"     the next byte
-
-Prints each head's share, how many heads and attention edges hold 80 %, and what feeds the answer most
-(circuits/attribution_graph.py, influence.py). Writes graph-<prompt>.json into the run's folder, in the format
-of circuit-tracer and Neuronpedia (schema version 1), pruned; a link's `heads` says what share of it goes
-through which; the rest is direct, or goes through more of them.
+graphs.py has the command. Here is what it prints of one prompt, each head's share, how many heads and
+attention edges hold 80 %, and what feeds the answer most (circuits/attribution_graph.py, influence.py); and
+what it writes into the run's folder, graph-<prompt>.json in the format of circuit-tracer and Neuronpedia
+(schema version 1), pruned. A link's `heads` says what share of it goes through which; the rest is direct, or
+goes through more of them.
 """
 
 import os
@@ -199,27 +196,19 @@ def as_json(model, graph, found, question, word, run, name):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# The command
+# one prompt
 
 
-def add_arguments(parser):
-    parser.add_argument("run", metavar="RUN", help="a run's folder, dense or gated, with a transcoder")
-    parser.add_argument("--prompt", required=True, help="a sum, or a text")
-    parser.add_argument("--at", default="", help="of a sum: which answer, such as s1; the last one")
-    parser.add_argument("--name", default="transcoder", help="of the transcoder, as in `transcode`")
-
-
-def run(options, settings):
-    """`analyze.py graph`."""
-    run = options.run.rstrip("/")
+def write_graph(run, prompt, at, name):
+    """Print what made a run answer a prompt, and write its graph. at: which answer; name: of a transcoder."""
     path = checkpoint_named(run)
     checkpoint = read_checkpoint(path)
     model, folder = gpt_of(checkpoint, path, run), folder_of_answers(run)
-    coder = read_transcoder(folder, options.name, checkpoint)
-    [question], word, _ = questions_of(checkpoint, run, [options.prompt])
-    graph = graph_of(model, coder, torch.tensor(question.ids), position_of(question, options.at))
+    coder = read_transcoder(folder, name, checkpoint)
+    [question], word, _ = questions_of(checkpoint, run, [prompt])
+    graph = graph_of(model, coder, torch.tensor(question.ids), position_of(question, at))
     found = summary(graph)
-    name = name_of(question.title, options.at, options.name)
+    name = name_of(question.title, at, name)
     place = os.path.join(folder, name + ".json")
     write_json(place, as_json(model, graph, found, question, word, run, name))  # first: it knows no NaN
     print("\n".join(lines_of(graph, found, question, word)))

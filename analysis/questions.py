@@ -1,16 +1,16 @@
-"""Questions to a model: a prompt, its tokens, and where the model answers it. Of sums and of text.
+"""What is typed: a prompt, a sum or a text, its tokens and where the model answers it; and an edge's name.
 
-`view`, `graph`, `opens` and `n80` ask them. A prompt that is none, or too long, is answered with a sentence.
+`explain`, `view` and `graph` read them. A prompt that is none, or too long, is answered with a sentence.
 """
 
+import re
 from typing import NamedTuple
 
 import prepare_data
-from analysis.ask import parse_sum
-from analysis.report_figures import example_sums, symbols
+from analysis.conditions import PLACES
 from models.checkpoint import tokenizer_of
 from storage import text
-from storage.addition import addition_rows, addition_task, token_names
+from storage.addition import ADDITION_TOKENS, addition_rows, addition_task, token_names
 from storage.files import UserError, typed
 
 LONGEST = 128  # tokens: more are no page to read
@@ -20,6 +20,10 @@ SNIPPETS = (  # a quote and a bracket to be closed, two words to be ended
     "def f(a, b):\n    ret",
     "if x is not N",
 )
+# The paper's three kinds of sum. Of each number a d-digit model gets the last d digits: 53+21, 36+28, 43+59
+SUMS = [(6253, 1421, "no carry"),
+        (4136, 3528, "carry out of the units"),
+        (5743, 8659, "carry into the {highest}")]
 
 
 class Question(NamedTuple):
@@ -31,6 +35,53 @@ class Question(NamedTuple):
     names: list  # what its position is called, '' if nothing
     positions: list  # where the answer is read
     expected: str | None  # the right answer, of sums
+
+
+def parse_sum(question, task, example):
+    """`36+28` -> (36, 28). Raises UserError if it is no sum, or a number has too many digits."""
+    most = 10**task.digits - 1
+    hint = f"Type two numbers from 0 to {most}, for instance: {example} {most // 3}+{most // 2}"
+    found = re.fullmatch(r"([0-9]+)\+([0-9]+)=?", "".join(question.split()))
+    if not found:
+        what = f"{question!r} is not a sum" if question else "there is no sum to ask for"
+        raise UserError(f"{what}. {hint}")
+    a, b = int(found[1]), int(found[2])
+    if max(a, b) > most:
+        raise UserError(f"{max(a, b)} is too large for this model. {hint}")
+    return a, b
+
+
+def parse_edge(words, config, task, option="--shut"):
+    """`1.s2.s4` (layer.query.key) or `1.0.s2.s4` (layer.head.query.key) -> (layer, head, query, key).
+
+    config: the model's; option: that had the words. Raises UserError if the model has no such edge.
+    """
+    names = token_names(task)
+    first, last = names[-1], names[0]
+    form, example = f"layer.query.key, such as {option}=0.{first}.{last}", f"{option}={words}"
+    if config.n_head > 1:
+        form = f"layer.head.query.key, such as {option}=0.0.{first}.{last}"
+    parts = words.split(".")
+    if config.n_head == 1 and len(parts) == 3:
+        parts.insert(1, "0")
+    if len(parts) != 4:
+        raise UserError(f"{example} names no edge: write {form}")
+    layer, head = (number_below(part, count, example, what) for part, count, what in
+                   ((parts[0], config.n_layer, "layers"), (parts[1], config.n_head, "heads")))
+    for name in parts[2:]:
+        if name not in names:
+            raise UserError(f"{example}: no position is called {name!r}, there are {' '.join(names)}")
+    query, key = names.index(parts[2]), names.index(parts[3])
+    if key > query:
+        raise UserError(f"{example}: {parts[2]} cannot read {parts[3]}, which comes after it")
+    return layer, head, query, key
+
+
+def number_below(words, count, example, what):
+    """The number in words, if it is one of the model's `count` layers or heads, else UserError."""
+    if not words.isdecimal() or int(words) >= count:
+        raise UserError(f"{example}: the model's {what} are 0 to {count - 1}, {words!r} is none of them")
+    return int(words)
 
 
 def text_question(prompt, tokens, block_size):
@@ -51,6 +102,18 @@ def default_snippets(tokens, block_size):
     """The ends of SNIPPETS that fit into the context."""
     cut = [tokens.encode(snippet.encode())[-block_size:] for snippet in SNIPPETS]
     return [tokens.decode([int(i) for i in ids]) for ids in cut]
+
+
+def symbols(tokens):
+    """Token ids of addition as the signs that they stand for."""
+    return [ADDITION_TOKENS[t] for t in tokens]
+
+
+def example_sums(task):
+    """The sums to draw, of the paper's three kinds: [(a, b, kind)]."""
+    highest = PLACES[task.digits]
+    end = 10**task.digits
+    return [(a % end, b % end, kind.format(highest=highest)) for a, b, kind in SUMS]
 
 
 def sum_question(prompt, task):

@@ -9,18 +9,14 @@ import os
 import numpy as np
 import torch
 
-from analysis import explain, figures, flow
+from analysis import figures, flow
+from analysis.questions import example_sums, symbols
 from models import lora
 from models.checkpoint import load_parent
 from models.sources import folder_of_answers
 from storage import text
-from storage.addition import ADDITION_TOKENS, addition_rows, addition_task
+from storage.addition import addition_rows, addition_task
 from storage.files import UserError, draw_or_say
-
-# The paper's three kinds of sum. Of each number a d-digit model gets the last d digits: 53+21, 36+28, 43+59
-SUMS = [(6253, 1421, "no carry"),
-        (4136, 3528, "carry out of the units"),
-        (5743, 8659, "carry into the {highest}")]
 
 
 def draw(result, config, metrics, checkpoint, model, data):
@@ -56,13 +52,6 @@ def parent_of(model, checkpoint, path):
     except UserError as error:
         print(f"{path} shows the sparse model only: {error}")
         return None
-
-
-def example_sums(task):
-    """The sums to draw, of the paper's three kinds: [(a, b, kind)]."""
-    highest = explain.PLACES[task.digits]
-    end = 10**task.digits
-    return [(a % end, b % end, kind.format(highest=highest)) for a, b, kind in SUMS]
 
 
 def weights_of(model, tokens):
@@ -137,8 +126,3 @@ def pieces_of(tokens, name):
     except UserError as error:  # no network: a report needs no vocabulary for anything else
         print(f"gallery.png shows the numbers of tokens, not their words: {error}")
         return [str(token) for token in tokens]
-
-
-def symbols(tokens):
-    """Token ids of addition as the signs that they stand for."""
-    return [ADDITION_TOKENS[t] for t in tokens]

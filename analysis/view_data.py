@@ -18,7 +18,7 @@ Notable:
   gradient, one backward pass for all edges, and only the best are cut one by one.
 - A dense model reads every causal pair. The page gets the heaviest, to be seen, and the best, for the slider.
 - Scores, ranks and shares are those of circuits/attention_edges.py: what was shut stays shut. The button
-  `cut` is an intervention, as in `ask --shut`: the gates of later layers decide anew, and one that was shut
+  `cut` is an intervention, as in `explain --shut`: later gates decide anew, and one that was shut
   may open instead. So an edge's score and its cut can differ, and the page says what opened and what shut.
 """
 

@@ -12,8 +12,8 @@ metric, at the position(s) of the answer:
     probability difference  sum of the probabilities of the right tokens - sum of those of the wrong ones
                             (Greater Than)
 
-    python analyze.py tasks ioi --n=5                          prints five pairs
-    python analyze.py tasks                                    prints what there is
+    python analyze.py circuit --task=ioi --n=5                 prints five pairs
+    python analyze.py circuit                                  prints what there is
 
 Source: the paper's section on circuits (arXiv 2512.05865). Notable: pairs are a function of (task, n, seed).
 prompts.py writes them; a task of your own is a function there and a line in TASKS here.
@@ -115,34 +115,27 @@ def make_pairs(task, n, seed, vocabulary):
     return pairs, metric
 
 
-def add_arguments(parser):
-    parser.add_argument("task", nargs="?", help=", ".join(TASKS))
-    parser.add_argument("--n", type=int, default=5, help="pairs of prompts to print")
-    parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument(
-        "--vocabulary", choices=["gpt2", "bytes", "addition"], help="default: the first that the task fits"
-    )
+def lines_of_tasks():
+    """All tasks, a list of lines."""
+    return [f"{name:13} {', '.join(fit or 'any' for fit in fits):16} {metric:24} "
+            f"{make_prompts.__doc__.splitlines()[0]}" for name, (make_prompts, fits, metric) in TASKS.items()]
 
 
-def run(options, settings):
-    """`analyze.py tasks`: all tasks, or prompts of one."""
-    if options.n < 1:
+def lines_of_prompts(task, n, seed, vocabulary_name):
+    """n pairs of a task's prompts, a list of lines. vocabulary_name: None is the first that the task fits."""
+    if n < 1:
         raise UserError("--n must be at least 1")
-    if options.task is None:
-        for name, (make_prompts, fits, metric) in TASKS.items():
-            fitting_names = ", ".join(fit or "any" for fit in fits)
-            print(f"{name:13} {fitting_names:16} {metric:24} {make_prompts.__doc__.splitlines()[0]}")
-        return
-    if options.task not in TASKS:
-        raise UserError(f"there is no task {options.task!r}. There are {', '.join(TASKS)}")
-    tokens = vocabulary(options.vocabulary or TASKS[options.task][1][0])
-    pairs, metric = make_pairs(options.task, options.n, options.seed, tokens)
-    print(f"{options.task}, {metric}")
-    show = decoder(tokens.name)
+    if task not in TASKS:
+        raise UserError(f"there is no task {task!r}. There are {', '.join(TASKS)}")
+    tokens = vocabulary(vocabulary_name or TASKS[task][1][0])
+    pairs, metric = make_pairs(task, n, seed, tokens)
+    lines, show = [f"{task}, {metric}"], decoder(tokens.name)
     for pair in pairs:
-        print(f"\nclean      {show(pair.clean)!r}\ncorrupted  {show(pair.corrupted)!r}")
+        lines.append(f"\nclean      {show(pair.clean)!r}\ncorrupted  {show(pair.corrupted)!r}")
         for position, right, wrong in zip(pair.positions, pair.right, pair.wrong):
-            print(f"at {position:3d}     right {first_few(right, show)}; wrong {first_few(wrong, show)}")
+            right, wrong = first_few(right, show), first_few(wrong, show)
+            lines.append(f"at {position:3d}     right {right}; wrong {wrong}")
+    return lines
 
 
 def decoder(name):

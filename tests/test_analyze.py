@@ -20,7 +20,7 @@ from PIL import Image
 import analyze as analyze_file
 import prepare_data
 import train as train_file
-from analysis import ask, curve, figures, graph, report_figures, verdict
+from analysis import curve, explain, figures, graph, report_figures, verdict
 from analysis.report import pages_of, text_seen
 from conftest import REPOSITORY
 from helpers import call, in_this_process
@@ -279,7 +279,7 @@ def test_every_question_takes_one_checkpoint_too(folder):
     report = json.loads((folder / "out/sparse/last/report.json").read_text())
     assert report["step"] == read_checkpoint(str(folder / "out/sparse/last.pt"))["step"]
     assert (folder / "out/sparse/last/training.png").exists()
-    assert analyze(folder, "induction", "out/sparse/last.pt").returncode == 0
+    assert analyze(folder, "circuit", "out/sparse/last.pt", "--task=induction").returncode == 0
     assert (folder / "out/sparse/last/induction.json").exists()
     asked = analyze(folder, "circuit", "out/dense", "out/sparse/last.pt")
     assert asked.returncode == 1
@@ -301,7 +301,7 @@ def test_a_damaged_config_is_named(folder):
         ([], "no command"),
         (["reprot", "out/sparse"], "Did you mean report?"),
         (["report"], "required: RUN"),
-        (["ask", "out/sparse", "1+1", "--shot=0.s0.+"], "it takes no --shot=0.s0.+. Did you mean --shut?"),
+        (["explain", "out/sparse", "--shot=0.s0.+"], "it takes no --shot=0.s0.+. Did you mean --shut?"),
         (["report", "out/none"], "out/none is no run's folder"),
         (["bench", "--most_memory=nan"], "--most_memory=nan: it must be a finite number"),
         (["explain", "out/dense"], "out/dense is a dense run on addition"),
@@ -317,6 +317,14 @@ def test_every_command_explains_itself(command):
     parser = analyze_file.parser_for(command).chosen
     words = parser.format_help()
     assert f"analyze.py {command}" in words and len(words) > 300
+
+
+@pytest.mark.parametrize("old", analyze_file.MOVED)
+def test_an_old_name_answers_with_the_new_one(old):
+    new, *_ = analyze_file.MOVED[old].split()
+    assert old not in analyze_file.COMMANDS and new in analyze_file.COMMANDS
+    with pytest.raises(SystemExit, match=f"^error: {old} is part of {new} now: python analyze.py {new} "):
+        analyze_file.main([old, "out/addition"])
 
 
 def test_a_report_without_a_vocabulary_shows_numbers_and_says_why(monkeypatch, capsys):
@@ -384,16 +392,16 @@ def test_a_tilde_is_the_home_folder_in_every_command(workplace, monkeypatch):
 def test_a_command_in_an_answer_can_be_typed_whatever_a_folder_is_called(workplace, monkeypatch):
     os.makedirs("my run")
     said = pages_of([{"run": "my run", "sparse": True}])
-    monkeypatch.setattr(ask, "read_addition_run", lambda run: (None, None, AdditionTask(2, 5)))
+    monkeypatch.setattr(explain, "read_addition_run", lambda run: (None, None, AdditionTask(2, 5)))
     for wrong in (lambda: curve.read_report("my run"), lambda: graph.read_transcoder("my run", "a b", {}),
-                  lambda: ask.run(SimpleNamespace(run="my run", sum=[]), [])):
+                  lambda: explain.run(SimpleNamespace(run="my run", sum=["1"], shut=[]), [])):
         with pytest.raises(UserError) as error:
             wrong()
         said.append(str(error.value))
     assert [shlex.split(words.partition("python ")[2]) for words in said] == [
         ["analyze.py", "view", "my run"], ["analyze.py", "report", "my run"],
         ["analyze.py", "transcode", "my run", "--price=0.1", "--name=a b"],
-        ["analyze.py", "ask", "my run", "33+49"]]
+        ["analyze.py", "explain", "my run", "33+49"]]
 
 
 def test_a_report_says_which_text_a_run_saw():

@@ -81,7 +81,7 @@ def test_every_setting_in_the_tables_exists():
               "rdzv_backend", "rdzv_id", "rdzv_endpoint", "tokenizer", "file", "shards", "processes",
               "prompt", "tokens", "temperature", "open", "model", "splash", "B", "H", "repeats",
               "most_memory", "task", "shut", "n", "gpus", "context", "measured", "include", "limit", "tasks",
-              "as", "only", "steps", "at", "features", "price", "name", "names",
+              "as", "only", "steps", "at", "features", "price", "name",
               "rules", "budgets"}
     assert set(flags) - others <= set(Config.__annotations__) | {"index"}
 

@@ -1,4 +1,4 @@
-"""analyze.py circuit and induction, from the command line, on a small dense and a small gated run."""
+"""analyze.py circuit, from the command line, on a small dense and a small gated run."""
 
 import json
 import os
@@ -99,7 +99,7 @@ def test_a_parent_whose_tokens_nobody_wrote_down_reads_its_childs(runs):
 
 
 def test_induction_writes_every_head(runs, capsys):
-    analyze.main(["induction", "out/sparse"])
+    analyze.main(["circuit", "out/sparse", "--task=induction"])
     assert "prefix matching" in capsys.readouterr().out
     with open("out/sparse/induction.json") as f:
         assert len(json.load(f)) == 4
@@ -111,6 +111,7 @@ def test_induction_writes_every_head(runs, capsys):
         (["out/dense", "out/sparse", "--task=ioi"], "What fits it: docstring, copy, quote, bracket"),
         (["out/dense", "out/sparse", "--task=qoute"], "no task 'qoute'"),
         (["out/sparse", "out/dense", "--task=quote"], "compares a dense run with a sparse one"),
+        (["out/sparse", "--task=quote"], "circuit compares two runs"),
         (["out/sums", "out/sparse", "--task=quote"], "of the same vocabulary"),
         (["out/dense", "out/none", "--task=quote"], "no checkpoint out/none"),
         (["out/dense", "out/dense", "--task=quote"], "compares a dense run with a sparse one"),

@@ -176,14 +176,14 @@ def test_a_pair_of_unequal_length_is_named(monkeypatch):
 
 def test_the_command_prints_pairs_and_what_there_is():
     def command(*arguments):
-        return call(analyze.main, "tasks", *arguments)
+        return call(analyze.main, "circuit", *arguments)
 
     assert "bracket" in command().stdout
-    printed = command("quote", "--n=3").stdout
+    printed = command("--task=quote", "--n=3").stdout
     assert printed.count("clean ") == printed.count("corrupted ") == printed.count("right ") == 3
-    assert "--n must be at least 1" in command("quote", "--n=-1").stderr
-    assert "invalid choice: 'olmo'" in command("ioi", "--vocabulary=olmo").stderr
-    refused = command("ioi", "--vocabulary=bytes")
+    assert "--n must be at least 1" in command("--task=quote", "--n=-1").stderr
+    assert "invalid choice: 'olmo'" in command("--task=ioi", "--vocabulary=olmo").stderr
+    refused = command("--task=ioi", "--vocabulary=bytes")
     assert refused.returncode == 1 and "What fits it" in refused.stderr
 
 
@@ -231,4 +231,4 @@ def test_gpt2s_vocabulary_out_of_reach_is_a_message(monkeypatch):
 
     monkeypatch.setattr("tiktoken.get_encoding", no_network)
     with pytest.raises(SystemExit, match="cannot be fetched .ConnectionError.. tiktoken downloads it"):
-        analyze.main(["tasks", "ioi"])
+        analyze.main(["circuit", "--task=ioi"])
