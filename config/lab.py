@@ -1,6 +1,6 @@
 """The run of the lab sheets (docs/labs): one-digit addition, small enough to train in class.
 
-As config/addition.py, with less of everything: 100 sums, 90 edges a sum, 1,000 steps. What it does on other
+As config/addition.py, with less of everything: 100 sums, 90 edges a sum, 1,500 steps. What it does on other
 seeds: docs/labs/README.md.
 """
 
@@ -10,7 +10,7 @@ gated = True
 gate_bias = 3.0
 gate_temperature = 3.0
 
-linear_penalty_steps = 200
+linear_penalty_steps = 300
 constraint_gates = 'deterministic'
 average_decay = 0.98
 
@@ -22,7 +22,7 @@ lambda_max = 30.0
 lambda_init = 4.0
 
 batch_size = 32
-max_steps = 1000
+max_steps = 1500
 learning_rate = 2e-3
 min_lr = 2e-3
 warmup_steps = 50
