@@ -57,11 +57,8 @@ class Server:
                     return self.send_error(404)
                 with open(path, "rb") as f:
                     content = bytearray(f.read())
-                begin = (
-                    int(self.headers["Range"].removeprefix("bytes=").rstrip("-"))
-                    if "Range" in self.headers
-                    else 0
-                )
+                begin = (int(self.headers["Range"].removeprefix("bytes=").rstrip("-"))
+                         if "Range" in self.headers else 0)
                 if begin >= len(content):
                     return self.send_error(416)
                 if server.corrupt:
@@ -100,21 +97,11 @@ def echo(workplace):
     rows[:, 0], rows[:, 1, 3] = x, x[:, 0]
     prepare_data.write_dataset("data/echo", rows[:400], rows[400:], kind="rows", vocab_size=9)
     (workplace / "dense.py").write_text("".join(f"{k} = {v!r}\n" for k, v in SMALL.items()))
-    (workplace / "sparse.py").write_text(
-        "init_from = 'dense.py'\ngated = True\n"
-        + "".join(
-            f"{k} = {SMALL[k]!r}\n"
-            for k in (
-                "dataset",
-                "batch_size",
-                "max_steps",
-                "warmup_steps",
-                "learning_rate",
-                "eval_interval",
-                "eval_batch_size",
-            )
-        )
-    )
+    (workplace / "sparse.py").write_text("init_from = 'dense.py'\ngated = True\n"
+                                         + "".join(f"{k} = {SMALL[k]!r}\n"
+                                                   for k in ("dataset", "batch_size", "max_steps",
+                                                             "warmup_steps", "learning_rate", "eval_interval",
+                                                             "eval_batch_size")))
     return workplace
 
 

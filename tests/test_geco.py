@@ -74,14 +74,11 @@ def test_state_goes_on_exactly():
 
 def test_objective_is_the_lagrangian():
     geco = GECO(target=0.5, scale=1.0, rate=0.01, lambda_init=2.0)
-    assert geco.objective(torch.tensor(0.75), torch.tensor(0.1)).item() == pytest.approx(
-        0.1 + 2 * 0.25
-    )
+    assert geco.objective(torch.tensor(0.75), torch.tensor(0.1)).item() == pytest.approx(0.1 + 2 * 0.25)
 
 
-@pytest.mark.parametrize(
-    "wrong", [{"scale": 0.0}, {"rate": -1.0}, {"alpha": 1.0}, {"lambda_init": 20.0, "lambda_max": 10.0}]
-)
+@pytest.mark.parametrize("wrong", [{"scale": 0.0}, {"rate": -1.0}, {"alpha": 1.0},
+                                   {"lambda_init": 20.0, "lambda_max": 10.0}])
 def test_settings_that_make_no_sense_are_refused(wrong):
     with pytest.raises(ValueError, match="GECO needs"):
         GECO(1.0, **{"scale": 0.01, "rate": 0.01} | wrong)

@@ -375,9 +375,8 @@ def test_a_vocabulary_that_cannot_be_fetched_says_what_to_do(workplace, monkeypa
         raise ConnectionError("no route to host")
 
     monkeypatch.setattr("tiktoken.get_encoding", no_network)
-    with pytest.raises(
-        SystemExit, match=r"cannot be fetched \(ConnectionError\).*TIKTOKEN_CACHE_DIR.*--tokenizer=bytes"
-    ):
+    with pytest.raises(SystemExit,
+                       match=r"cannot be fetched \(ConnectionError\).*TIKTOKEN_CACHE_DIR.*--tokenizer=bytes"):
         prepare_data.main(["stdlib", "--tokenizer=gpt2"])
 
 
@@ -426,9 +425,8 @@ def test_a_full_disk_leaves_the_old_dataset_whole(workplace, monkeypatch):
     before = load("addition").meta
     calls = []
     # the second file no more
-    monkeypatch.setattr(
-        os, "fsync", lambda descriptor: full(descriptor) if calls else calls.append(descriptor)
-    )
+    monkeypatch.setattr(os, "fsync", lambda descriptor: full(descriptor) if calls
+                        else calls.append(descriptor))
     with pytest.raises(SystemExit, match="cannot write data/addition/val.bin.*No space left"):
         prepare_data.main(["addition"])
     assert load("addition").meta == before
@@ -436,14 +434,10 @@ def test_a_full_disk_leaves_the_old_dataset_whole(workplace, monkeypatch):
 
 
 def test_processes_that_want_the_same_dataset_wait_for_the_first(workplace):
-    code = (
-        "import sys; sys.path.insert(0, sys.argv[1]); import prepare_data; "
-        "print(prepare_data.load('addition').train.shape)"
-    )
-    several = [
-        subprocess.Popen([sys.executable, "-c", code, REPOSITORY], stdout=subprocess.PIPE, text=True)
-        for _ in range(3)
-    ]
+    code = ("import sys; sys.path.insert(0, sys.argv[1]); import prepare_data; "
+            "print(prepare_data.load('addition').train.shape)")
+    several = [subprocess.Popen([sys.executable, "-c", code, REPOSITORY], stdout=subprocess.PIPE, text=True)
+               for _ in range(3)]
     said = [process.communicate()[0] for process in several]
     assert all("(8000, 2, 11)" in words for words in said)
     assert sum("making data/addition" in words for words in said) == 1

@@ -145,10 +145,8 @@ def test_the_constraints_target_is_the_dense_loss_on_training_batches_by_the_sam
 
 def test_a_model_with_fewer_right_answers_does_not_meet_the_target():
     def found(loss, correct, accuracy=0.5):
-        return {
-            split: {"loss": loss, "correct": correct[split], "accuracy": accuracy}
-            for split in ("train", "val")
-        }
+        return {split: {"loss": loss, "correct": correct[split], "accuracy": accuracy}
+                for split in ("train", "val")}
 
     dense = found(1.0, {"train": 10, "val": 5})
     assert meets_target(found(1.1, {"train": 10, "val": 5}), dense, 1.1)
@@ -164,9 +162,8 @@ def test_the_closest_evaluation_is_told_by_what_was_counted_for_all():
     training answers lost.
     """
     def found(loss, **correct):
-        return {
-            split: {"loss": loss, "correct": number, "accuracy": 0.5} for split, number in correct.items()
-        }
+        return {split: {"loss": loss, "correct": number, "accuracy": 0.5}
+                for split, number in correct.items()}
 
     dense = found(1.0, val=5, train=10)
     met = distance_from_target(found(1.0, val=5, train=10), dense, 1.1)
@@ -244,16 +241,8 @@ def test_the_paired_constraint_is_free_of_the_batchs_luck(counting):
     folder = run("sparse.py", max_steps=1, open_above=0.0, gate_bias=50.0)
     line = metrics(folder)[-1]
     assert line["constraint_loss"] == pytest.approx(line["constraint_target"] - 0.02, abs=1e-5)
-    unpaired = metrics(
-        run(
-            "sparse.py",
-            max_steps=1,
-            open_above=0.0,
-            gate_bias=50.0,
-            constraint_paired=False,
-            out_dir="out/unpaired",
-        )
-    )[-1]
+    unpaired = metrics(run("sparse.py", max_steps=1, open_above=0.0, gate_bias=50.0, constraint_paired=False,
+                           out_dir="out/unpaired"))[-1]
     assert abs(unpaired["constraint_loss"] - line["constraint_loss"]) > 1e-3
 
 
@@ -281,10 +270,8 @@ def test_a_teacher_changes_the_gradient_and_only_the_gradient(counting):
     teacher = load_checkpoint("out/dense/best.pt")
     x, _ = prepare_data.load("count").batch("val", range(0, 400, 8), 8)
     x = torch.from_numpy(x)
-    distance = [
-        divergence(load_checkpoint(f"out/{name}/last.pt")(x)[0], teacher(x)[0], x).item()
-        for name in ("taught", "untaught")
-    ]
+    distance = [divergence(load_checkpoint(f"out/{name}/last.pt")(x)[0], teacher(x)[0], x).item()
+                for name in ("taught", "untaught")]
     assert distance[0] < distance[1]
 
 
@@ -313,16 +300,10 @@ def test_divergence_copies_no_logits_and_is_0_where_nothing_is_asked():
 def test_a_checkpoint_of_transformers_is_a_parent_and_resumes(counting):
     """What init_from='gpt2' does, with a tiny folder in GPT-2's place."""
     transformers = pytest.importorskip("transformers", reason="pip install -r tests/requirements.txt")
-    transformers.GPT2LMHeadModel(
-        transformers.GPT2Config(n_layer=1, n_head=2, n_embd=16, n_positions=8, vocab_size=300)
-    ).save_pretrained("hf")
-    prepare_data.write_dataset(
-        "data/count",
-        *(np.arange(n, dtype=np.uint16) % 7 for n in (500, 100)),
-        kind="stream",
-        vocab_size=300,
-        tokenizer="gpt2",
-    )
+    transformers.GPT2LMHeadModel(transformers.GPT2Config(n_layer=1, n_head=2, n_embd=16, n_positions=8,
+                                                         vocab_size=300)).save_pretrained("hf")
+    prepare_data.write_dataset("data/count", *(np.arange(n, dtype=np.uint16) % 7 for n in (500, 100)),
+                               kind="stream", vocab_size=300, tokenizer="gpt2")
     run("sparse.py", init_from="hf", max_steps=20, gate_bias=5.0, batch_size=8)
     run("sparse.py", init_from="resume", max_steps=30)
     saved = read_checkpoint("out/sparse/last.pt")
@@ -333,10 +314,8 @@ def test_a_checkpoint_of_transformers_is_a_parent_and_resumes(counting):
 
 def test_bfloat16_trains_and_is_judged_in_float32(counting):
     torch.manual_seed(0)
-    exact, half = (
-        metrics(run("dense.py", dtype=dtype, out_dir=f"out/{dtype}", max_steps=20))
-        for dtype in ("float32", "bfloat16")
-    )
+    exact, half = (metrics(run("dense.py", dtype=dtype, out_dir=f"out/{dtype}", max_steps=20))
+                   for dtype in ("float32", "bfloat16"))
     # before training they are one model, and the judge is one
     assert exact[0]["val_loss"] == half[0]["val_loss"]
     assert half[-1]["val_loss"] != exact[-1]["val_loss"]
@@ -397,9 +376,8 @@ def test_only_an_evaluation_that_can_become_the_best_counts_all_rows(echo):
         (echo / "dense.py").read_text().replace("max_steps = 60", "max_steps = 300")
     )
     fewest = None
-    for line in metrics(
-        run("sparse.py", max_steps=300, linear_penalty_steps=100, lambda_init=1.0, lambda_min=0.2)
-    ):
+    for line in metrics(run("sparse.py", max_steps=300, linear_penalty_steps=100, lambda_init=1.0,
+                            lambda_min=0.2)):
         held_out_passes = line["val_loss"] <= line["target_loss"] and line["val_correct"] == 200
         assert (line["correct"] is not None) == (
             held_out_passes and (fewest is None or line["open"] <= fewest)

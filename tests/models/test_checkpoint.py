@@ -10,26 +10,15 @@ import torch
 
 from model import GPT, GPTConfig
 from models import checkpoint
-from models.checkpoint import (
-    checkpoint_of,
-    fingerprint,
-    is_of,
-    load_checkpoint,
-    load_parent,
-    load_weights,
-    read_checkpoint,
-    require_tokenizer,
-    save_checkpoint,
-    tokenizer_of,
-)
+from models.checkpoint import (checkpoint_of, fingerprint, is_of, load_checkpoint, load_parent, load_weights,
+                               read_checkpoint, require_tokenizer, save_checkpoint, tokenizer_of)
 from models.olmo import OLMo, OLMoConfig
 from storage.files import UserError
 
 
 def tiny(**changes):
-    return GPT(
-        GPTConfig(**{"block_size": 8, "vocab_size": 11, "n_layer": 2, "n_head": 2, "n_embd": 16} | changes)
-    )
+    return GPT(GPTConfig(**{"block_size": 8, "vocab_size": 11, "n_layer": 2, "n_head": 2, "n_embd": 16}
+                         | changes))
 
 
 def test_checkpoint_round_trip(workplace):
@@ -116,9 +105,8 @@ def test_the_names_that_compile_and_ddp_leave_in_any_order_load(wrapped):
     assert all(torch.equal(a, b) for a, b in zip(m.state_dict().values(), again.state_dict().values()))
 
 
-@pytest.mark.parametrize("model", [
-    tiny(), OLMo(OLMoConfig(vocab_size=11, n_layer=1, n_head=2, n_kv_head=2, n_embd=16, n_hidden=16)),
-], ids=["gpt2", "olmo"])
+@pytest.mark.parametrize("model", [tiny(), OLMo(OLMoConfig(vocab_size=11, n_layer=1, n_head=2, n_kv_head=2,
+                                                           n_embd=16, n_hidden=16))], ids=["gpt2", "olmo"])
 def test_a_tied_model_without_its_output_embedding_loads(workplace, model):
     found = checkpoint_of(model)
     del found["model"]["lm_head.weight"]

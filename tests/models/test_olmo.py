@@ -26,17 +26,9 @@ from storage.files import UserError
 from training.config import Config
 
 transformers = pytest.importorskip("transformers", reason="pip install -r tests/requirements.txt")
-YARN = {
-    "sliding_window": 32,
-    "rope_scaling": {
-        "rope_type": "yarn",
-        "factor": 4.0,
-        "original_max_position_embeddings": 16,
-        "attention_factor": 1.2,
-        "beta_fast": 32,
-        "beta_slow": 1,
-    },
-}
+YARN = {"sliding_window": 32, "rope_scaling": {"rope_type": "yarn", "factor": 4.0,
+                                               "original_max_position_embeddings": 16,
+                                               "attention_factor": 1.2, "beta_fast": 32, "beta_slow": 1}}
 
 
 def stretched(**settings):
@@ -70,21 +62,8 @@ def test_init_std_is_that_of_the_random_weights(architecture):
 
 
 def ours(generation=2, **changes):
-    return OLMo(
-        OLMoConfig(
-            **{
-                "generation": generation,
-                "block_size": 16,
-                "vocab_size": 11,
-                "n_layer": 2,
-                "n_head": 4,
-                "n_kv_head": 2,
-                "n_embd": 32,
-                "n_hidden": 48,
-            }
-            | changes
-        )
-    )
+    return OLMo(OLMoConfig(**{"generation": generation, "block_size": 16, "vocab_size": 11, "n_layer": 2,
+                              "n_head": 4, "n_kv_head": 2, "n_embd": 32, "n_hidden": 48} | changes))
 
 
 @torch.no_grad()
@@ -182,22 +161,18 @@ def test_a_name_is_downloaded_once_through_the_hubs_own_client(workplace, server
     folder = workplace / "served" / name / "resolve" / ("0" * 40)
     model.save_pretrained(folder, max_shard_size="200KB")
     # the last two are not there to be asked for
-    files, api = (
-        [*os.listdir(folder), "README.md", "pytorch_model.bin"],
-        workplace / f"served/api/models/{name}",
-    )
+    files, api = ([*os.listdir(folder), "README.md", "pytorch_model.bin"],
+                  workplace / f"served/api/models/{name}")
     for place, answer in (
         ("revision/main", {"id": name, "sha": "0" * 40, "siblings": [{"rfilename": file} for file in files]}),
         ("tree/" + "0" * 40, [{"type": "file", "path": file, "size": 1, "oid": "0" * 40} for file in files]),
     ):
         (api / place).parent.mkdir(parents=True)
         (api / place).write_text(json.dumps(answer))
-    code = (
-        "import sys, torch; from models.checkpoint import load_checkpoint; "
-        "from storage.files import UserError\n"
-        "try: print(load_checkpoint(sys.argv[1])(torch.arange(20)[None])[0].sum().item())\n"
-        "except UserError as error: print('error:', error)"
-    )
+    code = ("import sys, torch; from models.checkpoint import load_checkpoint; "
+            "from storage.files import UserError\n"
+            "try: print(load_checkpoint(sys.argv[1])(torch.arange(20)[None])[0].sum().item())\n"
+            "except UserError as error: print('error:', error)")
     env = os.environ | {"HF_ENDPOINT": server.url, "HF_HOME": "cache", "PYTHONPATH": REPOSITORY,
                         "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0"}
 
@@ -224,14 +199,8 @@ def test_loading_needs_the_model_and_little_more(workplace):
 
     A tiny model first: what Python and torch load when they build one is not the model's memory.
     """
-    theirs(
-        "Olmo",
-        hidden_size=512,
-        intermediate_size=2048,
-        num_hidden_layers=12,
-        num_attention_heads=4,
-        vocab_size=20000,
-    ).bfloat16().save_pretrained("hf", max_shard_size="60MB")
+    theirs("Olmo", hidden_size=512, intermediate_size=2048, num_hidden_layers=12, num_attention_heads=4,
+           vocab_size=20000).bfloat16().save_pretrained("hf", max_shard_size="60MB")
     theirs("Olmo").save_pretrained("tiny")
     code = (
         "import sys; sys.path.insert(0, sys.argv[1]); from models.checkpoint import load_checkpoint; import "
@@ -315,9 +284,8 @@ def test_circuits_work_on_it_unchanged(changes):
     """
     torch.manual_seed(0)
     model = lively(**changes).double()
-    pairs = [
-        Pair(*(torch.randint(0, 11, (6,)).tolist() for _ in range(2)), [5], [[1]], [[2]]) for _ in range(3)
-    ]
+    pairs = [Pair(*(torch.randint(0, 11, (6,)).tolist() for _ in range(2)), [5], [[1]], [[2]])
+             for _ in range(3)]
     graph = ComponentGraph(2, 4)
     clean, corrupted, values = effects(model, pairs, "logit difference",
                                        [graph.edges, torch.zeros_like(graph.edges)])
@@ -328,9 +296,8 @@ def test_circuits_work_on_it_unchanged(changes):
     # alone
     if model.config.gated:
         alone = attribute_edges(model, [Pair([3], [7], [0], [[1]], [[2]])], "logit difference")
-        assert (
-            max(alone[:, graph.reader(part, layer)].abs().max() for part in "qk" for layer in range(2)) > 1e-4
-        )
+        assert (max(alone[:, graph.reader(part, layer)].abs().max() for part in "qk"
+                    for layer in range(2)) > 1e-4)
     # a threshold has no derivative to compare with; tests/circuits/test_attribution.py does by autograd
     model.config.gated = False
     scores = attribute_edges(model, pairs, "logit difference")
@@ -350,15 +317,8 @@ def test_circuits_work_on_it_unchanged(changes):
             for before, after, group in batches(pairs, 8):
                 watch = Watch(graph)
                 patched(model, after, watch)
-                total += (
-                    metric_of(
-                        patched(model, before, Nudge(graph, graph.edges, watch.writes)),
-                        group,
-                        "logit difference",
-                    )
-                    .sum()
-                    .item()
-                )
+                total += (metric_of(patched(model, before, Nudge(graph, graph.edges, watch.writes)), group,
+                                    "logit difference").sum().item())
         return total / len(pairs)
 
     for edge in [

@@ -91,9 +91,8 @@ def hub(workplace, server, monkeypatch):
                 + "\n"
                 for i in range(1000)
             )
-    (root / "urls.txt").write_text(
-        "".join(f"{server.url}/dolma/part-{number}.json.gz\n" for number in range(2))
-    )
+    (root / "urls.txt").write_text("".join(f"{server.url}/dolma/part-{number}.json.gz\n"
+                                           for number in range(2)))
     bpe = tokenizers.ByteLevelBPETokenizer()
     bpe.train_from_iterator(["Document of part naïve. def f(x): return x"] * 10, vocab_size=300,
                             min_frequency=1, special_tokens=["<|endoftext|>"])
@@ -106,10 +105,8 @@ def hub(workplace, server, monkeypatch):
 
 
 def dolma(env, *flags):
-    code = (
-        "import sys, prepare_data; from storage import corpora; "
-        f"corpora.DOLMA = {env['HF_ENDPOINT']!r} + '/urls.txt'; prepare_data.main(sys.argv[1:])"
-    )
+    code = ("import sys, prepare_data; from storage import corpora; "
+            f"corpora.DOLMA = {env['HF_ENDPOINT']!r} + '/urls.txt'; prepare_data.main(sys.argv[1:])")
     return subprocess.run([sys.executable, "-c", code, "dolma", *flags], env=env, capture_output=True,
                           text=True)
 
@@ -141,20 +138,17 @@ def test_dolma_in_olmos_tokens(hub, server):
 
 
 def test_olmos_tokenizers_come_from_the_hub_once(hub, server):
-    code = (
-        "from storage import text; t = text.tokenizer('olmo2'); "
-        "ids = text.encode_document('Document naïve'.encode(), t); "
-        "print(t.decode(ids), t.separator, ids.dtype, 0 in t.encode(b'<|endoftext|>'))"
-    )
+    code = ("from storage import text; t = text.tokenizer('olmo2'); "
+            "ids = text.encode_document('Document naïve'.encode(), t); "
+            "print(t.decode(ids), t.separator, ids.dtype, 0 in t.encode(b'<|endoftext|>'))")
     done = subprocess.run([sys.executable, "-c", code], env=hub, capture_output=True, text=True)
     assert done.stdout.strip() == "<|endoftext|>Document naïve 0 uint16 False", done.stderr
     offline = subprocess.run([sys.executable, "-c", code], env=hub | {"HF_HUB_OFFLINE": "1"},
                              capture_output=True, text=True)
     assert offline.stdout == done.stdout
-    empty = subprocess.run(
-        [sys.executable, os.path.join(REPOSITORY, "prepare_data.py"), "stdlib", "--tokenizer=olmo"],
-        env=hub | {"HF_HOME": "nowhere", "HF_HUB_OFFLINE": "1"}, capture_output=True, text=True
-    )
+    empty = subprocess.run([sys.executable, os.path.join(REPOSITORY, "prepare_data.py"), "stdlib",
+                            "--tokenizer=olmo"], env=hub | {"HF_HOME": "nowhere", "HF_HUB_OFFLINE": "1"},
+                           capture_output=True, text=True)
     assert empty.returncode == 1
     assert "the vocabulary of allenai/OLMo-1B-hf cannot be fetched" in empty.stderr
     assert "HF_HOME" in empty.stderr

@@ -13,15 +13,8 @@ from model import GPTConfig
 from models.olmo import OLMoConfig
 from storage.files import UserError
 from train import main, train
-from training.config import (
-    GATED_ONLY,
-    Config,
-    check_together,
-    limits,
-    make_config,
-    parse_command_line,
-    read_config_file,
-)
+from training.config import (GATED_ONLY, Config, check_together, limits, make_config, parse_command_line,
+                             read_config_file)
 
 
 def parse(*arguments):
@@ -146,9 +139,8 @@ def test_the_projects_own_config_files_are_right(name, monkeypatch):
         assert config.batch_size % (8 * config.micro_batch_size) == 0
 
 
-@pytest.mark.parametrize(
-    "name, besides", [("stdlib", set()), ("python", set()), ("gpu_text", {"eval_interval"})]
-)
+@pytest.mark.parametrize("name, besides", [("stdlib", set()), ("python", set()),
+                                           ("gpu_text", {"eval_interval"})])
 def test_a_child_and_its_control_differ_in_the_gates_alone(name, besides, monkeypatch):
     """Or the control would control nothing."""
     monkeypatch.chdir(REPOSITORY)

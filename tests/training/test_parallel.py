@@ -164,19 +164,9 @@ def test_settings_in_words(monkeypatch):
 
 def test_peak_flops_are_those_of_the_very_gpu(monkeypatch):
     found = {}
-    for name in (
-        "NVIDIA H100 80GB HBM3",
-        "NVIDIA H100 PCIe",
-        "NVIDIA H200",
-        "NVIDIA A100-SXM4-80GB",
-        "NVIDIA RTX A1000",
-        "NVIDIA L40S",
-        "NVIDIA L4",
-        "NVIDIA GeForce RTX 4090",
-        "NVIDIA H100 NVL",
-        "NVIDIA GeForce RTX 4090 Laptop GPU",
-        "NVIDIA GeForce RTX 3090 Ti",
-    ):
+    for name in ("NVIDIA H100 80GB HBM3", "NVIDIA H100 PCIe", "NVIDIA H200", "NVIDIA A100-SXM4-80GB",
+                 "NVIDIA RTX A1000", "NVIDIA L40S", "NVIDIA L4", "NVIDIA GeForce RTX 4090", "NVIDIA H100 NVL",
+                 "NVIDIA GeForce RTX 4090 Laptop GPU", "NVIDIA GeForce RTX 3090 Ti"):
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, name=name: name)
         found[name] = parallel.peak_flops("cuda:0")
     assert list(found.values()) == [989e12, 756e12, 989e12, 312e12, None, 362e12, 121e12, 165e12, 835e12,
@@ -186,13 +176,10 @@ def test_peak_flops_are_those_of_the_very_gpu(monkeypatch):
 
 def test_two_runs_in_one_folder_are_refused(workplace):
     """The lock is the system's: it ends with the process that holds it."""
-    code = (
-        "import sys; sys.path.insert(0, sys.argv[1]); from training.folder import alone_in\n"
-        "with alone_in('out/run'):\n    print('in', flush=True); sys.stdin.read()"
-    )
-    with subprocess.Popen(
-        [sys.executable, "-c", code, REPOSITORY], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as other:
+    code = ("import sys; sys.path.insert(0, sys.argv[1]); from training.folder import alone_in\n"
+            "with alone_in('out/run'):\n    print('in', flush=True); sys.stdin.read()")
+    with subprocess.Popen([sys.executable, "-c", code, REPOSITORY], stdin=subprocess.PIPE,
+                          stdout=subprocess.PIPE, text=True) as other:
         assert other.stdout.readline() == "in\n"
         with pytest.raises(UserError, match="another process is training in out/run"), alone_in("out/run"):
             raise AssertionError("both are in")

@@ -13,16 +13,8 @@ from training.log import Progress
 
 
 def found(loss=0.5, correct=3, open_edges=12.4, accuracy=0.3):
-    return {
-        "val": {
-            "loss": loss,
-            "correct": correct,
-            "examples": 10,
-            "accuracy": accuracy,
-            "open": open_edges,
-            "total": 40,
-        }
-    }
+    return {"val": {"loss": loss, "correct": correct, "examples": 10, "accuracy": accuracy,
+                    "open": open_edges, "total": 40}}
 
 
 class Terminal(io.StringIO):

@@ -36,10 +36,8 @@ def test_a_run_that_cannot_start_from_its_parent_says_why(echo):
     with pytest.raises(UserError, match="was trained on tokens of 'echo', the data has those of 'addition'"):
         run("sparse.py", init_from="out/dense", dataset="addition", out_dir="out/other")
     # as nanoGPT's, say
-    torch.save(
-        {key: value for key, value in read_checkpoint("out/dense/last.pt").items() if key != "data"},
-        "unnamed.pt",
-    )
+    torch.save({key: value for key, value in read_checkpoint("out/dense/last.pt").items() if key != "data"},
+               "unnamed.pt")
     with pytest.raises(UserError, match="the model knows 9 tokens, data/addition has 13"):
         run("sparse.py", init_from="unnamed.pt", dataset="addition", out_dir="out/other")
 
@@ -63,9 +61,8 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpo
         return logits, loss * float("nan") if sum(calls) == 30 else loss, density
 
     monkeypatch.setattr(GPT, "forward", overflowing)
-    with pytest.raises(
-        UserError, match="the loss is nan, .* at step 29.*last.pt still holds.*--learning_rate="
-    ):
+    with pytest.raises(UserError,
+                       match="the loss is nan, .* at step 29.*last.pt still holds.*--learning_rate="):
         run("dense.py")
     assert read_checkpoint("out/dense/last.pt")["step"] == 20
     rows = pandas.read_csv("out/dense/steps.csv")
@@ -98,15 +95,9 @@ def test_all_json_is_written_by_the_function_that_knows_no_nan():
 def test_a_constraint_that_is_not_finite_stops_the_run_too(echo, monkeypatch):
     """To Python max(-1, nan) is -1: lambda would take it for a loss far below its target."""
     measured = Batches.mean_loss
-    monkeypatch.setattr(
-        Batches,
-        "mean_loss",
-        lambda self, step, model, *rest, **options: (
-            float("nan")
-            if step == 25 and model.config.gated
-            else measured(self, step, model, *rest, **options)
-        ),
-    )
+    monkeypatch.setattr(Batches, "mean_loss", lambda self, step, model,
+                        *rest, **options: (float("nan") if step == 25 and model.config.gated
+                                           else measured(self, step, model, *rest, **options)))
     with pytest.raises(UserError, match="the constraint is nan at step 25"):
         run("sparse.py", constraint_interval=1)
     assert read_checkpoint("out/sparse/last.pt")["step"] == 20
@@ -143,16 +134,14 @@ def test_what_the_target_hangs_on_cannot_change_on_the_way(counting):
     # the parent becomes another behind its child's back, at the same step
     next(iter(parent["model"].values()))[0, 0] += 1
     save_checkpoint("out/dense/best.pt", parent)
-    with pytest.raises(
-        UserError, match="out/dense/best.pt holds other weights now than when out/sparse was begun"
-    ):
+    with pytest.raises(UserError,
+                       match="out/dense/best.pt holds other weights now than when out/sparse was begun"):
         run("sparse.py", init_from="resume", max_steps=20)
 
 
 def test_an_evaluation_that_is_not_finite_leaves_the_last_good_checkpoint(counting):
-    with pytest.raises(
-        UserError, match="is nan at step|is inf at step|is nan, the gradient|is inf, the gradient"
-    ):
+    with pytest.raises(UserError,
+                       match="is nan at step|is inf at step|is nan, the gradient|is inf, the gradient"):
         run("dense.py", learning_rate=1e30, eval_interval=1, max_steps=20, warmup_steps=0, grad_clip=0.0)
     assert all(p.isfinite().all() for p in parameters("out/dense").values())
     assert all(np.isfinite(m["val_loss"]) for m in metrics("out/dense"))

@@ -82,9 +82,8 @@ def test_two_processes_with_half_a_model_each_do_what_one_does(parent, adapters)
     assert sorted(os.listdir("out/two/shards-10")) == [".metadata", "__0_0.distcp", "__1_0.distcp"]
     stored = FileSystemReader("out/two/shards-10").read_metadata().state_dict_metadata
     # of adapters nothing else
-    assert {name.removeprefix("model.") for name in stored if name.startswith("model.")} == set(
-        sharded["model"]
-    )
+    assert {name.removeprefix("model.") for name in stored
+            if name.startswith("model.")} == set(sharded["model"])
     # two wrote, one goes on; and the other way round
     for run, processes, more in (("two", 1, []), ("one", 2, ["--parallel=fsdp"])):
         launch(processes, *GATED, *adapters, f"--out_dir=out/{run}", "--init_from=resume", "--max_steps=14",
@@ -106,9 +105,8 @@ def test_the_closest_checkpoint_of_a_sharded_run_that_misses_its_target_is_whole
     step = read_checkpoint("out/missed/closest.pt")["step"]
     assert 0 < step < 4
     loss = evaluate(load_checkpoint("out/missed/closest.pt"), prepare_data.load("count"), "val", 7, 5)["loss"]
-    assert loss == pytest.approx(
-        next(line["val_loss"] for line in metrics("out/missed") if line["step"] == step), abs=1e-5
-    )
+    assert loss == pytest.approx(next(line["val_loss"] for line in metrics("out/missed")
+                                      if line["step"] == step), abs=1e-5)
 
 
 @pytest.mark.slow
@@ -139,9 +137,8 @@ def test_a_sharded_run_that_is_killed_ends_like_one_that_is_not(parent):
                 break
             time.sleep(0.05)
         # torchrun gives each a session of its own
-        workers = subprocess.run(
-            ["pgrep", "-P", str(process.pid)], capture_output=True, text=True
-        ).stdout.split()
+        workers = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True,
+                                 text=True).stdout.split()
         assert len(workers) == 2
         for pid in [*map(int, workers), process.pid]:
             os.kill(pid, signal.SIGKILL)

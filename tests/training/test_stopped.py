@@ -45,12 +45,8 @@ def test_a_run_that_is_stopped_and_killed_everywhere_ends_bit_for_bit_like_one_t
     for steps in (1, 32):
         with monkeypatch.context() as patch:
             countdown = iter([False] * (steps - 1) + [True])
-            patch.setattr(
-                StopRequest,
-                "asked",
-                property(lambda self: next(countdown), lambda self, value: None),
-                raising=False,
-            )
+            patch.setattr(StopRequest, "asked", property(lambda self: next(countdown),
+                                                         lambda self, value: None), raising=False)
             with pytest.raises(SystemExit, match="To go on: python train.py"):
                 run(config, **again)
     assert read_checkpoint("out/again/last.pt")["step"] == 33
@@ -204,13 +200,8 @@ def test_kill_minus_nine_and_ctrl_c_leave_a_run_that_continues(echo):
     command = ["sparse.py", "--max_steps=1000", "--eval_interval=50", "--out_dir=out/killed"]
     for number, evaluations in ((signal.SIGKILL, 2), (signal.SIGINT, 4), (signal.SIGTERM, 6)):
         process = start(*command)
-        wait_for(
-            lambda: (
-                os.path.exists("out/killed/metrics.jsonl")
-                and len(open("out/killed/metrics.jsonl").readlines()) >= evaluations
-            ),
-            process,
-        )
+        wait_for(lambda: (os.path.exists("out/killed/metrics.jsonl")
+                          and len(open("out/killed/metrics.jsonl").readlines()) >= evaluations), process)
         process.send_signal(number)
         _, errors = process.communicate(timeout=60)
         assert process.returncode != 0 and "Traceback" not in errors
@@ -233,18 +224,16 @@ def test_a_finished_run_says_so_and_other_settings_are_refused(echo, capsys):
     run("dense.py")
     run("dense.py", lambda_max=8.0)  # no business of a dense run's
     assert capsys.readouterr().out.count("out/dense is finished (60 steps)") == 2
-    with pytest.raises(
-        UserError, match="learning_rate 0.003 there, 0.001 here.*--out_dir=out/NEW.*--init_from=resume"
-    ):
+    with pytest.raises(UserError,
+                       match="learning_rate 0.003 there, 0.001 here.*--out_dir=out/NEW.*--init_from=resume"):
         run("dense.py", learning_rate=1e-3)
     run("dense.py", init_from="resume", max_steps=80)
     assert "changed settings: max_steps 60 there, 80 here" in capsys.readouterr().out
     assert read_checkpoint("out/dense/last.pt")["step"] == 80
     with pytest.raises(UserError, match="holds a run with another model or target"):
         run("dense.py", init_from="resume", n_layer=3)
-    with pytest.raises(
-        UserError, match="holds a run with another model or target .*average_decay 0.0 there, 0.9 here"
-    ):
+    with pytest.raises(UserError,
+                       match="holds a run with another model or target .*average_decay 0.0 there, 0.9 here"):
         run("dense.py", init_from="resume", max_steps=100, average_decay=0.9)
 
 
