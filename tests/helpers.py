@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import itertools
 import json
 import multiprocessing
 import os
@@ -22,6 +23,7 @@ from models.checkpoint import fingerprint, read_checkpoint
 from storage.addition import IGNORE
 from train import train
 from training.config import Config, limits, make_config, parse_command_line
+from training.folder import StopRequest
 from training.judge import MISSED
 
 SMALL = {"dataset": "echo", "n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": 4, "batch_size": 32,
@@ -224,6 +226,16 @@ def trained(coder, path):
     """The file of a Transcoder that has been trained, to its end, for the checkpoint at path."""
     return {"model": coder.state_dict(), "model_args": coder.shape, "of": fingerprint(read_checkpoint(path)),
             "step": 1, "settings": {"steps": 1}}
+
+
+@contextlib.contextmanager
+def stopped_after(steps):
+    """Ctrl-C in that step of a run, counted from 1."""
+    asked = itertools.chain([False] * (steps - 1), itertools.repeat(True))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(StopRequest, "asked", property(lambda self: next(asked), lambda self, value: None),
+                      raising=False)
+        yield
 
 
 def same(a, b):

@@ -37,11 +37,13 @@ def assert_same_logits(ours, model, T=12):
     assert (ours(idx)[0] - model(idx).logits).abs().max() < 1e-4
 
 
-@pytest.mark.parametrize("settings", [TINY, TINY | {"activation_function": "gelu"}, TINY
-                                      | {"tie_word_embeddings": False}, TINY | {"n_head": 4}])
-def test_a_tiny_model_of_transformers_gives_its_logits(workplace, settings):
-    model = theirs(**settings)
-    model.save_pretrained("hf")
+@pytest.mark.parametrize("settings", [{}, {"activation_function": "gelu"}, {"tie_word_embeddings": False},
+                                      {"n_head": 4}])
+@pytest.mark.parametrize("shards", [False, True])
+def test_a_tiny_model_of_transformers_gives_its_logits(workplace, settings, shards):
+    model = theirs(**TINY | settings)
+    model.save_pretrained("hf", **({"max_shard_size": "50KB"} if shards else {}))
+    assert os.path.exists("hf/model.safetensors.index.json") == shards
     ours = load_checkpoint("hf")
     assert ours.config.tied == settings.get("tie_word_embeddings", True)
     assert_same_logits(ours, model)
@@ -49,6 +51,7 @@ def test_a_tiny_model_of_transformers_gives_its_logits(workplace, settings):
     assert_same_logits(gated, model)
 
 
+@pytest.mark.slow
 def test_the_full_124M_gives_its_logits_also_as_shards(workplace):
     model = theirs()
     model.save_pretrained("hf", max_shard_size="100MB")

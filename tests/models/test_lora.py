@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import prepare_data
-from helpers import count_dataset, metrics, theirs
+from helpers import count_dataset, metrics, stopped_after, theirs
 from model import GPT, GPTConfig
 from models import lora
 from models.checkpoint import (checkpoint_of, fingerprint, load_checkpoint, model_of, read_checkpoint,
@@ -17,7 +17,6 @@ from models.olmo import OLMo, OLMoConfig
 from storage.files import UserError
 from train import train
 from training.config import make_config
-from training.folder import StopRequest
 from training.judge import evaluate
 from training.steps import averaged, update_average
 
@@ -194,14 +193,10 @@ def test_a_run_with_adapters_on_an_olmo_from_hugging_face(olmo, capsys):
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.9])
-def test_it_goes_on_exactly(olmo, monkeypatch, decay):
+def test_it_goes_on_exactly(olmo, decay):
     whole, _ = run_it(out_dir="out/whole", average_decay=decay)
-    with monkeypatch.context() as patch:
-        countdown = iter([False] * 7 + [True])
-        patch.setattr(StopRequest, "asked", property(lambda self: next(countdown), lambda self, value: None),
-                      raising=False)
-        with pytest.raises(SystemExit):
-            run_it(out_dir="out/parts", average_decay=decay)
+    with stopped_after(8), pytest.raises(SystemExit):
+        run_it(out_dir="out/parts", average_decay=decay)
     assert read_checkpoint("out/parts/last.pt")["step"] == 8
     parts, _ = run_it(out_dir="out/parts", average_decay=decay)
     assert all(torch.equal(whole["model"][name], parts["model"][name]) for name in whole["model"])
