@@ -64,9 +64,10 @@ def readme_lines(mark):
     return next(block for block in blocks if mark in block)
 
 
-@pytest.mark.parametrize("settings", [{"generation": 1, "clip_qkv": 2.0,
-                                       "gate_bias": [[0.3, -0.2, 0.1, 0.5]] * 2},
-                                      {"generation": 2, "gate_bias": 0.1}], ids=["OLMo 1", "OLMo 2"])
+@pytest.mark.parametrize("settings", [
+    {"generation": 1, "clip_qkv": 2.0, "gate_bias": [[0.3, -0.2, 0.1, 0.5]] * 2},
+    {"generation": 2, "gate_bias": 0.1},
+], ids=["OLMo 1", "OLMo 2"])
 @torch.no_grad()
 def test_an_olmo_goes_to_transformers_and_gets_its_gate_back(workplace, settings):
     torch.manual_seed(0)
