@@ -7,7 +7,9 @@ import json
 import multiprocessing
 import os
 import socket
+import subprocess
 import sys
+import time
 from concurrent.futures import Future
 from typing import NamedTuple
 
@@ -21,6 +23,7 @@ import train as train_file
 from analysis import seeds
 from models.checkpoint import fingerprint, read_checkpoint
 from storage.addition import IGNORE
+from storage.files import REPOSITORY
 from train import train
 from training.config import Config, limits, make_config, parse_command_line
 from training.folder import StopRequest
@@ -170,6 +173,24 @@ def launch(processes, *arguments, code=TRAIN):
     done = [ended(process, f"rank-{rank}") for rank, process in enumerate(team)]
     assert done[0].returncode in (0, MISSED) and not any(one.returncode for one in done[1:]), done
     return "".join(one.stdout + one.stderr for one in done)
+
+
+def torchrun(*arguments, **options):
+    """train.py in two processes as users start it: a Popen, and all of it in a session of its own."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+               os.path.join(REPOSITORY, "train.py"), *arguments]
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+                            env=os.environ | {"OMP_NUM_THREADS": "1"}, start_new_session=True)
+
+
+def wait_for(path, process, seconds=60):
+    """Until there is such a file or folder."""
+    for _ in range(seconds * 50):
+        if os.path.exists(path):
+            return
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.02)
+    raise AssertionError(f"waited for {path} in vain")
 
 
 def write_config(path, **settings):

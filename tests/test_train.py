@@ -19,7 +19,7 @@ from storage.addition import IGNORE
 from training.config import Config
 from training.handover import divergence
 from training.judge import distance_from_target, meets_target
-from training.steps import get_lr
+from training.steps import averaged, get_lr, update_average
 
 
 @pytest.fixture(scope="module")
@@ -336,6 +336,24 @@ def test_the_ways_of_computing_attention_train_alike_and_the_choice_is_printed(c
 def test_what_the_plain_formula_alone_knows_is_said_to_be_computed_by_it(counting_parent, capsys, ablation):
     run("sparse.py", max_steps=1, attention_impl="tiled", **ablation)
     assert "attention plain" in capsys.readouterr().out
+
+
+def test_the_average_is_the_weighted_sum_of_what_it_saw():
+    model, seen = torch.nn.Linear(3, 2), []
+    average = averaged(model, 0.9)
+    start = average.weight.clone()
+    for _ in range(4):
+        with torch.no_grad():
+            model.weight.normal_()
+        seen.append(model.weight.detach().clone())
+        update_average(average, model, 0.9)
+    expected = 0.9**4 * start + sum(0.1 * 0.9 ** (3 - i) * weight for i, weight in enumerate(seen))
+    assert torch.allclose(average.weight, expected) and not average.training
+
+
+def test_without_an_average_the_model_itself_is_judged():
+    model = torch.nn.Linear(3, 2)
+    assert averaged(model, 0.0) is model
 
 
 def test_the_average_of_the_weights_is_what_is_judged_and_kept(echo):

@@ -88,18 +88,6 @@ def test_what_transformers_writes_gives_its_logits_and_goes_back_unchanged(workp
     assert model_of(read_checkpoint("back"), "back").config == loaded.config
 
 
-@pytest.mark.slow
-def test_half_size_models_of_both_generations(workplace):
-    """Half of OLMo-1B in every direction: 8 layers, 1,024 wide, heads of width 128, the real vocabulary."""
-    for kind, vocabulary in (("Olmo", 50304), ("Olmo2", 100352)):
-        model = theirs(kind, hidden_size=1024, intermediate_size=4096, num_hidden_layers=8,
-                       num_attention_heads=8, vocab_size=vocabulary, tie_word_embeddings=True)
-        model.save_pretrained("hf", max_shard_size="200MB")
-        assert_same_logits(load_checkpoint("hf"), model)
-        for file in os.listdir("hf"):
-            os.remove(f"hf/{file}")
-
-
 def test_wrong_files_are_named(workplace):
     model = theirs("Olmo2")
     model.save_pretrained("hf", max_shard_size="100KB")
@@ -316,13 +304,8 @@ def test_circuits_work_on_it_unchanged(changes):
                                     "logit difference").sum().item())
         return total / len(pairs)
 
-    for edge in [
-        (0, graph.reader("q", 0).start + 1),
-        (0, graph.reader("k", 1).start + 2),
-        (2, graph.reader("v", 1).start + 3),
-        (3, graph.reader("mlp", 0).start),
-        (7, graph.R - 1),
-    ]:
+    for edge in [(0, graph.reader("q", 0).start + 1), (0, graph.reader("k", 1).start + 2),
+                 (2, graph.reader("v", 1).start + 3), (3, graph.reader("mlp", 0).start), (7, graph.R - 1)]:
         assert (nudged(edge, 1e-5) - nudged(edge, -1e-5)) / 2e-5 == pytest.approx(
             scores[edge].item(), rel=1e-3, abs=1e-7
         )

@@ -78,17 +78,10 @@ def hub(workplace, server, monkeypatch):
     for number in range(2):
         (root / "dolma").mkdir(parents=True, exist_ok=True)
         with gzip.open(root / f"dolma/part-{number}.json.gz", "wt") as f:
-            f.writelines(
-                json.dumps(
-                    {
-                        "id": str(i),
-                        "text": f"Document {i} of part {number}, naïve. " * (1 + i % 3),
-                        "metadata": {"i": i} if i % 2 else {},
-                    }
-                )
-                + "\n"
-                for i in range(1000)
-            )
+            for i in range(1000):
+                words = f"Document {i} of part {number}, naïve. " * (1 + i % 3)
+                line = {"id": str(i), "text": words, "metadata": {"i": i} if i % 2 else {}}
+                f.write(json.dumps(line) + "\n")
     (root / "urls.txt").write_text("".join(f"{server.url}/dolma/part-{number}.json.gz\n"
                                            for number in range(2)))
     bpe = tokenizers.ByteLevelBPETokenizer()

@@ -4,15 +4,13 @@ import csv
 import functools
 import os
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
 import torch
 
-from conftest import REPOSITORY
-from helpers import TRAIN_AND_REPORT, assert_same_losses, begin, count_dataset, launch, metrics, run, unequal_rows
+from helpers import (TRAIN_AND_REPORT, assert_same_losses, begin, count_dataset, launch, metrics, run,
+                     torchrun, unequal_rows, wait_for)
 from models.checkpoint import read_checkpoint
 from storage.files import UserError
 from training import parallel
@@ -62,18 +60,11 @@ def test_two_processes_that_ask_unequally_many_targets_have_one_denominator(work
 def test_a_scheduler_that_stops_everybody_at_once_loses_nothing(workplace):
     """SIGTERM to torchrun and to both its workers, as Slurm sends it."""
     count_dataset()
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-               os.path.join(REPOSITORY, "train.py"), *SETTINGS, "--eval_interval=1000000",
-               "--max_steps=1000000", "--out_dir=out/run"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                               env=os.environ | {"OMP_NUM_THREADS": "1"}, start_new_session=True)
-    for _ in range(600):
-        if os.path.exists("out/run/best.pt"):
-            break
-        time.sleep(0.1)
+    process = torchrun(*SETTINGS, "--eval_interval=1000000", "--max_steps=1000000", "--out_dir=out/run")
+    wait_for("out/run/best.pt", process)
     time.sleep(1)
     os.killpg(process.pid, signal.SIGTERM)
-    _, errors = process.communicate(timeout=60)
+    errors = process.communicate(timeout=60)[1]
     step = read_checkpoint("out/run/last.pt")["step"]
     assert step > 0
     assert f"stopped and saved after {step} steps. To go on: torchrun --nproc_per_node=2 train.py" in errors
@@ -215,10 +206,7 @@ def test_the_stopwatch_leaves_evaluations_out(monkeypatch):
 @pytest.mark.slow
 def test_a_mistake_under_torchrun_is_one_line_and_no_traceback(workplace):
     """The other process says that it stopped because of another."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-               os.path.join(REPOSITORY, "train.py"), "--dataset=openwebtext", "--device=cpu"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300,
-                          env=os.environ | {"OMP_NUM_THREADS": "1"})
-    ours = done.stderr.partition("ChildFailedError")[0]
+    errors = torchrun("--dataset=openwebtext", "--device=cpu").communicate(timeout=300)[1]
+    ours = errors.partition("ChildFailedError")[0]
     assert "error: there is no dataset data/openwebtext. Make it: " in ours
     assert "hardware.py" not in ours
