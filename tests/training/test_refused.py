@@ -38,6 +38,7 @@ def refused(path, message, **given):
     ({"init_from": "unnamed.pt", "dataset": "addition"}, "the model knows 9 tokens, data/addition has 13"),
     ({"init_from": "half.pt"}, "half.pt cannot be read .*truncated"),
     ({"init_from": "gated.pt"}, "init_from=gated.pt is a gated run"),
+    ({"init_from": "twice.py"}, "init_from=twice.py is a gated run"),
     ({"dataset": "gone"}, "there is no dataset data/gone"),
     ({"attention_impl": "triton", "device": "cpu"}, "attention_impl='triton' needs a GPU"),
     ({"init_from": "out/dense", "attention_impl": "triton", "device": "cpu"},
@@ -49,6 +50,7 @@ def test_what_cannot_start_says_why_before_the_parent_is_trained(echo_parent, mo
     """Its parent would be dense.py, at out/new, which has not been trained."""
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)  # which would let Triton run on a CPU
     write = {"dense.py": "out_dir = 'out/new'\n" + open("dense.py").read(),
+             "twice.py": open("sparse.py").read(),
              "middle.py": open("sparse.py").read().replace("gated = True", "gated = False")}
     for name, text in write.items():
         (echo_parent / name).write_text(text)
