@@ -5,6 +5,7 @@ repeatable numbers.
 import hashlib
 import http.server
 import os
+import shutil
 import sys
 import threading
 
@@ -57,11 +58,7 @@ class Server:
                     return self.send_error(404)
                 with open(path, "rb") as f:
                     content = bytearray(f.read())
-                begin = (
-                    int(self.headers["Range"].removeprefix("bytes=").rstrip("-"))
-                    if "Range" in self.headers
-                    else 0
-                )
+                begin = int(self.headers.get("Range", "bytes=0-").removeprefix("bytes=").rstrip("-"))
                 if begin >= len(content):
                     return self.send_error(416)
                 if server.corrupt:
@@ -79,43 +76,10 @@ class Server:
 
         self.http = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self.http.server_port}"
-        threading.Thread(target=self.http.serve_forever, daemon=True).start()
+        threading.Thread(target=self.http.serve_forever, args=(0.01,), daemon=True).start()
 
     def sha256(self, content):
         return hashlib.sha256(content).hexdigest()
-
-
-@pytest.fixture
-def echo(workplace):
-    """A task with a known circuit: of four tokens the last asks for the first.
-
-    One edge of 10 in one head is enough.
-    """
-    import prepare_data
-    from helpers import SMALL
-
-    x = np.random.default_rng(0).integers(0, 8, (600, 4))
-    x[:, 3] = 8
-    rows = np.full((600, 2, 4), IGNORE, dtype=np.uint16)
-    rows[:, 0], rows[:, 1, 3] = x, x[:, 0]
-    prepare_data.write_dataset("data/echo", rows[:400], rows[400:], kind="rows", vocab_size=9)
-    (workplace / "dense.py").write_text("".join(f"{k} = {v!r}\n" for k, v in SMALL.items()))
-    (workplace / "sparse.py").write_text(
-        "init_from = 'dense.py'\ngated = True\n"
-        + "".join(
-            f"{k} = {SMALL[k]!r}\n"
-            for k in (
-                "dataset",
-                "batch_size",
-                "max_steps",
-                "warmup_steps",
-                "learning_rate",
-                "eval_interval",
-                "eval_batch_size",
-            )
-        )
-    )
-    return workplace
 
 
 @pytest.fixture
@@ -126,27 +90,79 @@ def server(workplace):
     server.http.server_close()
 
 
-@pytest.fixture
-def counting(workplace):
+def make_echo():
+    """A task with a known circuit: of four tokens the last asks for the first.
+
+    One edge of 10 in one head is enough.
+    """
+    import prepare_data
+    from helpers import SMALL, write_config
+
+    x = np.random.default_rng(0).integers(0, 8, (600, 4))
+    x[:, 3] = 8
+    rows = np.full((600, 2, 4), IGNORE, dtype=np.uint16)
+    rows[:, 0], rows[:, 1, 3] = x, x[:, 0]
+    prepare_data.write_dataset("data/echo", rows[:400], rows[400:], kind="rows", vocab_size=9)
+    write_config("dense.py", **SMALL)
+    shape = ("n_layer", "n_head", "n_embd", "block_size", "device")
+    write_config("sparse.py", init_from="dense.py", gated=True,
+                 **{k: v for k, v in SMALL.items() if k not in shape})
+
+
+def make_counting():
     """A stream in which every token is the one before plus 1 or 2, by a coin that its position tosses: a loss
     above 0, a few edges needed.
     """
-    import prepare_data
-    from helpers import SMALL
+    from helpers import SMALL, count_dataset, write_config
 
-    tokens = (np.cumsum(np.random.default_rng(0).integers(1, 3, 6000)) % 10).astype(np.uint16)
-    prepare_data.write_dataset("data/count", tokens[:5000], tokens[5000:], kind="stream", vocab_size=10,
-                               tokenizer="digits")
-    shared = {k: v for k, v in SMALL.items() if k not in ("block_size", "n_layer", "n_head", "n_embd")} | {
-        "dataset": "count", "eval_batches": 1, "eval_batch_size": 50
-    }
+    count_dataset(5000, 1000)
     shape = {k: SMALL[k] for k in ("n_layer", "n_head", "n_embd")} | {"block_size": 8}
-    (workplace / "dense.py").write_text("".join(f"{k} = {v!r}\n" for k, v in (shared | shape).items()))
-    (workplace / "control.py").write_text(
-        "init_from = 'dense.py'\n" + "".join(f"{k} = {v!r}\n" for k, v in shared.items())
-    )
-    (workplace / "sparse.py").write_text(
-        (workplace / "control.py").read_text()
-        + "gated = True\nopen_above = 0.02\nconstraint_paired = True\nloss_slack = 0.02\n"
-    )
+    shared = {k: v for k, v in SMALL.items() if k not in shape} | {
+        "dataset": "count", "eval_batches": 1, "eval_batch_size": 50}
+    write_config("dense.py", **shared, **shape)
+    write_config("control.py", init_from="dense.py", **shared)
+    write_config("sparse.py", init_from="dense.py", **shared, gated=True, open_above=0.02,
+                 constraint_paired=True, loss_slack=0.02)
+
+
+@pytest.fixture
+def echo(workplace):
+    make_echo()
     return workplace
+
+
+@pytest.fixture
+def counting(workplace):
+    make_counting()
+    return workplace
+
+
+def with_a_dense_run(make, folder):
+    from helpers import run
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        make()
+        run("dense.py")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def echo_runs(tmp_path_factory):
+    return with_a_dense_run(make_echo, tmp_path_factory.mktemp("echo"))
+
+
+@pytest.fixture(scope="session")
+def counting_runs(tmp_path_factory):
+    return with_a_dense_run(make_counting, tmp_path_factory.mktemp("counting"))
+
+
+@pytest.fixture
+def echo_parent(workplace, echo_runs):
+    """`echo`, and its dense run is finished: trained once for all tests."""
+    return shutil.copytree(echo_runs, workplace, dirs_exist_ok=True)
+
+
+@pytest.fixture
+def counting_parent(workplace, counting_runs):
+    return shutil.copytree(counting_runs, workplace, dirs_exist_ok=True)

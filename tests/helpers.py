@@ -2,12 +2,14 @@
 
 import contextlib
 import io
+import itertools
 import json
 import multiprocessing
 import os
 import socket
+import subprocess
 import sys
-import traceback
+import time
 from concurrent.futures import Future
 from typing import NamedTuple
 
@@ -21,8 +23,10 @@ import train as train_file
 from analysis import seeds
 from models.checkpoint import fingerprint, read_checkpoint
 from storage.addition import IGNORE
+from storage.files import REPOSITORY
 from train import train
 from training.config import Config, limits, make_config, parse_command_line
+from training.folder import StopRequest
 from training.judge import MISSED
 
 SMALL = {"dataset": "echo", "n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": 4, "batch_size": 32,
@@ -116,13 +120,46 @@ def in_this_process(monkeypatch):
 # A server that has imported torch already, and forks what is asked for
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["torch", "train", "analysis.report"])
+TRAIN = "import sys, analyze, train; train.report = lambda folder: {}; train.main(sys.argv[1:])"
+TRAIN_AND_REPORT = TRAIN.format("analyze.main(['report', folder])")  # in this process
+TRAIN = TRAIN.format("0")
 
 
-def launch(processes, *arguments):
+def begin(code, *arguments, log="apart", **environment):
+    """A process of its own that runs code with these arguments: one that has torch and nothing of the hub's
+    packages. What it says goes to <log>.out and <log>.err.
+    """
+    process = FORKS.Process(target=within, args=(code, arguments, log, environment))
+    process.start()
+    return process
+
+
+def within(code, arguments, log, environment):
+    os.environ.update(environment)
+    sys.argv[1:] = arguments
+    for descriptor, name in ((1, "out"), (2, "err")):
+        os.dup2(os.open(f"{log}.{name}", os.O_CREAT | os.O_TRUNC | os.O_WRONLY), descriptor)
+    torch.set_num_threads(1)
+    exec(code, {})
+
+
+def ended(process, log="apart"):
+    """What a process that `begin` started left."""
+    process.join(300)
+    process.kill()  # if it hangs
+    process.join()
+    said = [open(f"{log}.{name}", encoding="utf-8").read() for name in ("out", "err")]
+    return Done(process.exitcode, *said)
+
+
+def apart(code, *arguments, **environment):
+    return ended(begin(code, *arguments, **environment))
+
+
+def launch(processes, *arguments, code=TRAIN):
     """train.py in so many processes, to its end, whether it meets its target or not; its output.
 
-    One process is this one, and leaves the report out. More are told their numbers as torchrun does, which
-    would import torch anew.
+    One process is this one. More are told their numbers as torchrun does, which would import torch anew.
     """
     if processes == 1:
         train(*make_config(*parse_command_line(arguments, Config, limits())))
@@ -130,42 +167,41 @@ def launch(processes, *arguments):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    team = [FORKS.Process(target=one_of_many, args=(rank, processes, port, arguments))
-            for rank in range(processes)]
-    for process in team:
-        process.start()
-    for process in team:
-        process.join(300)
-        process.kill()  # if it hangs
-        process.join()
-    said = [open(f"rank-{rank}.log", encoding="utf-8").read() for rank in range(processes)]
-    assert team[0].exitcode in (0, MISSED), "\n".join(said)
-    assert all(process.exitcode == 0 for process in team[1:]), "\n".join(said)
-    return "".join(said)
+    team = [begin(code, *arguments, log=f"rank-{rank}", RANK=str(rank), LOCAL_RANK=str(rank),
+                  MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), WORLD_SIZE=str(processes),
+                  LOCAL_WORLD_SIZE=str(processes)) for rank in range(processes)]
+    done = [ended(process, f"rank-{rank}") for rank, process in enumerate(team)]
+    assert done[0].returncode in (0, MISSED) and not any(one.returncode for one in done[1:]), done
+    return "".join(one.stdout + one.stderr for one in done)
 
 
-def one_of_many(rank, world, port, arguments):
-    """What a process of `launch` does. It writes what it says to rank-<its number>.log."""
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
-                      WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world))
-    torch.set_num_threads(1)
-    train_file.report = lambda folder: analyze.main(["report", folder])  # in this process
-    with (open(f"rank-{rank}.log", "w", encoding="utf-8") as log,
-          contextlib.redirect_stdout(log), contextlib.redirect_stderr(log)):
-        try:
-            train_file.main(list(arguments))
-        except SystemExit as stop:
-            print(f"exit status: {stop.code}")
-            raise
-        except BaseException:
-            traceback.print_exc()
-            raise
+def torchrun(*arguments, **options):
+    """train.py in two processes as users start it: a Popen, and all of it in a session of its own."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+               os.path.join(REPOSITORY, "train.py"), *arguments]
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+                            env=os.environ | {"OMP_NUM_THREADS": "1"}, start_new_session=True)
 
 
-def count_dataset():
+def wait_for(path, process, seconds=60):
+    """Until there is such a file or folder."""
+    for _ in range(seconds * 50):
+        if os.path.exists(path):
+            return
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.02)
+    raise AssertionError(f"waited for {path} in vain")
+
+
+def write_config(path, **settings):
+    with open(path, "w", encoding="utf-8") as f:
+        f.writelines(f"{name} = {value!r}\n" for name, value in settings.items())
+
+
+def count_dataset(train=2000, val=1000):
     """Tokens that go up by 1 or 2, at random."""
-    tokens = (np.cumsum(np.random.default_rng(0).integers(1, 3, 3000)) % 10).astype(np.uint16)
-    prepare_data.write_dataset("data/count", tokens[:2000], tokens[2000:], kind="stream", vocab_size=10,
+    tokens = (np.cumsum(np.random.default_rng(0).integers(1, 3, train + val)) % 10).astype(np.uint16)
+    prepare_data.write_dataset("data/count", tokens[:train], tokens[train:], kind="stream", vocab_size=10,
                                tokenizer="digits")
 
 
@@ -211,6 +247,16 @@ def trained(coder, path):
     """The file of a Transcoder that has been trained, to its end, for the checkpoint at path."""
     return {"model": coder.state_dict(), "model_args": coder.shape, "of": fingerprint(read_checkpoint(path)),
             "step": 1, "settings": {"steps": 1}}
+
+
+@contextlib.contextmanager
+def stopped_after(steps):
+    """Ctrl-C in that step of a run, counted from 1."""
+    asked = itertools.chain([False] * (steps - 1), itertools.repeat(True))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(StopRequest, "asked", property(lambda self: next(asked), lambda self, value: None),
+                      raising=False)
+        yield
 
 
 def same(a, b):

@@ -10,9 +10,8 @@ from model import GPT, GPTConfig
 
 
 def tiny(**changes):
-    return GPT(
-        GPTConfig(**{"block_size": 8, "vocab_size": 11, "n_layer": 2, "n_head": 2, "n_embd": 16} | changes)
-    )
+    return GPT(GPTConfig(**{"block_size": 8, "vocab_size": 11, "n_layer": 2, "n_head": 2, "n_embd": 16}
+                         | changes))
 
 
 def test_names_and_shapes_are_nanogpts():
@@ -85,9 +84,8 @@ def test_loss_ignores_positions_and_density_is_one_when_dense():
     m, idx, targets = tiny(), torch.randint(11, (3, 8)), torch.randint(11, (3, 8))
     targets[:, :5] = -1
     logits, loss, density = m(idx, targets)
-    assert loss.item() == pytest.approx(
-        F.cross_entropy(logits[:, 5:].flatten(0, 1), targets[:, 5:].flatten()).item(), rel=1e-6
-    )
+    assert loss.item() == pytest.approx(F.cross_entropy(logits[:, 5:].flatten(0, 1),
+                                                        targets[:, 5:].flatten()).item(), rel=1e-6)
     assert density.item() == 1 and m(idx)[1] is None
 
 

@@ -1,5 +1,6 @@
 """The addition data, the file format, and what is said of damaged files."""
 
+import glob
 import json
 import os
 import shlex
@@ -13,7 +14,7 @@ import pytest
 
 import prepare_data
 from conftest import REPOSITORY
-from helpers import call, decoded
+from helpers import begin, call, decoded, ended
 from prepare_data import load, write_dataset
 from storage.addition import ADDITION_TOKENS, IGNORE, addition_pairs, addition_rows, addition_task
 from storage.download import download
@@ -31,8 +32,11 @@ def test_a_row_is_the_question_and_its_zero_padded_answer():
     assert [text(y) for y in row[:, 1]] == ["......00074", "......00102", "......00007"]
 
 
-def test_all_pairs_none_twice(workplace):
+def test_all_pairs_none_twice_and_the_split_is_what_it_always_was(workplace):
     data = load("addition")  # made on first use
+    assert data.meta["sha256"] == {
+        "train": "dea3967fdeef3dc967e7221d2fdb49055145c9fc86d2bde69055cca2c15cf2cf",
+        "val": "2a264df73270ba13020f4558b083da1a35e6ce637885fb7e281bfa84874614cb"}
     assert data.train.shape == (8000, 2, 11) and data.val.shape == (2000, 2, 11)
     questions = [text(row) for row in np.concatenate([data.train, data.val])[:, 0].astype(int)]
     assert len(set(questions)) == 10_000
@@ -57,12 +61,6 @@ def test_other_numbers_of_digits(workplace, digits, rows, T):
         assert int(answer) == sum(int(number) for number in question[:2 * digits + 1].split("+"))
 
 
-def test_two_digits_are_what_they_always_were(workplace):
-    sha256 = load("addition").meta["sha256"]
-    assert sha256["train"] == "dea3967fdeef3dc967e7221d2fdb49055145c9fc86d2bde69055cca2c15cf2cf"
-    assert sha256["val"] == "2a264df73270ba13020f4558b083da1a35e6ce637885fb7e281bfa84874614cb"
-
-
 def test_the_dataset_says_what_its_task_is(workplace):
     meta = load("addition").meta
     assert meta["task"] == {"name": "addition", "digits": 2, "answers": 5}
@@ -74,12 +72,6 @@ def test_the_dataset_says_what_its_task_is(workplace):
     assert addition_task(before | {"shape": {"train": [80, 2, 9]}}) is None
     assert addition_task(meta | {"task": {"name": "sorting"}}) is None
     assert addition_task({"kind": "stream", "vocab_size": 256}) is None
-
-
-def test_the_split_is_always_the_same(workplace):
-    first = load("addition").meta["sha256"]
-    prepare_data.make("addition", "again")
-    assert load("again", root=".").meta["sha256"] == first
 
 
 def test_batches_of_rows_and_of_a_stream(workplace):
@@ -177,31 +169,59 @@ def test_a_dataset_that_asks_nothing_is_refused_when_it_is_opened(workplace, kin
         load("old")
 
 
-def test_an_unknown_dataset_is_named(workplace):
-    with pytest.raises(UserError, match="no dataset data/additon.*python prepare_data.py addition"):
-        load("additon")
-
-
 def test_command_line(workplace):
     done = call(prepare_data.main, "addition")
     assert done.returncode == 0 and "train (8000, 2, 11)" in done.stdout
     done = call(prepare_data.main, "addition", "--digits=3")
     assert done.returncode == 0
     assert "data/addition3: rows, train (16000, 2, 13), val (4000, 2, 13)" in done.stdout
-    done = call(prepare_data.main, "nothing")
-    assert done.returncode != 0 and "addition" in done.stderr and "Traceback" not in done.stderr
-    for arguments, message in (
-        (["addition", "--tokenizer=gpt2"], "addition takes no --tokenizer"),
-        (["stdlib", "--digits=3"], "stdlib takes no --digits"),
-        (["addition", "--digits=0"], "--digits must be 1 to 4"),
-        (["addition", "--digits=5"], "--digits must be 1 to 4"),
-        (["openwebtext", "--shards=2"], "openwebtext takes no --shards"),
-        (["stdlib", "--file=x"], "stdlib takes no --file"),
-        (["fineweb", "--shards=120"], "--shards must be 1 to 103"),
-        (["fineweb", "--shards=0"], "--shards must be 1 to 103"),
-    ):
-        done = call(prepare_data.main, *arguments)
-        assert done.returncode == 1 and message in done.stderr
+
+
+@pytest.mark.parametrize("arguments, message", [
+    ("nothing", "addition"),
+    ("addition --tokenizer=gpt2", "addition takes no --tokenizer"),
+    ("stdlib --digits=3", "stdlib takes no --digits"),
+    ("addition --digits=0", "--digits must be 1 to 4"),
+    ("addition --digits=5", "--digits must be 1 to 4"),
+    ("openwebtext --shards=2", "openwebtext takes no --shards"),
+    ("stdlib --file=x", "stdlib takes no --file"),
+    ("fineweb --shards=120", "--shards must be 1 to 103"),
+    ("fineweb --shards=0", "--shards must be 1 to 103"),
+    ("fineweb --tokenizer=bytes", "GPT-2's tokens already"),
+    ("text", "needs your files"),
+    ("text --file=gone.txt --as=new", "--file=gone.txt: No such file"),
+    ("text --file=empty.txt --as=new", "is empty"),
+    ("text --file=windows.txt --as=new", "Save it as UTF-8"),
+    ("addition --as=mine", "addition takes no --as"),
+    ("text --file=a.txt --as=addition", "--as=addition is no name for a dataset of yours"),
+    ("text --file=a.txt --as=addition3", "--as=addition3 is no name for a dataset of yours"),
+    ("text --file=a.txt --as=../x", "is no name"),
+    ("text --file=a.txt --as=", "is no name"),
+    ("text --file=a.txt --as=~", "--as=~ is no name"),
+    ("text --file=a.txt --as=mine", "data/mine holds another text (not made by this command)"),
+    ("text --file=a.txt", "data/text holds another text (python prepare_data.py text --file=b.txt)"),
+])
+def test_what_cannot_be_made_is_refused_in_words(workplace, monkeypatch, arguments, message):
+    tokens = np.zeros(100, dtype=np.uint16)
+    write_dataset("data/mine", tokens, tokens, kind="stream", vocab_size=1)
+    write_dataset("data/text", tokens, tokens, kind="stream", vocab_size=256,
+                  made_by="python prepare_data.py text --file=b.txt")
+    (workplace / "a.txt").write_text("This is a.\n\n" * 300)
+    (workplace / "empty.txt").write_text(" \n")
+    (workplace / "windows.txt").write_text("text\n", encoding="utf-16")
+    monkeypatch.setattr(sys, "argv", ["prepare_data.py", *arguments.split()])
+    done = call(prepare_data.main, *arguments.split())
+    assert done.returncode != 0 and message in done.stderr and "Traceback" not in done.stderr
+    assert sorted(glob.glob("data/*/meta.json")) == ["data/mine/meta.json", "data/text/meta.json"]
+    assert len(load("mine").train) == len(load("text").train) == 100
+
+
+def test_a_dataset_that_is_not_there_is_named_with_the_command_that_makes_it(workplace):
+    for name, command in (("additon", "addition"), ("openwebtext", "openwebtext")):
+        with pytest.raises(UserError, match=f"no dataset data/{name}.*python prepare_data.py {command}"):
+            load(name)
+    assert prepare_data.how_to_make("addition3") == "python prepare_data.py addition --digits=3"
+    assert prepare_data.how_to_make("stdlib-gpt2") == "python prepare_data.py stdlib --tokenizer=gpt2"
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -254,24 +274,6 @@ def test_a_text_takes_three_times_its_size_in_memory(workplace):
     assert "10 % held out" in said
 
 
-def test_bad_files_are_named(workplace):
-    (workplace / "empty.txt").write_text(" \n")
-    (workplace / "windows.txt").write_text("text\n", encoding="utf-16")
-    for arguments, message in (
-        (["text"], "needs your files"),
-        (["text", "--file=gone.txt"], "--file=gone.txt: No such file"),
-        (["text", "--file=empty.txt"], "is empty"),
-        (["text", "--file=windows.txt"], "Save it as UTF-8"),
-        (["fineweb", "--tokenizer=bytes"], "GPT-2's tokens already"),
-    ):
-        with pytest.raises(SystemExit, match=message):
-            prepare_data.main(arguments)
-    with pytest.raises(UserError, match="Make it: python prepare_data.py openwebtext"):
-        load("openwebtext")
-    assert prepare_data.how_to_make("addition3") == "python prepare_data.py addition --digits=3"
-    assert prepare_data.how_to_make("stdlib-gpt2") == "python prepare_data.py stdlib --tokenizer=gpt2"
-
-
 def test_what_to_type_next_is_said_and_can_be_typed(workplace, monkeypatch):
     (workplace / "mine.txt").write_text("To be, or not to be.\n\n" * 300)
     said = call(prepare_data.main, "text", "--file=mine.txt").stdout
@@ -284,27 +286,6 @@ def test_what_to_type_next_is_said_and_can_be_typed(workplace, monkeypatch):
     assert "--init_from=out/text_dense" in child
 
 
-def test_another_text_does_not_take_the_place_of_the_first(workplace, monkeypatch):
-    for name in ("a", "b"):
-        (workplace / f"{name}.txt").write_text(f"This is {name}.\n\n" * 300)
-        monkeypatch.setattr(sys, "argv", ["prepare_data.py", "text", f"--file={name}.txt"])
-        done = call(prepare_data.main, *sys.argv[1:])
-    assert done.returncode == 1
-    assert "data/text holds another text (python prepare_data.py text --file=a.txt)" in done.stderr
-    assert b"This is a." in bytes(load("text").train[:100].astype(np.uint8))
-
-
-def test_a_text_does_not_take_the_place_of_a_dataset_of_ones_own(workplace):
-    tokens = np.zeros(100, dtype=np.uint16)
-    prepare_data.write_dataset("data/mine", tokens, tokens, kind="stream", vocab_size=1)
-    (workplace / "a.txt").write_text("This is a.\n\n" * 300)
-    with pytest.raises(SystemExit, match="data/mine holds another text \\(not made by this command\\)"):
-        prepare_data.main(["text", "--file=a.txt", "--as=mine"])
-    with pytest.raises(SystemExit, match="--as=addition3 is no name for a dataset of yours"):
-        prepare_data.main(["text", "--file=a.txt", "--as=addition3"])
-    assert len(load("mine").train) == 100
-
-
 def test_two_texts_of_ones_own_lie_side_by_side(workplace):
     for name, words in (("hamlet", "To be, or not to be.\n\n"), ("romeo", "But soft, what light?\n\n")):
         (workplace / f"{name}.txt").write_text(words * 300)
@@ -312,9 +293,6 @@ def test_two_texts_of_ones_own_lie_side_by_side(workplace):
         assert f"--dataset={name} --out_dir=out/{name}_dense" in said
     assert decoded(load("hamlet").train, load("hamlet"))[0].startswith(b"To be")
     assert decoded(load("romeo").train, load("romeo"))[0].startswith(b"But soft")
-    for wrong in ("addition", "../x", ""):
-        assert "is no name" in call(prepare_data.main, "text", "--file=romeo.txt", f"--as={wrong}").stderr
-    assert "addition takes no --as" in call(prepare_data.main, "addition", "--as=mine").stderr
 
 
 def test_a_printed_command_is_the_command_whatever_a_name_holds(workplace, monkeypatch):
@@ -329,11 +307,10 @@ def test_a_printed_command_is_the_command_whatever_a_name_holds(workplace, monke
     assert typed("python", "--as=my text") == 'python "--as=my text"'
 
 
-def test_a_tilde_is_the_home_folder_of_a_file_and_no_name(workplace, monkeypatch):
+def test_a_tilde_is_the_home_folder_of_a_file(workplace, monkeypatch):
     (workplace / "mine.txt").write_text("To be, or not to be.\n\n" * 300)
     monkeypatch.setenv("HOME", str(workplace))
     assert call(prepare_data.main, "text", "--file=~/mine.txt").returncode == 0
-    assert "--as=~ is no name" in call(prepare_data.main, "text", "--file=~/mine.txt", "--as=~").stderr
 
 
 def test_an_umlaut_is_one_where_the_locale_knows_ascii_only(workplace):
@@ -375,9 +352,8 @@ def test_a_vocabulary_that_cannot_be_fetched_says_what_to_do(workplace, monkeypa
         raise ConnectionError("no route to host")
 
     monkeypatch.setattr("tiktoken.get_encoding", no_network)
-    with pytest.raises(
-        SystemExit, match=r"cannot be fetched \(ConnectionError\).*TIKTOKEN_CACHE_DIR.*--tokenizer=bytes"
-    ):
+    with pytest.raises(SystemExit,
+                       match=r"cannot be fetched \(ConnectionError\).*TIKTOKEN_CACHE_DIR.*--tokenizer=bytes"):
         prepare_data.main(["stdlib", "--tokenizer=gpt2"])
 
 
@@ -415,20 +391,15 @@ def full(descriptor):
     raise OSError(28, "No space left on device")
 
 
-def test_a_full_disk_leaves_no_half_dataset(workplace, monkeypatch):
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(UserError, match="cannot write data/stdlib/train.bin.*No space left"):
+def test_a_full_disk_leaves_no_half_dataset_and_the_old_one_whole(workplace, monkeypatch):
+    before, calls = load("addition").meta, []
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="cannot write data/stdlib/train.bin"):
+        patch.setattr(os, "fsync", full)
         load("stdlib")
     assert os.listdir("data/stdlib") == []
-
-
-def test_a_full_disk_leaves_the_old_dataset_whole(workplace, monkeypatch):
-    before = load("addition").meta
-    calls = []
     # the second file no more
-    monkeypatch.setattr(
-        os, "fsync", lambda descriptor: full(descriptor) if calls else calls.append(descriptor)
-    )
+    monkeypatch.setattr(os, "fsync", lambda descriptor: full(descriptor) if calls
+                        else calls.append(descriptor))
     with pytest.raises(SystemExit, match="cannot write data/addition/val.bin.*No space left"):
         prepare_data.main(["addition"])
     assert load("addition").meta == before
@@ -436,14 +407,8 @@ def test_a_full_disk_leaves_the_old_dataset_whole(workplace, monkeypatch):
 
 
 def test_processes_that_want_the_same_dataset_wait_for_the_first(workplace):
-    code = (
-        "import sys; sys.path.insert(0, sys.argv[1]); import prepare_data; "
-        "print(prepare_data.load('addition').train.shape)"
-    )
-    several = [
-        subprocess.Popen([sys.executable, "-c", code, REPOSITORY], stdout=subprocess.PIPE, text=True)
-        for _ in range(3)
-    ]
-    said = [process.communicate()[0] for process in several]
+    code = "import prepare_data; print(prepare_data.load('addition').train.shape)"
+    several = [begin(code, log=f"{number}") for number in range(3)]
+    said = [ended(process, f"{number}").stdout for number, process in enumerate(several)]
     assert all("(8000, 2, 11)" in words for words in said)
     assert sum("making data/addition" in words for words in said) == 1

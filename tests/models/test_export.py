@@ -23,20 +23,8 @@ transformers = pytest.importorskip("transformers", reason="pip install -r tests/
 def random_model(**settings):
     """A gated model with all weights random and its edges about half open."""
     torch.manual_seed(0)
-    model = GPT(
-        GPTConfig(
-            **{
-                "block_size": 16,
-                "vocab_size": 256,
-                "n_layer": 3,
-                "n_head": 2,
-                "n_embd": 32,
-                "gated": True,
-                "gate_bias": 0.3,
-            }
-            | settings
-        )
-    ).eval()
+    model = GPT(GPTConfig(**{"block_size": 16, "vocab_size": 256, "n_layer": 3, "n_head": 2, "n_embd": 32,
+                             "gated": True, "gate_bias": 0.3} | settings)).eval()
     for name, parameter in model.named_parameters():
         parameter.data += (0.3 if "c_attn" in name else 0.1) * torch.randn_like(parameter)
     return model
@@ -76,48 +64,27 @@ def readme_lines(mark):
     return next(block for block in blocks if mark in block)
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {"generation": 1, "clip_qkv": 2.0, "gate_bias": [[0.3, -0.2, 0.1, 0.5]] * 2},
-        {"generation": 2, "gate_bias": 0.1},
-    ],
-    ids=["OLMo 1", "OLMo 2"],
-)
+@pytest.mark.parametrize("settings", [
+    {"generation": 1, "clip_qkv": 2.0, "gate_bias": [[0.3, -0.2, 0.1, 0.5]] * 2},
+    {"generation": 2, "gate_bias": 0.1},
+], ids=["OLMo 1", "OLMo 2"])
 @torch.no_grad()
 def test_an_olmo_goes_to_transformers_and_gets_its_gate_back(workplace, settings):
     torch.manual_seed(0)
-    model = OLMo(
-        OLMoConfig(
-            **{
-                "block_size": 16,
-                "vocab_size": 50,
-                "n_layer": 2,
-                "n_head": 4,
-                "n_kv_head": 2,
-                "n_embd": 32,
-                "n_hidden": 48,
-                "gated": True,
-            }
-            | settings
-        )
-    ).eval()
+    model = OLMo(OLMoConfig(**{"block_size": 16, "vocab_size": 50, "n_layer": 2, "n_head": 4, "n_kv_head": 2,
+                               "n_embd": 32, "n_hidden": 48, "gated": True} | settings)).eval()
     for parameter in model.parameters():
         parameter.data += 0.3 * torch.randn_like(parameter)
     save_checkpoint("olmo.pt", checkpoint_of(model))
     analyze.main(["export", "olmo.pt", "--to", "hf", "hf"])
     gated, dense = logits_of(model)
-    assert (
-        transformers.AutoModelForCausalLM.from_pretrained("hf").eval()(IDX).logits - dense
-    ).abs().max() < 1e-4
+    assert (transformers.AutoModelForCausalLM.from_pretrained("hf").eval()(IDX).logits
+            - dense).abs().max() < 1e-4
     assert torch.equal(load_checkpoint("hf")(IDX)[0], gated)  # we read our own gates again
     names = {}
-    exec(
-        readme_lines("AttentionInterface")
-        .replace("GPT2LMHeadModel", "AutoModelForCausalLM")
-        .replace("out/stdlib/hf", "hf"),
-        names,
-    )
+    exec(readme_lines("AttentionInterface").replace("GPT2LMHeadModel",
+                                                    "AutoModelForCausalLM").replace("out/stdlib/hf", "hf"),
+         names)
     assert (names["model"](IDX).logits - gated).abs().max() < 1e-4
     with pytest.raises(SystemExit, match="nanogpt knows GPT-2's format only"):
         analyze.main(["export", "olmo.pt", "--to", "nanogpt", "other"])
@@ -142,9 +109,8 @@ def test_transformers_dense_and_with_the_gate_put_back(run):
 
 @torch.no_grad()
 def test_hooked_transformer(run):
-    pytest.importorskip(
-        "transformer_lens.HookedTransformer", reason="TransformerLens 4 has none: the next test is for it"
-    )
+    pytest.importorskip("transformer_lens.HookedTransformer",
+                        reason="TransformerLens 4 has none: the next test is for it")
     analyze.main(["export", "out/run", "--to", "transformer_lens", "lens.pt"])
     gated, dense = logits_of(run)
     names = {}
@@ -162,11 +128,8 @@ def test_transformer_bridge(run):
     analyze.main(["export", "out/run", "--to", "hf", "out/stdlib/hf"])
     gated, dense = logits_of(run)
     names = {"torch": torch}
-    exec(
-        "def gate_hooks"
-        + readme_lines("convert_nanogpt_weights").split("def gate_hooks")[1].split("logits = ")[0],
-        names,
-    )
+    exec("def gate_hooks"
+         + readme_lines("convert_nanogpt_weights").split("def gate_hooks")[1].split("logits = ")[0], names)
     exec(readme_lines("boot_transformers"), names)
     assert (names["bridge"](IDX) - dense).abs().max() < 1e-4
     hooked = names["bridge"].run_with_hooks(

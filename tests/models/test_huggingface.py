@@ -43,18 +43,13 @@ def assert_same_logits(ours, model, T=12):
     assert (ours(idx)[0] - model(idx).logits).abs().max() < 1e-4
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [
-        TINY,
-        TINY | {"activation_function": "gelu"},
-        TINY | {"tie_word_embeddings": False},
-        TINY | {"n_head": 4},
-    ],
-)
-def test_a_tiny_model_of_transformers_gives_its_logits(workplace, settings):
-    model = theirs(**settings)
-    model.save_pretrained("hf")
+@pytest.mark.parametrize("settings", [{}, {"activation_function": "gelu"}, {"tie_word_embeddings": False},
+                                      {"n_head": 4}])
+@pytest.mark.parametrize("shards", [False, True])
+def test_a_tiny_model_of_transformers_gives_its_logits(workplace, settings, shards):
+    model = theirs(**TINY | settings)
+    model.save_pretrained("hf", **({"max_shard_size": "50KB"} if shards else {}))
+    assert os.path.exists("hf/model.safetensors.index.json") == shards
     ours = load_checkpoint("hf")
     assert ours.config.tied == settings.get("tie_word_embeddings", True)
     assert_same_logits(ours, model)
@@ -62,6 +57,7 @@ def test_a_tiny_model_of_transformers_gives_its_logits(workplace, settings):
     assert_same_logits(gated, model)
 
 
+@pytest.mark.slow
 def test_the_full_124M_gives_its_logits_also_as_shards(workplace):
     model = theirs()
     model.save_pretrained("hf", max_shard_size="100MB")
@@ -76,11 +72,8 @@ def bin_file(path, model, prefix=""):
     """A pytorch_model.bin as OpenAI's models have it: no `transformer.`, no lm_head, the causal mask stored
     as attn.bias.
     """
-    state = {
-        prefix + name.removeprefix("transformer."): tensor
-        for name, tensor in model.state_dict().items()
-        if name != "lm_head.weight"
-    }
+    state = {prefix + name.removeprefix("transformer."): tensor for name, tensor in model.state_dict().items()
+             if name != "lm_head.weight"}
     state |= {f"{prefix}h.{i}.attn.bias": torch.ones(1, 1, 16, 16).tril() for i in range(2)}
     torch.save(state, path)
 
@@ -113,10 +106,8 @@ def test_wrong_files_are_named(workplace):
         with pytest.raises(UserError, match=message):
             load_checkpoint("bad")
 
-    fails(
-        {k: v for k, v in state.items() if "h.1.mlp.c_fc.bias" not in k},
-        "transformer.h.1.mlp.c_fc.bias is missing",
-    )
+    fails({k: v for k, v in state.items() if "h.1.mlp.c_fc.bias" not in k},
+          "transformer.h.1.mlp.c_fc.bias is missing")
     fails(state | {"transformer.h.0.gate": torch.zeros(3)}, "transformer.h.0.gate is extra")
     fails(state | {"transformer.h.0.mlp.c_fc.weight": torch.zeros(3, 4)},
           r"c_fc.weight is \(4, 3\), the model's is \(128, 32\)")
@@ -229,9 +220,8 @@ def test_an_index_that_leads_out_of_its_folder_is_refused(workplace, where):
 def test_a_download_that_broke_goes_on_and_a_corrupted_one_is_refused(hub):
     model, server, cached = hub
     server.cut_after = 50_000
-    with pytest.raises(
-        UserError, match="50000 of .* bytes came before the line broke. The same command goes on"
-    ):
+    with pytest.raises(UserError,
+                       match="50000 of .* bytes came before the line broke. The same command goes on"):
         GPT.from_pretrained("gpt2")
     server.cut_after = None
     assert_same_logits(GPT.from_pretrained("gpt2"), model)
@@ -266,17 +256,8 @@ def test_nanogpt_and_the_authors_checkpoints(workplace):
     ours = GPT(GPTConfig(**args, gelu="none")).eval()
     state = {f"_orig_mod.{name}": tensor for name, tensor in ours.state_dict().items()}
     state["_orig_mod.transformer.h.0.attn.bias"] = torch.ones(1, 1, 4, 4)
-    save_checkpoint(
-        "ckpt.pt",
-        {
-            "model": state,
-            "model_args": args,
-            "iter_num": 3,
-            "optimizer": {},
-            "best_val_loss": torch.tensor(3.0),
-            "config": {"a": 1},
-        },
-    )
+    save_checkpoint("ckpt.pt", {"model": state, "model_args": args, "iter_num": 3, "optimizer": {},
+                                "best_val_loss": torch.tensor(3.0), "config": {"a": 1}})
     model = load_checkpoint("ckpt.pt")
     idx = torch.randint(0, 50257, (2, 4))
     assert torch.equal(model(idx)[0], ours(idx)[0]) and model.config.gelu == "none"

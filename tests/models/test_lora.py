@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import prepare_data
-from helpers import count_dataset, metrics, theirs
+from helpers import count_dataset, metrics, stopped_after, theirs
 from model import GPT, GPTConfig
 from models import lora
 from models.checkpoint import (
@@ -23,29 +23,19 @@ from models.olmo import OLMo, OLMoConfig
 from storage.files import UserError
 from train import train
 from training.config import make_config
-from training.folder import StopRequest
 from training.judge import evaluate
 from training.steps import averaged, update_average
 
 torch.manual_seed(0)
-MODELS = [
-    (GPT(GPTConfig(block_size=16, vocab_size=11, n_layer=2, n_head=2, n_embd=16)), "c_attn,c_fc"),
-    (
-        OLMo(
-            OLMoConfig(
-                generation=2,
-                block_size=16,
-                vocab_size=11,
-                n_layer=2,
-                n_head=4,
-                n_kv_head=2,
-                n_embd=32,
-                n_hidden=48,
-            )
-        ),
-        "q_proj,k_proj,v_proj",
-    ),
-]
+
+
+def small_olmo(**changes):
+    return OLMo(OLMoConfig(**{"generation": 2, "block_size": 16, "vocab_size": 11, "n_layer": 2, "n_head": 4,
+                              "n_kv_head": 2, "n_embd": 32, "n_hidden": 48} | changes))
+
+
+MODELS = [(GPT(GPTConfig(block_size=16, vocab_size=11, n_layer=2, n_head=2, n_embd=16)), "c_attn,c_fc"),
+          (small_olmo(), "q_proj,k_proj,v_proj")]
 MODELS.append((MODELS[1][0], "all,embed_tokens"))  # tied: one adapter for input and output
 IDX = torch.randint(0, 11, (2, 16), generator=torch.Generator().manual_seed(0))
 
@@ -94,11 +84,9 @@ def test_merged_is_unmerged(run):
     _, model, _ = run
     moved(model).double()
     before = model(IDX)[0]  # alpha / r is 2
-    weight = {
-        name: layer.weight
-        + (layer.lora_d if isinstance(layer, lora.LoRANorm) else 2 * layer.lora_b @ layer.lora_a)
-        for name, layer in lora.adapters_of(model).items()
-    }
+    weight = {name: layer.weight + (layer.lora_d if isinstance(layer, lora.LoRANorm)
+                                    else 2 * layer.lora_b @ layer.lora_a)
+              for name, layer in lora.adapters_of(model).items()}
     names = set(lora.merge(model).state_dict())
     assert not lora.adapters_of(model) and not any("lora" in name for name in names)
     assert (model(IDX)[0] - before).abs().max() < 1e-10
@@ -123,9 +111,8 @@ def test_only_the_adapters_are_saved_and_they_know_their_base(run, workplace):
     save_checkpoint("adapters.pt", checkpoint_of(model, **about))
     assert os.path.getsize("adapters.pt") < 0.6 * os.path.getsize("base.pt")
     assert set(read_checkpoint("adapters.pt")["model"]) == set(lora.state_of(model))
-    merged, beside = load_checkpoint("adapters.pt"), model_of(
-        read_checkpoint("adapters.pt"), "adapters.pt", merged=False
-    )
+    merged = load_checkpoint("adapters.pt")
+    beside = model_of(read_checkpoint("adapters.pt"), "adapters.pt", merged=False)
     assert not lora.adapters_of(merged) and lora.adapters_of(beside) and merged.config.gated
     for again, saved in ((merged, lora.merge(copy.deepcopy(model))), (beside, model)):
         assert (again(IDX)[0] - saved(IDX)[0]).abs().max() < 1e-5
@@ -140,18 +127,7 @@ def test_only_the_adapters_are_saved_and_they_know_their_base(run, workplace):
 
 
 def test_frozen_weights_in_half_precision_keep_adapters_in_full():
-    model = OLMo(
-        OLMoConfig(
-            generation=1,
-            block_size=16,
-            vocab_size=11,
-            n_layer=1,
-            n_head=2,
-            n_kv_head=2,
-            n_embd=32,
-            n_hidden=48,
-        )
-    ).bfloat16()
+    model = small_olmo(generation=1, n_layer=1).bfloat16()
     lora.add(model, 2, 4.0, "q_proj")
     layer = next(iter(lora.adapters_of(model).values()))
     assert layer.lora_a.dtype == torch.float32 and layer.weight.dtype == torch.bfloat16
@@ -163,19 +139,7 @@ def test_frozen_weights_in_half_precision_keep_adapters_in_full():
 
 def test_what_gets_an_adapter():
     def with_adapters(targets, tied=True):
-        model = OLMo(
-            OLMoConfig(
-                generation=2,
-                tied=tied,
-                block_size=8,
-                vocab_size=11,
-                n_layer=1,
-                n_head=2,
-                n_kv_head=2,
-                n_embd=32,
-                n_hidden=48,
-            )
-        )
+        model = small_olmo(tied=tied, n_layer=1)
         return model, set(lora.adapters_of(lora.add(model, 2, 4.0, targets)))
 
     assert with_adapters("up_proj, norm")[1] == {"model.layers.0.mlp.up_proj", "model.norm"}
@@ -187,11 +151,8 @@ def test_what_gets_an_adapter():
         assert model.lm_head.lora_b is model.model.embed_tokens.lora_b
         assert len([p for p in model.parameters() if p.requires_grad]) == 2
         assert len(with_adapters(targets, tied=False)[1]) == 1
-    with pytest.raises(
-        UserError,
-        match="no Linear, Embedding or RMSNorm layer 'q_proj'. It has c_attn, c_fc, c_proj, lm_head, wpe, "
-              "wte",
-    ):
+    known = "It has c_attn, c_fc, c_proj, lm_head, wpe, wte"
+    with pytest.raises(UserError, match=f"no Linear, Embedding or RMSNorm layer 'q_proj'. {known}"):
         lora.add(GPT(MODELS[0][0].config), 2, 4.0, "c_attn, q_proj")
 
 
@@ -221,9 +182,8 @@ def run_it(**given):
 def test_a_run_with_adapters_on_an_olmo_from_hugging_face(olmo, capsys):
     last, lines = run_it(out_dir="out/lora")
     assert "2,048 of them trained" in capsys.readouterr().out  # 4 layers, 2 matrices, 2 (64 + 64) each
-    assert set(last["model"]) == {
-        f"model.layers.{i}.self_attn.{name}_proj.lora_{ab}" for i in range(4) for name in "qk" for ab in "ab"
-    }
+    assert set(last["model"]) == {f"model.layers.{i}.self_attn.{name}_proj.lora_{ab}" for i in range(4)
+                                  for name in "qk" for ab in "ab"}
     assert last["base"] == "hf"
     assert last["model_args"]["block_size"] == 8
     assert len(last["model_args"]["gate_bias"]) == 4
@@ -240,18 +200,10 @@ def test_a_run_with_adapters_on_an_olmo_from_hugging_face(olmo, capsys):
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.9])
-def test_it_goes_on_exactly(olmo, monkeypatch, decay):
+def test_it_goes_on_exactly(olmo, decay):
     whole, _ = run_it(out_dir="out/whole", average_decay=decay)
-    with monkeypatch.context() as patch:
-        countdown = iter([False] * 7 + [True])
-        patch.setattr(
-            StopRequest,
-            "asked",
-            property(lambda self: next(countdown), lambda self, value: None),
-            raising=False,
-        )
-        with pytest.raises(SystemExit):
-            run_it(out_dir="out/parts", average_decay=decay)
+    with stopped_after(8), pytest.raises(SystemExit):
+        run_it(out_dir="out/parts", average_decay=decay)
     assert read_checkpoint("out/parts/last.pt")["step"] == 8
     parts, _ = run_it(out_dir="out/parts", average_decay=decay)
     assert all(torch.equal(whole["model"][name], parts["model"][name]) for name in whole["model"])
@@ -277,9 +229,8 @@ def test_compiled_it_is_the_same_run(olmo):
     """One model runs with and without adapters and gates, and the compiler has to tell them apart."""
     theirs("Olmo", vocab_size=10, num_hidden_layers=1).save_pretrained("hf")
     settings = {"max_steps": 4, "eval_interval": 2, "noise_free_steps": 2}
-    plain, compiled = run_it(out_dir="out/plain", **settings)[1], run_it(
-        out_dir="out/compiled", compile="on", **settings
-    )[1]
+    plain = run_it(out_dir="out/plain", **settings)[1]
+    compiled = run_it(out_dir="out/compiled", compile="on", **settings)[1]
     for a, b in zip(plain, compiled):
         for key in ("val_loss", "density", "constraint_loss", "target_loss", "batch_loss"):
             assert a[key] == b[key] or a[key] == pytest.approx(b[key], abs=1e-5), key
@@ -307,10 +258,8 @@ def test_frozen_weights_in_bfloat16_and_settings_that_do_not_fit(olmo):
     last, lines = run_it(out_dir="out/half", base_dtype="bfloat16", max_steps=2)
     assert all(tensor.dtype == torch.float32 for tensor in last["model"].values()) and lines[-1]["step"] == 2
     for given, message in (
-        (
-            {"lora_targets": "c_attn"},
-            "no Linear, Embedding or RMSNorm layer 'c_attn'. It has down_proj, embed_tokens, gate_proj",
-        ),
+        ({"lora_targets": "c_attn"},
+         "no Linear, Embedding or RMSNorm layer 'c_attn'. It has down_proj, embed_tokens, gate_proj"),
         ({"block_size": 65}, "block_size=65"),
         ({"n_layer": 3}, "n_layer=3, but hf has n_layer=4"),
         ({"architecture": "gpt2"}, "architecture='gpt2', but hf has architecture='olmo'"),

@@ -5,15 +5,13 @@ something is missing. No network: localhost in its place.
 import gzip
 import json
 import os
-import subprocess
 import sys
 
 import numpy as np
 import pytest
 
 import prepare_data
-from conftest import REPOSITORY
-from helpers import decoded
+from helpers import apart, decoded
 from prepare_data import load
 from storage import corpora
 
@@ -80,38 +78,26 @@ def hub(workplace, server, monkeypatch):
     for number in range(2):
         (root / "dolma").mkdir(parents=True, exist_ok=True)
         with gzip.open(root / f"dolma/part-{number}.json.gz", "wt") as f:
-            f.writelines(
-                json.dumps(
-                    {
-                        "id": str(i),
-                        "text": f"Document {i} of part {number}, naïve. " * (1 + i % 3),
-                        "metadata": {"i": i} if i % 2 else {},
-                    }
-                )
-                + "\n"
-                for i in range(1000)
-            )
-    (root / "urls.txt").write_text(
-        "".join(f"{server.url}/dolma/part-{number}.json.gz\n" for number in range(2))
-    )
+            for i in range(1000):
+                words = f"Document {i} of part {number}, naïve. " * (1 + i % 3)
+                line = {"id": str(i), "text": words, "metadata": {"i": i} if i % 2 else {}}
+                f.write(json.dumps(line) + "\n")
+    (root / "urls.txt").write_text("".join(f"{server.url}/dolma/part-{number}.json.gz\n"
+                                           for number in range(2)))
     bpe = tokenizers.ByteLevelBPETokenizer()
     bpe.train_from_iterator(["Document of part naïve. def f(x): return x"] * 10, vocab_size=300,
                             min_frequency=1, special_tokens=["<|endoftext|>"])
     for name in ("OLMo-1B-hf", "OLMo-2-0425-1B"):
         (root / f"allenai/{name}/resolve/main").mkdir(parents=True)
         bpe.save(str(root / f"allenai/{name}/resolve/main/tokenizer.json"))
-    return os.environ | {"HF_ENDPOINT": server.url, "HF_HOME": str(workplace / "cache"),
-                         "PYTHONPATH": REPOSITORY, "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0",
-                         "TRANSFORMERS_OFFLINE": "0", "HF_DATASETS_OFFLINE": "0"}
+    return {"HF_ENDPOINT": server.url, "HF_HOME": str(workplace / "cache"), "HF_HUB_DISABLE_XET": "1",
+            "HF_HUB_OFFLINE": "0", "TRANSFORMERS_OFFLINE": "0", "HF_DATASETS_OFFLINE": "0"}
 
 
-def dolma(env, *flags):
-    code = (
-        "import sys, prepare_data; from storage import corpora; "
-        f"corpora.DOLMA = {env['HF_ENDPOINT']!r} + '/urls.txt'; prepare_data.main(sys.argv[1:])"
-    )
-    return subprocess.run([sys.executable, "-c", code, "dolma", *flags], env=env, capture_output=True,
-                          text=True)
+def dolma(hub, *flags):
+    return apart("import sys, prepare_data; from storage import corpora; "
+                 f"corpora.DOLMA = {hub['HF_ENDPOINT']!r} + '/urls.txt'; prepare_data.main(sys.argv[1:])",
+                 "dolma", *flags, **hub)
 
 
 def test_dolma_in_olmos_tokens(hub, server):
@@ -133,32 +119,22 @@ def test_dolma_in_olmos_tokens(hub, server):
     for processes in (1, 2):
         done = dolma(hub, "--shards=2", f"--processes={processes}")
         said = [line for line in done.stderr.splitlines() if "it/s" not in line and "examples" not in line]
-        assert (
-            done.returncode == 1
-            and len(said) < 4
-            and "error: data/dolma/shards/part-1.json.gz is no file of Dolma, or a damaged one" in done.stderr
-        ), done.stderr
+        assert done.returncode == 1 and len(said) < 4, done.stderr
+        assert "error: data/dolma/shards/part-1.json.gz is no file of Dolma, or a damaged one" in done.stderr
 
 
 def test_olmos_tokenizers_come_from_the_hub_once(hub, server):
-    code = (
-        "from storage import text; t = text.tokenizer('olmo2'); "
-        "ids = text.encode_document('Document naïve'.encode(), t); "
-        "print(t.decode(ids), t.separator, ids.dtype, 0 in t.encode(b'<|endoftext|>'))"
-    )
-    done = subprocess.run([sys.executable, "-c", code], env=hub, capture_output=True, text=True)
+    code = ("from storage import text; t = text.tokenizer('olmo2'); "
+            "ids = text.encode_document('Document naïve'.encode(), t); "
+            "print(t.decode(ids), t.separator, ids.dtype, 0 in t.encode(b'<|endoftext|>'))")
+    done = apart(code, **hub)
     assert done.stdout.strip() == "<|endoftext|>Document naïve 0 uint16 False", done.stderr
-    offline = subprocess.run([sys.executable, "-c", code], env=hub | {"HF_HUB_OFFLINE": "1"},
-                             capture_output=True, text=True)
-    assert offline.stdout == done.stdout
-    empty = subprocess.run(
-        [sys.executable, os.path.join(REPOSITORY, "prepare_data.py"), "stdlib", "--tokenizer=olmo"],
-        env=hub | {"HF_HOME": "nowhere", "HF_HUB_OFFLINE": "1"}, capture_output=True, text=True
-    )
+    assert apart(code, **hub | {"HF_HUB_OFFLINE": "1"}).stdout == done.stdout
+    empty = apart("import sys, prepare_data; prepare_data.main(sys.argv[1:])", "stdlib", "--tokenizer=olmo",
+                  **hub | {"HF_HOME": "nowhere", "HF_HUB_OFFLINE": "1"})
     assert empty.returncode == 1
     assert "the vocabulary of allenai/OLMo-1B-hf cannot be fetched" in empty.stderr
-    assert "HF_HOME" in empty.stderr
-    assert "Traceback" not in empty.stderr
+    assert "HF_HOME" in empty.stderr and "Traceback" not in empty.stderr
 
 
 def test_missing_packages_say_what_to_install(workplace, monkeypatch):

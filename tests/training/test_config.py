@@ -1,8 +1,7 @@
 """Every mistake in a setting ends in a line that says what to type; a config file is read, never run."""
 
 import os
-import subprocess
-import sys
+import re
 
 import pytest
 
@@ -22,6 +21,7 @@ from training.config import (
     parse_command_line,
     read_config_file,
 )
+from training.parents import lineage_of
 
 
 def parse(*arguments):
@@ -55,6 +55,7 @@ def test_values_and_words():
     ("--gate_bias=1e999", "finite"),
     ("--seed=1700000000000000000", "from 0 to a million"),
     ("--device=cudax", "'cuda:N'"),
+    ("--learning_rate=1e999", "learning_rate on the command line is inf: it must be a finite"),
 ])
 def test_mistakes_on_the_command_line(argument, message):
     with pytest.raises(UserError) as error:
@@ -78,12 +79,6 @@ def test_mistakes_in_a_config_file(workplace, content, message):
         read_config_file("my.py", Config, limits())
     assert message in str(error.value)
     assert not (workplace / "harm").exists()
-
-
-def test_a_missing_config_file_suggests_the_nearest(workplace):
-    (workplace / "addition.py").write_text("seed = 2")
-    with pytest.raises(UserError, match=r"no config file aditon.py. Did you mean addition.py\?"):
-        read_config_file("aditon.py", Config, limits())
 
 
 GATED = {"gated": True, "init_from": "out/dense"}
@@ -145,9 +140,8 @@ def test_the_projects_own_config_files_are_right(name, monkeypatch):
         assert config.batch_size % (8 * config.micro_batch_size) == 0
 
 
-@pytest.mark.parametrize(
-    "name, besides", [("stdlib", set()), ("python", set()), ("gpu_text", {"eval_interval"})]
-)
+@pytest.mark.parametrize("name, besides", [("stdlib", set()), ("python", set()),
+                                           ("gpu_text", {"eval_interval"})])
 def test_a_child_and_its_control_differ_in_the_gates_alone(name, besides, monkeypatch):
     """Or the control would control nothing."""
     monkeypatch.chdir(REPOSITORY)
@@ -169,17 +163,10 @@ def test_the_text_configurations_have_one_constraint(name, besides, monkeypatch)
     assert stdlib["lambda_max"] / stdlib["lambda_min"] == pytest.approx(1e6)
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        ["config/addition.py", "--learning_rte=1e-3"],
-        ["config/nothing.py"],
-        ["--init_from=resume", "--out_dir=none"],
-        ["--init_from=nowhere", "--gated=True"],
-        ["--dataset=nothing"],
-        ["--device=cuda:0"],
-    ],
-)
+@pytest.mark.parametrize("arguments", [
+    ["config/addition.py", "--learning_rte=1e-3"], ["config/nothing.py"], ["--dataset=nothing"],
+    ["--init_from=resume", "--out_dir=none"], ["--init_from=nowhere", "--gated=True"], ["--device=cuda:0"],
+])
 def test_the_whole_program_answers_in_two_lines(workplace, arguments):
     import torch
 
@@ -194,8 +181,7 @@ def test_the_whole_program_answers_in_two_lines(workplace, arguments):
 
 
 def test_help_lists_every_setting():
-    done = subprocess.run([sys.executable, f"{REPOSITORY}/train.py", "--help"], capture_output=True,
-                          text=True)
+    done = call(main, "--help")
     assert done.returncode == 0
     assert all(f"  --{key}=" in done.stdout for key in Config.__annotations__)
     assert "learning_rate=0.001" in done.stdout.replace("1e-3", "0.001")
@@ -203,29 +189,20 @@ def test_help_lists_every_setting():
     assert max(map(len, done.stdout.splitlines())) <= 110
 
 
-def write(path, text):
-    with open(path, "w", encoding="utf-8") as f:
-        f.write(text)
-
-
-def test_a_config_file_says_what_differs_from_its_base(workplace):
-    write("small.py", "n_layer = 2\nlearning_rate = 0.1\n")
-    write("middle.py", "base = 'small.py'\nn_layer = 3\n")
-    write("large.py", "n_head = 4\nbase = 'middle.py'\n")
-    assert read_config_file("large.py", Config, limits()) == {"n_layer": 3, "learning_rate": 0.1, "n_head": 4}
-    config, given = make_config("large.py", {"n_layer": 5})
-    assert (config.n_layer, config.n_head, config.learning_rate) == (5, 4, 0.1)
-    assert config.out_dir == os.path.normpath("out/large")
-    assert given == {"n_layer", "learning_rate", "n_head"}
-
-
-def test_a_base_is_found_from_elsewhere(workplace, tmp_path_factory, monkeypatch):
-    """`python somewhere/train.py somewhere/config/x.py`: the base lies beside the file that names it."""
+def test_a_config_file_says_what_differs_from_its_base(workplace, tmp_path_factory, monkeypatch):
+    """And is found from elsewhere: the base lies beside the file that names it."""
     os.makedirs("config")
-    write("config/small.py", "n_layer = 2\n")
-    write("config/large.py", "base = 'config/small.py'\n")
+    for name, text in (("small", "n_layer = 2\nlearning_rate = 0.1\n"),
+                       ("middle", "base = 'config/small.py'\nn_layer = 3\n"),
+                       ("large", "n_head = 4\nbase = 'config/middle.py'\n")):
+        (workplace / f"config/{name}.py").write_text(text)
+    expected = {"n_layer": 3, "learning_rate": 0.1, "n_head": 4}
+    assert read_config_file("config/large.py", Config, limits()) == expected
+    config, given = make_config("config/large.py", {"n_layer": 5})
+    assert (config.n_layer, config.n_head, config.learning_rate) == (5, 4, 0.1)
+    assert config.out_dir == os.path.normpath("out/large") and given == set(expected)
     monkeypatch.chdir(tmp_path_factory.mktemp("elsewhere"))
-    assert read_config_file(str(workplace / "config/large.py"), Config, limits()) == {"n_layer": 2}
+    assert read_config_file(str(workplace / "config/large.py"), Config, limits()) == expected
 
 
 @pytest.mark.parametrize("base, message", [
@@ -236,13 +213,29 @@ def test_a_base_is_found_from_elsewhere(workplace, tmp_path_factory, monkeypatch
     ("'wrong.py'", "unknown setting n_layers in wrong.py, line 2. Did you mean n_layer"),
 ])
 def test_a_mistake_in_a_base_is_named_where_it_stands(workplace, base, message):
-    write("small.py", "n_layer = 2\n")
-    write("round.py", "base = 'own.py'\n")
-    write("wrong.py", "# a comment\nn_layers = 2\n")
-    write("own.py", f"base = {base}\n")
-    with pytest.raises(UserError) as error:
+    for name, text in (("small", "n_layer = 2\n"), ("round", "base = 'own.py'\n"),
+                       ("wrong", "# a comment\nn_layers = 2\n"), ("own", f"base = {base}\n")):
+        (workplace / f"{name}.py").write_text(text)
+    with pytest.raises(UserError, match=re.escape(message)):
         read_config_file("own.py", Config, limits())
-    assert message in str(error.value)
+
+
+@pytest.mark.parametrize("path", ["addition", "config/adition.py", "config\\addition.py", "addition.py"])
+def test_a_config_that_is_not_there_is_guessed(workplace, path):
+    with pytest.raises(UserError, match=f"no config file .* Did you mean .*config{os.sep}addition.py"):
+        make_config(path, {})
+
+
+def test_a_folder_is_no_config(workplace):
+    os.makedirs("config")
+    with pytest.raises(UserError, match="config is a folder. Name a config file"):
+        make_config("config", {})
+
+
+def test_a_config_is_found_from_its_own_folder_with_its_parent(workplace, monkeypatch):
+    monkeypatch.chdir(os.path.join(REPOSITORY, "config"))
+    config, given = make_config("addition.py", {"out_dir": str(workplace / "run")})
+    assert lineage_of(config, given)[0][0].ready_loss == 0.0003
 
 
 def test_every_field_of_the_gate_is_a_setting_with_the_same_default():

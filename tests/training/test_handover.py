@@ -16,9 +16,8 @@ from training.handover import fold_shift
 def model():
     """Random, gated, with scores and levels of scores of a trained model's size."""
     torch.manual_seed(0)
-    model = GPT(
-        GPTConfig(block_size=32, vocab_size=20, n_layer=2, n_head=2, n_embd=32, gated=True, gate_bias=3.0)
-    ).eval()
+    model = GPT(GPTConfig(block_size=32, vocab_size=20, n_layer=2, n_head=2, n_embd=32, gated=True,
+                          gate_bias=3.0)).eval()
     for name, parameter in model.named_parameters():
         parameter.data += (0.25 if "c_attn" in name else 0.1) * torch.randn_like(parameter)
     return model
@@ -49,10 +48,8 @@ def test_the_dense_function_does_not_change_and_the_gates_do(model):
     assert (after(idx)[0] - before(idx)[0]).abs().max() < 1e-4
     moved = {name for name, p in model.state_dict().items() if not torch.equal(p, before.state_dict()[name])}
     assert moved == {f"transformer.h.{i}.attn.c_attn.bias" for i in range(2)}
-    bias = (
-        model.state_dict()["transformer.h.0.attn.c_attn.bias"]
-        - before.state_dict()["transformer.h.0.attn.c_attn.bias"]
-    ).view(3, 32)
+    bias = (model.state_dict()["transformer.h.0.attn.c_attn.bias"]
+            - before.state_dict()["transformer.h.0.attn.c_attn.bias"]).view(3, 32)
     assert (bias[0] == 0).all() and (bias[1] != 0).all() and (bias[2] == 0).all()  # the keys' alone
 
 
@@ -81,19 +78,8 @@ def test_edges_that_carry_weight_start_open_and_it_pays_to_fear_shutting_more_th
 @pytest.mark.parametrize("kind", ["GPT without biases", "OLMo", "GPT whose weights are not to be touched"])
 def test_where_nothing_can_be_folded_every_head_gets_a_number(kind, model):
     if kind == "OLMo":
-        model = OLMo(
-            OLMoConfig(
-                generation=2,
-                block_size=32,
-                vocab_size=20,
-                n_layer=2,
-                n_head=4,
-                n_kv_head=2,
-                n_embd=32,
-                n_hidden=64,
-                gated=True,
-            )
-        ).eval()
+        model = OLMo(OLMoConfig(generation=2, block_size=32, vocab_size=20, n_layer=2, n_head=4, n_kv_head=2,
+                                n_embd=32, n_hidden=64, gated=True)).eval()
         for attention in model.attentions:
             attention.q_norm.weight.data *= 4
     elif kind == "GPT without biases":

@@ -14,9 +14,8 @@ from training.judge import evaluate
 
 def test_counts_on_rows(workplace):
     data = prepare_data.load("addition")
-    model = GPT(
-        GPTConfig(block_size=11, vocab_size=13, n_layer=2, n_head=2, n_embd=16, gated=True, gate_bias=0.0)
-    ).train()
+    model = GPT(GPTConfig(block_size=11, vocab_size=13, n_layer=2, n_head=2, n_embd=16, gated=True,
+                          gate_bias=0.0)).train()
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.5)
     found = evaluate(model, data, "val", batch_size=300)  # 2,000 is no multiple of 300
@@ -24,9 +23,8 @@ def test_counts_on_rows(workplace):
     x, y = (torch.from_numpy(a) for a in data.batch("val", range(2000), 11))
     layers = []
     logits = model.eval()(x, record=lambda layer, gates: layers.append(gates.open))[0]
-    assert found["loss"] == pytest.approx(
-        F.cross_entropy(logits[:, 6:].flatten(0, 1), y[:, 6:].flatten()).item(), rel=1e-5
-    )
+    assert found["loss"] == pytest.approx(F.cross_entropy(logits[:, 6:].flatten(0, 1),
+                                                          y[:, 6:].flatten()).item(), rel=1e-5)
     right = (logits[:, 6:].argmax(-1) == y[:, 6:]).all(1)
     assert found["correct"] == right.sum()
     assert found["accuracy"] == right.float().mean().item()
@@ -35,9 +33,8 @@ def test_counts_on_rows(workplace):
     assert found["open"] == pytest.approx(sum(g.sum().item() for g in layers) / 2000)
     assert found["fraction"] == pytest.approx(found["open"] / found["total"])
     gates = torch.stack(layers)  # (n_layer, B, H, T, T)
-    assert found["by_distance"] == pytest.approx(
-        [gates.diagonal(-d, dim1=-2, dim2=-1).mean().item() for d in range(11)]
-    )
+    assert found["by_distance"] == pytest.approx([gates.diagonal(-d, dim1=-2, dim2=-1).mean().item()
+                                                  for d in range(11)])
     assert found["per_head"][1][0] == pytest.approx(layers[1][:, 0].sum().item() / 2000 / 66)
 
 

@@ -1,19 +1,18 @@
 """steps.csv: a row a step, in order, whatever stops the run; a column more for a quantity more."""
 
+import glob
 import os
-import subprocess
 import sys
 
 import pandas
 import pytest
 
-from conftest import REPOSITORY
-from helpers import metrics, run
+from helpers import TRAIN, apart, metrics, run
 from storage.files import UserError
 from training.log import StepLog
 
 
-def test_every_step_is_a_row_that_pandas_reads(echo):
+def test_every_step_is_a_row_that_pandas_reads(echo_parent):
     run("sparse.py", max_steps=45)
     table = pandas.read_csv("out/sparse/steps.csv")
     assert table["step"].tolist() == list(range(45))
@@ -24,7 +23,7 @@ def test_every_step_is_a_row_that_pandas_reads(echo):
     assert "lambda" not in pandas.read_csv("out/dense/steps.csv").columns
 
 
-def test_a_run_that_goes_on_drops_the_rows_that_it_does_again(workplace):
+def test_a_run_that_goes_on_drops_the_rows_that_it_does_again_and_half_a_row(workplace):
     log = StepLog("steps.csv", 0)
     for step in range(6):
         log.write(step, loss=float(step))
@@ -35,47 +34,35 @@ def test_a_run_that_goes_on_drops_the_rows_that_it_does_again(workplace):
     table = pandas.read_csv("steps.csv")
     assert table["step"].tolist() == [0, 1, 2, 3, 4]
     assert table["loss"].tolist() == [0.0, 1.0, 2.0, 3.0, -1.0]
-
-
-def test_half_a_row_of_a_killed_run_is_dropped(workplace):
-    log = StepLog("steps.csv", 0)
-    log.write(0, loss=1.0, density=0.5)
-    log.flush()
     with open("steps.csv", "a") as f:
-        f.write("1,0.9")
-    StepLog("steps.csv", 5)
-    assert pandas.read_csv("steps.csv")["step"].tolist() == [0]
+        f.write("5")  # what a kill in the middle of a row leaves
+    StepLog("steps.csv", 9)
+    assert pandas.read_csv("steps.csv")["step"].tolist() == [0, 1, 2, 3, 4]
 
 
 def test_a_quantity_of_ones_own_is_a_column(workplace):
-    log = StepLog("steps.csv", 0)
-    log.write(0, loss=1.0)
-    log.flush()
-    log = StepLog("steps.csv", 1)
-    log.write(1, loss=0.5, entropy=2.0)
-    log.flush()
+    for step, row in enumerate(({"loss": 1.0}, {"loss": 0.5, "entropy": 2.0})):
+        log = StepLog("steps.csv", step)
+        log.write(step, **row)
+        log.flush()
     table = pandas.read_csv("steps.csv")
-    assert table["entropy"].isna().tolist() == [True, False]
-    assert table["loss"].tolist() == [1.0, 0.5]
+    assert table["entropy"].isna().tolist() == [True, False] and table["loss"].tolist() == [1.0, 0.5]
 
 
 def test_weights_and_biases_gets_steps_and_evaluations(echo):
     pytest.importorskip("wandb", reason="pip install wandb")
     # a process of its own: wandb leaves helpers behind in the one that it is used in
-    command = [sys.executable, os.path.join(REPOSITORY, "train.py"), "dense.py"]
-    offline = os.environ | {"WANDB_MODE": "offline", "WANDB_SILENT": "true"}
-    done = subprocess.run([*command, "--max_steps=40", "--wandb=addition"], env=offline,
-                          capture_output=True, text=True)
+    done = apart(TRAIN, "dense.py", "--max_steps=40", "--wandb=addition", WANDB_MODE="offline",
+                 WANDB_SILENT="true")
     assert done.returncode == 0, done.stderr
     with open("out/dense/wandb.id") as f:
         number = f.read()
-    folders = [name for name in os.listdir("out/dense/wandb") if name.startswith("offline-run")]
-    assert len(folders) == 1 and folders[0].endswith(number)
-    written = [name for name in os.listdir(f"out/dense/wandb/{folders[0]}") if name.endswith(".wandb")]
-    with open(f"out/dense/wandb/{folders[0]}/{written[0]}", "rb") as f:
+    [folder] = glob.glob("out/dense/wandb/offline-run*")
+    assert folder.endswith(number)
+    [written] = glob.glob(f"{folder}/*.wandb")
+    with open(written, "rb") as f:
         content = f.read()
-    assert b"step/gradient_norm" in content
-    assert b"val_loss" in content
+    assert b"step/gradient_norm" in content and b"val_loss" in content
 
 
 def test_without_the_package_it_is_named(echo, monkeypatch):

@@ -4,15 +4,23 @@ import csv
 import functools
 import os
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
 import torch
 
-from conftest import REPOSITORY
-from helpers import assert_same_losses, count_dataset, launch, metrics, run, unequal_rows
+from helpers import (
+    TRAIN_AND_REPORT,
+    assert_same_losses,
+    begin,
+    count_dataset,
+    launch,
+    metrics,
+    run,
+    torchrun,
+    unequal_rows,
+    wait_for,
+)
 from models.checkpoint import read_checkpoint
 from storage.files import UserError
 from training import parallel
@@ -20,9 +28,9 @@ from training.folder import alone_in
 
 SETTINGS = ["--dataset=count", "--n_layer=2", "--n_head=2", "--n_embd=16", "--block_size=8",
             "--batch_size=16", "--learning_rate=3e-3", "--eval_interval=1", "--eval_batch_size=7",
-            "--eval_batches=5", "--warmup_steps=2", "--max_steps=20", "--dropout=0.1", "--device=cpu"]
+            "--eval_batches=5", "--warmup_steps=2", "--max_steps=10", "--dropout=0.1", "--device=cpu"]
 GATED = ["--init_from=out/dense", "--gated=True", "--distill_weight=0.5", "--constraint_paired=True",
-         "--open_above=0.02", "--linear_penalty_steps=10", "--attention_impl=tiled"]
+         "--open_above=0.02", "--linear_penalty_steps=5", "--attention_impl=tiled"]
 
 
 @pytest.mark.parametrize("compiled", ["off", pytest.param("on", marks=pytest.mark.slow)])
@@ -34,18 +42,19 @@ def test_two_processes_do_what_one_does_with_accumulation(workplace, compiled):
     launch(1, *dense, "--out_dir=out/dense")
     shape = [s for s in SETTINGS if not s.startswith(("--n_", "--block", "--dropout"))]
     launch(1, *shape, *GATED, "--micro_batch_size=8", "--out_dir=out/one")
-    out = launch(2, *shape, *GATED, "--micro_batch_size=8", "--out_dir=out/two", f"--compile={compiled}")
+    out = launch(2, *shape, *GATED, "--micro_batch_size=8", "--out_dir=out/two", f"--compile={compiled}",
+                 code=TRAIN_AND_REPORT)
     assert "2 x cpu" in out and ("not compiled" in out) == (compiled == "off")
     assert out.count("held-out loss, sparse") == 1  # one process prints and reports
     one = metrics("out/one")
-    assert len(one) == 21 and one[-1]["lambda"] != one[0]["lambda"]
+    assert len(one) == 11 and one[-1]["lambda"] != one[0]["lambda"]
     assert_same_losses("out/one", "out/two")
     a, b = (read_checkpoint(f"out/{name}/last.pt")["model"] for name in ("one", "two"))
     assert all(torch.allclose(a[name], b[name], atol=1e-4) for name in a)
     # and a run of two processes goes on as one, with the same micro-batches or none
     launch(1, *shape, *GATED, "--micro_batch_size=16", "--out_dir=out/two", "--init_from=resume",
-           "--max_steps=24")
-    assert read_checkpoint("out/two/last.pt")["step"] == 24
+           "--max_steps=12")
+    assert read_checkpoint("out/two/last.pt")["step"] == 12
 
 
 def test_two_processes_that_ask_unequally_many_targets_have_one_denominator(workplace):
@@ -61,18 +70,11 @@ def test_two_processes_that_ask_unequally_many_targets_have_one_denominator(work
 def test_a_scheduler_that_stops_everybody_at_once_loses_nothing(workplace):
     """SIGTERM to torchrun and to both its workers, as Slurm sends it."""
     count_dataset()
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-               os.path.join(REPOSITORY, "train.py"), *SETTINGS, "--eval_interval=1000000",
-               "--max_steps=1000000", "--out_dir=out/run"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                               env=os.environ | {"OMP_NUM_THREADS": "1"}, start_new_session=True)
-    for _ in range(600):
-        if os.path.exists("out/run/best.pt"):
-            break
-        time.sleep(0.1)
+    process = torchrun(*SETTINGS, "--eval_interval=1000000", "--max_steps=1000000", "--out_dir=out/run")
+    wait_for("out/run/best.pt", process)
     time.sleep(1)
     os.killpg(process.pid, signal.SIGTERM)
-    _, errors = process.communicate(timeout=60)
+    errors = process.communicate(timeout=60)[1]
     step = read_checkpoint("out/run/last.pt")["step"]
     assert step > 0
     assert f"stopped and saved after {step} steps. To go on: torchrun --nproc_per_node=2 train.py" in errors
@@ -97,22 +99,18 @@ def long_texts(counting, monkeypatch):
     monkeypatch.setattr(parallel, "can_compile", functools.cache(parallel.can_compile.__wrapped__))
 
 
-def test_auto_goes_on_uncompiled_with_one_line_where_the_compiler_does_not_work(
+def test_a_compiler_that_does_not_work_costs_a_line_or_is_an_error_before_anything_is_trained(
         long_texts, monkeypatch, capsys):
     monkeypatch.setattr(torch, "compile", broken)
-    run("sparse.py")
+    with pytest.raises(UserError, match=r"^compile=on: .*fatal error: Python.h.*--compile=off"):
+        run("sparse.py", compile="on")
+    assert not os.path.exists("out")
+    run("sparse.py")  # auto
     first, *others = capsys.readouterr().out.splitlines()
     assert first == ("not compiled, so slower: torch.compile does not work here (a.cpp:1:10: fatal error: "
                      "Python.h: No such file)")
     assert "part 1 of 2" in others[0] and not any("does not work" in line for line in others)
     assert metrics("out/sparse")[-1]["step"] == 2
-
-
-def test_on_a_compiler_that_does_not_work_is_an_error_before_anything_is_trained(long_texts, monkeypatch):
-    monkeypatch.setattr(torch, "compile", broken)
-    with pytest.raises(UserError, match=r"^compile=on: .*fatal error: Python.h.*--compile=off"):
-        run("sparse.py", compile="on")
-    assert not os.path.exists("out")
 
 
 def test_the_compiler_is_tried_once_a_command_and_never_where_nothing_is_compiled(long_texts, monkeypatch):
@@ -141,72 +139,49 @@ def test_what_one_process_cannot_compile_none_does(monkeypatch, capsys):
 
 
 def test_settings_in_words(monkeypatch):
-    context, name = parallel.precision("bfloat16", "cpu")
-    with context():
-        assert name == "bfloat16" and (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.bfloat16
-    context, name = parallel.precision("float32", "cpu")
-    with context():
-        assert name == "float32" and (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.float32
+    for dtype in ("bfloat16", "float32"):
+        context, name = parallel.precision(dtype, "cpu")
+        with context():
+            assert name == dtype and (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == getattr(torch, dtype)
     assert parallel.precision("auto", "mps")[1] == "float32"
+    assert parallel.all_reduce_sum([1.5, 2], torch.device("mps")) == [1.5, 2.0]  # which has no doubles
     monkeypatch.setattr(parallel, "can_compile", lambda setting, device: True)
     assert parallel.compiles("auto", "cuda:0", False)
     assert parallel.compiles("on", "cpu", False)
     assert not parallel.compiles("off", "cuda", True)
     assert not parallel.compiles("auto", "cpu", False)
-    with pytest.raises(UserError, match="device=cuda:99.*--device=cpu"):
-        parallel.pick_device("cuda:99")
-    with pytest.raises(UserError, match="device=foo: it is"):
-        parallel.pick_device("foo")
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(UserError, match="all processes on one GPU"):
-        parallel.pick_device("cuda:0")
+    for device, message, world in (("cuda:99", "device=cuda:99.*--device=cpu", "1"),
+                                   ("foo", "device=foo: it is", "1"),
+                                   ("cuda:0", "all processes on one GPU", "2")):
+        monkeypatch.setenv("WORLD_SIZE", world)
+        with pytest.raises(UserError, match=message):
+            parallel.pick_device(device)
 
 
 def test_peak_flops_are_those_of_the_very_gpu(monkeypatch):
-    found = {}
-    for name in (
-        "NVIDIA H100 80GB HBM3",
-        "NVIDIA H100 PCIe",
-        "NVIDIA H200",
-        "NVIDIA A100-SXM4-80GB",
-        "NVIDIA RTX A1000",
-        "NVIDIA L40S",
-        "NVIDIA L4",
-        "NVIDIA GeForce RTX 4090",
-        "NVIDIA H100 NVL",
-        "NVIDIA GeForce RTX 4090 Laptop GPU",
-        "NVIDIA GeForce RTX 3090 Ti",
-    ):
-        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, name=name: name)
-        found[name] = parallel.peak_flops("cuda:0")
-    assert list(found.values()) == [989e12, 756e12, 989e12, 312e12, None, 362e12, 121e12, 165e12, 835e12,
-                                    None, None]
+    for name, flops in {
+        "H100 80GB HBM3": 989e12, "H100 PCIe": 756e12, "H200": 989e12, "A100-SXM4-80GB": 312e12,
+        "RTX A1000": None, "L40S": 362e12, "L4": 121e12, "GeForce RTX 4090": 165e12, "H100 NVL": 835e12,
+        "GeForce RTX 4090 Laptop GPU": None, "GeForce RTX 3090 Ti": None,
+    }.items():
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, name=name: f"NVIDIA {name}")
+        assert parallel.peak_flops("cuda:0") == flops, name
     assert parallel.peak_flops("cpu") is None
 
 
 def test_two_runs_in_one_folder_are_refused(workplace):
     """The lock is the system's: it ends with the process that holds it."""
-    code = (
-        "import sys; sys.path.insert(0, sys.argv[1]); from training.folder import alone_in\n"
-        "with alone_in('out/run'):\n    print('in', flush=True); sys.stdin.read()"
-    )
-    with subprocess.Popen(
-        [sys.executable, "-c", code, REPOSITORY], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as other:
-        assert other.stdout.readline() == "in\n"
-        with pytest.raises(UserError, match="another process is training in out/run"), alone_in("out/run"):
-            raise AssertionError("both are in")
-        other.kill()
+    other = begin("import os, time; from training.folder import alone_in\n"
+                  "with alone_in('out/run'): os.mkdir('in'); time.sleep(60)")
+    while not os.path.exists("in"):
+        assert other.is_alive()
+        time.sleep(0.01)
+    with pytest.raises(UserError, match="another process is training in out/run"), alone_in("out/run"):
+        raise AssertionError("both are in")
+    other.kill()
+    other.join()
     with alone_in("out/run"):
         assert os.path.isdir("out/run")
-
-
-def test_one_process_is_its_own_average():
-    for device in "cpu", torch.device("mps"):
-        assert parallel.all_reduce_sum([1.5, 2], device) == [1.5, 2.0]
-    assert parallel.rank() == 0
-    assert parallel.world() == 1
-    parallel.wait_for_all()
 
 
 @pytest.mark.parametrize("world, here, program", [
@@ -241,10 +216,7 @@ def test_the_stopwatch_leaves_evaluations_out(monkeypatch):
 @pytest.mark.slow
 def test_a_mistake_under_torchrun_is_one_line_and_no_traceback(workplace):
     """The other process says that it stopped because of another."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-               os.path.join(REPOSITORY, "train.py"), "--dataset=openwebtext", "--device=cpu"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300,
-                          env=os.environ | {"OMP_NUM_THREADS": "1"})
-    ours = done.stderr.partition("ChildFailedError")[0]
+    errors = torchrun("--dataset=openwebtext", "--device=cpu").communicate(timeout=300)[1]
+    ours = errors.partition("ChildFailedError")[0]
     assert "error: there is no dataset data/openwebtext. Make it: " in ours
     assert "hardware.py" not in ours

@@ -8,7 +8,6 @@ import shutil
 import numpy as np
 import pandas
 import pytest
-import torch
 
 import prepare_data
 from conftest import REPOSITORY
@@ -16,41 +15,66 @@ from helpers import metrics, parameters, run
 from model import GPT
 from models.checkpoint import read_checkpoint, save_checkpoint
 from storage.files import UserError, write_json
-from training.config import Config, limits, make_config, parse_command_line
+from training.config import make_config
 from training.log import JsonLines
 from training.parents import lineage_of
 from training.steps import Batches
 
 
-def test_a_run_that_cannot_start_from_its_parent_says_why(echo):
-    run("dense.py", max_steps=1)
-    with pytest.raises(UserError, match="n_layer=4, but out/dense/best.pt has n_layer=2"):
-        run("sparse.py", init_from="out/dense", n_layer=4)
-    with pytest.raises(UserError, match="no best.pt or last.pt in out/gone"):
-        run("sparse.py", init_from="out/gone")
-    run("sparse.py", init_from="out/dense", max_steps=1)
-    with pytest.raises(UserError, match="init_from=out/sparse is a gated run"):
-        run("sparse.py", init_from="out/sparse", out_dir="out/twice")
-    with pytest.raises(UserError, match="a row of data/echo has 4 tokens, the model's block_size is 3"):
-        run("dense.py", block_size=3, out_dir="out/short")
-    with pytest.raises(UserError, match="was trained on tokens of 'echo', the data has those of 'addition'"):
-        run("sparse.py", init_from="out/dense", dataset="addition", out_dir="out/other")
-    # as nanoGPT's, say
-    torch.save(
-        {key: value for key, value in read_checkpoint("out/dense/last.pt").items() if key != "data"},
-        "unnamed.pt",
-    )
-    with pytest.raises(UserError, match="the model knows 9 tokens, data/addition has 13"):
-        run("sparse.py", init_from="unnamed.pt", dataset="addition", out_dir="out/other")
+def refused(path, message, **given):
+    with pytest.raises(UserError, match=message):
+        run(path, **given)
 
 
-def test_a_truncated_checkpoint_is_named_and_nothing_is_overwritten(echo):
-    run("dense.py", max_steps=20)
-    content = (echo / "out/dense/last.pt").read_bytes()
-    (echo / "out/dense/last.pt").write_bytes(content[:1000])
-    with pytest.raises(UserError, match="out/dense/last.pt cannot be read"):
-        run("dense.py", max_steps=20)
-    assert (echo / "out/dense/last.pt").read_bytes() == content[:1000]
+@pytest.mark.parametrize("given, message", [
+    ({"init_from": "out/dense", "n_layer": 4}, "n_layer=4, but out/dense/best.pt has n_layer=2"),
+    ({"n_layer": 3}, "n_layer=3, but dense.py has n_layer=2.* --out_dir=out/PARENT"),
+    ({"block_size": 8}, "block_size=8, but dense.py has block_size=4"),
+    ({"init_std": 0.5}, "init_std=0.5, but dense.py has init_std=0.02"),
+    ({"init_from": "middle.py", "n_layer": 3}, "n_layer=3, but middle.py has n_layer=2"),
+    ({"init_from": "out/gone"}, "no best.pt or last.pt in out/gone"),
+    ({"init_from": "out/dense", "dataset": "addition"},
+     "was trained on tokens of 'echo', the data has those of 'addition'"),
+    ({"init_from": "unnamed.pt", "dataset": "addition"}, "the model knows 9 tokens, data/addition has 13"),
+    ({"init_from": "half.pt"}, "half.pt cannot be read .*truncated"),
+    ({"init_from": "gated.pt"}, "init_from=gated.pt is a gated run"),
+    ({"init_from": "twice.py"}, "init_from=twice.py is a gated run"),
+    ({"dataset": "gone"}, "there is no dataset data/gone"),
+    ({"attention_impl": "triton", "device": "cpu"}, "attention_impl='triton' needs a GPU"),
+    ({"init_from": "out/dense", "attention_impl": "triton", "device": "cpu"},
+     "attention_impl='triton' needs a GPU"),
+    ({"out_dir": "out/new"}, "own folder and its parent's"),
+    ({"out_dir": "."}, "out_dir=. is no run's folder: .*py is in it"),
+])
+def test_what_cannot_start_says_why_before_the_parent_is_trained(echo_parent, monkeypatch, given, message):
+    """Its parent would be dense.py, at out/new, which has not been trained."""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)  # which would let Triton run on a CPU
+    write = {"dense.py": "out_dir = 'out/new'\n" + open("dense.py").read(),
+             "twice.py": open("sparse.py").read(),
+             "middle.py": open("sparse.py").read().replace("gated = True", "gated = False")}
+    for name, text in write.items():
+        (echo_parent / name).write_text(text)
+    found = read_checkpoint("out/dense/best.pt")
+    del found["data"]  # as nanoGPT's, say
+    save_checkpoint("unnamed.pt", found)
+    found["model_args"]["gated"] = True
+    save_checkpoint("gated.pt", found)
+    (echo_parent / "half.pt").write_bytes((echo_parent / "unnamed.pt").read_bytes()[:5000])
+    with pytest.raises(UserError, match=message) as error:
+        run("sparse.py", **given)
+    assert "Errno" not in str(error.value) and os.listdir("out") == ["dense"]
+
+
+def test_three_generations_are_one_line_of_runs(echo):
+    (echo / "middle.py").write_text((echo / "sparse.py").read_text().replace("gated = True", "gated = False"))
+    assert len(lineage_of(*make_config("sparse.py", {"init_from": "middle.py", "n_layer": 2}))) == 3
+
+
+def test_a_truncated_checkpoint_is_named_and_nothing_is_overwritten(echo_parent):
+    content = (echo_parent / "out/dense/last.pt").read_bytes()
+    (echo_parent / "out/dense/last.pt").write_bytes(content[:1000])
+    refused("dense.py", "out/dense/last.pt cannot be read")
+    assert (echo_parent / "out/dense/last.pt").read_bytes() == content[:1000]
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(echo, monkeypatch):
@@ -63,9 +87,8 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpo
         return logits, loss * float("nan") if sum(calls) == 30 else loss, density
 
     monkeypatch.setattr(GPT, "forward", overflowing)
-    with pytest.raises(
-        UserError, match="the loss is nan, .* at step 29.*last.pt still holds.*--learning_rate="
-    ):
+    with pytest.raises(UserError,
+                       match="the loss is nan, .* at step 29.*last.pt still holds.*--learning_rate="):
         run("dense.py")
     assert read_checkpoint("out/dense/last.pt")["step"] == 20
     rows = pandas.read_csv("out/dense/steps.csv")
@@ -98,103 +121,72 @@ def test_all_json_is_written_by_the_function_that_knows_no_nan():
 def test_a_constraint_that_is_not_finite_stops_the_run_too(echo, monkeypatch):
     """To Python max(-1, nan) is -1: lambda would take it for a loss far below its target."""
     measured = Batches.mean_loss
-    monkeypatch.setattr(
-        Batches,
-        "mean_loss",
-        lambda self, step, model, *rest, **options: (
-            float("nan")
-            if step == 25 and model.config.gated
-            else measured(self, step, model, *rest, **options)
-        ),
-    )
+    monkeypatch.setattr(Batches, "mean_loss", lambda self, step, model,
+                        *rest, **options: (float("nan") if step == 25 and model.config.gated
+                                           else measured(self, step, model, *rest, **options)))
     with pytest.raises(UserError, match="the constraint is nan at step 25"):
         run("sparse.py", constraint_interval=1)
     assert read_checkpoint("out/sparse/last.pt")["step"] == 20
 
 
-def test_folders_are_not_mixed_up(echo):
-    with pytest.raises(UserError, match="own folder and its parent's"):
-        run("sparse.py", out_dir="out/dense")
-    assert not os.path.exists("out")
-    run("dense.py")
+def test_folders_are_not_mixed_up(echo_parent):
+    refused("dense.py", "a row of data/echo has 4 tokens, the model's block_size is 3", block_size=3,
+            out_dir="out/short")
+    (echo_parent / "dense.py").write_text((echo_parent / "dense.py").read_text() + "beta1 = 0.7\n")
+    refused("sparse.py", "the parent, dense.py: out/dense holds a run with other settings")
     os.remove("out/dense/last.pt")
-    with pytest.raises(UserError, match="best.pt but no last.pt"):
-        run("dense.py", learning_rate=1e-4)
-    (echo / "dense.py").write_text((echo / "dense.py").read_text() + "beta1 = 0.8\n")
-    os.remove("out/dense/best.pt")
-    run("dense.py")
-    (echo / "dense.py").write_text((echo / "dense.py").read_text().replace("0.8", "0.7"))
-    with pytest.raises(UserError, match="the parent, dense.py: out/dense holds a run with other settings"):
-        run("sparse.py")
-    with open("out/dense/config.json", "w") as f:
-        f.write("[1]")
-    with pytest.raises(UserError, match="out/dense/config.json is missing or damaged"):
-        run("dense.py")
+    refused("dense.py", "best.pt but no last.pt", learning_rate=1e-4)
+    (echo_parent / "out/dense/config.json").write_text("[1]")
+    (echo_parent / "out/dense/last.pt").write_bytes((echo_parent / "out/dense/best.pt").read_bytes())
+    refused("dense.py", "out/dense/config.json is missing or damaged")
 
 
-def test_what_the_target_hangs_on_cannot_change_on_the_way(counting):
+def test_what_the_target_hangs_on_cannot_change_on_the_way(counting_parent):
     run("sparse.py", max_steps=10)
     for changed in ({"open_above": 0.5}, {"constraint_margin": 0.3}, {"target_loss": 0.3}):
-        with pytest.raises(UserError, match="another model or target"):
-            run("sparse.py", init_from="resume", max_steps=20, **changed)
-    with pytest.raises(UserError, match="another model or target .*Start a new run with --out_dir=out/NEW"):
-        run("sparse.py", loss_slack=0.5)
+        refused("sparse.py", "another model or target", init_from="resume", max_steps=20, **changed)
+    refused("sparse.py", "another model or target .*Start a new run with --out_dir=out/NEW", loss_slack=0.5)
     parent = read_checkpoint("out/dense/best.pt")
     # the parent becomes another behind its child's back, at the same step
     next(iter(parent["model"].values()))[0, 0] += 1
     save_checkpoint("out/dense/best.pt", parent)
-    with pytest.raises(
-        UserError, match="out/dense/best.pt holds other weights now than when out/sparse was begun"
-    ):
-        run("sparse.py", init_from="resume", max_steps=20)
+    refused("sparse.py", "out/dense/best.pt holds other weights now than when out/sparse was begun",
+            init_from="resume", max_steps=20)
+    shutil.rmtree("out/dense")  # no other run is recommended
+    refused("sparse.py", "to keep the loss of out/dense/best.pt, which is gone", init_from="resume",
+            max_steps=20)
 
 
 def test_an_evaluation_that_is_not_finite_leaves_the_last_good_checkpoint(counting):
-    with pytest.raises(
-        UserError, match="is nan at step|is inf at step|is nan, the gradient|is inf, the gradient"
-    ):
-        run("dense.py", learning_rate=1e30, eval_interval=1, max_steps=20, warmup_steps=0, grad_clip=0.0)
+    refused("dense.py", "is nan at step|is inf at step|is nan, the gradient|is inf, the gradient",
+            learning_rate=1e30, eval_interval=1, max_steps=20, warmup_steps=0, grad_clip=0.0)
     assert all(p.isfinite().all() for p in parameters("out/dense").values())
     assert all(np.isfinite(m["val_loss"]) for m in metrics("out/dense"))
 
 
-def test_other_data_than_the_run_began_with_is_refused(counting):
-    run("dense.py", max_steps=20)
+def test_other_data_than_the_run_began_with_is_refused(counting_parent):
     tokens = np.zeros(5000, np.uint16)
     prepare_data.write_dataset("data/count", tokens, tokens, kind="stream", vocab_size=10, tokenizer="digits")
-    with pytest.raises(UserError, match="data/count is not the data that out/dense was begun with"):
-        run("dense.py", init_from="resume", max_steps=40)
+    refused("dense.py", "data/count is not the data that out/dense was begun with", init_from="resume",
+            max_steps=80)
     prepare_data.write_dataset("data/count", tokens, tokens, kind="stream", vocab_size=10,
                                tokenizer="letters")
-    with pytest.raises(UserError, match="was trained on tokens of 'digits', the data has those of 'letters'"):
-        run("sparse.py", init_from="out/dense")
-
-
-def test_triton_without_a_gpu_is_refused_before_anything_is_built(counting, monkeypatch):
-    run("dense.py", max_steps=5)
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    with pytest.raises(UserError, match="attention_impl='triton' needs a GPU"):
-        run("sparse.py", attention_impl="triton", device="cpu", init_from="out/dense")
-    assert not os.path.exists("out/sparse")
+    refused("sparse.py", "was trained on tokens of 'digits', the data has those of 'letters'",
+            init_from="out/dense")
 
 
 def test_an_unready_parent_is_refused_and_a_ready_one_stops(echo):
     """ready_loss: trained until all answers are right and the loss is low; until then no child starts from
     it.
     """
-    dense = (echo / "dense.py").read_text()
-    (echo / "dense.py").write_text(dense + "ready_loss = 0.05\n")
-    with pytest.raises(
-        UserError,
-        match="out/dense/best.pt is no parent yet: .*ready_loss=0.05.*--out_dir=out/dense --max_steps=120; "
-        "then the same command as now with --init_from=out/dense",
-    ):
-        run("sparse.py")
+    (echo / "dense.py").write_text((echo / "dense.py").read_text() + "ready_loss = 0.05\n")
+    refused("sparse.py", "out/dense/best.pt is no parent yet: .*ready_loss=0.05.*--out_dir=out/dense "
+            "--max_steps=120; then the same command as now with --init_from=out/dense")
     run("dense.py", init_from="resume", max_steps=2000, learning_rate=1e-2)
     last = read_checkpoint("out/dense/last.pt")
     assert last["ready"] and last["step"] < 2000 and metrics("out/dense")[-1]["val_loss"] <= 0.05
-    run("sparse.py", init_from="out/dense", max_steps=20)
-    assert metrics("out/sparse")[-1]["step"] == 20
+    run("sparse.py", init_from="out/dense", max_steps=1)
+    assert metrics("out/sparse")[-1]["step"] == 1
     # ready for less: it goes on
     run("dense.py", init_from="resume", max_steps=2000, ready_loss=0.5 * metrics("out/dense")[-1]["val_loss"])
     assert read_checkpoint("out/dense/last.pt")["step"] > last["step"]
@@ -206,78 +198,7 @@ def test_a_folder_that_was_moved_goes_on_where_it_is(echo):
     assert read_checkpoint("out/dense/last.pt")["step"] == 40 and os.listdir("out") == ["dense"]
 
 
-def test_another_shape_than_the_parents_is_refused_before_the_parent_is_trained(echo):
-    with pytest.raises(UserError, match="n_layer=3, but dense.py has n_layer=2.* --out_dir=out/PARENT"):
-        run("sparse.py", n_layer=3)
-    with pytest.raises(UserError, match="block_size=8, but dense.py has block_size=4"):
-        run("sparse.py", block_size=8)
-    with pytest.raises(UserError, match="init_std=0.5, but dense.py has init_std=0.02"):
-        run("sparse.py", init_std=0.5)
-    (echo / "middle.py").write_text((echo / "sparse.py").read_text().replace("gated = True", "gated = False"))
-    with pytest.raises(UserError, match="n_layer=3, but middle.py has n_layer=2"):
-        run("sparse.py", init_from="middle.py", n_layer=3)
-    assert len(lineage_of(*make_config("sparse.py", {"init_from": "middle.py", "n_layer": 2}))) == 3
-    assert not os.path.exists("out/dense")
-
-
-def test_a_parent_that_is_gone_is_named_and_no_other_run_recommended(echo):
-    run("sparse.py", max_steps=20)
-    shutil.rmtree("out/dense")
-    with pytest.raises(UserError, match="to keep the loss of out/dense/best.pt, which is gone"):
-        run("sparse.py", init_from="resume", out_dir="out/sparse", max_steps=30)
-
-
-def test_a_folder_of_other_things_is_no_place_for_a_run(echo):
-    with pytest.raises(UserError, match="out_dir=. is no run's folder: .*py is in it"):
-        run("sparse.py", out_dir=".")
-
-
-def test_a_config_is_found_from_its_own_folder_with_its_parent(workplace, monkeypatch):
-    monkeypatch.chdir(os.path.join(REPOSITORY, "config"))
-    config, given = make_config("addition.py", {"out_dir": str(workplace / "run")})
-    assert lineage_of(config, given)[0][0].ready_loss == 0.0003
-
-
-@pytest.mark.parametrize("path", ["addition", "config/adition.py", "config\\addition.py", "addition.py"])
-def test_a_config_that_is_not_there_is_guessed(workplace, path):
-    with pytest.raises(UserError, match=f"no config file .* Did you mean .*config{os.sep}addition.py"):
-        make_config(path, {})
-
-
-def test_numbers_must_be_finite():
-    with pytest.raises(UserError, match="learning_rate on the command line is inf: it must be a finite"):
-        parse_command_line(["--learning_rate=1e999"], Config, limits())
-
-
-def test_half_a_checkpoint_is_named_and_not_called_an_invalid_argument(echo):
-    run("dense.py", max_steps=20)
-    with open("out/dense/best.pt", "r+b") as f:
-        f.truncate(os.path.getsize("out/dense/best.pt") // 2)
-    with pytest.raises(UserError, match="out/dense/best.pt cannot be read .*truncated") as refused:
-        run("sparse.py", init_from="out/dense", max_steps=20)
-    assert "Errno" not in str(refused.value)
-
-
 def test_a_missing_run_names_the_command_that_would_make_it():
     for path, config in (("out/stdlib-seed3/best.pt", "stdlib"), ("out/mine", "addition")):
         with pytest.raises(UserError, match=f"Train one first: python train.py config/{config}.py"):
             read_checkpoint(path)
-
-
-def test_a_dataset_that_is_not_there_is_missed_before_the_parent_is_trained(echo):
-    with pytest.raises(UserError, match="there is no dataset data/gone"):
-        run("sparse.py", dataset="gone")
-    assert not os.path.exists("out/dense")
-
-
-def test_a_folder_is_no_config(workplace):
-    os.makedirs("config")
-    with pytest.raises(UserError, match="config is a folder. Name a config file"):
-        make_config("config", {})
-
-
-def test_attention_that_this_machine_has_not_is_refused_before_the_parent_trains(echo, monkeypatch):
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)  # let it run on a CPU
-    with pytest.raises(UserError, match="attention_impl='triton' needs a GPU"):
-        run("sparse.py", init_from="dense.py", attention_impl="triton", device="cpu")
-    assert not os.path.exists("out/dense")

@@ -7,8 +7,6 @@ import pickle
 import shutil
 import signal
 import subprocess
-import sys
-import time
 
 import pytest
 import torch
@@ -17,8 +15,7 @@ from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
 import prepare_data
-from conftest import REPOSITORY
-from helpers import assert_same_losses, call, count_dataset, launch, metrics, same
+from helpers import assert_same_losses, call, count_dataset, launch, metrics, same, torchrun, wait_for
 from models.checkpoint import load_checkpoint, read_checkpoint
 from storage.files import UserError
 from train import main
@@ -53,9 +50,9 @@ def parent(workplace, trained):
     shutil.copytree(trained, workplace, dirs_exist_ok=True)
 
 
-def evaluate_of(run):
-    """Held-out loss of a run's last.pt, as anybody reads it."""
-    return evaluate(load_checkpoint(f"{run}/last.pt"), prepare_data.load("count"), "val", 7, 5)["loss"]
+def loss_of(path):
+    """Held-out loss of a checkpoint, as anybody reads it."""
+    return evaluate(load_checkpoint(path), prepare_data.load("count"), "val", 7, 5)["loss"]
 
 
 @pytest.mark.slow
@@ -78,13 +75,12 @@ def test_two_processes_with_half_a_model_each_do_what_one_does(parent, adapters)
     sharded = read_checkpoint("out/two/last.pt")
     # at its end a run's last.pt is whole
     assert sharded["model"] is not None and sharded["shards"] == "shards-10"
-    assert evaluate_of("out/two") == pytest.approx(metrics("out/two")[-1]["val_loss"], abs=1e-5)
+    assert loss_of("out/two/last.pt") == pytest.approx(metrics("out/two")[-1]["val_loss"], abs=1e-5)
     assert sorted(os.listdir("out/two/shards-10")) == [".metadata", "__0_0.distcp", "__1_0.distcp"]
     stored = FileSystemReader("out/two/shards-10").read_metadata().state_dict_metadata
     # of adapters nothing else
-    assert {name.removeprefix("model.") for name in stored if name.startswith("model.")} == set(
-        sharded["model"]
-    )
+    assert {name.removeprefix("model.") for name in stored
+            if name.startswith("model.")} == set(sharded["model"])
     # two wrote, one goes on; and the other way round
     for run, processes, more in (("two", 1, []), ("one", 2, ["--parallel=fsdp"])):
         launch(processes, *GATED, *adapters, f"--out_dir=out/{run}", "--init_from=resume", "--max_steps=14",
@@ -105,10 +101,8 @@ def test_the_closest_checkpoint_of_a_sharded_run_that_misses_its_target_is_whole
     assert not os.path.exists("out/missed/best.pt")
     step = read_checkpoint("out/missed/closest.pt")["step"]
     assert 0 < step < 4
-    loss = evaluate(load_checkpoint("out/missed/closest.pt"), prepare_data.load("count"), "val", 7, 5)["loss"]
-    assert loss == pytest.approx(
-        next(line["val_loss"] for line in metrics("out/missed") if line["step"] == step), abs=1e-5
-    )
+    loss = next(line["val_loss"] for line in metrics("out/missed") if line["step"] == step)
+    assert loss_of("out/missed/closest.pt") == pytest.approx(loss, abs=1e-5)
 
 
 @pytest.mark.slow
@@ -127,21 +121,13 @@ def test_what_large_models_use_all_at_once(parent):
 @pytest.mark.slow
 def test_a_sharded_run_that_is_killed_ends_like_one_that_is_not(parent):
     """kill -9 to all processes, at some moment after the first checkpoint, twice."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-               os.path.join(REPOSITORY, "train.py"), *GATED, "--max_steps=20", "--parallel=fsdp"]
     launch(2, *GATED, "--max_steps=20", "--parallel=fsdp", "--out_dir=out/whole")
     for wanted in (2, 11):
-        process = subprocess.Popen([*command, "--out_dir=out/again"], stdout=subprocess.DEVNULL,
-                                   stderr=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"},
-                                   start_new_session=True)
-        for _ in range(600):
-            if os.path.exists(f"out/again/shards-{wanted}") or process.poll() is not None:
-                break
-            time.sleep(0.05)
+        process = torchrun(*GATED, "--max_steps=20", "--parallel=fsdp", "--out_dir=out/again")
+        wait_for(f"out/again/shards-{wanted}", process)
         # torchrun gives each a session of its own
-        workers = subprocess.run(
-            ["pgrep", "-P", str(process.pid)], capture_output=True, text=True
-        ).stdout.split()
+        workers = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True,
+                                 text=True).stdout.split()
         assert len(workers) == 2
         for pid in [*map(int, workers), process.pid]:
             os.kill(pid, signal.SIGKILL)
@@ -162,15 +148,9 @@ def test_a_sharded_run_that_was_stopped_is_no_model_yet(parent):
 
     To read weights from it would give none; to go on does.
     """
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-               os.path.join(REPOSITORY, "train.py"), *RUN, *SHAPE, "--max_steps=100000",
-               "--eval_interval=50000", "--parallel=fsdp", "--out_dir=out/run"]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-                               env=os.environ | {"OMP_NUM_THREADS": "1"}, start_new_session=True)
-    for _ in range(600):
-        if os.path.exists("out/run/best.pt"):
-            break
-        time.sleep(0.1)
+    process = torchrun(*RUN, *SHAPE, "--max_steps=100000", "--eval_interval=50000", "--parallel=fsdp",
+                       "--out_dir=out/run")
+    wait_for("out/run/best.pt", process)
     os.killpg(process.pid, signal.SIGTERM)
     assert "stopped and saved after" in process.communicate(timeout=120)[1]
     stopped = read_checkpoint("out/run/last.pt")
@@ -228,20 +208,15 @@ def test_what_was_saved_comes_back(workplace):
     assert torch.equal(its.state[other.weight]["exp_avg"], optimizer.state[model.weight]["exp_avg"])
 
 
-def test_a_strangers_index_runs_no_code(workplace):
-    model, optimizer = stored(torch.nn.Linear(3, 2))
-    with open("shards/.metadata", "wb") as f:
-        pickle.dump(Bomb(), f)
-    with pytest.raises(OSError, match="no checkpoint of ours .*has no business there"):
-        sharding.load("shards", model.state_dict(), model, optimizer)
-    assert not os.path.exists("it-ran")
-
-
-def test_a_strangers_numbers_run_no_code(workplace, monkeypatch):
+def test_a_strangers_index_and_numbers_run_no_code(workplace):
     model, optimizer = stored(torch.nn.Linear(3, 2))
     group = get_optimizer_state_dict(model, optimizer, options=sharding.TRAINED)
     group["param_groups"][0]["lr"] = Bomb()
     dcp.save({"model": model.state_dict(), "optimizer": group}, checkpoint_id="shards")
     with pytest.raises(OSError, match="shards is damaged"):
+        sharding.load("shards", model.state_dict(), model, optimizer)
+    with open("shards/.metadata", "wb") as f:
+        pickle.dump(Bomb(), f)
+    with pytest.raises(OSError, match="no checkpoint of ours .*has no business there"):
         sharding.load("shards", model.state_dict(), model, optimizer)
     assert not os.path.exists("it-ran")

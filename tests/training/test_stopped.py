@@ -1,5 +1,6 @@
 """A run that is stopped, killed or gone on with ends like one that is not."""
 
+import contextlib
 import itertools
 import json
 import os
@@ -13,90 +14,79 @@ import torch
 
 import train as train_file
 from conftest import REPOSITORY
-from helpers import metrics, parameters, run, same
+from helpers import metrics, parameters, run, same, stopped_after
 from models.checkpoint import read_checkpoint, save_checkpoint
 from storage.files import UserError
 from training import judge
-from training.folder import StopRequest, load_optimizer
+from training.folder import load_optimizer
 
 
 class Killed(BaseException):
     """Stands for kill -9: nothing catches it, nothing is saved."""
 
 
-@pytest.mark.parametrize(
-    "config, settings",
-    [
-        pytest.param("dense.py", {"dropout": 0.1}, marks=pytest.mark.slow),
-        pytest.param("sparse.py", {"attention_impl": "tiled"}, marks=pytest.mark.slow),
-        ("sparse.py", {"constraint_gates": "sampled"}),
-    ],
-)
+@contextlib.contextmanager
+def killed_at(fatal, after=False):
+    """Killed before or after the rename of a file for which fatal(its number from 1 on, from, to)."""
+    real, numbers = os.replace, itertools.count(1)
+
+    def deadly(source, target):
+        dies = fatal(next(numbers), source, target)
+        if dies and not after:
+            raise Killed
+        real(source, target)
+        if dies:
+            raise Killed
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "replace", deadly)
+        yield
+
+
+@pytest.mark.parametrize("config, settings", [
+    pytest.param("dense.py", {"dropout": 0.1}, marks=pytest.mark.slow),
+    pytest.param("sparse.py", {"attention_impl": "tiled"}, marks=pytest.mark.slow),
+    ("sparse.py", {"constraint_gates": "sampled"}),
+])
 def test_a_run_that_is_stopped_and_killed_everywhere_ends_bit_for_bit_like_one_that_is_not(
-    echo, config, settings, monkeypatch
-):
-    """Stopped after steps 1 and 33 (no evaluation steps), and killed before and after every single file that
+        echo_parent, config, settings):
+    """Stopped after steps 1 and 13 (no evaluation steps), and killed before or after every single file that
     it renames.
     """
+    settings = settings | {"max_steps": 30, "eval_interval": 10}
+    if config == "sparse.py":
+        settings["init_from"] = "out/dense"
     run(config, out_dir="out/whole", **settings)
     again = {"out_dir": "out/again", **settings}
-
-    for steps in (1, 32):
-        with monkeypatch.context() as patch:
-            countdown = iter([False] * (steps - 1) + [True])
-            patch.setattr(
-                StopRequest,
-                "asked",
-                property(lambda self: next(countdown), lambda self, value: None),
-                raising=False,
-            )
-            with pytest.raises(SystemExit, match="To go on: python train.py"):
-                run(config, **again)
-    assert read_checkpoint("out/again/last.pt")["step"] == 33
+    for steps in (1, 12):
+        with stopped_after(steps), pytest.raises(SystemExit, match="To go on: python train.py"):
+            run(config, **again)
+    assert read_checkpoint("out/again/last.pt")["step"] == 13
     run(config, **again)
-    finish = [("out/whole", "out/again")]
-
-    real = os.replace
+    finish = ["out/again"]
     for place in range(1, 40):
-        calls = []
-
-        def deadly(source, target):
-            calls.append(target)
-            if len(calls) == place and place % 2:
-                raise Killed
-            real(source, target)
-            if len(calls) == place:
-                raise Killed
-
         again["out_dir"] = f"out/killed{place}"
-        with monkeypatch.context() as patch:
-            patch.setattr(os, "replace", deadly)
+        with killed_at(lambda number, *names: number == place, after=place % 2 == 0):
             try:
                 run(config, **again)
                 break  # fewer files than that
             except Killed:
-                finish.append(("out/whole", again["out_dir"]))
+                finish.append(again["out_dir"])
         run(config, **again)
     assert len(finish) > 8
-    for a, b in finish:
-        assert same(parameters(a), parameters(b)), b
-        assert same(parameters(a, "best.pt"), parameters(b, "best.pt")), b
-        with open(f"{a}/steps.csv") as one, open(f"{b}/steps.csv") as two:
-            assert one.read() == two.read(), b
-        for x, y in zip(metrics(a), metrics(b), strict=True):
-            assert {k: v for k, v in x.items() if k not in ("seconds", "tokens_per_second")} == {
-                k: v for k, v in y.items() if k not in ("seconds", "tokens_per_second")
-            }
+    for folder in finish:
+        for name in ("last.pt", "best.pt"):
+            assert same(parameters("out/whole", name), parameters(folder, name)), folder
+        with open("out/whole/steps.csv") as one, open(f"{folder}/steps.csv") as two:
+            assert one.read() == two.read(), folder
+        for x, y in zip(metrics("out/whole"), metrics(folder), strict=True):
+            assert {key for key in x if x[key] != y[key]} <= {"seconds", "tokens_per_second"}
 
 
-def test_who_is_stopped_in_the_last_step_of_a_parent_gets_no_child(echo, monkeypatch):
+def test_who_is_stopped_in_the_last_step_of_a_parent_gets_no_child(echo):
     """Then no step is left that could see it; and the same command goes on."""
-    with monkeypatch.context() as patch:
-        asked = itertools.chain([False] * 59, itertools.repeat(True))  # of 60 steps
-        patch.setattr(StopRequest, "asked", property(lambda self: next(asked), lambda self, value: None),
-                      raising=False)
-        with pytest.raises(KeyboardInterrupt):
-            run("sparse.py")
+    with stopped_after(60), pytest.raises(KeyboardInterrupt):
+        run("sparse.py")
     assert read_checkpoint("out/dense/last.pt")["step"] == 60
     assert not os.path.exists("out/sparse/last.pt")
     run("sparse.py", max_steps=1)
@@ -114,69 +104,43 @@ def test_an_optimizer_takes_over_moments_but_no_settings():
     assert torch.equal(new.state[weights]["exp_avg"], old.state[weights]["exp_avg"])
 
 
-def test_a_run_that_is_killed_near_its_end_ends_like_one_that_is_not(echo, monkeypatch):
-    """The last evaluation is the best: killed before every rename of the last two."""
-    verdicts = {}  # of a held-out loss. The evaluations of steps 5 and 40, the second and the ninth, pass
-
-    def judged(found, dense, target):
-        return verdicts.setdefault(found["val"]["loss"], len(verdicts) in (1, 8))
-
+def judge_by(monkeypatch, meets_target):
     for place in judge, train_file:
-        monkeypatch.setattr(place, "meets_target", judged)
-    settings = {"average_decay": 0.9, "linear_penalty_steps": 2, "max_steps": 40,
-                "eval_interval": 5, "lambda_init": 1.0, "seed": 2, "init_from": run("dense.py", seed=2)}
-    real, renamed = os.replace, []
+        monkeypatch.setattr(place, "meets_target", meets_target)
 
-    def watched(source, target):
-        real(source, target)
-        renamed.append(os.path.basename(target))
 
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "replace", watched)
+def test_a_run_that_is_killed_near_its_end_ends_like_one_that_is_not(echo_parent, monkeypatch):
+    """The last evaluation is the best: killed before every rename of the last two."""
+    verdicts = {}  # of a held-out loss. The evaluations of steps 5 and 20, the second and the fifth, pass
+    judge_by(monkeypatch, lambda found, dense, target: verdicts.setdefault(found["val"]["loss"],
+                                                                           len(verdicts) in (1, 4)))
+    settings = {"average_decay": 0.9, "linear_penalty_steps": 2, "max_steps": 20, "eval_interval": 5,
+                "lambda_init": 1.0, "seed": 2, "init_from": "out/dense"}
+    renamed = []
+    with killed_at(lambda number, *names: renamed.append(os.path.basename(names[1]))):
         run("sparse.py", out_dir="out/whole", **settings)
-    lines = metrics("out/whole")
-    assert lines[-1]["passes"]
-    assert read_checkpoint("out/whole/best.pt")["step"] == 40
+    assert metrics("out/whole")[-1]["passes"]
+    assert read_checkpoint("out/whole/best.pt")["step"] == 20
     assert renamed[-3:] == ["best.pt.next", "last.pt", "best.pt"]
-
-    for place in range(len(renamed) - 5, len(renamed)):
-        done = []
-
-        def deadly(source, target):
-            if len(done) == place:
-                raise Killed
-            real(source, target)
-            done.append(target)
-
+    for place in range(len(renamed) - 4, len(renamed) + 1):
         again = f"out/killed{place}"
-        with monkeypatch.context() as patch:
-            patch.setattr(os, "replace", deadly)
-            with pytest.raises(Killed):
-                run("sparse.py", out_dir=again, **settings)
+        with killed_at(lambda number, *names: number == place), pytest.raises(Killed):
+            run("sparse.py", out_dir=again, **settings)
         run("sparse.py", out_dir=again, **settings)
         for name in ("last.pt", "best.pt"):
             assert same(parameters("out/whole", name), parameters(again, name)), (place, name)
         assert not [name for name in os.listdir(again) if name.endswith(".next")]
 
 
-def test_a_best_checkpoint_that_a_kill_left_waiting_is_not_lost_by_going_on_for_longer(echo, monkeypatch):
+def test_a_best_checkpoint_that_a_kill_left_waiting_is_not_lost_by_going_on_for_longer(
+        echo_parent, monkeypatch):
     """The run ends between two evaluations, so nothing is evaluated when it goes on."""
-    for place in judge, train_file:
-        monkeypatch.setattr(place, "meets_target", lambda found, dense, target: "passes" in passing)
-    passing, real = {"passes"}, os.replace
-    settings = {"eval_interval": 10, "init_from": run("dense.py")}
-
-    def deadly(source, target):
-        if source.endswith("best.pt.next"):
-            raise Killed
-        real(source, target)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "replace", deadly)
-        with pytest.raises(Killed):
-            run("sparse.py", max_steps=15, **settings)
+    passing = {"passes"}
+    judge_by(monkeypatch, lambda found, dense, target: "passes" in passing)
+    with killed_at(lambda number, *names: names[0].endswith("best.pt.next")), pytest.raises(Killed):
+        run("sparse.py", max_steps=15, eval_interval=10, init_from="out/dense")
     passing.clear()
-    run("sparse.py", max_steps=25, **settings | {"init_from": "resume"})
+    run("sparse.py", max_steps=25, eval_interval=10, init_from="resume")
     assert read_checkpoint("out/sparse/best.pt")["step"] in (10, 15)
     assert not os.path.exists("out/sparse/closest.pt")
     best = read_checkpoint("out/sparse/last.pt")["best"]
@@ -203,13 +167,8 @@ def test_kill_minus_nine_and_ctrl_c_leave_a_run_that_continues(echo):
     command = ["sparse.py", "--max_steps=1000", "--eval_interval=50", "--out_dir=out/killed"]
     for number, evaluations in ((signal.SIGKILL, 2), (signal.SIGINT, 4), (signal.SIGTERM, 6)):
         process = start(*command)
-        wait_for(
-            lambda: (
-                os.path.exists("out/killed/metrics.jsonl")
-                and len(open("out/killed/metrics.jsonl").readlines()) >= evaluations
-            ),
-            process,
-        )
+        wait_for(lambda: (os.path.exists("out/killed/metrics.jsonl")
+                          and len(open("out/killed/metrics.jsonl").readlines()) >= evaluations), process)
         process.send_signal(number)
         _, errors = process.communicate(timeout=60)
         assert process.returncode != 0 and "Traceback" not in errors
@@ -227,24 +186,22 @@ def test_kill_minus_nine_and_ctrl_c_leave_a_run_that_continues(echo):
     assert report["step"] == read_checkpoint("out/killed/best.pt")["step"]
 
 
-def test_a_finished_run_says_so_and_other_settings_are_refused(echo, capsys):
-    run("dense.py")
+def test_a_finished_run_says_so_and_other_settings_are_refused(echo_parent, capsys):
     run("dense.py")
     run("dense.py", lambda_max=8.0)  # no business of a dense run's
     assert capsys.readouterr().out.count("out/dense is finished (60 steps)") == 2
-    with pytest.raises(
-        UserError, match="learning_rate 0.003 there, 0.001 here.*--out_dir=out/NEW.*--init_from=resume"
-    ):
-        run("dense.py", learning_rate=1e-3)
     run("dense.py", init_from="resume", max_steps=80)
     assert "changed settings: max_steps 60 there, 80 here" in capsys.readouterr().out
     assert read_checkpoint("out/dense/last.pt")["step"] == 80
-    with pytest.raises(UserError, match="holds a run with another model or target"):
-        run("dense.py", init_from="resume", n_layer=3)
-    with pytest.raises(
-        UserError, match="holds a run with another model or target .*average_decay 0.0 there, 0.9 here"
+    for given, message in (
+        ({"learning_rate": 1e-3},
+         "learning_rate 0.003 there, 0.001 here.*--out_dir=out/NEW.*--init_from=resume"),
+        ({"init_from": "resume", "n_layer": 3}, "holds a run with another model or target"),
+        ({"init_from": "resume", "max_steps": 100, "average_decay": 0.9},
+         "holds a run with another model or target .*average_decay 0.0 there, 0.9 here"),
     ):
-        run("dense.py", init_from="resume", max_steps=100, average_decay=0.9)
+        with pytest.raises(UserError, match=message):
+            run("dense.py", **given)
 
 
 def test_a_best_checkpoint_that_was_not_written_any_more_is_written_later(echo):
