@@ -98,6 +98,13 @@ def require_fit(model, state, path, names=None):
     complain(wrong, path)
 
 
+def is_tied(state):
+    """Are a GPT-2's output and input embedding one matrix? A fork of nanoGPT's may have untied them."""
+    stored = stored_names(state)
+    pair = [state[stored[name]] for name in ("lm_head.weight", "transformer.wte.weight") if name in stored]
+    return len(pair) < 2 or torch.equal(*pair)
+
+
 def described(state, name):
     """The shape of a tensor in state, or what is there instead."""
     if hasattr(state, "shape"):  # huggingface.LazyTensors, on the disk

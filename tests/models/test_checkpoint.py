@@ -125,6 +125,17 @@ def test_a_tied_model_without_its_output_embedding_loads(workplace, model):
         load_checkpoint("c.pt")
 
 
+def test_the_two_embeddings_of_an_untied_fork_of_nanogpt_stay_two(workplace):
+    model = tiny(tied=False)
+    found = checkpoint_of(model)
+    for key in ("tied", "gated"):  # as nanoGPT writes it
+        del found["model_args"][key]
+    found["model_args"]["gelu"] = "tanh"
+    save_checkpoint("c.pt", found)
+    idx = torch.arange(8)[None]
+    assert torch.equal(load_checkpoint("c.pt")(idx)[0], model.eval()(idx)[0])
+
+
 @pytest.mark.parametrize("name", ["c.pt", "pytorch_model.bin"])
 @pytest.mark.parametrize("held, content", [
     ("argparse.Namespace", {"model": {}, "model_args": argparse.Namespace(n_layer=2)}),
