@@ -45,11 +45,6 @@ COMMANDS = {  # name: (its file, what it answers)
     "benchmark": ("analysis.benchmark", "TruthfulQA, PIQA, OpenBookQA, ARC-Easy, dense beside sparse"),
     "export": ("models.export", "take a model to transformers, TransformerLens or nanoGPT"),
     "bench": ("analysis.bench", "how fast is the gate on this machine?"),
-    "plan": ("analysis.plan", "memory and time for OLMo, before you rent anything"),
-    "kill-loop": (
-        "analysis.kill_loop",
-        "kill a small run again and again: does it end as if it had never been killed?",
-    ),
 }
 MOVED = {  # a command that there was: how to type it now
     "ask": "explain RUN 36+28",
@@ -58,7 +53,7 @@ MOVED = {  # a command that there was: how to type it now
     "opens": "graph RUN --opens",
     "n80": "graph RUN --tasks=TASK",
 }
-TAKES_SETTINGS = ("seeds", "ablate", "plan")  # and hand them to train.py
+TAKES_SETTINGS = ("seeds", "ablate")  # and hand them to train.py
 
 
 class Parser(argparse.ArgumentParser):

@@ -14,8 +14,7 @@
 5. sample.py   text, and what every token read; benchmark.py: standard benchmarks, to which
                harness.py lends a model
 6. bench.py    how fast the gate is; bench_model.py: a whole model; stopwatch.py; split.py: where a run's
-               seconds go; plan.py: memory and time for OLMo
-   kill_loop.py   is a run that was killed the run that it would have been?
+               seconds go
 
 Imports everything but train and analyze.
 """

@@ -3,7 +3,8 @@
     pip install -r requirements-olmo.txt && pip install datasets
     python prepare_data.py dolma --shards=12                  once: 2 GB to download, 1 billion tokens
     torchrun --nproc_per_node=8 train.py config/olmo_1b.py    eight GPUs; one: `python train.py ...`
-    python analyze.py plan --model=1b --gpus=8 --context=512  what it takes
+
+docs/olmo.md has a table of what it takes in memory and time.
 
 --init_from=allenai/OLMo-2-0425-1B with --dataset=dolma-olmo2 (prepare_data.py dolma --tokenizer=olmo2) is
 OLMo 2. Nobody here has run it: no number in this file is measured.

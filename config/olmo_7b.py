@@ -1,8 +1,7 @@
 """OLMo 7B with LoRA, as config/olmo_1b.py: the paper's largest. Every GPU holds a part of the frozen model.
 
     python prepare_data.py dolma --shards=12
-    torchrun --nproc_per_node=8 train.py config/olmo_7b.py            eight GPUs of 80 GB, half full
-    python analyze.py plan --model=7b                                 full of what
+    torchrun --nproc_per_node=8 train.py config/olmo_7b.py        eight GPUs of 80 GB, half full: docs/olmo.md
 
 Other models of 7 billion: --init_from=allenai/OLMo-7B-0424-hf (clipped q, k and v), allenai/OLMo-2-1124-7B or
 allenai/Olmo-3-1025-7B (the last two with --dataset=dolma-olmo2). Larger ones, or smaller GPUs:

@@ -26,8 +26,6 @@ Notable:
 
 Sources: OLMo (Groeneveld et al. 2024), OLMo 2 (2025), RoPE (Su et al. 2021), YaRN (Peng et al. 2023); arXiv
 2512.05865, its section on OLMo.
-
-    python analyze.py plan --model=7b --gpus=8        memory and time, before you rent anything
 """
 
 import math

@@ -337,13 +337,6 @@ def test_a_report_without_a_vocabulary_shows_numbers_and_says_why(monkeypatch, c
     assert report_figures.pieces_of([100, 10], "bytes") == ["d", "↵"]
 
 
-def test_a_commands_own_file_points_to_the_door():
-    done = subprocess.run([sys.executable, os.path.join(REPOSITORY, "analysis", "kill_loop.py")],
-                          capture_output=True, text=True)
-    assert done.returncode == 1
-    assert "type python analyze.py kill-loop" in done.stderr
-
-
 def test_a_reader_that_has_read_enough_is_no_error():
     started = subprocess.Popen([sys.executable, os.path.join(REPOSITORY, "analyze.py"), "--help"],
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

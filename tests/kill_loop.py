@@ -1,12 +1,13 @@
 """Kill a small run with SIGKILL at random moments, again and again; compare it with one never killed.
 
-    python analyze.py kill-loop                        20 kills, about three minutes
-    python analyze.py kill-loop --kills=100 --seed=7   100 kills, other random moments
+    python tests/kill_loop.py                        20 kills, about three minutes
+    python tests/kill_loop.py --kills=100 --seed=7   100 kills, other random moments
 
-The tests do not run it: tests/test_train.py kills a run at every file that it writes, which is quicker and
-less honest.
+pytest does not run it: tests/training/test_stopped.py kills a run at every file that it writes, which is
+quicker and less honest.
 """
 
+import argparse
 import os
 import random
 import signal
@@ -74,15 +75,9 @@ def compare(a, b):
     print("the final parameters are bit for bit those of the run that was never killed")
 
 
-def add_arguments(parser):
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=1, help="of the random moments")
-
-
-def run(options, settings):
-    """`analyze.py kill-loop`."""
+    options = parser.parse_args()
     kill_again_and_again(options.kills, options.seed)
-
-
-if __name__ == "__main__":
-    sys.exit("error: type python analyze.py kill-loop")
