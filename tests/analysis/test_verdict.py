@@ -22,7 +22,7 @@ from train import main
 from training.config import Config
 from training.judge import MISSED
 
-CONFIG = vars(Config(max_steps=400, gated=True))
+CONFIG = vars(Config(linear_penalty_steps=0, max_steps=400, gated=True))
 CONSTANT = CONFIG | {"min_lr": CONFIG["learning_rate"]}
 
 

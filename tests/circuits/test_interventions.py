@@ -18,7 +18,7 @@ from circuits.interventions import (
     without_head,
 )
 from circuits.transcoder import read_and_written
-from gate import by_layer
+from model import by_layer
 
 
 @pytest.mark.parametrize("cross", [True, False])
