@@ -182,7 +182,7 @@ def test_a_name_and_a_parent_that_is_gone_stay_as_they_were_written(workplace):
 
 def test_too_little_memory_is_not_called_a_damaged_file(workplace, monkeypatch):
     def too_large(*args, **options):
-        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 240000000 bytes")
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 24000000 bytes")
 
     save_checkpoint("c.pt", checkpoint_of(tiny()))
     monkeypatch.setattr(torch, "load", too_large)
