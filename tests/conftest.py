@@ -21,6 +21,7 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 os.environ["MPLBACKEND"] = "Agg"  # as analyze.py sets it
+torch.set_num_threads(1)  # also where a fixture trains before any test begins
 
 sys.path.insert(0, REPOSITORY)
 

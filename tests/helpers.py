@@ -120,9 +120,9 @@ def in_this_process(monkeypatch):
 # A server that has imported torch already, and forks what is asked for
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["torch", "train", "analysis.report"])
-TRAIN = "import sys, analyze, train; train.report = lambda folder: {}; train.main(sys.argv[1:])"
-TRAIN_AND_REPORT = TRAIN.format("analyze.main(['report', folder])")  # in this process
-TRAIN = TRAIN.format("0")
+TRAIN = "import sys, train; train.report = lambda folder: 0; train.main(sys.argv[1:])"
+TRAIN_AND_REPORT = ("import sys, analyze, train; train.report = lambda folder: "
+                    "analyze.main(['report', folder]); train.main(sys.argv[1:])")
 
 
 def begin(code, *arguments, log="apart", **environment):
@@ -175,7 +175,7 @@ def launch(processes, *arguments, code=TRAIN):
     return "".join(one.stdout + one.stderr for one in done)
 
 
-def torchrun(*arguments, **options):
+def torchrun(*arguments):
     """train.py in two processes as users start it: a Popen, and all of it in a session of its own."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
                os.path.join(REPOSITORY, "train.py"), *arguments]
