@@ -40,7 +40,7 @@ COMMANDS = {  # name: (its file, what it answers)
     "circuit": ("analysis.circuit", "how much of a dense and of a sparse model does a task need?"),
     "transcode": ("analysis.transcode", "what do the MLPs compute? trains a transcoder, features for MLPs"),
     "graph": ("analysis.graphs", "which features, through which heads, made a model say this?"),
-    "view": ("analysis.view", "a page to look into a model, in any browser"),
+    "view": ("view.page", "a page to look into a model, in any browser"),
     "sample": ("analysis.sample", "text from a model, and what every token read"),
     "benchmark": ("analysis.benchmark", "TruthfulQA, PIQA, OpenBookQA, ARC-Easy, dense beside sparse"),
     "export": ("models.export", "take a model to transformers, TransformerLens or nanoGPT"),

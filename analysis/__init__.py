@@ -7,9 +7,7 @@
    ablate.py   with one change at a time; curve.py: edges over loss
    baselines.py   other ways to cut edges, which rules.py has; baselines_table.py: their table
    circuit.py  how small a task's circuit is, dense and sparse; the tasks; which heads copy
-4. view.py     a page to look into a model: view_data.py computes it, view.html draws; view_features.py and
-               view_features.js, its features
-   transcode.py, graph.py   features and heads behind an answer; graphs.py: behind many, what opens an edge,
+4. transcode.py, graph.py   features and heads behind an answer; graphs.py: behind many, what opens an edge,
                and are a sparse model's graphs smaller?
 5. sample.py   text, and what every token read; benchmark.py: standard benchmarks, to which
                harness.py lends a model

@@ -1,7 +1,7 @@
 """Which features, through which heads, made a model say this? One prompt's attribution graph.
 
 graphs.py has the command. Here is what it prints of one prompt, each head's share, how many heads and
-attention edges hold 80 %, and what feeds the answer most (circuits/attribution_graph.py, influence.py); and
+attention edges hold 80 %, and what feeds the answer most (features/attribution_graph.py, influence.py); and
 what it writes into the run's folder, graph-<prompt>.json in the format of circuit-tracer and Neuronpedia
 (schema version 1), pruned. A link's `heads` says what share of it goes through which; the rest is direct, or
 goes through more of them.
@@ -14,8 +14,8 @@ import zlib
 import torch
 
 from analysis.questions import questions_of
-from circuits.attribution_graph import graph_of, shares_of
-from circuits.influence import (
+from features.attribution_graph import graph_of, shares_of
+from features.influence import (
     NODES,
     attention_edges_of,
     heads_of,
@@ -25,7 +25,7 @@ from circuits.influence import (
     scores,
     square,
 )
-from circuits.transcoder import Transcoder
+from features.transcoder import Transcoder
 from model import GPT
 from models.checkpoint import is_of, model_of, read_checkpoint
 from models.sound import is_finite

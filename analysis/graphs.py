@@ -8,7 +8,7 @@
 
 **What opens an edge.** An edge is open where its score a = q k / sqrt(D) plus the head's bias is above 0, and
 the score splits exactly into pairs, a source of the query and a source of the key (`why_open` in
-circuits/attribution_graph.py). So what opens an edge is what adds more to the score on sums on which it is
+features/attribution_graph.py). So what opens an edge is what adds more to the score on sums on which it is
 open than on others:
 
     difference of a source = its mean on sums with the edge open - its mean on sums with the edge shut,
@@ -17,14 +17,14 @@ either side summed over the other, and the differences of all sources of a side 
 opens-<edge>.png draws the largest as *operand plots* (Anthropic's, "On the biology of a large language
 model", addition): one dot for every sum a + b of 0 .. 99, brighter where the feature fires more strongly. The
 first is the gate itself, open or shut. At last the key's features are cut in the real model, one by one and
-together (circuits/interventions.py): on how many sums does the edge still open?
+together (features/interventions.py): on how many sums does the edge still open?
 
 Notable: sums are drawn, half with the edge open, half shut; the operand plots are of all 10,000. LayerNorm
 divides everything at a position by one number, and that differs from sum to sum: so what is always there, a
 token or the biases, adds more on one than on another, and only because something else is larger or smaller.
 
 **How large graphs are.** For prompts that a gated run and its parent both answer right: how many heads, and
-how many attention edges, hold 80 % of what attention carries to that answer (circuits/influence.py), and what
+how many attention edges, hold 80 % of what attention carries to that answer (features/influence.py), and what
 pruning leaves. A worse transcoder makes a simpler graph: so give several, trained at several prices
 (--name=price-0.1,price-0.2), and the two models are compared twice, with the two that are closest in features
 that fire (L0) and with those that are closest in variance explained, the same for all runs. Several runs, of
@@ -52,11 +52,11 @@ from analysis import circuit_figures
 from analysis.explain import population, read_addition_run, run_sums
 from analysis.graph import ending_of, gpt_of, label, places_of, read_transcoder, summary, write_graph
 from analysis.questions import parse_edge, questions_of, sum_question
-from circuits.attribution_graph import graph_of, why_open
 from circuits.compare import prompts
-from circuits.interventions import in_short, interventions, without
 from circuits.tasks import vocabulary
-from circuits.transcoder import Transcoder, read_and_written
+from features.attribution_graph import graph_of, why_open
+from features.interventions import in_short, interventions, without
+from features.transcoder import Transcoder, read_and_written
 from models.checkpoint import read_checkpoint, read_parent, tokenizer_of
 from models.sources import checkpoint_named, folder_of_answers
 from storage.addition import addition_rows, token_names

@@ -1,4 +1,4 @@
-"""Train a transcoder for a run's model: its MLPs in few features (circuits/transcoder.py).
+"""Train a transcoder for a run's model: its MLPs in few features (features/transcoder.py).
 
     python analyze.py transcode out/addition --price=0.1          writes out/addition/transcoder.pt and .json
     python analyze.py transcode out/stdlib --price=3              sparser
@@ -20,7 +20,7 @@ import torch
 from tqdm import tqdm
 
 import prepare_data
-from circuits.transcoder import Transcoder, quality, read_and_written
+from features.transcoder import Transcoder, quality, read_and_written
 from model import GPT
 from models.checkpoint import fingerprint, is_of, model_of, read_checkpoint, save_checkpoint
 from models.sound import is_finite

@@ -9,9 +9,6 @@
 7. prompt_circuits.py  attention edges over many prompts
 8. compare.py          dense against sparse, both grains; table.py prints it
 9. induction.py        which heads copy
-10. transcoder.py      features in place of MLPs
-11. attribution_graph.py   features and heads that made a model say something; influence.py: which matter
-12. interventions.py   do they, in the real model?
 
-Imports gate, models/ and storage/; draws nothing.
+Imports gate, model, models/ and storage/; draws nothing.
 """

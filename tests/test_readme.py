@@ -101,7 +101,10 @@ BELOW = {"geco": [], "gate": [], "storage": [], "fast": ["gate"], "model": ["gat
          "prepare_data": ["storage"], "models": ["gate", "fast", "model", "storage"],
          "circuits": ["gate", "model", "models", "storage"],
          "training": ["fast", "geco", "gate", "model", "prepare_data", "storage", "models"],
-         "analysis": ["fast", "gate", "model", "prepare_data", "storage", "models", "training", "circuits"],
+         "features": ["gate", "model", "models", "storage", "circuits"],
+         "view": ["gate", "model", "storage", "models", "training", "circuits", "features", "analysis"],
+         "analysis": ["fast", "gate", "model", "prepare_data", "storage", "models", "training", "circuits",
+                      "features"],
          "train": ["geco", "fast", "gate", "model", "prepare_data", "storage", "models", "training"],
          "analyze": ["storage"]}
 

@@ -10,9 +10,9 @@ import torch
 
 import analyze
 from analysis.graph import name_of, parts_of_link
-from circuits.attribution_graph import graph_of, shares_of
-from circuits.influence import NODES, attention_edges_of, heads_of, n80, pruned
-from circuits.transcoder import Transcoder
+from features.attribution_graph import graph_of, shares_of
+from features.influence import NODES, attention_edges_of, heads_of, n80, pruned
+from features.transcoder import Transcoder
 from helpers import call, trained
 from model import GPT, GPTConfig
 from models.checkpoint import checkpoint_of, read_checkpoint, save_checkpoint

@@ -18,8 +18,8 @@ from analysis import graphs
 from analysis.explain import run_sums
 from analysis.graph import summary
 from analysis.graphs import differences, edge_to_explain, operand_grids
-from circuits.attribution_graph import Node, graph_of
-from circuits.transcoder import Transcoder, read_and_written
+from features.attribution_graph import Node, graph_of
+from features.transcoder import Transcoder, read_and_written
 from helpers import call, trained
 from model import GPT, GPTConfig
 from models.checkpoint import checkpoint_of, load_checkpoint, read_checkpoint, save_checkpoint

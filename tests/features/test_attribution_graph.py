@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from circuits.attribution_graph import Node, centred, freeze, graph_of, shares_of, why_open
-from circuits.influence import (
+from features.attribution_graph import Node, centred, freeze, graph_of, shares_of, why_open
+from features.influence import (
     attention_edges_of,
     heads_of,
     influence_of,
@@ -14,7 +14,7 @@ from circuits.influence import (
     scores,
     square,
 )
-from circuits.transcoder import Transcoder
+from features.transcoder import Transcoder
 from model import GPT, GPTConfig
 
 L, H, C, F, T, V = 3, 2, 8, 12, 6, 11

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from circuits.transcoder import FIRES, JumpReLU, Transcoder, quality, read_and_written, replacing
+from features.transcoder import FIRES, JumpReLU, Transcoder, quality, read_and_written, replacing
 from model import GPT, GPTConfig
 
 L, C, F, N = 3, 6, 10, 7

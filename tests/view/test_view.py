@@ -15,7 +15,7 @@ import torch
 
 import analyze
 import prepare_data
-from analysis import questions, report, view, view_data
+from analysis import questions, report
 from circuits.attention_edges import curves, exact_scores
 from circuits.tasks import LOGIT
 from model import GPT, GPTConfig
@@ -23,6 +23,8 @@ from models.checkpoint import checkpoint_of, save_checkpoint
 from models.olmo import OLMo, OLMoConfig
 from storage import text
 from storage.addition import AdditionTask
+from view import data as view_data
+from view import page as view
 
 TASK = AdditionTask()
 NASTY = '</script><script>boom()</script><!-- & "\' \u2028 \U0001f642'

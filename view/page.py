@@ -11,8 +11,8 @@ and what does the answer lose when it is cut? A slider keeps only the k best edg
 Where the runs have transcoders (`transcode`), `Features` shows what stands in the messages: which features
 fire, what made them through which heads, and which of them open an edge.
 
-Everything is computed here (view_data.py, view_features.py) and written into the page as JSON; the page
-(view.html, view_features.js) only draws.
+Everything is computed here (data.py, features.py) and written into the page as JSON; the page
+(page.html, features.js) only draws.
 Notable: a prompt may say anything, </script> too. So the JSON has no <, > or &, the page's policy
 (Content-Security-Policy) lets nothing in from outside, and tokens become text, never HTML.
 """
@@ -21,16 +21,17 @@ import os
 
 from tqdm import tqdm
 
-from analysis import view_data, view_features
 from analysis.graph import places_of
 from analysis.questions import questions_of
 from models.checkpoint import load_parent, model_of, read_checkpoint
 from models.sources import checkpoint_named, folder_of_answers
 from storage.files import UserError, json_of, write_whole
 from training import parallel
+from view import data as view_data
+from view import features as view_features
 
 HERE = os.path.dirname(os.path.abspath(__file__))
-TEMPLATE, FEATURES = os.path.join(HERE, "view.html"), os.path.join(HERE, "view_features.js")
+TEMPLATE, FEATURES = os.path.join(HERE, "page.html"), os.path.join(HERE, "features.js")
 PLACE, PLACE_OF_FEATURES = "__DATA__", "__FEATURES__"  # in the template, for the JSON and for the other file
 MOST_BYTES = 3_000_000
 

@@ -1,8 +1,8 @@
 """What the page of `view` shows of features: the graph behind each answer, and what opens an edge.
 
 A run that has a transcoder (`analyze.py transcode RUN`) gets an attribution graph for every position that the
-prompt is answered at (circuits/attribution_graph.py), pruned (influence.py), and for its best open edges the
-sources at the key that add most to their score (`why_open`). All plain numbers, for view_features.js to draw.
+prompt is answered at (features/attribution_graph.py), pruned (influence.py), and for its best open edges the
+sources at the key that add most to their score (`why_open`). All plain numbers, for features.js to draw.
 """
 
 import copy
@@ -11,12 +11,12 @@ import os
 import torch
 
 from analysis.graph import label, parts_of_link, read_transcoder
-from analysis.view_data import EDGE, rounded
-from circuits.attribution_graph import graph_of, why_open
-from circuits.influence import influence_of, pruned, scores, square
+from features.attribution_graph import graph_of, why_open
+from features.influence import influence_of, pruned, scores, square
 from model import GPT
 from models.checkpoint import read_checkpoint
 from storage.files import UserError
+from view.data import EDGE, rounded
 
 NODES, LINKS = 120, 400  # of a graph, at most: the strongest
 HEADS = 2  # of a link
@@ -87,7 +87,7 @@ def opened_by(model, graph, edge, words):
 
 
 def features_of(model, coder, question, word, edges):
-    """The features of one prompt in one model, on the CPU. edges: its rows on the page (view_data.EDGE)."""
+    """The features of one prompt in one model, on the CPU. edges: its rows on the page (data.EDGE)."""
     def shown(token):
         return word(token).replace(" ", "␣")
 

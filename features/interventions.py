@@ -25,7 +25,7 @@ from typing import NamedTuple
 
 import torch
 
-from circuits.influence import heads_of, influence_of, square
+from features.influence import heads_of, influence_of, square
 
 FEATURES, HEADS = 10, 3  # the strongest so many are cut, and as many others
 

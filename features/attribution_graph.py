@@ -30,7 +30,7 @@ from typing import NamedTuple
 
 import torch
 
-from circuits.transcoder import read_and_written
+from features.transcoder import read_and_written
 from storage.files import UserError
 
 QUERY, KEY, VALUE = range(3)

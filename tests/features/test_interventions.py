@@ -4,7 +4,7 @@ import pytest
 import torch
 from test_attribution_graph import CASES, C, H, L, T, case, replay
 
-from circuits.interventions import (
+from features.interventions import (
     FEATURES,
     HEADS,
     CutEffect,
@@ -17,7 +17,7 @@ from circuits.interventions import (
     without,
     without_head,
 )
-from circuits.transcoder import read_and_written
+from features.transcoder import read_and_written
 from model import by_layer
 
 

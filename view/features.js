@@ -5,7 +5,7 @@
 //   a line      what one adds to another: in a head's colour if most of it goes through that head, grey if it is
 //               direct; thicker, the more
 //
-// view.html inlines this file and calls: has_features, build_features, paint_features, about_features,
+// page.html inlines this file and calls: has_features, build_features, paint_features, about_features,
 // about_feature, legend_of_features, opened_by, toggle_features.
 
 const features = name => model(name).features ?? null;

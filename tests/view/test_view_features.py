@@ -15,14 +15,15 @@ from test_view import (  # noqa: F401
     place,
 )
 
-from analysis import questions, view_features
-from analysis.view_data import rounded
-from circuits.attribution_graph import graph_of, why_open
-from circuits.influence import pruned
-from circuits.transcoder import Transcoder
+from analysis import questions
+from features.attribution_graph import graph_of, why_open
+from features.influence import pruned
+from features.transcoder import Transcoder
 from helpers import trained
 from models.checkpoint import checkpoint_of, load_checkpoint, read_checkpoint, save_checkpoint
 from storage.addition import AdditionTask
+from view import features as view_features
+from view.data import rounded
 
 TASK = AdditionTask()
 PROMPT = "36+28"
