@@ -27,6 +27,7 @@ distill_weight = 1.0  # as in config/stdlib.py; costs a forward pass of the dens
 # the same batches.
 loss_slack = 0.01
 constraint_paired = True
+constraint_gates = 'deterministic'  # paper: 'sampled'. As it is judged
 # a measurement is two forward passes over the whole batch: 3 % of the work at this interval
 constraint_interval = 16
 constraint_scale = 0.02

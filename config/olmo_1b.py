@@ -33,6 +33,7 @@ linear_penalty_steps = 0
 distill_weight = 1.0
 loss_slack = 0.01
 constraint_paired = True
+constraint_gates = 'deterministic'  # paper: 'sampled'. As it is judged
 constraint_interval = 16
 constraint_scale = 0.02
 peak_slack = 0.03  # this and lambda as in config/gpt2.py

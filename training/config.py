@@ -25,7 +25,7 @@ from storage.files import CONFIGS, UserError
 
 @dataclass
 class Config:
-    """Every setting: default, unit, meaning.
+    """Every setting: default, unit, meaning. Where the paper has a rule, the default is the paper's.
 
     A config file's lines `name = value` win over it, the command line over both.
     """
@@ -84,21 +84,21 @@ class Config:
     gate_bias: float = 3.0  # b in sigmoid(a + b); above 0 the edges start open
     gate_temperature: float = 1.0  # of the straight-through gradient
     # attention weight above which edges start open, by a shift of the key biases, or of each head's gates
-    # (handover.py); 0 is off, the paper's
+    # (handover.py); 0 is off
     open_above: float = 0.0
     # of KL(dense || gated), nats, added to the loss that is trained on; the constraint and the judgement stay
     # without
     distill_weight: float = 0.0
-    # first steps, under the penalty that pulls at wide-open edges too (gate.py); 0 is the paper's
-    linear_penalty_steps: int = 3000
+    # first steps, under the penalty that pulls at wide-open edges too (gate.py)
+    linear_penalty_steps: int = 0
     # last steps, in which gates are not drawn but thresholds, as when they are judged; gradients stay
-    # straight-through. 0 is the paper's
+    # straight-through
     noise_free_steps: int = 0
     loss_slack: float = 0.001  # nats above the dense loss that count as equal
     # nats, held out: a target of its own, such as a control's loss; 0 is the dense model's loss + loss_slack
     target_loss: float = 0.0
-    # gates under which the constraint's loss is taken; 'sampled' is the paper's
-    constraint_gates: str = "deterministic"
+    # gates under which the constraint's loss is taken: 'sampled', or 'deterministic', as a run is judged
+    constraint_gates: str = "sampled"
     constraint_interval: int = 4  # steps between two measurements of the constraint
     # compare with the dense model on the very same batch: a batch's luck is ten times a slack of 0.01 nats
     constraint_paired: bool = False
@@ -134,7 +134,7 @@ class Config:
     beta2: float = 0.99
     grad_clip: float = 1.0  # largest norm of the gradient; 0 is off
     # of the moving average of the weights that is judged and kept (Polyak): 0.99 is about the last 100 steps;
-    # 0 is off, the paper's
+    # 0 is off
     average_decay: float = 0.0
     # of a dense run: nats, held out; at this loss, and with all answers right, it is ready and stops; no
     # child starts from it before. 0 is off

@@ -163,7 +163,7 @@ def test_what_gets_an_adapter():
 RUN = {"init_from": "hf", "dataset": "count", "gated": True, "block_size": 8, "lora_rank": 2, "batch_size": 8,
        "max_steps": 12, "warmup_steps": 2, "learning_rate": 3e-3, "eval_interval": 6, "eval_batch_size": 7,
        "eval_batches": 3, "open_above": 0.02, "distill_weight": 0.5, "constraint_paired": True,
-       "linear_penalty_steps": 4, "device": "cpu"}
+       "linear_penalty_steps": 4, "constraint_gates": "deterministic", "device": "cpu"}
 
 
 @pytest.fixture
