@@ -1,4 +1,4 @@
-"""config/gpt2.py by the paper's rules: one constant gate bias, no teacher, gates sampled to the last step, and
+"""config/gpt2.py by the paper's rules: one constant gate bias, no teacher, gates sampled to the last step,
 one target all along. Nobody here has run it.
 """
 
