@@ -257,6 +257,7 @@ def train_one(c, given, runs, place):  # noqa: C901, the script as a whole, from
             log.speed.step()
             progress.step()
             if stopping and step + 1 < c.max_steps:  # after the last step only the evaluation is left
+                log.flush()  # a run goes on behind the rows that are there
                 keep("last.pt", step + 1)
                 log.close()  # may wait for a network, so after the checkpoint
                 stop_here(step + 1)

@@ -120,12 +120,16 @@ class Logs:
                 "kept": kept[0].removesuffix(".pt") if kept else None,
                 "edges": edge_list(val["by_edge"]),
             })
-        self.steps.flush()  # a run goes on behind the rows that are there
+        self.flush()
+
+    def flush(self):
+        """Rows of steps.csv that wait are written: before last.pt, behind which a run goes on."""
+        if self.steps:
+            self.steps.flush()
 
     def close(self):
         """What waits is written or sent, also of a run that has left the numbers."""
-        if self.steps:
-            self.steps.flush()
+        self.flush()
         if self.wandb:
             self.wandb.finish()
             self.wandb = None
