@@ -279,19 +279,19 @@ def how_to_compute(c, model, dense, T, device):
         width = config.n_embd // config.n_head
         impl = parallel.attention(c.attention_impl, device, config.block_size, width, getattr(torch, dtype))
 
-    # here: a mistake in the settings is answered before the compiler's two seconds of importing
-    from torch._dynamo import config as dynamo
-    from torch._inductor import config as inductor
-
-    # one model, many ways to run it: dense, gated, sampled, judged; at 8 torch would give up compiling
-    dynamo.recompile_limit = 64
-    inductor.fallback_random = True  # noise from torch's own generator: the same as without compiling
     pays_dense, pays = pays_on_cpu(c, c.architecture, T)
     compiled = parallel.compiles(c.compile, device, pays)
+    if compiled:
+        from torch._dynamo import config as dynamo  # here: nobody else waits two seconds for the compiler
+        from torch._inductor import config as inductor
+
+        # one model, many ways to run it: dense, gated, sampled, judged; at 8 torch would give up compiling
+        dynamo.recompile_limit = 64
+        inductor.fallback_random = True  # noise from torch's own generator: the same as without compiling
     if compiled and not sharded:
         model.compile()
-    if dense and not sharded and parallel.compiles(c.compile, device, pays_dense):
-        dense.compile()
+        if dense and parallel.compiles(c.compile, device, pays_dense):
+            dense.compile()
     return autocast, dtype, impl, compiled
 
 

@@ -332,7 +332,7 @@ def new_model(c, vocab_size, gate_settings):
 
 
 def shape_of(config):
-    """The shape of a model that is there already, in the words of settings.SHAPE."""
+    """The shape of a model that is there already, in the words of training.config.SHAPE."""
     architecture = "gpt2" if isinstance(config, GPTConfig) else "olmo2" if config.generation == 2 else "olmo"
     return {
         key: getattr(config, key)

@@ -231,17 +231,15 @@ def switched_off(model):
 class Base:
     """The dense model that `model` was before, sharing its weights: callable, and evaluated, like a model of
     its own.
-
-    run: who computes, for instance torch.compile(model).
     """
 
-    def __init__(self, model, run=None):
-        self.model, self.run, self.training = model, model if run is None else run, False
+    def __init__(self, model):
+        self.model, self.training = model, False
         self.config = replace(model.config, gated=False)
 
     def __call__(self, *args, **kwargs):
         with switched_off(self.model):
-            return self.run(*args, **kwargs)
+            return self.model(*args, **kwargs)
 
     def parameters(self):
         return self.model.parameters()

@@ -143,7 +143,7 @@ class Config:
     eval_interval: int = 100  # steps
     eval_batch_size: int = 1000  # sequences
     eval_batches: int = 0  # batches of each split; 0 is all of it
-    wandb: str = ""  # a project of Weights & Biases to log to as well; needs that package (steplog.py)
+    wandb: str = ""  # a project of Weights & Biases to log to as well; needs that package (log.py)
 
 
 CHOICES = {

@@ -204,9 +204,9 @@ class StepLog:
         """Append what waits. Raises UserError if the disk is full."""
         if not self.waiting:
             return
-        columns = list(self.waiting[0])
+        columns = list(dict.fromkeys(name for row in self.waiting for name in row))
         try:
-            if columns != self.columns:  # a new file, or a quantity more than before
+            if not set(columns) <= set(self.columns):  # a new file, or a quantity more than before
                 before = []
                 if self.columns:
                     with open(self.path, encoding="utf-8", newline="") as f:

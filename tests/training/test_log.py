@@ -49,6 +49,17 @@ def test_a_quantity_of_ones_own_is_a_column(workplace):
     assert table["entropy"].isna().tolist() == [True, False] and table["loss"].tolist() == [1.0, 0.5]
 
 
+def test_a_quantity_that_only_some_steps_have_is_a_column(workplace):
+    log = StepLog("steps.csv", 0)
+    log.write(0, loss=1.0)
+    log.write(1, loss=0.5, extra=2.0)
+    log.flush()
+    log.write(2, loss=0.25)
+    log.flush()
+    assert pandas.read_csv("steps.csv")["extra"].tolist()[1] == 2.0
+    assert open("steps.csv").read().splitlines() == ["step,loss,extra", "0,1.0,", "1,0.5,2.0", "2,0.25,"]
+
+
 def test_weights_and_biases_gets_steps_and_evaluations(echo):
     pytest.importorskip("wandb", reason="pip install wandb")
     # a process of its own: wandb leaves helpers behind in the one that it is used in
