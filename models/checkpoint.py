@@ -198,7 +198,7 @@ def model_of(
         )
     if "gated" not in checkpoint["model_args"] and model_class is GPT:
         args.setdefault("gelu", "none")  # a checkpoint of nanoGPT
-        args.setdefault("tied", sound.is_tied(checkpoint["model"]))
+        args["tied"] = args["tied"] if "tied" in args else sound.is_tied(checkpoint["model"])
     sound.require_args(args, config_class, checkpoint["model"], path)
     try:
         with torch.device("meta"):  # no memory yet: what comes below is the only copy

@@ -247,6 +247,11 @@ class Base:
     def compile(self):
         """Its model is, already."""
 
+    @property
+    def _compiled_call_impl(self):
+        """Torch's name for what compile() has made: its model's."""
+        return self.model._compiled_call_impl
+
     def train(self, mode=True):
         """It has one mode only: as it is evaluated."""
         return self

@@ -197,9 +197,9 @@ def save(name, step, seconds, c, model, ema, optimizer, geco, origin, state, is_
         state.shards = folder_for(step, state.shards) if sharded else None
     if sharded:
         from training import sharding  # here: nobody else waits a second for its imports
-    if sharded and is_last:
-        sharding.save(os.path.join(c.out_dir, state.shards), state_to_save(model), model, optimizer)
-    if sharded:
+
+        if is_last:
+            sharding.save(os.path.join(c.out_dir, state.shards), state_to_save(model), model, optimizer)
         is_whole = not is_last or is_over
         parts["model"] = sharding.whole_state(state_to_save(model)) if is_whole else None
     if c.average_decay and is_last:

@@ -162,7 +162,7 @@ def cause_in_a_line(error):
 
 def uncompiled(model):
     """`with uncompiled(model):` its calls run as they are written, also if it was compiled (in place)."""
-    if getattr(getattr(model, "model", model), "_compiled_call_impl", None) is None:
+    if model._compiled_call_impl is None:
         return contextlib.nullcontext()  # and the compiler need not be imported
     return torch.compiler.set_stance("force_eager")
 

@@ -22,6 +22,7 @@ from models.checkpoint import (
 from models.olmo import OLMo, OLMoConfig
 from storage.files import UserError
 from train import train
+from training import parallel
 from training.config import make_config
 from training.judge import evaluate
 from training.steps import averaged, update_average
@@ -50,6 +51,27 @@ def run(request, workplace):
                      gated=True, gate_bias=0.1)
     return base.eval(), model, {"lora": settings, "base": "base.pt",
                                 "base_fingerprint": fingerprint(read_checkpoint("base.pt"))}
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "olmo", "base"])
+def test_a_model_compiled_in_place_can_be_called_as_it_is_written(kind):
+    """The judge and the hand-over look inside, which would compile every look anew. An OLMo has a part called
+    `model`, as a Base has.
+    """
+    compiled = []
+
+    def backend(graph, inputs):
+        compiled.append(graph)
+        return graph.forward
+
+    model = copy.deepcopy(MODELS[kind != "gpt2"][0]).eval()
+    model.compile(backend=backend)
+    called = lora.Base(model) if kind == "base" else model
+    with parallel.uncompiled(called):
+        called(IDX)
+    assert not compiled
+    called(IDX)
+    assert compiled
 
 
 def zero_at_first(layer):
