@@ -59,6 +59,13 @@ def test_the_clip_makes_lambda_fall_as_fast_as_it_rises():
     assert up.update(1e6) * down.update(0.0) == pytest.approx(1.0)
 
 
+def test_a_mean_above_the_target_raises_lambda_though_most_batches_lie_below():
+    geco = GECO(target=0.001, scale=0.001, rate=0.03)
+    for i in range(100):  # one batch in four has a wrong sum
+        geco.update(0.02 if i % 4 == 0 else 0.0)
+    assert geco.lam > 2
+
+
 def test_state_goes_on_exactly():
     losses = [1.0 + 0.01 * math.sin(i) for i in range(50)]
     whole = GECO(1.0, 0.01, 0.01)
