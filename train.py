@@ -67,6 +67,7 @@ from training.judge import (
     MISSED,
     can_be_best,
     evaluate_splits,
+    has_stalled,
     has_succeeded,
     is_at_end,
     is_ready,
@@ -87,6 +88,7 @@ class State:
     step: int = 0  # where this command began, and so is `seconds`; a checkpoint has its own
     seconds: float = 0.0  # of training
     best: list | None = None  # [open edges, loss] of best.pt
+    best_step: int | None = None
     closest: list | None = None  # how far closest.pt is from the target
     ready: bool | None = None  # of a dense run with a ready_loss
     dense: dict | None = None  # of a gated run: {split: what `evaluate` says of the dense model}
@@ -192,8 +194,8 @@ def train_one(c, given, runs, place):  # noqa: C901, the script as a whole, from
                     raise UserError(f"the held-out loss is {loss} at step {step}{earlier}. {smaller_step(c)}")
                 passes = not c.gated or meets_target(found, state.dense, state.target_loss)
                 state.ready = is_ready(found, c.ready_loss) if c.ready_loss and not c.gated else None
-                is_over = step == c.max_steps or bool(state.ready)
                 kept = names_to_keep(c, state, step, found, passes, goes_on=step == start)
+                is_over = step == c.max_steps or bool(state.ready) or has_stalled(c, step, state.best_step)
                 progress.evaluated(found, state, geco)
                 log.evaluated(step, found, passes, kept, state, geco, state.seconds + time.time() - began)
                 if is_over:  # best.pt waits as best.pt.next: who is killed in between still needs the old one

@@ -20,14 +20,15 @@ average_decay = 0.99
 loss_slack = 0.001  # nats
 constraint_scale = 0.001  # nats; loss_slack, so that lambda can fall as fast as it rises
 lambda_rate = 0.03  # from cap to floor in 100 measurements, 400 steps
-lambda_min = 0.2
+lambda_min = 1.0  # below it an edge that one sum in a hundred needs is cheaper to lose than to keep
 # strict from the start, for the loss jumps when the gates begin to sample. It may rise above this only when
 # the penalty is no longer linear: then a high price of a nat wins back what was cut too far
-lambda_init = 4.0
+lambda_init = 10.0
 lambda_max = 30.0
 
 batch_size = 32
 max_steps = 5000
+patience = 1500  # most runs win nothing behind step 3,000
 learning_rate = 2e-3
 warmup_steps = 50
 eval_interval = 100

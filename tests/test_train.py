@@ -60,6 +60,19 @@ def test_best_is_the_fewest_edges_among_those_that_pass_and_the_lowest_loss_of_a
     assert read_checkpoint(f"{found}/out/dense/best.pt")["step"] == best["step"]
 
 
+def test_a_run_that_wins_nothing_for_a_while_stops_and_is_finished(found, monkeypatch, capsys):
+    monkeypatch.chdir(found)
+    options = {"init_from": "out/dense", "max_steps": 600, "linear_penalty_steps": 400, "loss_slack": 0.01,
+               "lambda_init": 1.0, "lambda_min": 0.1, "patience": 60, "out_dir": "out/patient"}
+    run("sparse.py", **options)
+    lines, best = metrics("out/patient"), read_checkpoint("out/patient/best.pt")
+    assert lines[-1]["step"] == best["step"] + 60 < 600
+    passing = [m for m in lines if m["passes"]]
+    assert best["step"] == min(passing, key=lambda m: (m["open"], m["val_loss"]))["step"]
+    run("sparse.py", **options)  # the same command finds nothing left to do
+    assert "is finished" in capsys.readouterr().out and metrics("out/patient") == lines
+
+
 def test_only_an_evaluation_that_can_become_the_best_counts_all_rows(found):
     fewest, counted = None, []
     for line in metrics(f"{found}/out/sparse"):

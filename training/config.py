@@ -126,6 +126,8 @@ class Config:
     # accumulation)
     micro_batch_size: int = 0
     max_steps: int = 4500
+    # of a gated run that has met its target: steps without an edge less after which it stops. 0 is off
+    patience: int = 0
     learning_rate: float = 1e-3  # peak
     min_lr: float = 0.0  # at the end of the cosine
     warmup_steps: int = 100
@@ -171,7 +173,7 @@ def limits():
     not_negative = (
         "ready_loss n_kv_head lora_rank loss_slack linear_penalty_steps noise_free_steps min_lr warmup_steps "
         "weight_decay grad_clip eval_batches constraint_margin distill_weight micro_batch_size peak_slack "
-        "target_loss"
+        "target_loss patience"
     )
     fractions = "dropout average_decay lambda_average beta1 beta2 open_above"
     return {

@@ -199,7 +199,13 @@ def has_succeeded(config, state):
 def is_at_end(checkpoint, config):
     """Is a run at its end? checkpoint: its last.pt; config: its settings now, a Config."""
     is_ready = checkpoint.get("ready") and checkpoint["config"]["ready_loss"] == config.ready_loss
-    return bool(is_ready or checkpoint["step"] >= config.max_steps)
+    step = checkpoint["step"]
+    return bool(is_ready or step >= config.max_steps or has_stalled(config, step, checkpoint.get("best_step")))
+
+
+def has_stalled(c, step, best_step):
+    """Has a gated run that has met its target not won an edge for `patience` steps? best_step: of best.pt."""
+    return bool(c.gated and c.patience and best_step is not None and step - best_step >= c.patience)
 
 
 def can_be_best(c, state, val):
@@ -208,7 +214,7 @@ def can_be_best(c, state, val):
     c, state: the run's Config and State; val: what `evaluate` says of the held-out rows.
     """
     if not c.gated:
-        return val["correct"] == val["examples"]
+        return val["correct"] == val["examples"] and val["loss"] <= (c.ready_loss or math.inf)
     # equal: a run that goes on judges its best again
     fewer = state.best is None or val["open"] <= state.best[0] * (1 + 1e-6)
     return fewer and meets_target({"val": val}, state.dense, state.target_loss)
@@ -236,6 +242,8 @@ def names_to_keep(c, state, step, found, passes, goes_on):
         if not same:
             return []
     setattr(state, which, score)
+    if which == "best":
+        state.best_step = step
     return [f"{which}.pt"]
 
 
