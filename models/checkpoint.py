@@ -21,6 +21,7 @@ import os
 from dataclasses import asdict, fields
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 from gate import GateConfig
 from model import GPT, GPTConfig
@@ -157,6 +158,17 @@ def load_weights(model, state, path="the checkpoint", names=None):
     sound.complain(wrong, path)
 
 
+class Uninitialised(TorchFunctionMode):
+    """`with Uninitialised():` torch.nn.init leaves tensors as they are. On the meta device there is nothing to
+    initialise, and torch would import its compiler to do so: two seconds of every command.
+    """
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if getattr(function, "__module__", None) == "torch.nn.init":
+            return args[0] if args else kwargs["tensor"]
+        return function(*args, **(kwargs or {}))
+
+
 def classes_of(args):
     """(model class, config class) for model_args."""
     return (olmo.OLMo, olmo.OLMoConfig) if args.get("architecture") == "olmo" else (GPT, GPTConfig)
@@ -201,7 +213,7 @@ def model_of(
         args["tied"] = args["tied"] if "tied" in args else sound.is_tied(checkpoint["model"])
     sound.require_args(args, config_class, checkpoint["model"], path)
     try:
-        with torch.device("meta"):  # no memory yet: what comes below is the only copy
+        with torch.device("meta"), Uninitialised():  # no memory yet: what comes below is the only copy
             model = model_class(config_class(**args))
     except ValueError as error:  # sizes that do not fit together
         raise UserError(f"{path}: {error}") from error

@@ -12,6 +12,7 @@ import torch
 from model import GPT, GPTConfig
 from models import checkpoint
 from models.checkpoint import (
+    Uninitialised,
     checkpoint_of,
     fingerprint,
     is_of,
@@ -30,6 +31,13 @@ from storage.files import UserError
 def tiny(**changes):
     return GPT(GPTConfig(**{"block_size": 8, "vocab_size": 11, "n_layer": 2, "n_head": 2, "n_embd": 16}
                          | changes))
+
+
+def test_an_empty_model_is_not_initialised():
+    x = torch.ones(3)
+    with Uninitialised():  # on the meta device torch would import its compiler to draw numbers
+        assert torch.nn.init.normal_(x) is x and torch.nn.init.zeros_(tensor=x) is x
+    assert (x == 1).all()
 
 
 def test_checkpoint_round_trip(workplace):
