@@ -11,8 +11,7 @@
                and are a sparse model's graphs smaller?
 5. sample.py   text, and what every token read; benchmark.py: standard benchmarks, to which
                harness.py lends a model
-6. bench.py    how fast the gate is; bench_model.py: a whole model; stopwatch.py; split.py: where a run's
-               seconds go
+6. bench.py    how fast the gate is; bench_model.py: a whole model; stopwatch.py
 
 Imports everything but train and analyze.
 """

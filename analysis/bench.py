@@ -6,11 +6,8 @@
     python analyze.py bench --lengths                  T from 128 to 8192: table and chart
     python analyze.py bench --model=text               a training step of a whole model: dense, gated, taught
                                                        by a dense one. Of 4 layers, 128 bytes; or --model=gpt2
-    python analyze.py bench --split                    where the seconds of config/addition.py go
-    python analyze.py bench --circuit                  all 32,491 edge scores of a GPT-2 124M (random
-                                                       weights), 64 pairs of 20 tokens; 30 circuits
-    python analyze.py bench --splash=PATH              also the package of the paper's authors
-                                                       (hrpan/splash_attention), in a folder or installed ('')
+    python analyze.py bench --circuit                  attention edges of 64 prompts of 20 tokens in
+                                                       a GPT-2 124M (random weights)
 
 Everything is written to out/bench/ as well: bench.json, and bench.png for --lengths. A time is the median of
 --repeats calls, a ratio compares medians of one run (stopwatch.py). Whole models: bench_model.py.
@@ -36,6 +33,8 @@ from fast import attention as fast_attention
 from fast.attention import choose_impl
 from storage.files import UserError, write_json
 from training import parallel
+
+FOLDER = "out/bench"
 
 
 def make_inputs(B, H, T, D, share, dtype, device):
@@ -68,7 +67,7 @@ def make_inputs(B, H, T, D, share, dtype, device):
     return [x.to(device, dtype).contiguous() for x in (q, k, v, dy)], bias
 
 
-def ways(device, T, D, dtype, splash):
+def ways(device, T, D, dtype):
     """{name: function (q, k, v, bias) -> (y, density)}: what can be timed here. The first is the floor."""
 
     def dense(q, k, v, bias):
@@ -87,20 +86,6 @@ def ways(device, T, D, dtype, splash):
         found["triton"] = gated("triton")
     if not parallel.compiles("auto", device, pays_on_cpu=True):
         found = {name: way for name, way in found.items() if "compiled" not in name}
-    if splash is not None:
-        sys.path.insert(0, splash)
-        try:
-            from splash_attention import splash_attention
-        except ImportError as error:
-            raise UserError(f"--splash={splash}: no package splash_attention ({error}). Clone "
-                            "github.com/hrpan/splash_attention and give its folder") from error
-
-        def of_the_authors(q, k, v, bias):
-            causal, sample, return_map = True, True, False
-            y, mean_of_sigmoid = splash_attention(q, k, v, bias, causal, sample, return_map)[:2]
-            return y, mean_of_sigmoid
-
-        found["splash (authors)"] = of_the_authors
     return found
 
 
@@ -123,7 +108,7 @@ def attention(options, device, T, share):
             gradients.append(torch.ones_like(density))
         torch.autograd.grad(outputs, (q, k, v), gradients)
 
-    found = ways(device, T, options.D, dtype, options.splash)
+    found = ways(device, T, options.D, dtype)
     needed = options.B * options.H * T * T * q.element_size() * 16  # bytes, by the plain formula
     if needed >= options.most_memory * 1e9:
         found = {name: way for name, way in found.items() if "plain" not in name}
@@ -136,23 +121,6 @@ def attention(options, device, T, share):
         forward_times, _ = forwards[name]
         rows.append(row_of(T, share, name, times, memory, statistics.median(forward_times)))
     return rows
-
-
-def floor_of(B, H, T, D, dtype, device):
-    """What no kernel can avoid, in words.
-
-    That is the multiplications on and below the diagonal, and every tensor once through memory.
-    """
-    product = 2 * B * H * D * T * (T + 1) / 2  # FLOP of one product of T x T scores with D columns
-    tensor = B * H * T * D * getattr(torch, dtype).itemsize
-    words = (f"T={T}: scores and values are 2 products forward, {2 * product / 1e9:.1f} GFLOP, "
-             f"and 5 backward, {5 * product / 1e9:.1f} GFLOP (fast/kernels.py computes 7); "
-             f"q, k, v, y, dy, dq, dk, dv once through memory are {8 * tensor / 1e6:.0f} MB")
-    peak = parallel.peak_flops(device) if dtype != "float32" else None
-    if peak:
-        words += (f"; at the data sheet's {peak / 1e12:.0f} TFLOP/s "
-                  f"the products take {7 * product / peak * 1000:.3f} ms")
-    return words
 
 
 def show(rows):
@@ -215,18 +183,11 @@ def add_arguments(parser):
     parser.add_argument("--lengths", nargs="?", const="128,256,512,1024,2048,4096,8192",
                         help="lengths T for a table and a chart; alone: 128 to 8192")
     parser.add_argument("--model", choices=SHAPES, help="a whole model's training step")
-    parser.add_argument("--split", action="store_true",
-                        help="where the seconds of config/addition.py go (CPU)")
-    parser.add_argument("--circuit", action="store_true", help="edge scores of a GPT-2 124M")
-    parser.add_argument("--gate_bias", type=float, default=3.0,
-                        help="of --model: below 0 most gates are shut")
-    parser.add_argument("--splash", nargs="?", const="",
-                        help="folder of the authors' package; alone: it is installed")
+    parser.add_argument("--circuit", action="store_true", help="attention edges of a GPT-2 124M")
     parser.add_argument("--repeats", type=int, default=11)
     parser.add_argument("--most_memory", type=float, default=8.0,
                         help="GB: lengths and models for which the plain formula would need more "
                              "are left out for it")
-    parser.add_argument("--out_dir", default="out/bench")
 
 
 def numbers(flag, words, kind):
@@ -269,9 +230,6 @@ def run(options, settings):
     print(title)
     if options.circuit:
         return circuits(device)
-    if options.split:
-        from analysis.split import show_split, split  # here: it needs a dataset
-        return show_split(split(options.repeats))
     rows = []
     if options.model:
         rows = whole_model(options, device, options.model)
@@ -281,9 +239,7 @@ def run(options, settings):
             for share in numbers("open", options.open, float):
                 rows += attention(options, device, T, share)
     show(rows)
-    for T in dict.fromkeys(row["T"] for row in rows if row["open"] is not None):
-        print(floor_of(options.B, options.H, T, options.D, options.dtype, device))
-    os.makedirs(options.out_dir, exist_ok=True)
-    write_json(os.path.join(options.out_dir, "bench.json"), {"machine": title, "rows": rows})
+    os.makedirs(FOLDER, exist_ok=True)
+    write_json(os.path.join(FOLDER, "bench.json"), {"machine": title, "rows": rows})
     if options.lengths:
-        chart(rows, os.path.join(options.out_dir, "bench.png"), title)
+        chart(rows, os.path.join(FOLDER, "bench.png"), title)

@@ -1,7 +1,7 @@
-"""How fast is a whole model? Its training step, dense, gated and taught; and the scores of all its edges.
+"""How fast is a whole model? Its training step, dense, gated and taught; and circuits of attention edges.
 
     python analyze.py bench --model=text|gpt2          forward, backward, AdamW, compiled
-    python analyze.py bench --circuit                  circuits/attribution.py on a GPT-2 124M
+    python analyze.py bench --circuit                  circuits/attention_edges.py on a GPT-2 124M
 
     MFU = FLOP of a step / seconds / the data sheet's bf16 FLOP/s
 
@@ -37,7 +37,7 @@ def training_steps(options, device, name):
     autocast, _ = parallel.precision("auto", device)
 
     def built(gated, impl):
-        model = GPT(GPTConfig(**shape, gated=gated, gate_bias=options.gate_bias)).to(device)
+        model = GPT(GPTConfig(**shape, gated=gated)).to(device)
         model.attention_impl = impl
         compiles = parallel.compiles("auto", device, pays_on_cpu=gated)
         return model, torch.compile(model) if compiles else model
@@ -96,34 +96,20 @@ def used(flop, ms, device):
 
 
 def circuits(device):
-    """Time and memory of circuits on a model of GPT-2's size with random weights, 64 pairs of 20 tokens.
-
-    Component edges: the scores of all of them, then what 30 circuits explain. Attention edges: the scores and
-    the curve of every prompt.
+    """Time and memory of attention edges, scores and circuits of every prompt: 64 prompts of 20 tokens in a
+    model of GPT-2's size with random weights.
     """
     from circuits.attention_edges import curves, integrated_scores, prepared
-    from circuits.attribution import attribute_edges, best_edges, effects, sizes
-    from circuits.graph import ComponentGraph
     from circuits.tasks import LOGIT, Pair
 
     torch.manual_seed(0)
     model = GPT(GPTConfig(**SHAPES["gpt2"])).to(device).eval()
     prompts = torch.randint(0, 50000, (2, 64, 20)).tolist()
     pairs = [Pair(clean, other, [19], [[1]], [[2]]) for clean, other in zip(*prompts)]
-    graph, found = ComponentGraph(12, 12), {}
-
-    def score_edges():
-        found["scores"] = attribute_edges(model, pairs, LOGIT)
-
-    def measure_circuits():
-        of_all_sizes = [graph.on_paths(best_edges(found["scores"], graph.edges, n)) for n in sizes(32491)]
-        effects(model, pairs, LOGIT, of_all_sizes, batch_size=16)
 
     def attention_edges():
         for batch in tqdm(list(prepared(model, pairs, "zero")), leave=False, disable=None):
             curves(model, batch, LOGIT, integrated_scores(model, batch, LOGIT).abs())
 
-    time_call("scores of 32,491 component edges (EAP), 64 pairs", score_edges, device)
-    time_call("30 circuits of component edges, 64 pairs", measure_circuits, device)
     time_call("30,240 attention edges a prompt, 64 prompts: scores and circuits of 40 sizes", attention_edges,
               device)

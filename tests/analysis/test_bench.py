@@ -9,13 +9,11 @@ import pytest
 import torch
 
 import analyze
-from analysis import bench, bench_model, split
+from analysis import bench, bench_model
 from analysis.bench import make_inputs
 from analysis.stopwatch import peak_memory
-from conftest import REPOSITORY
 from gate import gated_attention
 from helpers import call
-from training.config import make_config
 
 
 @pytest.mark.parametrize("share", [1.0, 0.1, 0.01])
@@ -55,12 +53,12 @@ def test_a_small_run(workplace):
 
 def test_where_the_compiler_does_not_work_the_compiled_rows_are_left_out(monkeypatch):
     monkeypatch.setattr(bench.parallel, "can_compile", lambda setting, device: False)
-    ways = bench.ways("cpu", 64, 8, torch.float32, None)
+    ways = bench.ways("cpu", 64, 8, torch.float32)
     assert list(ways) == ["dense (SDPA)", "plain, eager", "tiled, eager"]
     shape = dict(vocab_size=9, n_layer=1, n_head=1, n_embd=8, block_size=64)
     monkeypatch.setitem(bench_model.SHAPES, "tiny", shape)
     monkeypatch.setattr(torch, "compile", None)  # nobody calls it
-    options = argparse.Namespace(B=1, gate_bias=3.0, most_memory=8.0)
+    options = argparse.Namespace(B=1, most_memory=8.0)
     assert bench_model.training_steps(options, "cpu", "tiny")
 
 
@@ -68,25 +66,13 @@ def test_the_steps_of_a_model_count_what_they_compute(monkeypatch):
     shape = dict(vocab_size=50, n_layer=2, n_head=2, n_embd=16, block_size=64)
     monkeypatch.setitem(bench_model.SHAPES, "tiny", shape)
     with torch.compiler.set_stance("force_eager"):
-        options = argparse.Namespace(B=2, gate_bias=3.0, most_memory=8.0)
+        options = argparse.Namespace(B=2, most_memory=8.0)
         steps = bench_model.training_steps(options, "cpu", "tiny")
         for step, _ in steps.values():
             step()
     flop = {way: flop for way, (_, flop) in steps.items()}
     assert list(flop) == ["tiny, dense", "tiny, tiled", "tiny, plain", "tiny, tiled, taught"]
     assert flop["tiny, dense"] == flop["tiny, tiled"] == 3 / 4 * flop["tiny, tiled, taught"] > 0
-
-
-def test_where_the_seconds_go(workplace, monkeypatch, capsys):
-    def make_ours(path, given):
-        return make_config(os.path.join(REPOSITORY, path), given)
-
-    monkeypatch.setattr(split, "make_config", make_ours)
-    split.show_split(split.split(repeats=1))
-    shown = capsys.readouterr().out
-    shares = [int(line.split("|")[-2].strip(" %")) for line in shown.splitlines() if line.endswith("% |")]
-    assert len(shares) == 7 and abs(sum(shares) - 100) <= 4
-    assert "5,000" in shown
 
 
 @pytest.mark.parametrize("flag", ["--open=x", "--open=0", "--open=nan", "--lengths=64,", "--T=0"])
