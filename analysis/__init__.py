@@ -11,7 +11,7 @@
                and are a sparse model's graphs smaller?
 5. sample.py   text, and what every token read; benchmark.py: standard benchmarks, to which
                harness.py lends a model
-6. bench.py    how fast the gate is; bench_model.py: a whole model; stopwatch.py
+6. bench.py    how fast the gate is, alone and in a whole model
 
 Imports everything but train and analyze.
 """
