@@ -98,7 +98,6 @@ def table(lines):
 def add_arguments(parser):
     add_shared_arguments(parser)
     parser.add_argument("--only", default="", help="some changes, with commas: " + ", ".join(CHANGES))
-    parser.set_defaults(explain=False)  # a question of `seeds`
 
 
 def run(options, settings):

@@ -2,12 +2,12 @@
 
     python analyze.py seeds config/addition.py --seeds=21-40             twenty runs, one table
     python analyze.py seeds config/addition.py --seeds=1,5,9 --jobs=2    two at a time
-    python analyze.py seeds config/addition.py --seeds=1-3 --loss_slack=0.01 --n_head=2 --explain
+    python analyze.py seeds config/addition.py --seeds=1-3 --loss_slack=0.01 --n_head=2
 
 Every seed is `python train.py CONFIG --seed=N` in a process of its own, so it is the very run that a person
 would start. Finished runs are skipped, unfinished ones go on. --threads (1) for each process: other numbers
-of threads sum in another order, and training is chaotic. --explain says of every run what algorithm its
-circuit is (explain.py). Any other --key=value goes to train.py:
+of threads sum in another order, and training is chaotic. Any other
+--key=value goes to train.py:
 
 - It stands in the name of the run's folder, out/addition-loss_slack=0.01-seed3: plain runs are left alone.
 - The model's shape and the dataset are the parent's business. With such a setting the parent is a run of its
@@ -20,7 +20,6 @@ out/<run>.log. The table, as numbers: out/<name>-seeds.json.
 import os
 import subprocess
 import sys
-import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
 
 from analysis.seeds_table import cells, in_words, summary, table
@@ -120,43 +119,31 @@ def is_finished(path, settings):
     config, names = make_config(path, settings)
     try:
         before = settings_of(config.out_dir)
-        report = read_json(os.path.join(config.out_dir, "report.json"))
+        read_json(os.path.join(config.out_dir, "report.json"))
         last = read_checkpoint(os.path.join(config.out_dir, "last.pt"))
     except (OSError, UserError):
         return False
     inherited = [key for key in SHAPE if key not in names]
     now = {key: value for key, value in vars(config).items() if key not in (*FREE, *inherited)}
     is_same = all(before.get(key) == value for key, value in now.items())
-    is_reported = "headline" in report  # and not by an older report.py
-    return is_same and is_at_end(last, config) and is_reported
+    return is_same and is_at_end(last, config)
 
 
 def train_seed(path, settings, seed, options):
     """Train what one seed takes, and say what became of it: a row of the table, see `row_of`."""
     environment = os.environ | {"OMP_NUM_THREADS": str(options.threads)}
-    began, ran = time.time(), False
     for file, given in runs_for(path, settings, seed):
         folder = given["out_dir"]
         if is_finished(file, given):
             continue
-        ran = True
         os.makedirs("out", exist_ok=True)
         with open(folder + ".log", "a", encoding="utf-8") as log:
             status = subprocess.run(
                 command_for(file, given), stdout=log, stderr=log, env=environment
             ).returncode
         if status not in (0, MISSED):
-            return {
-                "seed": seed,
-                "run": folder,
-                "met": False,
-                "failed": last_line(folder + ".log"),
-                "wall_seconds": time.time() - began,
-            }
-    row = row_of(folder, seed) | {"wall_seconds": time.time() - began if ran else None}
-    if options.explain:
-        row["algorithm"] = algorithm_of(folder, environment)
-    return row
+            return {"seed": seed, "run": folder, "met": False, "failed": last_line(folder + ".log")}
+    return row_of(folder, seed)
 
 
 def last_line(path):
@@ -194,15 +181,6 @@ def row_of(run, seed):
     }
 
 
-def algorithm_of(run, environment):
-    """The name of a run's algorithm by explain.py, or why there is none."""
-    command = [sys.executable, os.path.join(REPOSITORY, "analyze.py"), "explain", run]
-    done = subprocess.run(command, capture_output=True, text=True, errors="replace", env=environment)
-    if done.returncode:
-        return (done.stderr.strip().splitlines() or ["explain was killed"])[-1]
-    return read_json(os.path.join(run, "explain.json"))["algorithm"]
-
-
 # ------------------------------------------------------------------------------------------------------------
 # The commands
 
@@ -226,7 +204,6 @@ def read_shared(options, settings):
 
 def add_arguments(parser):
     add_shared_arguments(parser)
-    parser.add_argument("--explain", action="store_true", help="what algorithm is it? For addition")
 
 
 def run(options, settings):
@@ -240,8 +217,6 @@ def run(options, settings):
     known = read_rows(place)  # those of other seeds stay
     rows = []
     for row in train_all(path, settings, seeds, options):
-        if row["wall_seconds"] is None:
-            row["wall_seconds"] = known.get(row["seed"], {}).get("wall_seconds")
         rows = sorted([*rows, row], key=lambda row: seeds.index(row["seed"]))
         known[row["seed"]] = row
         of_all = [known[seed] for seed in sorted(known)]

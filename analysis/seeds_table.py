@@ -9,13 +9,12 @@ import statistics
 def cells(row):
     """A row of the table, as words."""
     if row["failed"]:
-        return [str(row["seed"]), "FAILED", "-", "-", "-", "-", "-", wall(row), row["failed"][:100]]
+        return [str(row["seed"]), "FAILED", "-", "-", "-", "-", "-", row["failed"][:100]]
     parent = "-" if row["parent_loss"] is None else f"{row['parent_loss']:.4f}"
     if row["parent_steps"] is not None:
         parent += f" ({row['parent_steps']} steps)"
     correct = "-" if row["correct"] is None else f"{row['correct']:,} of {row['examples']:,}"
     seconds = ["-" if value is None else f"{value:.0f}" for value in row["seconds"].values()]
-    remark = "; ".join(words for words in (row["closest"], row.get("algorithm")) if words)
     return [
         str(row["seed"]),
         "met" if row["met"] else "MISSED",
@@ -23,14 +22,8 @@ def cells(row):
         f"{row['open']:.2f} of {row['total']}",
         correct,
         *seconds,
-        wall(row),
-        remark,
+        row["closest"] or "",
     ]
-
-
-def wall(row):
-    """Seconds that the command took, or - where the run was there already."""
-    return "-" if row["wall_seconds"] is None else f"{row['wall_seconds']:.0f}"
 
 
 def table(rows):
@@ -44,8 +37,7 @@ def table(rows):
             "right",
             "s dense",
             "s sparse",
-            "s command",
-            "closest; algorithm",
+            "closest",
         ],
         *map(cells, rows),
     ]
