@@ -32,8 +32,7 @@ from storage.files import UserError, take_every_sign, typed
 
 COMMANDS = {  # name: (its file, what it answers)
     "report": ("analysis.report", "what became of these runs? numbers and figures"),
-    "seeds": ("analysis.seeds", "does it work with other seeds? trains them all, one table"),
-    "ablate": ("analysis.ablate", "what is each part of the method good for? one change at a time"),
+    "seeds": ("analysis.seeds", "does it work with other seeds? and without a part of the method?"),
     "explain": ("analysis.explain", "addition: when does each edge open, and what for? or one sum"),
     "curve": ("analysis.curve", "what does sparsity cost? edges over loss, for several runs"),
     "baselines": ("analysis.baselines", "what do other ways to cut as many edges cost?"),
@@ -52,8 +51,9 @@ MOVED = {  # a command that there was: how to type it now
     "tasks": "circuit --task=TASK",
     "opens": "graph RUN --opens",
     "n80": "graph RUN --tasks=TASK",
+    "ablate": "seeds CONFIG --changes",
 }
-TAKES_SETTINGS = ("seeds", "ablate")  # and hand them to train.py
+TAKES_SETTINGS = ("seeds",)  # and hands them to train.py
 
 
 class Parser(argparse.ArgumentParser):

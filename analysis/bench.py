@@ -6,101 +6,161 @@
     python analyze.py bench --lengths                  T from 128 to 8192: table and chart
     python analyze.py bench --model=text               a training step of a whole model: dense, gated, taught
                                                        by a dense one. Of 4 layers, 128 bytes; or --model=gpt2
-    python analyze.py bench --split                    where the seconds of config/addition.py go
-    python analyze.py bench --circuit                  all 32,491 edge scores of a GPT-2 124M (random
-                                                       weights), 64 pairs of 20 tokens; 30 circuits
-    python analyze.py bench --splash=PATH              also the package of the paper's authors
-                                                       (hrpan/splash_attention), in a folder or installed ('')
+    python analyze.py bench --circuit                  attention edges of 64 prompts of 20 tokens in
+                                                       a GPT-2 124M (random weights)
 
-Everything is written to out/bench/ as well: bench.json, and bench.png for --lengths. A time is the median of
---repeats calls, a ratio compares medians of one run (stopwatch.py). Whole models: bench_model.py.
+torch.utils.benchmark measures: a time is the median of --repeats measurements, with the quartiles behind it.
+Calls that are compared take turns, so that a noisy machine is noisy for all. Memory is what a call needs
+beyond what was there before, at its peak: CUDA counts its own; on a CPU Linux tells how large the process has
+been (VmHWM), and other systems do not. Everything is in out/bench/bench.json as well.
 
-Notable: the open edges of a post-trained model lie together, near the diagonal, and so do the ones here. q
-and k are waves of the position: scores depend on the distance, and edges open up to some distance. Gates are
-sampled, as in training; far edges are shut beyond luck.
+    MFU = FLOP of a step / seconds / the data sheet's bf16 FLOP/s
+
+Notable:
+- The open edges of a post-trained model lie together, near the diagonal, and so do the ones here. q and k are
+  waves of the position: scores depend on the distance, and edges open up to some distance. Gates are sampled,
+  as in training; far edges are shut beyond luck.
+- FLOP are counted as for dense attention, whatever is open and whatever a kernel computes twice: MFU says
+  what the researcher gets for the money.
 """
 
+import argparse
+import ctypes
 import functools
 import math
 import os
-import statistics
 import sys
+import time
 
+import numpy as np
 import torch
 import torch._inductor.config
+from torch._dynamo.utils import counters
 from torch.nn import functional as F
+from torch.utils.benchmark import Measurement, Timer
+from tqdm import tqdm
 
-from analysis.bench_model import SHAPES, circuits, whole_model
-from analysis.stopwatch import measure, row_of
+from circuits.attention_edges import curves, integrated_scores, prepared
+from circuits.tasks import LOGIT, Pair
 from fast import attention as fast_attention
 from fast.attention import choose_impl
-from storage.files import UserError, write_json
+from model import GPT, GPTConfig
+from storage.files import write_json
 from training import parallel
+from training.handover import divergence
+
+FOLDER = "out/bench"
+SHAPES = {
+    "text": dict(vocab_size=256, n_layer=4, n_head=16, n_embd=128, block_size=128),
+    "gpt2": dict(vocab_size=50304, block_size=1024),
+}
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Time and memory of calls
+
+
+def measure(calls, device, repeats):
+    """{name: call} -> {name: (torch's Measurement, peak bytes or None)}. Calls take turns.
+
+    A call that runs out of memory is left out.
+    """
+    timers, memory = {}, {}
+    for name, call in tqdm(calls.items(), desc="compile", leave=False, disable=None):
+        try:
+            call()
+            memory[name] = peak_memory(call, device)
+        except torch.OutOfMemoryError:
+            print(f"{name}: out of memory")
+            continue
+        timers[name] = Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads())
+    # a GPU is given work ahead, as in training: else one would time Python
+    in_a_row = 1 if device == "cpu" else 10
+    rounds = [[timer.timeit(in_a_row) for timer in timers.values()]
+              for _ in tqdm(range(repeats), desc="time", leave=False, disable=None)]
+    return {name: (Measurement.merge(measured)[0], memory[name])
+            for name, measured in zip(timers, zip(*rounds))}
+
+
+def peak_memory(call, device):
+    """Bytes that a call needs at its peak beyond what is there before; None where nobody tells."""
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        return torch.cuda.max_memory_allocated() - before
+    if not sys.platform.startswith("linux"):
+        call()
+        return None
+    # what an earlier call has freed is given back, so that it counts again
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    with open("/proc/self/clear_refs", "w", encoding="utf-8") as f:
+        f.write("5")  # resets VmHWM, the high-water mark
+    before = from_status("VmRSS")
+    call()
+    return max(0, from_status("VmHWM") - before)
+
+
+def from_status(key):
+    """Bytes, of a line of Linux' /proc/self/status."""
+    with open("/proc/self/status", encoding="utf-8") as f:
+        return next(int(line.split()[1]) * 1024 for line in f if line.startswith(key + ":"))
+
+
+def row_of(T, share, way, measured, memory, forward_ms=None, mfu=None):
+    """One line of the table and of bench.json.
+
+    share      of open edges; None for a whole model
+    measured   torch's Measurement
+    memory     in bytes, or None
+    mfu        None where no data sheet is known
+    """
+    return {"T": T, "open": share, "way": way, "forward_ms": forward_ms, "ms": 1000 * measured.median,
+            "quartiles_ms": [1000 * seconds for seconds in np.percentile(measured.times, (25, 75))],
+            "memory_mb": None if memory is None else memory / 1e6, "mfu": mfu}
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Attention alone
 
 
 def make_inputs(B, H, T, D, share, dtype, device):
-    """q, k, v, dy (B, H, T, D) and a bias: about `share` of the causal edges are open, by [s > 0]."""
+    """q, k, v, dy (B, H, T, D) and a bias: about `share` of the causal edges are open, by [s > 0].
+
+    q = k are random Fourier features of the position:
+
+        a_ij = 20 mean_d cos(frequency_d (i - j) / reach)  ~  20 exp(-(i - j)^2 / (2 reach^2))
+
+    which is above 12 up to the distance reach sqrt(2 log(20 / 12)).
+    """
     generator = torch.Generator().manual_seed(0)
-    position = torch.arange(T, dtype=torch.float64, device=device)
-    frequencies = torch.randn(D // 2, generator=generator, dtype=torch.float64).to(device)
-    v = torch.randn(B, H, T, D, generator=generator)
-    dy = torch.randn(B, H, T, D, generator=generator)
-
-    def waves(reach):
-        """(T, D) for which a_ij = 20 mean_d cos(frequency_d (i - j) / reach): 20 at i = j, then falling."""
-        angles = position[:, None] * frequencies / reach
-        return torch.cat([angles.cos(), angles.sin()], 1) * math.sqrt(20 * math.sqrt(D) / (D // 2))
-
-    # the reach for which the right share of edges has a score above 12, by bisection
-    low, high, bias = 1e-3, 1e3 * T, -12.0
-    for _ in range(40):
-        reach = math.sqrt(low * high)
-        x = waves(reach)
-        is_open = x @ x.T / math.sqrt(D) + bias > 0
-        opened = (is_open.tril().sum() / (T * (T + 1) / 2)).item()
-        if opened < share:
-            low = reach
-        else:
-            high = reach
-    if share >= 1:
-        bias = 25.0
-    q = k = x.float().expand(B, H, T, D)
-    return [x.to(device, dtype).contiguous() for x in (q, k, v, dy)], bias
+    frequencies = torch.randn(D // 2, generator=generator)
+    v, dy = torch.randn(2, B, H, T, D, generator=generator)
+    distance = T * (1 - math.sqrt(max(0, 1 - share)))  # closer edges are `share` of the triangle
+    angles = torch.arange(T)[:, None] * frequencies / (distance / math.sqrt(2 * math.log(20 / 12)))
+    x = torch.cat([angles.cos(), angles.sin()], 1) * math.sqrt(20 * math.sqrt(D) / (D // 2))  # (T, D)
+    q = k = x.expand(B, H, T, D)
+    return [x.to(device, dtype).contiguous() for x in (q, k, v, dy)], -12.0 if share < 1 else 25.0
 
 
-def ways(device, T, D, dtype, splash):
-    """{name: function (q, k, v, bias) -> (y, density)}: what can be timed here. The first is the floor."""
-
+def ways(device, T, D, dtype):
+    """{name: function (q, k, v, bias) -> y, or (y, density)}: what can be timed here. The first is the
+    floor.
+    """
     def dense(q, k, v, bias):
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True), q.new_zeros(())
+        return [F.scaled_dot_product_attention(q, k, v, is_causal=True)]
 
     def gated(impl):
         return lambda q, k, v, bias: fast_attention.attention(q, k, v, bias, gates="sample", impl=impl)[:2]
 
-    found = {"dense (SDPA)": dense,
-             "plain, eager": gated("plain"),
-             "plain, compiled": torch.compile(gated("plain"), dynamic=False)}
-    if device == "cpu":
-        found["tiled, eager"] = gated("tiled")
-        found["tiled, compiled"] = torch.compile(gated("tiled"), dynamic=False)
-    elif choose_impl("auto", device, T, D, dtype) == "triton":
+    found = {"dense (SDPA)": dense}
+    for impl in ("plain", "tiled") if device == "cpu" else ("plain",):
+        found[f"{impl}, eager"] = gated(impl)
+        if parallel.compiles("auto", device, pays_on_cpu=True):
+            found[f"{impl}, compiled"] = torch.compile(gated(impl), dynamic=False)
+    if device != "cpu" and choose_impl("auto", device, T, D, dtype) == "triton":
         found["triton"] = gated("triton")
-    if not parallel.compiles("auto", device, pays_on_cpu=True):
-        found = {name: way for name, way in found.items() if "compiled" not in name}
-    if splash is not None:
-        sys.path.insert(0, splash)
-        try:
-            from splash_attention import splash_attention
-        except ImportError as error:
-            raise UserError(f"--splash={splash}: no package splash_attention ({error}). Clone "
-                            "github.com/hrpan/splash_attention and give its folder") from error
-
-        def of_the_authors(q, k, v, bias):
-            causal, sample, return_map = True, True, False
-            y, mean_of_sigmoid = splash_attention(q, k, v, bias, causal, sample, return_map)[:2]
-            return y, mean_of_sigmoid
-
-        found["splash (authors)"] = of_the_authors
     return found
 
 
@@ -110,49 +170,106 @@ def attention(options, device, T, share):
     dtype = getattr(torch, options.dtype)
     (q, k, v, dy), bias = make_inputs(options.B, options.H, T, options.D, share, dtype, device)
     q, k, v = (x.requires_grad_() for x in (q, k, v))
+    one = torch.ones((), device=device)
 
     def forward(way):
         with torch.no_grad():
             way(q, k, v, bias)
 
     def backward_too(way):
-        y, density = way(q, k, v, bias)
-        outputs, gradients = [y], [dy]
-        if density.requires_grad:  # a dense model has none
-            outputs.append(density)
-            gradients.append(torch.ones_like(density))
-        torch.autograd.grad(outputs, (q, k, v), gradients)
+        outputs = way(q, k, v, bias)
+        torch.autograd.grad(outputs, (q, k, v), (dy, one)[:len(outputs)])
 
-    found = ways(device, T, options.D, dtype, options.splash)
+    found = ways(device, T, options.D, dtype)
     needed = options.B * options.H * T * T * q.element_size() * 16  # bytes, by the plain formula
     if needed >= options.most_memory * 1e9:
         found = {name: way for name, way in found.items() if "plain" not in name}
-    forward_calls = {name: functools.partial(forward, way) for name, way in found.items()}
-    both_calls = {name: functools.partial(backward_too, way) for name, way in found.items()}
-    forwards = measure(forward_calls, device, options.repeats)
-    both = measure(both_calls, device, options.repeats)
-    rows = []
-    for name, (times, memory) in both.items():
-        forward_times, _ = forwards[name]
-        rows.append(row_of(T, share, name, times, memory, statistics.median(forward_times)))
-    return rows
+    forwards, both = (measure({name: functools.partial(direction, way) for name, way in found.items()},
+                              device, options.repeats) for direction in (forward, backward_too))
+    return [row_of(T, share, name, measured, memory, 1000 * forwards[name][0].median)
+            for name, (measured, memory) in both.items()]
 
 
-def floor_of(B, H, T, D, dtype, device):
-    """What no kernel can avoid, in words.
+# ------------------------------------------------------------------------------------------------------------
+# Whole models
 
-    That is the multiplications on and below the diagonal, and every tensor once through memory.
+
+def training_steps(options, device, name):
+    """{way: (training step, its FLOP)} of a whole model: forward, backward, AdamW, compiled; random tokens.
+
+    The ways: dense; gated; gated with a dense teacher, as with train.py's distill_weight.
     """
-    product = 2 * B * H * D * T * (T + 1) / 2  # FLOP of one product of T x T scores with D columns
-    tensor = B * H * T * D * getattr(torch, dtype).itemsize
-    words = (f"T={T}: scores and values are 2 products forward, {2 * product / 1e9:.1f} GFLOP, "
-             f"and 5 backward, {5 * product / 1e9:.1f} GFLOP (fast/kernels.py computes 7); "
-             f"q, k, v, y, dy, dq, dk, dv once through memory are {8 * tensor / 1e6:.0f} MB")
-    peak = parallel.peak_flops(device) if dtype != "float32" else None
-    if peak:
-        words += (f"; at the data sheet's {peak / 1e12:.0f} TFLOP/s "
-                  f"the products take {7 * product / peak * 1000:.3f} ms")
-    return words
+    config = GPTConfig(**SHAPES[name])
+    x = torch.randint(0, config.vocab_size, (options.B, config.block_size), device=device)
+    autocast, _ = parallel.precision("auto", device)
+
+    def built(gated, impl):
+        model = GPT(GPTConfig(**SHAPES[name], gated=gated)).to(device)
+        model.attention_impl = impl
+        if parallel.compiles("auto", device, pays_on_cpu=gated):
+            model.compile()
+        return model
+
+    def step_of(gated, impl, teacher=None):
+        model = built(gated, impl)
+        optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+
+        def step():
+            with autocast():
+                logits, loss, density = model(x, x)
+                if teacher is not None:
+                    with torch.no_grad():
+                        taught = teacher(x)[0]
+                    loss = loss + divergence(logits, taught, x)
+            (loss + density).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+        passes = 3 if teacher is None else 4  # a forward pass is a third of a step
+        return step, model.flops_per_token(config.block_size) / 3 * x.numel() * passes
+
+    matrices = config.n_layer * config.n_head * options.B * config.block_size**2 * 4  # bytes, T x T, float32
+    fast = "tiled" if device == "cpu" else "triton"
+    steps = {f"{name}, dense": step_of(False, "auto"), f"{name}, {fast}": step_of(True, fast)}
+    if 3 * matrices < options.most_memory * 1e9:
+        steps[f"{name}, plain"] = step_of(True, "plain")
+    steps[f"{name}, {fast}, taught"] = step_of(True, fast, built(False, "auto"))
+    return steps
+
+
+def whole_model(options, device, name):
+    """Rows of the table for a training step of a whole model."""
+    steps, peak = training_steps(options, device, name), parallel.peak_flops(device)
+    counters["graph_break"].clear()
+    found = measure({way: step for way, (step, _) in steps.items()}, device, options.repeats)
+    print(f"graph breaks: {dict(counters['graph_break']) or 'none'}")
+    return [row_of(SHAPES[name]["block_size"], None, way, measured, memory,
+                   mfu=steps[way][1] / measured.median / peak if peak else None)
+            for way, (measured, memory) in found.items()]
+
+
+def circuits(device):
+    """Time and memory of attention edges, scores and circuits of every prompt: 64 prompts of 20 tokens in a
+    model of GPT-2's size with random weights.
+    """
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(**SHAPES["gpt2"])).to(device).eval()
+    prompts = torch.randint(0, 50000, (2, 64, 20)).tolist()
+    pairs = [Pair(clean, other, [19], [[1]], [[2]]) for clean, other in zip(*prompts)]
+
+    def attention_edges():
+        for batch in tqdm(list(prepared(model, pairs, "zero")), leave=False, disable=None):
+            curves(model, batch, LOGIT, integrated_scores(model, batch, LOGIT).abs())
+
+    began = time.perf_counter()
+    memory = peak_memory(attention_edges, device)
+    beyond = "" if memory is None else f", {memory / 1e9:.2f} GB beyond the model"
+    print("30,240 attention edges a prompt, 64 prompts: scores and circuits of 40 sizes: "
+          f"{time.perf_counter() - began:.1f} s{beyond}")
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Table and chart
 
 
 def show(rows):
@@ -162,23 +279,18 @@ def show(rows):
     print("|------:|-------:|----------------------|------------:|------------------:"
           "|---------------|--------:|-----------:|--------:|-----:|")
     for row in rows:
-        floor = next(other for other in rows if (other["T"], other["open"]) == (row["T"], row["open"]))
-        print(line_of(row, floor))
-
-
-def line_of(row, floor):
-    """A line of the table. floor: the row that ratios are taken to."""
-    opened = "" if row["open"] is None else f"{100 * row['open']:.1f} %"
-    forward = "" if row["forward_ms"] is None else f"{row['forward_ms']:.2f}"
-    memory = more = ""
-    if row["memory_mb"] is not None:
-        memory = f"{row['memory_mb']:.0f}"
-        more = f"{row['memory_mb'] / max(1e-9, floor['memory_mb']):.1f}"
-    low, high = row["quartiles_ms"]
-    slower = row["ms"] / floor["ms"]
-    mfu = "" if row["mfu"] is None else f"{100 * row['mfu']:.0f} %"
-    return (f"| {row['T']:5d} | {opened:>6} | {row['way']:20} | {forward:>11} | {row['ms']:17.2f} "
-            f"| {low:.1f} to {high:.1f} | {slower:7.2f} | {memory:>10} | {more:>7} | {mfu:>4} |")
+        dense = next(other for other in rows if (other["T"], other["open"]) == (row["T"], row["open"]))
+        opened = "" if row["open"] is None else f"{100 * row['open']:.1f} %"
+        forward = "" if row["forward_ms"] is None else f"{row['forward_ms']:.2f}"
+        low, high = row["quartiles_ms"]
+        memory = more = ""
+        if row["memory_mb"] is not None:
+            memory = f"{row['memory_mb']:.0f}"
+            more = f"{row['memory_mb'] / max(1e-9, dense['memory_mb']):.1f}"
+        mfu = "" if row["mfu"] is None else f"{100 * row['mfu']:.0f} %"
+        print(f"| {row['T']:5d} | {opened:>6} | {row['way']:20} | {forward:>11} | {row['ms']:17.2f} "
+              f"| {low:.1f} to {high:.1f} | {row['ms'] / dense['ms']:7.2f} | {memory:>10} | {more:>7} "
+              f"| {mfu:>4} |")
 
 
 def chart(rows, path, title):
@@ -195,12 +307,26 @@ def chart(rows, path, title):
                 axis.loglog(*zip(*points), "o-", label=way, markersize=4)
         axis.set_xticks(lengths, [str(T) for T in lengths])
         axis.minorticks_off()
-        axis.set_xlabel("T, tokens of context")
-        axis.set_ylabel(label)
+        axis.set(xlabel="T, tokens of context", ylabel=label)
         axis.grid(alpha=0.3)
     axes[0].legend(frameon=False)
     figure.suptitle(title)
     figure.savefig(path, dpi=110)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The command
+
+
+def numbers(words):
+    """`1,0.1` -> (1.0, 0.1), for argparse."""
+    try:
+        found = tuple(map(float, words.split(",")))
+    except ValueError:
+        found = (0,)
+    if not all(0 < number < math.inf for number in found):
+        raise argparse.ArgumentTypeError("write numbers above 0, with commas between them")
+    return found
 
 
 def add_arguments(parser):
@@ -211,79 +337,44 @@ def add_arguments(parser):
     parser.add_argument("--D", type=int, default=64, help="width of a head")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"),
                         help="default float32, on a GPU bfloat16")
-    parser.add_argument("--open", default="0.01", help="shares of open edges, e.g. 1,0.1,0.01,0.004")
-    parser.add_argument("--lengths", nargs="?", const="128,256,512,1024,2048,4096,8192",
+    parser.add_argument("--open", type=numbers, default=(0.01,),
+                        help="shares of open edges, e.g. 1,0.1,0.01,0.004")
+    parser.add_argument("--lengths", type=numbers, nargs="?", const=(128, 256, 512, 1024, 2048, 4096, 8192),
                         help="lengths T for a table and a chart; alone: 128 to 8192")
     parser.add_argument("--model", choices=SHAPES, help="a whole model's training step")
-    parser.add_argument("--split", action="store_true",
-                        help="where the seconds of config/addition.py go (CPU)")
-    parser.add_argument("--circuit", action="store_true", help="edge scores of a GPT-2 124M")
-    parser.add_argument("--gate_bias", type=float, default=3.0,
-                        help="of --model: below 0 most gates are shut")
-    parser.add_argument("--splash", nargs="?", const="",
-                        help="folder of the authors' package; alone: it is installed")
-    parser.add_argument("--repeats", type=int, default=11)
+    parser.add_argument("--circuit", action="store_true", help="attention edges of a GPT-2 124M")
+    parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--most_memory", type=float, default=8.0,
                         help="GB: lengths and models for which the plain formula would need more "
                              "are left out for it")
-    parser.add_argument("--out_dir", default="out/bench")
-
-
-def numbers(flag, words, kind):
-    """`1,0.1` -> [1.0, 0.1]. Raises UserError unless all are above 0."""
-    try:
-        found = [kind(word) for word in words.split(",")]
-    except ValueError:
-        found = []
-    if not found or not all(0 < number < math.inf for number in found):
-        raise UserError(f"--{flag}={words}: write numbers above 0, with commas between them")
-    return found
-
-
-def title_of(options, device):
-    """The machine, and what is the same in all rows."""
-    title = f"CPU, {torch.get_num_threads()} threads"
-    if device.startswith("cuda"):
-        title = torch.cuda.get_device_name(device)
-    title += f", torch {torch.__version__}"
-    if options.circuit:
-        return title
-    title += f", B={options.B}"
-    if not options.model:
-        title += f" H={options.H} D={options.D} {options.dtype}"
-    return title
 
 
 def run(options, settings):
     """`analyze.py bench`."""
     device = parallel.pick_device(options.device)
-    if ":" in device:  # 'cuda:1'; torch takes no 'cuda' here
-        torch.cuda.set_device(device)
+    title = f"CPU, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    on_gpu = device.startswith("cuda")
+    if on_gpu:
+        torch.cuda.set_device(device if ":" in device else 0)
+        title = f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}"
+    if options.circuit:
+        print(title)
+        return circuits(device)
     torch._inductor.config.fallback_random = True  # torch's own generator in compiled code, as in train.py
     torch._dynamo.config.recompile_limit = 64  # many lengths; at 8 torch would give up compiling, silently
-    on_gpu = device.startswith("cuda")
     options.B = options.B or (8 if on_gpu else 2)
     options.dtype = options.dtype or ("bfloat16" if on_gpu else "float32")
-
-    title = title_of(options, device)
+    title += f", B={options.B}" + ("" if options.model else f" H={options.H} D={options.D} {options.dtype}")
     print(title)
-    if options.circuit:
-        return circuits(device)
-    if options.split:
-        from analysis.split import show_split, split  # here: it needs a dataset
-        return show_split(split(options.repeats))
     rows = []
     if options.model:
         rows = whole_model(options, device, options.model)
     else:
-        lengths = numbers("lengths", options.lengths or str(options.T), int)
-        for T in lengths:
-            for share in numbers("open", options.open, float):
-                rows += attention(options, device, T, share)
+        for T in options.lengths or (options.T,):
+            for share in options.open:
+                rows += attention(options, device, int(T), share)
     show(rows)
-    for T in dict.fromkeys(row["T"] for row in rows if row["open"] is not None):
-        print(floor_of(options.B, options.H, T, options.D, options.dtype, device))
-    os.makedirs(options.out_dir, exist_ok=True)
-    write_json(os.path.join(options.out_dir, "bench.json"), {"machine": title, "rows": rows})
+    os.makedirs(FOLDER, exist_ok=True)
+    write_json(os.path.join(FOLDER, "bench.json"), {"machine": title, "rows": rows})
     if options.lengths:
-        chart(rows, os.path.join(options.out_dir, "bench.png"), title)
+        chart(rows, os.path.join(FOLDER, "bench.png"), title)

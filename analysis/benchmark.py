@@ -37,10 +37,6 @@ def the_harness():
 
 def models_to_compare(checkpoint, path):
     """{'dense': function, 'sparse': function}; each brings a model. A dense run has the first alone."""
-    if "lora" in checkpoint:  # one model is both
-        model = model_judged(checkpoint, path)
-        return {"dense": lambda: lora.Base(model), "sparse": lambda: model}
-
     def judged():
         return model_judged(checkpoint, path)
 
@@ -48,6 +44,9 @@ def models_to_compare(checkpoint, path):
         context = checkpoint["model_args"]["block_size"]
         return load_parent(checkpoint, parallel.pick_device("auto"), block_size=context)
 
+    if "lora" in checkpoint:  # one model is both
+        model = judged()
+        return {"dense": lambda: lora.Base(model), "sparse": lambda: model}
     if not checkpoint["model_args"].get("gated"):
         return {"dense": judged}
     return {"dense": parent, "sparse": judged}

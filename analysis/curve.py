@@ -24,7 +24,7 @@ from matplotlib import pyplot as plt
 from analysis.baselines_table import place_of
 from analysis.figures import GREY, save
 from analysis.rules import RULES
-from analysis.seeds_table import aligned
+from analysis.seeds import aligned
 from analysis.verdict import AT_CAP
 from models.checkpoint import read_checkpoint
 from models.sources import checkpoint_named, from_here

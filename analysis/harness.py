@@ -7,6 +7,7 @@ questions. This file only lends it a model.
 
 Notable:
 - Gates are deterministic, as everywhere when a model is judged.
+- Tasks whose answers are a text, or none, are refused.
 - Prompts are padded on the right, where no causal model looks. A question that is longer than the model's
   context loses its beginning, as in the harness' own models.
 - Needs `pip install lm_eval`, and a network for the questions.
@@ -16,10 +17,8 @@ import lm_eval
 import torch
 from lm_eval.api.model import TemplateLM
 from lm_eval.tasks import TaskManager
-from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
-from analysis.sample import generate
 from storage.files import UserError
 
 
@@ -73,40 +72,10 @@ class Harness(TemplateLM):
         return answers
 
     def loglikelihood_rolling(self, requests, disable_tqdm=False):
-        """Log-probability of whole texts, in windows of the model's context."""
-        totals = []
-        for request in requests:
-            [string] = request.args
-            windows = get_rolling_token_windows(self.tok_encode(string), prefix_token=self.prefix_token_id,
-                                                max_seq_len=self.model.config.block_size, context_len=1)
-            parts = [(None, *make_disjoint_window(window)) for window in windows]
-            scores = self._loglikelihood_tokens(parts, disable_tqdm=True)
-            totals.append(sum(score for score, _ in scores))
-        return totals
+        raise UserError("one of these tasks has no answers to choose from, and benchmark reports how often "
+                        "the right one is chosen")
 
-    def generate_until(self, requests, disable_tqdm=False):
-        """Greedy text, up to the first of the request's stop strings."""
-        texts = []
-        for request in tqdm(requests, desc="texts", disable=disable_tqdm or None):
-            context, options = request.args
-            stops, most = options.get("until") or [], options.get("max_gen_toks", 256)
-            texts.append(self.continue_text(context, stops, most))
-        return texts
-
-    def continue_text(self, context, stops, most):
-        """The greedy text behind a context: up to a stop string, the end of the text, or `most` tokens."""
-        device, longest = next(self.model.parameters()).device, self.model.config.block_size
-        ids = self.tok_encode(context) or [self.eot_token_id]
-        ids = ids[-max(longest - most, 1):]  # room for the text, as in the harness' own models
-        said = []
-        for token, _ in generate(self.model, torch.tensor([ids], device=device), most, temperature=0):
-            said.append(token)
-            if token == self.eot_token_id or any(stop in self.tokens.decode(said) for stop in stops):
-                break
-        if said and said[-1] == self.eot_token_id:
-            said = said[:-1]
-        text = self.tokens.decode(said)
-        return min((text.partition(stop)[0] for stop in stops), key=len, default=text)
+    generate_until = loglikelihood_rolling
 
 
 def benchmark(models, tokens, tasks, limit=None, include=None):
@@ -141,12 +110,7 @@ def lines(table):
     rows = [f"{'task':24}{'metric':10}" + "".join(f"{name:>20}" for name in first_metric)]
     for task, metrics in table.items():
         for metric, found in metrics.items():
-            cells = "".join(f"{score_and_error(*pair):>20}" for pair in found.values())
+            cells = "".join(f"{score:.3f} +- {error if error == 'N/A' else format(error, '.3f')}".rjust(20)
+                            for score, error in found.values())
             rows.append(f"{task:24}{metric:10}{cells}")
     return "\n".join(rows)
-
-
-def score_and_error(score, error):
-    """A cell of the table. error: a number, or the harness' 'N/A'."""
-    shown = error if isinstance(error, str) else f"{error:.3f}"
-    return f"{score:.3f} +- {shown}"

@@ -2,12 +2,13 @@
 
     python analyze.py seeds config/addition.py --seeds=21-40             twenty runs, one table
     python analyze.py seeds config/addition.py --seeds=1,5,9 --jobs=2    two at a time
-    python analyze.py seeds config/addition.py --seeds=1-3 --loss_slack=0.01 --n_head=2 --explain
+    python analyze.py seeds config/addition.py --seeds=1-3 --loss_slack=0.01 --n_head=2
+    python analyze.py seeds config/addition.py --seeds=1-3 --changes     what is each part of the method good
+                                                                         for? One change at a time
 
 Every seed is `python train.py CONFIG --seed=N` in a process of its own, so it is the very run that a person
 would start. Finished runs are skipped, unfinished ones go on. --threads (1) for each process: other numbers
-of threads sum in another order, and training is chaotic. --explain says of every run what algorithm its
-circuit is (explain.py). Any other --key=value goes to train.py:
+of threads sum in another order, and training is chaotic. Any other --key=value goes to train.py:
 
 - It stands in the name of the run's folder, out/addition-loss_slack=0.01-seed3: plain runs are left alone.
 - The model's shape and the dataset are the parent's business. With such a setting the parent is a run of its
@@ -15,15 +16,19 @@ circuit is (explain.py). Any other --key=value goes to train.py:
 
 A seed that misses its target, or fails, stays in the table: leaving it out would be a lie. Output of a run:
 out/<run>.log. The table, as numbers: out/<name>-seeds.json.
+
+With --changes what is on in the config file is switched off, what is off is switched on (`changes`); some of
+them: --changes="fixed penalty,no distillation". A change that makes no difference to a config file is left
+out. Lowest, median and highest of the seeds, as numbers: out/<name>-ablations.json.
 """
 
 import os
+import re
+import statistics
 import subprocess
 import sys
-import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
 
-from analysis.seeds_table import cells, in_words, summary, table
 from analysis.verdict import distance_in_words
 from models.checkpoint import read_checkpoint
 from models.sources import from_here
@@ -36,22 +41,42 @@ from training.parents import PASSED_ON
 OF_PARENT = (*SHAPE, "dataset")  # settings that a child takes from its parent, or shares with it
 
 
+def changes(c):
+    """{name: {setting: value}}: what is changed in the settings c, one at a time."""
+    return {
+        "as it is": {},
+        # lambda stays where it begins, as in an ordinary L0 penalty
+        "fixed penalty": {"lambda_min": c.lambda_init, "lambda_max": c.lambda_init},
+        # it is measured on samples only while training draws them
+        "sampled constraint": {"constraint_gates": "sampled", "noise_free_steps": 0},
+        "no averaged weights": {"average_decay": 0.0},
+        "no distillation": {"distill_weight": 0.0},
+        "distillation": {"distill_weight": 1.0},
+        "temperature 1": {"gate_temperature": 1.0},
+        "temperature 3": {"gate_temperature": 3.0},
+        "gate bias 1": {"gate_bias": 1.0},
+        "gate bias 6": {"gate_bias": 6.0},
+        "no hand-over": {"open_above": 0.0},
+        "no peak slack": {"peak_slack": 0.0},
+        "no linear penalty": {"linear_penalty_steps": 0},
+        "noise to the end": {"noise_free_steps": 0},
+    }
+
+
+# ------------------------------------------------------------------------------------------------------------
+# What has to be run
+
+
 def parse_seeds(words):
     """`21-23,5` -> [21, 22, 23, 5]. Raises UserError."""
     found = []
     for part in words.split(","):
-        first, dash, last = part.partition("-")
-        if not first.isdecimal() or dash and not last.isdecimal():
-            raise UserError(
-                f"--seeds={words}: write numbers and ranges, such as --seeds=21-40 or --seeds=1,5,9"
-            )
-        if int(last or first) > 1_000_000:
-            raise UserError(f"--seeds={words}: a seed is a number up to a million")
-        if dash and int(last) < int(first):
-            raise UserError(f"--seeds={words}: write a range upwards, such as --seeds=21-40")
-        found += range(int(first), int(last or first) + 1)
-    if len(set(found)) < len(found):
-        raise UserError(f"--seeds={words} names a seed twice")
+        match = re.fullmatch(r"(\d{1,6})(?:-(\d{1,6}))?", part)
+        some = range(int(match[1]), int(match[2] or match[1]) + 1) if match else ()
+        if not some or set(some) & set(found):
+            raise UserError(f"--seeds={words}: write numbers and ranges, each seed once, such as "
+                            "--seeds=21-40 or --seeds=1,5,9")
+        found += some
     return found
 
 
@@ -69,24 +94,37 @@ def read_settings(path, flags):
     return settings
 
 
-# ------------------------------------------------------------------------------------------------------------
-# What has to be run
+def chosen_changes(path, settings, only):
+    """{name: {setting: value}} of the changes that make a difference, with the settings that hold for all.
 
-
-def folder_for(path, settings, seed=None):
-    """`out/addition-n_head=2-seed3`: where the runs of a config file and some settings go; without a seed the
-    beginning of it.
+    only: names, or [] for all. Raises UserError.
     """
+    c, _ = make_config(path, settings)
+    if not c.gated:
+        raise UserError(f"{path} is a dense run: there is no part of the method to leave out")
+    found = {}
+    for name, change in changes(c).items():
+        new = {key: value for key, value in change.items() if getattr(c, key) != value}
+        if name == "as it is" or new and (not only or name in only):
+            found[name] = settings | new
+    unknown = [name for name in only if name not in changes(c)]
+    if unknown:
+        raise UserError(f"there is no change {unknown[0]!r}. There are {', '.join(changes(c))}")
+    return found
+
+
+def folder_for(path, settings, seed=1):
+    """`out/addition-n_head=2-seed3`: where the runs of a config file and some settings go."""
     name = os.path.splitext(os.path.basename(path))[0]
     words = [f"-{key}={str(value).replace(os.sep, '_')}" for key, value in sorted(settings.items())]
-    ending = f"-seed{seed}" if seed not in (None, 1) else ""  # as in settings.make_config
+    ending = f"-seed{seed}" if seed != 1 else ""  # as in make_config
     return f"out/{name}{''.join(words)}{ending}"
 
 
 def runs_for(path, settings, seed):
     """The runs that one seed takes, the child last: [(config file, {setting: value})].
 
-    One, unless a parent must be told of its shape.
+    One, unless a parent must be told of its shape. Raises UserError where settings contradict each other.
     """
     config, _ = make_config(path, settings)
     check_together(config)
@@ -102,16 +140,6 @@ def runs_for(path, settings, seed):
     return runs
 
 
-def command_for(path, settings):
-    """The command that trains a run."""
-    return [
-        sys.executable,
-        os.path.join(REPOSITORY, "train.py"),
-        path,
-        *(f"--{key}={value}" for key, value in settings.items()),
-    ]
-
-
 def is_finished(path, settings):
     """Is this run, with these very settings, at its end, and reported?
 
@@ -120,43 +148,57 @@ def is_finished(path, settings):
     config, names = make_config(path, settings)
     try:
         before = settings_of(config.out_dir)
-        report = read_json(os.path.join(config.out_dir, "report.json"))
+        read_json(os.path.join(config.out_dir, "report.json"))
         last = read_checkpoint(os.path.join(config.out_dir, "last.pt"))
     except (OSError, UserError):
         return False
     inherited = [key for key in SHAPE if key not in names]
     now = {key: value for key, value in vars(config).items() if key not in (*FREE, *inherited)}
-    is_same = all(before.get(key) == value for key, value in now.items())
-    is_reported = "headline" in report  # and not by an older report.py
-    return is_same and is_at_end(last, config) and is_reported
+    return all(before.get(key) == value for key, value in now.items()) and is_at_end(last, config)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Running it
+
+
+def train_all(path, settings, seeds, options):
+    """Train with every seed, options.jobs at a time. Returns their rows (`row_of`), and keeps them in
+    out/<name>-seeds.json as they come, beside those of other seeds.
+    """
+    place, rows = folder_for(path, settings) + "-seeds.json", {}
+    known = {row["seed"]: row for row in read_json(place)["rows"]} if os.path.exists(place) else {}
+    with ThreadPoolExecutor(options.jobs) as pool:
+        waiting = [pool.submit(train_seed, path, settings, seed, options) for seed in seeds]
+        try:
+            for done in as_completed(waiting):
+                row = done.result()
+                rows[row["seed"]] = known[row["seed"]] = row
+                of_all = [known[seed] for seed in sorted(known)]
+                write_json(place, {"config": path, "settings": settings, "threads": options.threads,
+                                   "rows": of_all})
+                print(f"seed {'  '.join(cells(row))}  ({len(rows)} of {len(seeds)})", file=sys.stderr,
+                      flush=True)
+        except KeyboardInterrupt:  # it reaches the runs as well, and they save themselves
+            pool.shutdown(cancel_futures=True)
+            sys.exit("stopped. The same command goes on where the runs stand")
+    return [rows[seed] for seed in seeds]
 
 
 def train_seed(path, settings, seed, options):
     """Train what one seed takes, and say what became of it: a row of the table, see `row_of`."""
     environment = os.environ | {"OMP_NUM_THREADS": str(options.threads)}
-    began, ran = time.time(), False
+    os.makedirs("out", exist_ok=True)
     for file, given in runs_for(path, settings, seed):
         folder = given["out_dir"]
         if is_finished(file, given):
             continue
-        ran = True
-        os.makedirs("out", exist_ok=True)
+        command = [sys.executable, os.path.join(REPOSITORY, "train.py"), file,
+                   *(f"--{key}={value}" for key, value in given.items())]
         with open(folder + ".log", "a", encoding="utf-8") as log:
-            status = subprocess.run(
-                command_for(file, given), stdout=log, stderr=log, env=environment
-            ).returncode
+            status = subprocess.run(command, stdout=log, stderr=log, env=environment).returncode
         if status not in (0, MISSED):
-            return {
-                "seed": seed,
-                "run": folder,
-                "met": False,
-                "failed": last_line(folder + ".log"),
-                "wall_seconds": time.time() - began,
-            }
-    row = row_of(folder, seed) | {"wall_seconds": time.time() - began if ran else None}
-    if options.explain:
-        row["algorithm"] = algorithm_of(folder, environment)
-    return row
+            return {"seed": seed, "run": folder, "met": False, "failed": last_line(folder + ".log")}
+    return row_of(folder, seed)
 
 
 def last_line(path):
@@ -171,7 +213,7 @@ def row_of(run, seed):
 
     seed, run, met; open, total (edges); correct, examples (answers of both splits, null for text); seconds
     {dense, sparse} of training; loss, parent_loss (nats), parent_steps (null if the parent's folder is gone);
-    closest: what a missed run lacks, in words, else null
+    closest: what a missed run lacks, in words, else null; failed: null
     """
     report = read_json(os.path.join(run, "report.json"))
     judged = report["sparse"] or report["dense"]
@@ -194,83 +236,109 @@ def row_of(run, seed):
     }
 
 
-def algorithm_of(run, environment):
-    """The name of a run's algorithm by explain.py, or why there is none."""
-    command = [sys.executable, os.path.join(REPOSITORY, "analyze.py"), "explain", run]
-    done = subprocess.run(command, capture_output=True, text=True, errors="replace", env=environment)
-    if done.returncode:
-        return (done.stderr.strip().splitlines() or ["explain was killed"])[-1]
-    return read_json(os.path.join(run, "explain.json"))["algorithm"]
+# ------------------------------------------------------------------------------------------------------------
+# Tables
+
+
+def aligned(lines):
+    """Lists of cells as lines of text, column by column."""
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
+
+
+def spread(values, form):
+    """Lowest, median and highest of some numbers in words, or `-` of none."""
+    numbers = (min(values), statistics.median(values), max(values)) if values else ()
+    return ", ".join(f"{number:{form}}" for number in numbers) or "-"
+
+
+def cells(row):
+    """A seed's row of the table, as words."""
+    if row["failed"]:
+        return [str(row["seed"]), "FAILED", "-", "-", "-", "-", "-", row["failed"][:100]]
+    parent = "-" if row["parent_loss"] is None else f"{row['parent_loss']:.4f}"
+    if row["parent_steps"] is not None:
+        parent += f" ({row['parent_steps']} steps)"
+    correct = "-" if row["correct"] is None else f"{row['correct']:,} of {row['examples']:,}"
+    seconds = ["-" if value is None else f"{value:.0f}" for value in row["seconds"].values()]
+    return [str(row["seed"]), "met" if row["met"] else "MISSED", parent,
+            f"{row['open']:.2f} of {row['total']}", correct, *seconds, row["closest"] or ""]
+
+
+def table(rows):
+    """The rows as text, one line a seed, and what all say together."""
+    heading = ["seed", "target", "parent's loss", "open edges", "right", "s dense", "s sparse", "closest"]
+    ended = [row for row in rows if not row["failed"]]
+    met = [row["open"] for row in ended if row["met"]]
+    seconds = [sum(value or 0 for value in row["seconds"].values()) for row in ended]
+    return "\n".join([
+        aligned([heading, *map(cells, rows)]),
+        f"met {len(met)} of {len(rows)}; lowest, median, highest: {spread(met, '.2f')} open edges of those, "
+        f"{spread(seconds, '.0f')} seconds of training",
+    ])
+
+
+def line_of(name, settings, rows):
+    """What the seeds of one change became: how many met their target; open edges of the checkpoint that each
+    run is known by, and held-out loss above the parent's (nats), each sorted.
+    """
+    ended = [row for row in rows if not row["failed"]]
+    return {"change": name, "settings": settings, "met": sum(row["met"] for row in rows), "of": len(rows),
+            "open": sorted(row["open"] for row in ended),
+            "above": sorted(row["loss"] - row["parent_loss"] for row in ended)}
+
+
+def table_of_changes(lines):
+    """The lines as text."""
+    rows = [["change", "met", "open edges", "nats above the parent"]]
+    for line in lines:
+        rows.append([line["change"], f"{line['met']} of {line['of']}", spread(line["open"], ".1f"),
+                     spread(line["above"], "+.4f")])
+    return aligned(rows)
 
 
 # ------------------------------------------------------------------------------------------------------------
-# The commands
+# The command
 
 
-def add_shared_arguments(parser):
-    """Those of every command that trains a config file with many seeds."""
+def add_arguments(parser):
     parser.add_argument(
         "config", metavar="CONFIG", help="a config file; behind it any setting of train.py, --key=value"
     )
     parser.add_argument("--seeds", default="1-3", help="numbers and ranges: 21-40 or 1,5,9")
     parser.add_argument("--threads", type=int, default=1, help="of each process")
     parser.add_argument("--jobs", type=int, default=1, help="processes at a time")
-
-
-def read_shared(options, settings):
-    """(config file, {setting: value}, [seed]) of the command line, checked. Raises UserError."""
-    if options.threads < 1 or options.jobs < 1:
-        raise UserError("--threads and --jobs must be at least 1")
-    return options.config, read_settings(options.config, settings), parse_seeds(options.seeds)
-
-
-def add_arguments(parser):
-    add_shared_arguments(parser)
-    parser.add_argument("--explain", action="store_true", help="what algorithm is it? For addition")
+    parser.add_argument("--changes", nargs="?", const="", metavar="SOME",
+                        help="one change at a time: all, or of these: " + ", ".join(changes(Config())))
 
 
 def run(options, settings):
     """`analyze.py seeds`: train, print and write the table.
 
-    Returns the exit status: 0 if every seed met its target, else 1.
+    Returns the exit status: 0 if every seed met its target, else 1; with --changes 0.
     """
-    path, settings, seeds = read_shared(options, settings)
+    if options.threads < 1 or options.jobs < 1:
+        raise UserError("--threads and --jobs must be at least 1")
+    path, seeds = options.config, parse_seeds(options.seeds)
+    settings = read_settings(path, settings)
     runs_for(path, settings, seeds[0])  # a mistake is found before anything is trained
-    place = folder_for(path, settings) + "-seeds.json"
-    known = read_rows(place)  # those of other seeds stay
-    rows = []
-    for row in train_all(path, settings, seeds, options):
-        if row["wall_seconds"] is None:
-            row["wall_seconds"] = known.get(row["seed"], {}).get("wall_seconds")
-        rows = sorted([*rows, row], key=lambda row: seeds.index(row["seed"]))
-        known[row["seed"]] = row
-        of_all = [known[seed] for seed in sorted(known)]
-        write_json(place, {"config": path, "settings": settings, "threads": options.threads,
-                           "summary": summary(of_all), "rows": of_all})
-        print(f"seed {'  '.join(cells(row))}  ({len(rows)} of {len(seeds)})", file=sys.stderr, flush=True)
+    if options.changes is not None:
+        return train_changes(path, settings, seeds, options)
+    rows = train_all(path, settings, seeds, options)
     print(table(rows))
-    print(in_words(summary(rows)))
-    print(f"the same as numbers: {place}")
+    print(f"the same as numbers: {folder_for(path, settings)}-seeds.json")
     return 0 if all(row["met"] for row in rows) else 1
 
 
-def read_rows(place):
-    """{seed: row} of an earlier table, or nothing."""
-    if not os.path.exists(place):
-        return {}
-    return {row["seed"]: row for row in read_json(place)["rows"]}
-
-
-def train_all(path, settings, seeds, options):
-    """Yield the row of every seed as soon as there is one, options.jobs at a time.
-
-    Ctrl-C reaches the runs as well, and they save themselves.
-    """
-    with ThreadPoolExecutor(options.jobs) as pool:
-        waiting = [pool.submit(train_seed, path, settings, seed, options) for seed in seeds]
-        try:
-            for done in as_completed(waiting):
-                yield done.result()
-        except KeyboardInterrupt:
-            pool.shutdown(cancel_futures=True)
-            sys.exit("stopped. The same command goes on where the runs stand")
+def train_changes(path, settings, seeds, options):
+    """`analyze.py seeds --changes`: train with one change at a time, print and write the table."""
+    chosen = chosen_changes(path, settings, [name for name in options.changes.split(",") if name])
+    place = folder_for(path, settings) + "-ablations.json"
+    others = read_json(place) if os.path.exists(place) else []  # of earlier commands, with other changes
+    others, lines = [line for line in others if line["change"] not in chosen], []
+    for name, changed in chosen.items():
+        lines.append(line_of(name, changed, train_all(path, changed, seeds, options)))
+        write_json(place, lines + others)
+        print(table_of_changes(lines[-1:]).splitlines()[1], file=sys.stderr, flush=True)
+    print(table_of_changes(lines))
+    print(f"the same as numbers: {place}")

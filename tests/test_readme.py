@@ -79,9 +79,9 @@ def test_every_setting_in_the_tables_exists():
     # a typo, and other programs' flags
     others = {"learning_rte", "seeds", "jobs", "threads", "digits", "T", "nproc_per_node", "nnodes",
               "rdzv_backend", "rdzv_id", "rdzv_endpoint", "tokenizer", "file", "shards", "processes",
-              "prompt", "tokens", "temperature", "open", "model", "splash", "B", "H", "repeats",
+              "prompt", "tokens", "temperature", "open", "model", "B", "H", "repeats",
               "most_memory", "task", "shut", "n", "gpus", "context", "measured", "include", "limit", "tasks",
-              "as", "only", "steps", "at", "features", "price", "name",
+              "as", "changes", "steps", "at", "features", "price", "name",
               "rules", "budgets"}
     assert set(flags) - others <= set(Config.__annotations__) | {"index"}
 
