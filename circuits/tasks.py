@@ -22,6 +22,8 @@ prompts.py writes them; a task of your own is a function there and a line in TAS
 import random
 from typing import NamedTuple
 
+import torch
+
 from circuits import prompts
 from storage import text
 from storage.addition import ADDITION_TOKENS
@@ -36,6 +38,11 @@ class Pair(NamedTuple):
     positions: list  # where the logits are asked for the token that belongs next (for addition: there)
     right: list  # for each position, the tokens that count for
     wrong: list  # for each position, the tokens that count against
+
+    @property
+    def key(self):
+        """What tells pairs apart, whatever their labels."""
+        return tuple(self.clean), tuple(self.corrupted)
 
 
 class Vocabulary(NamedTuple):
@@ -113,6 +120,35 @@ def make_pairs(task, n, seed, vocabulary):
         else:
             pairs.append(Pair(clean, corrupted, [len(clean) - 1], [right], [wrong]))
     return pairs, metric
+
+
+def batches(pairs, size, device="cpu"):
+    """Yield (clean (b, T), corrupted (b, T), pairs), at most `size` pairs of one length: prompts of different
+    lengths cannot share a batch.
+    """
+    groups = {}
+    for pair in pairs:
+        groups.setdefault(len(pair.clean), []).append(pair)
+    for group in groups.values():
+        for part in (group[i:i + size] for i in range(0, len(group), size)):
+            clean, corrupted = ([pair.clean for pair in part], [pair.corrupted for pair in part])
+            yield torch.tensor(clean, device=device), torch.tensor(corrupted, device=device), part
+
+
+def metric_of(logits, pairs, metric):
+    """(B,): how well each pair's answer is known, the mean over its positions. logits (B, T, V)."""
+    values = []
+    for row, pair in zip(logits, pairs):
+        row, mean = row[pair.positions], torch.mean  # (answers, V)
+        if metric == PROBABILITY:
+            row, mean = row.softmax(-1), torch.sum
+        found = [mean(at[right]) - mean(at[wrong]) for at, right, wrong in zip(row, pair.right, pair.wrong)]
+        values.append(torch.stack(found).mean())
+    return torch.stack(values)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# `analyze.py circuit` without runs: the tasks and their prompts in words
 
 
 def lines_of_tasks():
