@@ -17,12 +17,12 @@ import numpy as np
 import torch
 
 from analysis import circuit_figures, figures
+from analysis.circuit_table import table
 from analysis.report_figures import pieces_of
 from circuits import compare, induction, tasks
 from circuits.attention_edges import terms_of
 from circuits.graph import ComponentGraph
 from circuits.prompt_circuits import circuit_of
-from circuits.table import table
 from models.checkpoint import model_of, read_checkpoint, tokenizer_of
 from models.sources import checkpoint_named, folder_of_answers
 from storage.files import UserError, write_json

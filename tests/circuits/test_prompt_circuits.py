@@ -4,13 +4,13 @@ import pytest
 import torch
 from planted import PLANTED, T, planted
 
+from analysis.circuit_table import table
 from circuits import prompt_circuits
 from circuits.attention_edges import prepared
 from circuits.attribution import best_edges, cut_edges
 from circuits.controls import aligned, component_controls, nonsense, nonsense_reached, of_size, untrained
 from circuits.graph import ComponentGraph
 from circuits.prompt_circuits import circuit_of, kinds_for, known_to, measure, spread
-from circuits.table import table
 from circuits.tasks import LOGIT, Pair
 
 CIRCUIT = [[0, 0, 2, 0], [1, 1, T - 1, 2]]
