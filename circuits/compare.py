@@ -169,11 +169,12 @@ def compare(dense, sparse, tokenizer, task, n, seed, steps):
     another = pairs_of_another(task, n, 2 * seed + 2, tokens, room, is_known)
     result = {"task": task, "metric": metric, "pairs": n, "pairs_to_test": len(to_test), "seed": seed,
               "steps": steps, "another": another and another[0]}
+    found = {}
     for name, model in tqdm(models.items(), desc="component edges", leave=False, disable=None):
-        components = measure(model, to_score, to_test, metric, steps, another)
-        result[name] = components.result
+        found[name] = measure(model, to_score, to_test, metric, steps, another)
+        result[name] = found[name].result
     known, result["attention_edges"] = {}, {}
     for ablation in ABLATIONS:
         result["attention_edges"][ablation], known[ablation] = prompt_circuits.compare(
             models, to_score, to_test, metric, ablation, another)
-    return Comparison(result, components, to_test[0].clean, next(iter(known["zero"]), None))
+    return Comparison(result, found["sparse"], to_test[0].clean, next(iter(known["zero"]), None))

@@ -92,13 +92,10 @@ def test_induction_writes_every_head(runs, capsys):
 
 
 @pytest.mark.parametrize("arguments, words", [
-    (["out/dense", "out/sparse", "--task=ioi"], "What fits it: docstring, copy, quote, bracket"),
-    (["out/dense", "out/sparse", "--task=qoute"], "no task 'qoute'"),
     (["out/sparse", "out/dense", "--task=quote"], "compares a dense run with a sparse one"),
     (["out/sparse", "--task=quote"], "circuit compares two runs"),
     (["out/sums", "out/sparse", "--task=quote"], "of the same vocabulary"),
     (["out/dense", "out/none", "--task=quote"], "no checkpoint out/none"),
-    (["out/dense", "out/dense", "--task=quote"], "compares a dense run with a sparse one"),
     (["out/dense", "out/short", "--task=quote"], "and a model has a context of 8"),
     (["out/dense", "out/none-open", "--task=quote"], "model does not know the task.*There is no effect"),
 ])
