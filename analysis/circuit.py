@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from analysis import circuit_figures, figures
-from analysis.circuit_table import table
+from analysis.circuit_table import lines_of_prompts, lines_of_tasks, table
 from analysis.report_figures import pieces_of
 from circuits import compare, induction, tasks
 from circuits.attention_edges import terms_of
@@ -191,6 +191,6 @@ def run(options, settings):
         raise UserError("circuit compares two runs: `analyze.py circuit DENSE SPARSE --task=...`")
     elif options.task:
         n = 5 if options.n is None else options.n
-        print("\n".join(tasks.lines_of_prompts(options.task, n, options.seed, options.vocabulary)))
+        print("\n".join(lines_of_prompts(options.task, n, options.seed, options.vocabulary)))
     else:
-        print("\n".join(tasks.lines_of_tasks()))
+        print("\n".join(lines_of_tasks()))

@@ -9,7 +9,7 @@ import pytest
 
 import analyze
 from circuits import prompts, tasks
-from circuits.tasks import LOGIT, TASKS, decoder, fitting, make_pairs, vocabulary
+from circuits.tasks import LOGIT, TASKS, fitting, make_pairs, vocabulary
 from conftest import REPOSITORY
 from helpers import call
 from storage.addition import addition_rows
@@ -41,7 +41,7 @@ def test_pairs_have_equal_lengths_differ_and_ask_for_single_tokens(name):
 
 @needs_gpt2
 def test_in_ioi_only_the_giver_changes_and_both_orders_are_there():
-    show, orders = decoder("gpt2"), collections.Counter()
+    show, orders = vocabulary("gpt2").decode, collections.Counter()
     for task in ("ioi", "ioi_long"):
         for pair in make_pairs(task, 100, 1, vocabulary("gpt2"))[0]:
             changed = [i for i, (a, b) in enumerate(zip(pair.clean, pair.corrupted)) if a != b]
@@ -57,7 +57,7 @@ def test_in_ioi_only_the_giver_changes_and_both_orders_are_there():
 
 @needs_gpt2
 def test_greater_than_counts_every_year_that_splits_and_no_other():
-    encode, show = vocabulary("gpt2").encode, decoder("gpt2")
+    encode, show = vocabulary("gpt2").encode, vocabulary("gpt2").decode
     for pair in make_pairs("greater_than", 50, 1, vocabulary("gpt2"))[0]:
         start = int(show(pair.clean).split("the year 17")[1][:2])
         right, wrong = ([int(show([token])) for token in group[0]] for group in (pair.right, pair.wrong))
@@ -76,7 +76,7 @@ def test_words_that_split_are_left_out():
 
 @pytest.mark.parametrize("name", [pytest.param("gpt2", marks=needs_gpt2), "bytes"])
 def test_docstring_asks_for_the_third_argument_and_the_twin_never_names_it(name):
-    show = decoder(name)
+    show = vocabulary(name).decode
     pairs, _ = make_pairs("docstring", 2000, 1, vocabulary(name))
     assert name == "bytes" or not any(pair.right[0][0] in pair.corrupted for pair in pairs)
     for pair in pairs[:50]:
@@ -90,7 +90,7 @@ def test_docstring_asks_for_the_third_argument_and_the_twin_never_names_it(name)
 
 
 def test_bytes_tasks_close_what_was_opened():
-    show = decoder("bytes")
+    show = vocabulary("bytes").decode
     for pair in make_pairs("bracket", 50, 1, vocabulary("bytes"))[0]:
         opened = [c for c in show(pair.clean) if c in "(["]
         assert len(opened) == 2
@@ -111,7 +111,7 @@ def test_copy_is_induction_and_its_twin_has_nothing_to_copy():
 
 
 def test_sums_are_right_and_written_as_the_model_reads_them():
-    show = decoder("addition")
+    show = vocabulary("addition").decode
     for task in ("addition", "carry"):
         for pair in make_pairs(task, 100, 1, vocabulary("addition"))[0]:
             sums = []
