@@ -5,7 +5,8 @@
                questions.py: sums, prompts and edges as they are typed
 3. seeds.py    the same run with many seeds, or with one change at a time; curve.py: edges over loss
    baselines.py   other ways to cut edges, which rules.py has; baselines_table.py: their table
-   circuit.py  how small a task's circuit is, dense and sparse; the tasks; which heads copy
+   circuit.py  how small a task's circuit is, dense and sparse; the tasks; which heads copy;
+               circuit_table.py: its table
 4. transcode.py, graph.py   features and heads behind an answer; graphs.py: behind many, what opens an edge,
                and are a sparse model's graphs smaller?
 5. sample.py   text, and what every token read; benchmark.py: standard benchmarks, to which

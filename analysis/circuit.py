@@ -17,12 +17,12 @@ import numpy as np
 import torch
 
 from analysis import circuit_figures, figures
+from analysis.circuit_table import lines_of_prompts, lines_of_tasks, table
 from analysis.report_figures import pieces_of
 from circuits import compare, induction, tasks
 from circuits.attention_edges import terms_of
 from circuits.graph import ComponentGraph
 from circuits.prompt_circuits import circuit_of
-from circuits.table import table
 from models.checkpoint import model_of, read_checkpoint, tokenizer_of
 from models.sources import checkpoint_named, folder_of_answers
 from storage.files import UserError, write_json
@@ -57,11 +57,11 @@ def two_models(dense_run, sparse_run):
 
 def kept_edges(graph, found):
     """The circuit as a list of (from, to, as q, k or v, score), components by their number."""
-    readers = graph.reader_names()
+    readers = graph.reader_names
     kept = []
-    for writer, reader in found.circuit.nonzero().tolist():
+    for writer, reader in found.sparse.circuit.nonzero().tolist():
         role = readers[reader].rpartition(" ")[2] if "." in readers[reader] else ""
-        kept.append((writer, graph.owner(reader), role, found.scores[writer, reader].item()))
+        kept.append((writer, graph.owner[reader].item(), role, found.sparse.scores[writer, reader].item()))
     return kept
 
 
@@ -72,7 +72,7 @@ def strongest_heads(graph, kept):
         for end in (writer, owner):
             if end < graph.W:
                 weight[end] += abs(score)
-    names = graph.writer_names()
+    names = graph.writer_names
     heads = [w for w in weight.argsort(descending=True).tolist() if weight[w] > 0 and "." in names[w]]
     return heads[:DRAWN_HEADS]
 
@@ -93,8 +93,8 @@ def draw(found, dense, sparse, tokenizer, folder):
     circuit_figures.circuit_curves(path + ".png", task, found.result)
     graph = ComponentGraph(sparse.config.n_layer, sparse.config.n_head)
     kept = kept_edges(graph, found)
-    title = f"{task}: the {len(kept)} edges that explain {100 * found.share:.0f} % in the sparse model"
-    names = graph.writer_names() + ["output"]
+    title = f"{task}: the {len(kept)} edges that explain {100 * found.sparse.share:.0f} % in the sparse model"
+    names = graph.writer_names + ["output"]
     circuit_figures.circuit_graph(path + "-graph.png", names, graph.H, kept, title)
     drawn = [path + ".png", path + "-graph.png"]
     heads = strongest_heads(graph, kept)
@@ -102,7 +102,7 @@ def draw(found, dense, sparse, tokenizer, folder):
         return drawn
     rows = [("dense", patterns(dense, found.prompt, heads, graph)),
             ("sparse", patterns(sparse, found.prompt, heads, graph))]
-    names = [f"head {graph.writer_names()[w]}" for w in heads]
+    names = [f"head {graph.writer_names[w]}" for w in heads]
     title = f"{task}: the circuit's strongest heads on one prompt"
     figures.gallery(path + "-gallery.png", names, pieces_of(found.prompt, tokenizer), rows, title)
     return [*drawn, path + "-gallery.png"]
@@ -191,6 +191,6 @@ def run(options, settings):
         raise UserError("circuit compares two runs: `analyze.py circuit DENSE SPARSE --task=...`")
     elif options.task:
         n = 5 if options.n is None else options.n
-        print("\n".join(tasks.lines_of_prompts(options.task, n, options.seed, options.vocabulary)))
+        print("\n".join(lines_of_prompts(options.task, n, options.seed, options.vocabulary)))
     else:
-        print("\n".join(tasks.lines_of_tasks()))
+        print("\n".join(lines_of_tasks()))

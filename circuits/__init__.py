@@ -7,8 +7,8 @@
 5. attention_edges.py  the other grain: which reads one prompt needs
 6. controls.py         what small circuits are worth
 7. prompt_circuits.py  attention edges over many prompts
-8. compare.py          dense against sparse, both grains; table.py prints it
+8. compare.py          dense against sparse, both grains
 9. induction.py        which heads copy
 
-Imports gate, model, models/ and storage/; draws nothing.
+Imports gate, model, models/ and storage/; prints and draws nothing.
 """

@@ -37,18 +37,19 @@ Notable:
 """
 
 import contextlib
+import itertools
 from functools import partial
 from typing import NamedTuple
 
 import torch
 
-from circuits.attribution import batches, metric_of, ranks, settles, sizes
+from circuits.attribution import ranks, settles, sizes
+from circuits.tasks import batches, metric_of
 from gate import shared_among_heads
 
 LEVELS = (0.8, 0.9, 0.95)
 ABLATIONS = ("zero", "interchange")
 KINDS = ("gradient", "integrated", "exact")  # of scores
-RANKINGS = ("gradient", "|gradient|", "integrated", "|integrated|", "exact", "|exact|")
 ROOM = 2**25  # numbers in the largest (rows, L, H, T, T) that is run at once
 
 
@@ -102,26 +103,16 @@ def run_cut(model, tokens, keep, instead=None, **options):
     tokens (B, T); keep (n_layer, B, H, T, T), 1 keeps an edge and 0 cuts it; instead: what cut edges carry, a
     list of Terms, or None for nothing. options: of the model's forward.
     """
+    if instead is None:
+        return model(tokens, keep=keep, **options)[0]
+
     def attend(layer, original, q, k, v, **given):
-        y, density, gates = original(q, k, v, **given | {"keep": keep[layer]})
-        if instead is not None:
-            others = (1 - keep[layer].to(y.dtype)) * instead[layer].weights
-            y = y + others.to(y.dtype) @ instead[layer].v
-        return y, density, gates
+        y, density, gates = original(q, k, v, **given)
+        others = (1 - keep[layer].to(y.dtype)) * instead[layer].weights
+        return y + others.to(y.dtype) @ instead[layer].v, density, gates
 
     with attending(model, attend):
-        return model(tokens, **options)[0]
-
-
-def edges_present(model, clean, corrupted, ablation):
-    """Which edges there are, (n_layer, B, H, T, T) bool, and what they carry instead once they are cut (a
-    list of Terms, or None). clean, corrupted (B, T).
-    """
-    opened = torch.stack([layer.opened for layer in terms_of(model, clean)]) > 0
-    if ablation == "zero":
-        return opened, None
-    instead = terms_of(model, corrupted)
-    return opened | (torch.stack([layer.opened for layer in instead]) > 0), instead
+        return model(tokens, keep=keep, **options)[0]
 
 
 class Batch(NamedTuple):
@@ -129,34 +120,41 @@ class Batch(NamedTuple):
 
     tokens: torch.Tensor  # (B, T), clean
     pairs: list
-    present: torch.Tensor  # (n_layer, B, H, T, T) bool
-    instead: list | None  # of Terms
+    present: torch.Tensor  # which edges there are, (n_layer, B, H, T, T) bool
+    instead: list | None  # what they carry once they are cut, Terms of every layer
 
 
 def prepared(model, pairs, ablation, size=16):
     """Yield Batches of pairs."""
-    device = next(model.parameters()).device
-    for clean, corrupted, group in batches(pairs, size, device):
-        yield Batch(clean, group, *edges_present(model, clean, corrupted, ablation))
+    for clean, corrupted, group in batches(pairs, size, next(model.parameters()).device):
+        present, instead = opened_in(terms_of(model, clean)), None
+        if ablation == "interchange":
+            instead = terms_of(model, corrupted)
+            present = present | opened_in(instead)
+        yield Batch(clean, group, present, instead)
+
+
+def opened_in(terms):
+    return torch.stack([layer.opened for layer in terms]) > 0
 
 
 @torch.no_grad()
-def metrics_of(model, batch, metric, which, keeps):
-    """(N,): the metric of pair which[n] of the batch with keeps[n] kept, N runs.
+def metrics_of(model, batch, metric, runs):
+    """The metric of every run, a list of floats.
 
-    which: N numbers of pairs; keeps: N masks (n_layer, H, T, T) bool, made one by one (an iterable).
+    runs: (number of a pair of the batch, which of its edges are kept, (n_layer, H, T, T) bool) of each, made
+    one by one (an iterable).
     """
     L, _, H, T, _ = batch.present.shape
-    most, values, keeps = max(1, ROOM // (L * H * T * T)), [torch.zeros(0)], iter(keeps)
-    for first in range(0, len(which), most):
-        rows = torch.tensor(which[first:first + most])
-        keep = torch.stack([next(keeps) for _ in rows], dim=1)
+    at_once, runs, values = max(1, ROOM // (L * H * T * T)), iter(runs), []
+    while some := list(itertools.islice(runs, at_once)):
+        rows, keeps = [pair for pair, _ in some], torch.stack([keep for _, keep in some], dim=1)
         instead = batch.instead
         if instead is not None:
             instead = [Terms(*(part[rows] for part in layer)) for layer in instead]
-        logits = run_cut(model, batch.tokens[rows], keep, instead)
-        values.append(metric_of(logits, [batch.pairs[row] for row in rows], metric).float().cpu())
-    return torch.cat(values)
+        logits = run_cut(model, batch.tokens[rows], keeps, instead)
+        values += metric_of(logits, [batch.pairs[row] for row in rows], metric).tolist()
+    return values
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -179,40 +177,33 @@ def integrated_scores(model, batch, metric, steps=5):
 
 def exact_scores(model, batch, metric):
     """(n_layer, B, H, T, T): the metric with all edges minus that with this one cut; a run for every edge."""
-    cut = [edge for pair in range(len(batch.pairs)) for edge in edges_of(batch.present[:, pair], pair)]
-
-    def without(edge):
-        layer, pair, head, query, key = edge
-        keep = batch.present[:, pair].clone()
-        keep[layer, head, query, key] = False
-        return keep
-
-    everyone = list(range(len(batch.pairs)))
-    intact = metrics_of(model, batch, metric, everyone, (batch.present[:, pair] for pair in everyone))
-    values = metrics_of(model, batch, metric, [edge[1] for edge in cut], map(without, cut))
-    scores = torch.zeros(batch.present.shape)
-    for edge, value in zip(cut, values.tolist()):
-        scores[edge] = intact[edge[1]] - value
+    scores = torch.zeros(batch.present.shape, device=batch.tokens.device)
+    intact = metrics_of(model, batch, metric, enumerate(batch.present.unbind(1)))
+    for pair, present in enumerate(batch.present.unbind(1)):
+        edges = present.nonzero().tolist()
+        values = metrics_of(model, batch, metric, ((pair, without(present, edge)) for edge in edges))
+        for (layer, head, query, key), value in zip(edges, values):
+            scores[layer, pair, head, query, key] = intact[pair] - value
     return scores
 
 
-def edges_of(present, pair):
-    """[(layer, pair, head, query, key)] of the edges of one pair, present (n_layer, H, T, T)."""
-    return [(layer, pair, head, query, key) for layer, head, query, key in present.nonzero().tolist()]
+def without(kept, edge):
+    """The edges that are kept, (n_layer, H, T, T) bool, but for this one, (layer, head, query, key)."""
+    kept = kept.clone()
+    kept[tuple(edge)] = False
+    return kept
 
 
-def signed_scores(kind, model, batch, metric):
-    """Scores (n_layer, B, H, T, T) of a kind: 'gradient', 'integrated' or 'exact'."""
+def scores_of(kind, model, batch, metric):
+    """Scores (n_layer, B, H, T, T) of a kind, one of KINDS: positive where an edge speaks for the answer."""
     if kind == "exact":
-        return exact_scores(model, batch, metric).to(batch.tokens.device)
-    if kind == "gradient":
-        return integrated_scores(model, batch, metric, steps=1)
-    return integrated_scores(model, batch, metric)
+        return exact_scores(model, batch, metric)
+    return integrated_scores(model, batch, metric, steps=1 if kind == "gradient" else 5)
 
 
 def scores_by(ranking, model, batch, metric):
-    """Scores (n_layer, B, H, T, T), the largest for the best edges. ranking: one of RANKINGS."""
-    scores = signed_scores(ranking.strip("|"), model, batch, metric)
+    """Scores (n_layer, B, H, T, T), the largest for the best edges. ranking: a kind, '|kind|' by size."""
+    scores = scores_of(ranking.strip("|"), model, batch, metric)
     return scores.abs() if ranking.startswith("|") else scores
 
 
@@ -234,23 +225,11 @@ class Curve(NamedTuple):
 
 def curves(model, batch, metric, scores, points=40):
     """A Curve for every pair of the batch. points: how many k, evenly spaced on a logarithmic axis."""
-    kept = []
-    for present in batch.present.unbind(1):
-        edges = int(present.sum())
-        kept.append([0] + (sizes(edges, points) if edges else []))
-    which = [pair for pair, ks in enumerate(kept) for _ in ks]
-
-    def circuits():
-        for pair, ks in enumerate(kept):
-            order = ranks(scores[:, pair], batch.present[:, pair])
-            for k in ks:
-                yield order < k
-
-    values = metrics_of(model, batch, metric, which, circuits()).tolist()
     found = []
-    for ks in kept:
-        own, values = values[:len(ks)], values[len(ks):]
-        found.append(curve_of(ks, own))
+    for pair, present in enumerate(batch.present.unbind(1)):
+        order, edges = ranks(scores[:, pair], present), int(present.sum())
+        ks = [0, *sizes(edges, points)] if edges else [0]
+        found.append(curve_of(ks, metrics_of(model, batch, metric, ((pair, order < k) for k in ks))))
     return found
 
 

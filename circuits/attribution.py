@@ -6,7 +6,8 @@ away from its twin's. Cutting the edge replaces, for this reader alone, the one 
 
     exact                       metric(edge cut) - metric(clean), below 0 where the edge speaks for the answer
                                 (attention_edges.py has it the other way round: what the metric loses)
-                                a run for every edge: `cut_edges`; for components: `patch_components`
+                                a run for every edge: `cut_edges`; a component is patched by
+                                cutting all edges from it: `cut_writers`
     attribution (EAP)           d . grad of the metric by what the reader reads
                                 a first-order guess, all edges at once
     with integrated gradients   the mean of that gradient over `steps` inputs between corrupted and clean
@@ -37,78 +38,25 @@ import math
 import numpy as np
 import torch
 
-from circuits.graph import CircuitRun, ComponentGraph, Gradients, Replace, Watch
+from circuits.graph import CircuitRun, ComponentGraph, Gradients, Watch
 from circuits.patching import patched
-from circuits.tasks import PROBABILITY
+from circuits.tasks import batches, metric_of
 
-# ------------------------------------------------------------------------------------------------------------
-# Metrics
-
-
-def metric_of(logits, pairs, metric):
-    """(B,): how well each pair's answer is known, by tasks.py's definition, the mean over its positions.
-
-    logits (B, T, V).
-    """
-    values = []
-    for row, pair in zip(logits, pairs):
-        row = row[pair.positions]  # (answers, V)
-        if metric == PROBABILITY:
-            row = row.softmax(-1)
-            found = [
-                row[i, right].sum() - row[i, wrong].sum()
-                for i, (right, wrong) in enumerate(zip(pair.right, pair.wrong))
-            ]
-        else:
-            found = [
-                row[i, right].mean() - row[i, wrong].mean()
-                for i, (right, wrong) in enumerate(zip(pair.right, pair.wrong))
-            ]
-        values.append(torch.stack(found).mean())
-    return torch.stack(values)
-
-
-def batches(pairs, size, device="cpu"):
-    """Yield (clean (b, T), corrupted (b, T), pairs), at most `size` pairs of one length: prompts of different
-    lengths cannot share a batch.
-    """
-    groups = {}
-    for pair in pairs:
-        groups.setdefault(len(pair.clean), []).append(pair)
-    for group in groups.values():
-        for part in (group[i:i + size] for i in range(0, len(group), size)):
-            yield (
-                torch.tensor([p.clean for p in part], device=device),
-                torch.tensor([p.corrupted for p in part], device=device),
-                part,
-            )
-
-
-def run(model, tokens, hooks=None):
-    """Logits, watched and changed by hooks if there are any."""
-    return model(tokens)[0] if hooks is None else patched(model, tokens, hooks)
-
+EXACT = 200  # edges: in a graph of so many or fewer every one is cut by itself
 
 # ------------------------------------------------------------------------------------------------------------
 # Scores
 
 
-def gradient_runs(model, pairs, metric, steps, batch_size):
-    """Yield, for every batch and every step on the way from the corrupted to the clean input: by how much all
-    writes differ between the two runs (corrupted - clean, (B, W, T, C)), the `Gradients` of the step's run,
-    and its metric, summed over the batch.
-    """
-    graph = ComponentGraph(model.config.n_layer, model.config.n_head)
-    for clean, corrupted, group in batches(pairs, batch_size, next(model.parameters()).device):
-        with torch.no_grad():
-            watch_clean, watch_corrupted = Watch(graph), Watch(graph)
-            run(model, clean, watch_clean), run(model, corrupted, watch_corrupted)
-            before, after = watch_clean.writes, watch_corrupted.writes
-        for k in range(steps):
-            way = 1.0 if steps == 1 else k / steps
-            hooks = Gradients(graph, (after[:, 0] + way * (before[:, 0] - after[:, 0])).requires_grad_())
-            logits = patched(model, clean, hooks)
-            yield after - before, hooks, metric_of(logits, group, metric).sum()
+def graph_of(model):
+    return ComponentGraph(model.config.n_layer, model.config.n_head)
+
+
+def writes_of(model, tokens):
+    """What every component writes, (B, W, T, C), and the logits (B, T, V)."""
+    watch = Watch(graph_of(model))
+    logits = patched(model, tokens, watch)
+    return watch.writes, logits
 
 
 def attribute_edges(model, pairs, metric, steps=1, batch_size=16):
@@ -118,38 +66,80 @@ def attribute_edges(model, pairs, metric, steps=1, batch_size=16):
     steps=1: EAP, gradients at the clean prompt. More: EAP-IG along the inputs, k / steps of the way from
     corrupted to clean, k from 0.
     """
-    graph = ComponentGraph(model.config.n_layer, model.config.n_head)
+    graph = graph_of(model)
     scores = torch.zeros(graph.W, graph.R)
-    for difference, hooks, value in gradient_runs(model, pairs, metric, steps, batch_size):
-        difference = difference.transpose(0, 1).flatten(1)  # (W, B T C)
-        for (readers, first, _), gradient in zip(
-            hooks.reads, torch.autograd.grad(value, [x for _, _, x in hooks.reads])
-        ):
-            # (readers, B T C)
-            by_reader = (
-                (gradient if gradient.dim() == 4 else gradient.unsqueeze(1)).transpose(0, 1).flatten(1)
-            )
-            scores[:first, readers] += (difference[:first] @ by_reader.T).cpu() / steps / len(pairs)
+    for clean, corrupted, group in batches(pairs, batch_size, next(model.parameters()).device):
+        with torch.no_grad():
+            before, after = writes_of(model, clean)[0], writes_of(model, corrupted)[0]
+        difference = (after - before).transpose(0, 1).flatten(1)  # (W, B T C)
+        for k in range(steps):
+            way = 1.0 if steps == 1 else k / steps
+            embed = after[:, :1] + way * (before[:, :1] - after[:, :1])
+            hooks = Gradients(graph, embed.requires_grad_())
+            value = metric_of(patched(model, clean, hooks), group, metric).sum()
+            gradients = torch.autograd.grad(value, [x for _, _, x in hooks.reads])
+            for (readers, first, _), gradient in zip(hooks.reads, gradients):
+                by_reader = gradient.transpose(0, 1).flatten(1)  # (readers, B T C)
+                scores[:first, readers] += (difference[:first] @ by_reader.T).cpu() / steps / len(pairs)
     return scores
 
 
 @torch.no_grad()
-def patch_components(model, pairs, metric, batch_size=64):
-    """Exact scores (W,): metric with this one component's write replaced by the corrupted run's, minus the
-    clean metric; the mean over pairs.
+def effects(model, pairs, metric, circuits, batch_size=64):
+    """Metrics of the clean run, the corrupted run (pairs,), and of every circuit (circuits, pairs); a circuit
+    is (W, R) bool, the edges that are kept.
     """
-    graph = ComponentGraph(model.config.n_layer, model.config.n_head)
-    scores = torch.zeros(graph.W)
-    for clean, corrupted, group in batches(pairs, batch_size, next(model.parameters()).device):
-        watch = Watch(graph)
-        run(model, corrupted, watch)
-        base, writes = metric_of(run(model, clean), group, metric), watch.writes
-        for writer in range(graph.W):
-            replaced = torch.zeros(graph.W, dtype=torch.bool, device=clean.device)
-            replaced[writer] = True
-            patched_run = run(model, clean, Replace(graph, replaced, writes))
-            scores[writer] += (metric_of(patched_run, group, metric) - base).sum().item() / len(pairs)
+    graph, device = graph_of(model), next(model.parameters()).device
+    clean_values, corrupted_values, values = [], [], []
+    for clean, corrupted, group in batches(pairs, batch_size, device):
+        writes, logits = writes_of(model, corrupted)
+        corrupted_values.append(metric_of(logits, group, metric))
+        clean_values.append(metric_of(model(clean)[0], group, metric))
+        runs = (patched(model, clean, CircuitRun(graph, keep.to(device), writes)) for keep in circuits)
+        values.append(torch.stack([metric_of(logits, group, metric) for logits in runs]))
+    return torch.cat(clean_values).cpu(), torch.cat(corrupted_values).cpu(), torch.cat(values, dim=1).cpu()
+
+
+def exact_scores(model, pairs, metric, edges, cuts):
+    """(cuts,): the metric with these of `edges` cut and all others kept, minus that with all kept; the mean
+    over pairs. edges and every cut (W, R) bool.
+    """
+    *_, values = effects(model, pairs, metric, [edges, *(edges & ~cut for cut in cuts)])
+    return (values[1:] - values[0]).mean(dim=1).float()
+
+
+def cut_edges(model, pairs, metric, edges):
+    """Exact scores (W, R) of each of `edges` (W, R) bool, cut alone; 0 of all others."""
+    each = torch.zeros(int(edges.sum()), *edges.shape, dtype=torch.bool)
+    each[:, edges] = torch.eye(len(each), dtype=torch.bool)  # in the order of the next line
+    scores = torch.zeros(edges.shape)
+    scores[edges] = exact_scores(model, pairs, metric, edges, each)
     return scores
+
+
+def cut_writers(model, pairs, metric, edges):
+    """Exact scores (W,) of components, all edges from one cut: it is patched with the corrupted run's."""
+    rows = torch.eye(len(edges), dtype=torch.bool)[:, :, None].expand(-1, *edges.shape)
+    return exact_scores(model, pairs, metric, edges, rows)
+
+
+def score_edges(model, pairs, metric, edges, steps):
+    """Scores (W, R): by cutting each of `edges` in a graph of at most EXACT, by EAP-IG in a larger one."""
+    if is_small(model):
+        return cut_edges(model, pairs, metric, edges)
+    return attribute_edges(model, pairs, metric, steps)
+
+
+def score_writers(model, pairs, metric, edges, scores):
+    """Scores (W,) of components, likewise. scores: those of their edges."""
+    if is_small(model):
+        return cut_writers(model, pairs, metric, edges)
+    # what a component writes reaches everything through its edges, and the derivative of a sum is the sum
+    return scores.sum(dim=1)
+
+
+def is_small(model):
+    return graph_of(model).edges.sum() <= EXACT
 
 
 @torch.no_grad()
@@ -159,8 +149,6 @@ def dead_heads(model, pairs, batch_size=64):
     A dense model has none.
     """
     opened = torch.zeros(model.config.n_layer, model.config.n_head)
-    if not model.config.gated:
-        return opened.bool()
 
     def look(layer, gates):
         opened[layer] += gates.open.sum((0, 2, 3)).cpu()
@@ -179,7 +167,7 @@ def without_dead_heads(graph, dead):
     """The graph's edges (W, R) bool, minus those from and to heads that never open. dead (L, H) bool."""
     alive = torch.ones(graph.W, dtype=torch.bool)
     for layer in range(graph.L):
-        alive[graph.writer("heads", layer)] = ~dead[layer]
+        alive[graph.writer["heads", layer]] = ~dead[layer]
     return graph.of_components(alive)
 
 
@@ -196,38 +184,6 @@ def best_edges(scores, edges, n):
     return (ranks(scores.abs(), edges) < n) & edges
 
 
-@torch.no_grad()
-def effects(model, pairs, metric, circuits, batch_size=64):
-    """Metrics of the clean run, the corrupted run (pairs,), and of every circuit (circuits, pairs); a circuit
-    is (W, R) bool, the edges that are kept.
-    """
-    graph = ComponentGraph(model.config.n_layer, model.config.n_head)
-    device = next(model.parameters()).device
-    clean_values, corrupted_values, values = [], [], []
-    for clean, corrupted, group in batches(pairs, batch_size, device):
-        watch = Watch(graph)
-        corrupted_values.append(metric_of(run(model, corrupted, watch), group, metric))
-        clean_values.append(metric_of(run(model, clean), group, metric))
-        writes = watch.writes
-        hooks = (CircuitRun(graph, keep.to(device), writes) for keep in circuits)
-        values.append(torch.stack([metric_of(run(model, clean, one), group, metric) for one in hooks]))
-    return torch.cat(clean_values).cpu(), torch.cat(corrupted_values).cpu(), torch.cat(values, dim=1).cpu()
-
-
-def cut_edges(model, pairs, metric, edges):
-    """Exact scores (W, R): the metric with this one of `edges` (W, R) bool cut and all others kept, minus
-    that with all kept; the mean over pairs.
-    """
-    which, scores = edges.nonzero().tolist(), torch.zeros(edges.shape)
-    circuits = [edges]
-    for writer, reader in which:
-        circuits.append(edges.clone())
-        circuits[-1][writer, reader] = False
-    *_, values = effects(model, pairs, metric, circuits)
-    scores[edges] = (values[1:] - values[0]).mean(dim=1).to(scores.dtype)  # in the order of nonzero()
-    return scores
-
-
 def explained(clean, corrupted, circuits, resamples=1000, seed=0):
     """Explained effect of every circuit and its 95 % band, a bootstrap over pairs: arrays (circuits,),
     (circuits,), (circuits,).
@@ -235,9 +191,8 @@ def explained(clean, corrupted, circuits, resamples=1000, seed=0):
     clean, corrupted, circuits = (np.asarray(x, dtype=np.float64) for x in (clean, corrupted, circuits))
 
     def ratio(which):
-        return (circuits[:, which].mean(-1) - corrupted[which].mean(-1)) / (
-            clean[which].mean(-1) - corrupted[which].mean(-1)
-        )
+        none = corrupted[which].mean(-1)
+        return (circuits[:, which].mean(-1) - none) / (clean[which].mean(-1) - none)
 
     which = np.random.default_rng(seed).integers(0, len(clean), (resamples, len(clean)))
     low, high = np.quantile(ratio(which), [0.025, 0.975], axis=1)

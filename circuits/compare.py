@@ -3,7 +3,7 @@ here, attention edges by prompt_circuits.py, controls beside both. The command: 
 
 The question of the paper's section on circuits: does sparse attention make the circuits of tasks small? For
 both models alike, heads or edges are ranked by their score on one set of prompts (circuits/attribution.py:
-exact in a graph of at most EXACT edges, EAP-IG in a larger one); the best n are kept, all others see the
+exact in a small graph, EAP-IG in a larger one); the best n are kept, all others see the
 corrupted prompt's activations; and the explained effect is measured on other prompts, for n from 1 to all.
 The fewer are needed for 90 %, the smaller the circuit that this ranking finds; a smaller one may exist.
 
@@ -21,53 +21,60 @@ from tqdm import tqdm
 from circuits import prompt_circuits
 from circuits.attention_edges import ABLATIONS, LEVELS
 from circuits.attribution import (
-    attribute_edges,
     best_edges,
-    cut_edges,
     dead_heads,
     effects,
     explained,
+    graph_of,
     needed,
-    patch_components,
+    score_edges,
+    score_writers,
     settles,
     sizes,
     without_dead_heads,
 )
 from circuits.controls import component_controls, pairs_of_another, untrained
-from circuits.graph import ComponentGraph
 from circuits.tasks import Pair, make_pairs, vocabulary
 from storage.files import UserError
 
-EXACT = 200  # edges: in a graph of so many or fewer every one is cut by itself
+
+class Components(NamedTuple):
+    """What component edges carry a task in one model."""
+
+    result: dict  # plain numbers, for circuit-<task>.json
+    scores: torch.Tensor  # (W, R)
+    edges: torch.Tensor  # (W, R) bool: all of heads that open
+    circuit: torch.Tensor  # (W, R) bool: those that explain 90 %
+    share: float  # what these explain
 
 
-def measure(model, pairs_to_score, pairs_to_test, metric, steps, another=None, controls=True):
-    """One model's component curves: a dict of plain numbers, and what the figures want of it: scores (W, R),
-    the edges of the 90 % circuit and what it explains. another: pairs of another task (controls.py).
-    """
-    graph = ComponentGraph(model.config.n_layer, model.config.n_head)
-    dead = dead_heads(model, pairs_to_score + pairs_to_test)
+def components_of(model, to_score, to_test, metric, steps):
+    """Components of a model, by pairs to rank on and others to test on. Raises UserError as `curve_of`."""
+    graph, dead = graph_of(model), dead_heads(model, to_score + to_test)
     edges = without_dead_heads(graph, dead)
-    exact = bool(graph.edges.sum() <= EXACT)
-    if exact:
-        scores = cut_edges(model, pairs_to_score, metric, edges)
-        components = patch_components(model, pairs_to_score, metric)
-    else:
-        scores = attribute_edges(model, pairs_to_score, metric, steps)
-        # what a component writes reaches everything through its edges, and the derivative of a sum is the sum
-        components = scores.sum(dim=1)
-    found = {"heads": int((~dead).sum()), "heads_off": int(dead.sum()), "edges": int(edges.sum())}
+    scores = score_edges(model, to_score, metric, edges, steps)
+    components = score_writers(model, to_score, metric, edges, scores)
+    result = {"heads": int((~dead).sum()), "heads_off": int(dead.sum()), "edges": int(edges.sum())}
     circuits = circuits_of_heads(graph, components, dead)
-    found["by_heads"], found["metric"] = curve_of(model, pairs_to_test, metric, circuits)
+    result["by_heads"], result["metric"] = curve_of(model, to_test, metric, circuits)
     circuits = circuits_of_edges(graph, scores, edges)
-    found["by_edges"], _ = curve_of(model, pairs_to_test, metric, circuits)
-    chosen = min(settles(found["by_edges"]["explained"], 0.9), len(circuits) - 1)
-    circuit = list(circuits.values())[chosen]
-    if controls:
-        found["controls"] = component_controls(model, pairs_to_score, pairs_to_test, metric, edges, circuit,
-                                               steps, exact, another)
-        found["untrained"] = size_by_chance(model, pairs_to_score, pairs_to_test, metric, steps)
-    return found, scores, circuit, found["by_edges"]["explained"][chosen]
+    result["by_edges"], _ = curve_of(model, to_test, metric, circuits)
+    shares = result["by_edges"]["explained"]
+    chosen = min(settles(shares, 0.9), len(circuits) - 1)
+    return Components(result, scores, edges, list(circuits.values())[chosen], shares[chosen])
+
+
+def measure(model, to_score, to_test, metric, steps, another):
+    """Components of a model, with their controls. another: pairs of another task (controls.py)."""
+    found = components_of(model, to_score, to_test, metric, steps)
+    found.result["controls"] = component_controls(model, to_score, to_test, metric, found.edges,
+                                                  found.circuit, steps, another)
+    try:
+        by_chance = components_of(untrained(model), to_score, to_test, metric, steps)
+        found.result["untrained"] = by_chance.result["by_edges"]["needed"]["0.9"]
+    except UserError:  # it knows nothing at all
+        found.result["untrained"] = None
+    return found
 
 
 def circuits_of_heads(graph, components, dead):
@@ -76,8 +83,8 @@ def circuits_of_heads(graph, components, dead):
     """
     is_head, always = torch.zeros(2, graph.W, dtype=torch.bool)
     for layer in range(graph.L):
-        is_head[graph.writer("heads", layer)] = ~dead[layer]
-        always[graph.writer("mlp", layer)] = True
+        is_head[graph.writer["heads", layer]] = ~dead[layer]
+        always[graph.writer["mlp", layer]] = True
     always[0] = True
     ranked = torch.where(is_head, components.abs(), -1.0).argsort(descending=True)
     heads, circuits = int(is_head.sum()), {}
@@ -119,26 +126,6 @@ def curve_of(model, pairs, metric, circuits):
             {"clean": clean.mean().item(), "corrupted": corrupted.mean().item()})
 
 
-def size_by_chance(model, pairs_to_score, pairs_to_test, metric, steps):
-    """Component edges for 90 % of what an untrained model knows; None if that is nothing."""
-    try:
-        found, *_ = measure(untrained(model), pairs_to_score, pairs_to_test, metric, steps, controls=False)
-    except UserError:
-        return None
-    return found["by_edges"]["needed"]["0.9"]
-
-
-class Comparison(NamedTuple):
-    """What `compare` found."""
-
-    result: dict  # plain numbers, for circuit-<task>.json
-    scores: torch.Tensor  # (W, R), of the sparse model's edges
-    circuit: torch.Tensor  # (W, R) bool, the sparse model's edges that explain 90 %
-    share: float  # what those explain
-    prompt: list  # token ids of one clean prompt that was tested, to draw
-    pair: Pair | None  # one that both models know with the other edges cut, to draw
-
-
 def prompts(task, n, seed, tokens, room):
     """(pairs to rank on, other pairs to test on, metric). room: the models' context, tokens.
 
@@ -157,6 +144,15 @@ def prompts(task, n, seed, tokens, room):
     return to_score, to_test, metric
 
 
+class Comparison(NamedTuple):
+    """What `compare` found."""
+
+    result: dict  # plain numbers, for circuit-<task>.json
+    sparse: Components  # to draw
+    prompt: list  # token ids of one clean prompt that was tested, to draw
+    pair: Pair | None  # one that both models know with the other edges cut, to draw
+
+
 def compare(dense, sparse, tokenizer, task, n, seed, steps):
     """Measure both models, of one vocabulary, on a task: a Comparison.
 
@@ -165,30 +161,20 @@ def compare(dense, sparse, tokenizer, task, n, seed, steps):
     tokens = vocabulary(tokenizer, sparse.config.vocab_size)
     room = min(dense.config.block_size, sparse.config.block_size)
     to_score, to_test, metric = prompts(task, n, seed, tokens, room)
-    result = {
-        "task": task,
-        "metric": metric,
-        "pairs": n,
-        "pairs_to_test": len(to_test),
-        "seed": seed,
-        "steps": steps,
-    }
     models = {"dense": dense, "sparse": sparse}
 
     def is_known(pairs, metric):
         return len(prompt_circuits.known_to(models.values(), pairs, metric, "interchange")) > len(pairs) / 2
 
     another = pairs_of_another(task, n, 2 * seed + 2, tokens, room, is_known)
-    result["another"] = another and another[0]
-    with tqdm(total=2 + 2 * len(ABLATIONS), desc=task, leave=False, disable=None) as progress:
-        result["dense"], *_ = measure(dense, to_score, to_test, metric, steps, another)
-        progress.update()
-        result["sparse"], scores, circuit, share = measure(sparse, to_score, to_test, metric, steps, another)
-        progress.update()
-        known = {}
-        for ablation in ABLATIONS:
-            found, known[ablation] = prompt_circuits.compare(
-                models, to_score, to_test, metric, ablation, another, progress
-            )
-            result.setdefault("attention_edges", {})[ablation] = found
-    return Comparison(result, scores, circuit, share, to_test[0].clean, next(iter(known["zero"]), None))
+    result = {"task": task, "metric": metric, "pairs": n, "pairs_to_test": len(to_test), "seed": seed,
+              "steps": steps, "another": another and another[0]}
+    found = {}
+    for name, model in tqdm(models.items(), desc="component edges", leave=False, disable=None):
+        found[name] = measure(model, to_score, to_test, metric, steps, another)
+        result[name] = found[name].result
+    known, result["attention_edges"] = {}, {}
+    for ablation in ABLATIONS:
+        result["attention_edges"][ablation], known[ablation] = prompt_circuits.compare(
+            models, to_score, to_test, metric, ablation, another)
+    return Comparison(result, found["sparse"], to_test[0].clean, next(iter(known["zero"]), None))

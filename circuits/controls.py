@@ -14,17 +14,15 @@ all edges cut and all kept (attention_edges.py); of component edges between the 
 Notable: another task's attention edges are transferred by position, aligned at the last token.
 """
 
+import bisect
 import random
 
 import torch
 
 from circuits.attention_edges import curves, integrated_scores, metrics_of, prepared
-from circuits.attribution import attribute_edges, cut_edges, effects, ranks
-from circuits.graph import ComponentGraph
+from circuits.attribution import effects, graph_of, ranks, score_edges
 from circuits.tasks import Vocabulary, fitting, make_pairs
 from storage.files import UserError
-
-MOST_PAIRS = 32  # for nonsense labels and the untrained model
 
 
 def nonsense(pairs, seed=0):
@@ -33,14 +31,11 @@ def nonsense(pairs, seed=0):
     """
     draw = random.Random(f"nonsense {seed}")
     tokens = sorted({token for pair in pairs for token in pair.clean})
-    found = []
-    for pair in pairs:
-        labels = []
-        for right, wrong in zip(pair.right, pair.wrong):
-            others = [token for token in tokens if token not in (*right, *wrong)]
-            labels.append([draw.choice(others)])
-        found.append(pair._replace(right=labels, wrong=pair.right))
-    return found
+
+    def label(right, wrong):
+        return [draw.choice([token for token in tokens if token not in (*right, *wrong)])]
+
+    return [pair._replace(right=list(map(label, pair.right, pair.wrong)), wrong=pair.right) for pair in pairs]
 
 
 def untrained(model, seed=0):
@@ -73,11 +68,8 @@ def pairs_of_another(task, n, seed, tokens: Vocabulary, room, is_known):
 
 def aligned(scores, T):
     """Scores (n_layer, H, S, S) of another prompt, of S tokens, on one of T tokens: the last tokens meet."""
-    found = scores.new_zeros(*scores.shape[:2], T, T)
-    shared = min(T, scores.shape[-1])
-    found[:, :, T - shared:, T - shared:] = scores[:, :, scores.shape[-1] - shared:,
-                                                   scores.shape[-1] - shared:]
-    return found
+    more = T - scores.shape[-1]
+    return torch.nn.functional.pad(scores, (more, 0, more, 0))  # below 0 it cuts off
 
 
 def scores_of_another(model, pairs, metric, ablation):
@@ -94,42 +86,33 @@ def metrics_of_controls(model, batch, metric, scores, sizes, others, draw):
     scores: of the batch; sizes: edges of every pair's circuit; others: what `scores_of_another` found; draw:
     a torch.Generator
     """
-    T = batch.tokens.shape[1]
     masks = {"random edges": [], "circuit alone is cut": []}
     if others:
         masks["another task's circuit"] = []
-    for pair, size in enumerate(sizes):
-        present = batch.present[:, pair]
+    for pair, (present, size) in enumerate(zip(batch.present.unbind(1), sizes)):
         chance = torch.rand(present.shape, generator=draw).to(present.device)
         masks["random edges"].append(ranks(chance, present) < size)
         masks["circuit alone is cut"].append(present & (ranks(scores[:, pair], present) >= size))
         if others:
-            own = aligned(others[pair % len(others)], T)
-            masks["another task's circuit"].append((own > 0) & (ranks(own, present) < size))
-    everyone = list(range(len(sizes)))
-    return {name: metrics_of(model, batch, metric, everyone, keeps).tolist()
-            for name, keeps in masks.items()}
+            other = aligned(others[pair % len(others)], batch.tokens.shape[1])
+            masks["another task's circuit"].append((other > 0) & (ranks(other, present) < size))
+    return {name: metrics_of(model, batch, metric, enumerate(keeps)) for name, keeps in masks.items()}
 
 
-def nonsense_reached(model, pairs, metric, ablation, own):
+def nonsense_reached(model, pairs, metric, ablation, circuits):
     """In what share of pairs do no more edges than the pair's circuit has say a nonsense label as firmly as
     the whole model says the right answer (90 % of its lead)? By the signed ranking, made for just that.
 
-    own: {pair: (its lead, edges of its circuit)}, by `key_of`.
+    circuits: {Pair.key: its Curve's (metric with all edges, edges of its circuit)}.
     """
     reached = []
     for batch in prepared(model, nonsense(pairs), ablation):
         scores = integrated_scores(model, batch, metric)
         for pair, curve in zip(batch.pairs, curves(model, batch, metric, scores)):
-            lead, size = own[key_of(pair)]
+            lead, size = circuits[pair.key]
             leads = [curve.none + part * (curve.all - curve.none) for part in curve.share]
             reached.append(any(value >= 0.9 * lead for k, value in zip(curve.kept, leads) if k <= size))
     return sum(reached) / len(reached)
-
-
-def key_of(pair):
-    """What tells pairs apart, whatever their labels."""
-    return tuple(pair.clean), tuple(pair.corrupted)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -139,40 +122,30 @@ def key_of(pair):
 def of_size(graph, scores, edges, n):
     """The best edges by `scores`, so many that n of them lie on paths from embedding to output, (W, R)."""
     places = ranks(scores, edges)
-    low, high = n, int(edges.sum())
-    while low < high:
-        middle = (low + high) // 2
-        if graph.on_paths(places < middle).sum() >= n:
-            high = middle
-        else:
-            low = middle + 1
-    return graph.on_paths(places < low)
+    enough = range(n, int(edges.sum()))
+    first = bisect.bisect_left(enough, n, key=lambda best: graph.on_paths(places < best).sum())
+    return graph.on_paths(places < n + first)
 
 
-def component_controls(model, to_score, to_test, metric, edges, circuit, steps, exact, another):
+def component_controls(model, to_score, to_test, metric, edges, circuit, steps, another):
     """{control: share of the effect}: what other component edges carry, as many as `circuit` (W, R) bool has.
 
-    edges (W, R) bool: all that there are; exact: rank by cutting each, else by EAP-IG; another: what
-    `pairs_of_another` found.
+    edges (W, R) bool: all that there are; another: what `pairs_of_another` found.
     """
-    def scores(pairs, of_metric):
-        if exact:
-            return cut_edges(model, pairs, of_metric, edges)
-        return attribute_edges(model, pairs, of_metric, steps)
-
-    graph = ComponentGraph(model.config.n_layer, model.config.n_head)
-    n, chance = int(circuit.sum()), torch.rand(edges.shape, generator=torch.Generator().manual_seed(0))
+    graph, n = graph_of(model), int(circuit.sum())
+    chance = torch.rand(edges.shape, generator=torch.Generator().manual_seed(0))
     circuits = {"random edges": of_size(graph, chance, edges, n), "circuit alone is cut": edges & ~circuit}
     if another:
         _, pairs, other_metric = another
-        circuits["another task's circuit"] = of_size(graph, scores(pairs, other_metric).abs(), edges, n)
+        scores = score_edges(model, pairs, other_metric, edges, steps)
+        circuits["another task's circuit"] = of_size(graph, scores.abs(), edges, n)
     clean, corrupted, values = effects(model, to_test, metric, list(circuits.values()))
     effect = (clean - corrupted).mean()
     found = dict(zip(circuits, ((values - corrupted).mean(1) / effect).tolist()))
     # scores are what the metric gains by a cut: edges that speak for nonsense have the lowest. Measured on
     # the very pairs that they were ranked on: the most that they can do
     labelled = nonsense(to_score)
-    pushing = of_size(graph, -scores(labelled, metric), edges, n)
+    pushing = of_size(graph, -score_edges(model, labelled, metric, edges, steps), edges, n)
     _, corrupted, values = effects(model, labelled, metric, [pushing])
     found["nonsense labels"] = ((values[0] - corrupted).mean() / effect).item()
     return found

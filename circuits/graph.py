@@ -11,12 +11,11 @@ own, since each may listen to something else:
 
 A run is watched and changed by the object that it is given as `hooks` (patching.py): it calls `read` with
 what a component is about to read and goes on with what it returns, and `write` likewise. `Watch` only looks,
-`CircuitRun` runs a circuit, `Replace` patches components and `Gradients` keeps all reads apart, so that one
-backward pass gives the gradient by each.
+`CircuitRun` runs a circuit, and `Gradients` keeps all reads apart, so that one backward pass gives the
+gradient by each.
 
 Notable: edges that lie on no path from the embedding to the output cannot matter (`ComponentGraph.on_paths`).
-What is done with it is in circuits/attribution.py: which edges carry a task (the paper's section on
-circuits). This file imports no other file of ours.
+What is done with it is in circuits/attribution.py. This file imports no other file of ours.
 """
 
 import torch
@@ -25,86 +24,65 @@ import torch
 class ComponentGraph:
     """The numbering of writers and readers of a model with L layers of H heads, and which edges there are.
 
-    writers   0 the embedding; 1 + layer (H + 1) + head the heads; 1 + layer (H + 1) + H the MLPs. W of them
-    readers   layer (3 H + 1) + part H + head, part 0, 1, 2 being q, k, v; layer (3 H + 1) + 3 H the MLPs; the
-              last is the final one. R of them
+    writer, reader  {(name, layer): slice of the W writers, R readers}, names and layers as in `hooks` above
+    before          {(name, layer): how many writers have written when that reads: the first so many}
+    owner           (R,) the writer that a reader belongs to; W for the final one
+    writer_names    '3.5' is head 5 of layer 3, 'mlp 3' its MLP; reader_names: '3.5 k', 'mlp 3'
+    edges           (W, R) bool: the writer comes first
     """
 
     def __init__(self, n_layer, n_head):
-        self.L, self.H = L, H = n_layer, n_head
-        self.W, self.R = 1 + L * (H + 1), L * (3 * H + 1) + 1
-        # which pairs (writer, reader) are edges: the writer comes first
+        self.L, self.H = n_layer, n_head
+        self.writer, self.reader, self.before = {}, {}, {}
+        self.writer_names, self.reader_names, owner = [], [], []
+
+        def add_writers(name, layer, names):
+            first = len(self.writer_names)
+            self.writer[name, layer] = slice(first, first + len(names))
+            self.writer_names += names
+
+        def add_readers(name, layer, names):
+            first, written = len(self.reader_names), len(self.writer_names)
+            self.reader[name, layer] = slice(first, first + len(names))
+            self.before[name, layer] = written
+            self.reader_names += names
+            owner.extend(range(written, written + len(names)))  # who reads now writes next
+
+        add_writers("embed", None, ["embed"])
+        for layer in range(n_layer):
+            heads = [f"{layer}.{head}" for head in range(n_head)]
+            for part in "qkv":
+                add_readers(part, layer, [f"{head} {part}" for head in heads])
+            add_writers("heads", layer, heads)
+            add_readers("mlp", layer, [f"mlp {layer}"])
+            add_writers("mlp", layer, [f"mlp {layer}"])
+        add_readers("final", None, ["output"])
+
+        self.W, self.R, self.owner = len(self.writer_names), len(self.reader_names), torch.tensor(owner)
         self.edges = torch.zeros(self.W, self.R, dtype=torch.bool)
-        for layer in range(L):
-            for name in ("q", "k", "v", "mlp"):
-                self.edges[:self.before(name, layer), self.reader(name, layer)] = True
-        self.edges[:, self.reader("final", None)] = True
-
-    def writer(self, name, layer):
-        """The slice of writers that `hooks.write(name, layer, ...)` brings."""
-        first = 0 if name == "embed" else 1 + layer * (self.H + 1) + (self.H if name == "mlp" else 0)
-        return slice(first, first + (self.H if name == "heads" else 1))
-
-    def reader(self, name, layer):
-        """The slice of readers that `hooks.read(name, layer, ...)` asks for."""
-        if name == "final":
-            return slice(self.R - 1, self.R)
-        first = layer * (3 * self.H + 1)
-        if name == "mlp":
-            return slice(first + 3 * self.H, first + 3 * self.H + 1)
-        first += "qkv".index(name) * self.H
-        return slice(first, first + self.H)
-
-    def before(self, name, layer):
-        """How many writers have written when this reader reads: the first so many."""
-        return self.W if name == "final" else 1 + layer * (self.H + 1) + (self.H if name == "mlp" else 0)
-
-    def writer_names(self):
-        return ["embed"] + [
-            name
-            for layer in range(self.L)
-            for name in [*(f"{layer}.{head}" for head in range(self.H)), f"mlp {layer}"]
-        ]
-
-    def reader_names(self):
-        return [
-            name
-            for layer in range(self.L)
-            for name in [
-                *(f"{layer}.{head} {part}" for part in "qkv" for head in range(self.H)),
-                f"mlp {layer}",
-            ]
-        ] + ["output"]
-
-    def owner(self, reader):
-        """The writer that a reader belongs to; W for the final one."""
-        if reader == self.R - 1:
-            return self.W
-        layer, place = divmod(reader, 3 * self.H + 1)
-        return 1 + layer * (self.H + 1) + (place % self.H if place < 3 * self.H else self.H)
+        for key, readers in self.reader.items():
+            self.edges[:self.before[key], readers] = True
 
     def on_paths(self, edges):
         """edges (W, R) bool without those that lie on no path from the embedding to the output."""
-        owner = torch.tensor([self.owner(reader) for reader in range(self.R)])
         reached = torch.zeros(self.W + 1, dtype=torch.bool)  # from the embedding
         reached[0] = True
         # readers are in the order of the layers, and so are the writers that they belong to
         for reader in range(self.R):
-            reached[owner[reader]] |= bool((edges[:, reader] & reached[:self.W]).any())
+            reached[self.owner[reader]] |= bool((edges[:, reader] & reached[:self.W]).any())
         useful = torch.zeros(self.W + 1, dtype=torch.bool)  # for the output
         useful[self.W] = True
         for writer in reversed(range(self.W)):
-            useful[writer] = bool((edges[writer] & useful[owner]).any())
-        return edges & reached[:self.W, None] & useful[owner][None, :]
+            useful[writer] = bool((edges[writer] & useful[self.owner]).any())
+        return edges & reached[:self.W, None] & useful[self.owner][None, :]
 
     def of_components(self, kept):
         """The edges among kept writers (W,) bool: all whose two ends are kept. The output is always there."""
-        owner = torch.tensor([self.owner(reader) for reader in range(self.R)])
-        return self.edges & kept[:, None] & torch.cat([kept, torch.tensor([True])])[owner][None, :]
+        return self.edges & kept[:, None] & torch.cat([kept, torch.tensor([True])])[self.owner][None, :]
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Hooks: what patching.py calls with every read and write
+# Hooks: what patching.py calls with every read and write. x is (B, 1, T, C) or (B, H, T, C), y likewise
 
 
 class Watch:
@@ -117,7 +95,7 @@ class Watch:
         return x
 
     def write(self, name, layer, y):
-        self.parts.append(y if y.dim() == 4 else y.unsqueeze(1))
+        self.parts.append(y)
         return y
 
     @property
@@ -125,7 +103,7 @@ class Watch:
         return torch.cat(self.parts, dim=1)
 
 
-class CircuitRun(Watch):
+class CircuitRun:
     """Runs a circuit: a reader sees the writers whose edge is kept as they are now, the others as they were
     in the corrupted run.
 
@@ -133,56 +111,38 @@ class CircuitRun(Watch):
     """
 
     def __init__(self, graph, keep, corrupted):
-        super().__init__(graph)
-        self.keep, self.corrupted = keep, corrupted.transpose(0, 1)
+        self.graph, self.keep, self.corrupted = graph, keep, corrupted.transpose(0, 1)
         # (W, B, T, C): corrupted - now, as far as the run has come
         self.differences = torch.empty_like(self.corrupted)
 
     def read(self, name, layer, x):
-        first = self.graph.before(name, layer)
-        cut = ~self.keep[:first, self.graph.reader(name, layer)]  # (writers so far, heads or 1)
+        first = self.graph.before[name, layer]
+        cut = ~self.keep[:first, self.graph.reader[name, layer]]  # (writers so far, heads or 1)
         if not cut.any():
             return x
-        # (B, heads or 1, T, C)
-        change = (cut.T.to(x.dtype) @ self.differences[:first].flatten(1)).view(-1, *x.shape).transpose(0, 1)
-        return x + change[:, 0] if change.shape[1] == 1 else x.unsqueeze(1) + change
+        change = cut.T.to(x.dtype) @ self.differences[:first].flatten(1)  # (heads or 1, B T C)
+        return x + change.view(-1, *self.differences.shape[1:]).transpose(0, 1)
 
     def write(self, name, layer, y):
-        who = self.graph.writer(name, layer)
-        self.differences[who] = self.corrupted[who] - (y.transpose(0, 1) if y.dim() == 4 else y)
+        who = self.graph.writer[name, layer]
+        self.differences[who] = self.corrupted[who] - y.transpose(0, 1)
         return y
 
 
-class Replace(Watch):
-    """Patches components: the writers in `replaced` (W,) bool write what they wrote in the corrupted run."""
+class Gradients:
+    """Keeps what every reader reads apart, so that the gradient by it can be asked for: `reads`, a list of
+    (readers, a slice; how many writers came before; x).
 
-    def __init__(self, graph, replaced, corrupted):
-        super().__init__(graph)
-        self.replaced, self.corrupted = replaced, corrupted
-
-    def write(self, name, layer, y):
-        who = self.graph.writer(name, layer)
-        patched = torch.where(
-            self.replaced[who].view(1, -1, 1, 1),
-            self.corrupted[:, who],
-            y if y.dim() == 4 else y.unsqueeze(1),
-        )
-        return patched if y.dim() == 4 else patched[:, 0]
-
-
-class Gradients(Watch):
-    """Keeps what every reader reads apart, so that the gradient by it can be asked for.
-
-    embed (B, T, C) takes the embedding's place.
+    embed (B, 1, T, C) takes the embedding's place.
     """
 
     def __init__(self, graph, embed):
-        super().__init__(graph)
-        self.embed, self.reads = embed, []
+        self.graph, self.embed, self.reads = graph, embed, []
 
     def read(self, name, layer, x):
-        x = x.unsqueeze(1).expand(-1, self.graph.H, -1, -1) if name in ("q", "k", "v") else x.clone()
-        self.reads.append((self.graph.reader(name, layer), self.graph.before(name, layer), x))
+        readers = self.graph.reader[name, layer]
+        x = x.expand(-1, readers.stop - readers.start, -1, -1).clone()
+        self.reads.append((readers, self.graph.before[name, layer], x))
         return x
 
     def write(self, name, layer, y):

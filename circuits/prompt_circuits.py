@@ -2,7 +2,7 @@
 
     size of a prompt's circuit      attention_edges.py
     of a task                       mean and median over prompts, with a 95 % band of the mean (bootstrap)
-    the ranking                     that of RANKINGS with the smallest circuits in the mean on some prompts;
+    the ranking                     that with the smallest circuits in the mean on some prompts;
                                     measured on others. Each model may have its own
 
 Notable:
@@ -17,59 +17,33 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
-from circuits.attention_edges import (
-    KINDS,
-    LEVELS,
-    Curve,
-    curves,
-    metrics_of,
-    prepared,
-    scores_by,
-    signed_scores,
-)
+from circuits.attention_edges import KINDS, LEVELS, curves, metrics_of, prepared, scores_by, scores_of
 from circuits.attribution import ranks
-from circuits.controls import (
-    MOST_PAIRS,
-    key_of,
-    metrics_of_controls,
-    nonsense_reached,
-    scores_of_another,
-    untrained,
-)
+from circuits.controls import metrics_of_controls, nonsense_reached, scores_of_another, untrained
 
 EXACT = 400  # edges of a prompt
 MARGIN = 0.1  # of the mean effect
 CHOOSING = 16  # pairs on which the ranking is chosen
 LEVEL = "0.9"  # the one by which rankings are compared and controls are cut
+MOST_PAIRS = 32  # for nonsense labels and the untrained model
 GRID = 60  # points of the mean curve
-
-
-def effects_of(model, pairs, metric, ablation):
-    """{pair, by `key_of`: (metric with all edges, with all cut)}."""
-    found = {}
-    for batch in prepared(model, pairs, ablation):
-        everyone = list(range(len(batch.pairs)))
-        with_all = metrics_of(model, batch, metric, everyone, batch.present.unbind(1))
-        without = metrics_of(model, batch, metric, everyone, torch.zeros_like(batch.present).unbind(1))
-        for pair, one, other in zip(batch.pairs, with_all.tolist(), without.tolist()):
-            found[key_of(pair)] = one, other
-    return found
 
 
 def known_to(models, pairs, metric, ablation):
     """The pairs that each of the models answers right, with an effect above MARGIN of its mean effect."""
     kept = list(pairs)
     for model in models:
-        found = effects_of(model, pairs, metric, ablation)
+        found = {}  # {pair: (metric with all edges, with all cut)}
+        for batch in prepared(model, pairs, ablation):
+            with_all = metrics_of(model, batch, metric, enumerate(batch.present.unbind(1)))
+            without = metrics_of(model, batch, metric, enumerate(torch.zeros_like(batch.present).unbind(1)))
+            found |= {pair.key: both for pair, *both in zip(batch.pairs, with_all, without)}
         least = MARGIN * max(0.0, np.mean([one - other for one, other in found.values()]))
-        kept = [pair for pair in kept if is_known(*found[key_of(pair)], least)]
+        known = {key for key, (one, other) in found.items() if one > 0 and one - other > least}
+        kept = [pair for pair in kept if pair.key in known]
     return kept
-
-
-def is_known(with_all, without, least):
-    """Does the answer lead, and do attention edges bring it more than `least`?"""
-    return with_all > 0 and with_all - without > least
 
 
 class Measured(NamedTuple):
@@ -85,11 +59,11 @@ def measure_by(ranking, model, pairs, metric, ablation, others=None):
     measured, found, values, draw = [], [], {}, torch.Generator().manual_seed(0)
     for batch in prepared(model, pairs, ablation):
         scores = scores_by(ranking, model, batch, metric)
-        own = curves(model, batch, metric, scores)
+        new = curves(model, batch, metric, scores)
         measured += batch.pairs
-        found += own
+        found += new
         if others is not None:
-            sizes = sizes_at(own, "within", LEVEL)
+            sizes = sizes_at(new, "within", LEVEL)
             for name, some in metrics_of_controls(model, batch, metric, scores, sizes, others, draw).items():
                 values[name] = values.get(name, []) + some
     effect = sum(curve.all - curve.none for curve in found)
@@ -115,7 +89,7 @@ def best_ranking(model, pairs, metric, ablation, kinds):
     ready, found = list(prepared(model, pairs, ablation)), {}
     for kind in kinds:
         for batch in ready:
-            scores = signed_scores(kind, model, batch, metric)
+            scores = scores_of(kind, model, batch, metric)
             for ranking, ranked in ((kind, scores), (f"|{kind}|", scores.abs())):
                 found[ranking] = found.get(ranking, []) + curves(model, batch, metric, ranked)
     tried = {}
@@ -155,7 +129,7 @@ def measure(model, to_choose, to_test, metric, ablation, another, kinds=KINDS):
     if another:
         others = scores_of_another(model, another[1][:CHOOSING], another[2], ablation)
     pairs, found, controls = measure_by(ranking, model, to_test, metric, ablation, others)
-    own = {key_of(pair): (curve.all, curve.within[LEVEL]) for pair, curve in zip(pairs, found)}
+    circuits = {pair.key: (curve.all, curve.within[LEVEL]) for pair, curve in zip(pairs, found)}
     fresh = untrained(model)
     guessed = known_to([fresh], to_test[:MOST_PAIRS], metric, ablation)
     by_chance = measure_by(ranking, fresh, guessed, metric, ablation).curves
@@ -170,27 +144,25 @@ def measure(model, to_choose, to_test, metric, ablation, another, kinds=KINDS):
         "per_pair": sizes_at(found, "within", LEVEL),
         "curve": median_curve(found),
         "controls": controls,
-        "nonsense": nonsense_reached(model, to_test[:MOST_PAIRS], metric, ablation, own),
-        "untrained": size_by_chance(by_chance),
+        "nonsense": nonsense_reached(model, to_test[:MOST_PAIRS], metric, ablation, circuits),
+        "untrained": float(np.mean(sizes_at(by_chance, "within", LEVEL))) if by_chance else None,
     }
 
 
-def compare(models, to_choose, to_test, metric, ablation, another, progress):
+def compare(models, to_choose, to_test, metric, ablation, another):
     """(result, the pairs of to_test that both models know). The result: {"pairs": [how many these are, of how
     many], 'dense': what `measure` found, 'sparse': likewise}.
 
-    Without the models if there is no such pair. models: {'dense': model, 'sparse': model}; progress: a tqdm.
+    Without the models if there is no such pair. models: {'dense': model, 'sparse': model}.
     """
     choosing = known_to(models.values(), to_choose, metric, ablation)
     testing = known_to(models.values(), to_test, metric, ablation)
     result = {"pairs": [len(testing), len(to_test)]}
-    if not choosing or not testing:
-        progress.update(len(models))
-        return result, testing
-    kinds = kinds_for(models.values(), choosing[:CHOOSING], ablation)
-    for name, model in models.items():
-        result[name] = measure(model, choosing, testing, metric, ablation, another, kinds)
-        progress.update()
+    if choosing and testing:
+        kinds = kinds_for(models.values(), choosing[:CHOOSING], ablation)
+        progress = tqdm(models.items(), desc=f"attention edges, {ablation}", leave=False, disable=None)
+        for name, model in progress:
+            result[name] = measure(model, choosing, testing, metric, ablation, another, kinds)
     return result, testing
 
 
@@ -200,8 +172,3 @@ def circuit_of(model, pair, metric, ablation, ranking):
     scores = scores_by(ranking, model, batch, metric)
     [size] = sizes_at(curves(model, batch, metric, scores), "within", LEVEL)
     return ranks(scores[:, 0], batch.present[:, 0]) < size
-
-
-def size_by_chance(found: list[Curve]):
-    """Mean size of an untrained model's circuits; None if it has no effect at all."""
-    return float(np.mean(sizes_at(found, "within", LEVEL))) if found else None

@@ -22,6 +22,8 @@ prompts.py writes them; a task of your own is a function there and a line in TAS
 import random
 from typing import NamedTuple
 
+import torch
+
 from circuits import prompts
 from storage import text
 from storage.addition import ADDITION_TOKENS
@@ -37,6 +39,11 @@ class Pair(NamedTuple):
     right: list  # for each position, the tokens that count for
     wrong: list  # for each position, the tokens that count against
 
+    @property
+    def key(self):
+        """What tells pairs apart, whatever their labels."""
+        return tuple(self.clean), tuple(self.corrupted)
+
 
 class Vocabulary(NamedTuple):
     """What a task must know about a model's tokens."""
@@ -44,6 +51,7 @@ class Vocabulary(NamedTuple):
     name: str  # 'gpt2', 'bytes', 'addition', or anything else
     size: int  # number of token ids
     encode: object  # str -> list of token ids; None where tokens are no text
+    decode: object  # the other way round
 
 
 def vocabulary(name, size=None):
@@ -51,15 +59,16 @@ def vocabulary(name, size=None):
     size, and only `copy` fits it. Raises UserError if a tokenizer cannot be fetched.
     """
     if name == "addition":
-        return Vocabulary(name, len(ADDITION_TOKENS), lambda words: [ADDITION_TOKENS.index(c) for c in words])
+        return Vocabulary(name, len(ADDITION_TOKENS), lambda words: [ADDITION_TOKENS.index(c) for c in words],
+                          lambda ids: "".join(ADDITION_TOKENS[i] for i in ids))
     if name in text.TOKENIZERS:
         tokens = text.tokenizer(name)
 
         def encode(words):
             return [int(i) for i in tokens.encode(words.encode())]
 
-        return Vocabulary(name, tokens.vocab_size, encode)
-    return Vocabulary(name or "of its own", size, None)
+        return Vocabulary(name, tokens.vocab_size, encode, tokens.decode)
+    return Vocabulary(name or "of its own", size, None, None)
 
 
 PROBABILITY, LOGIT = "probability difference", "logit difference"
@@ -115,37 +124,26 @@ def make_pairs(task, n, seed, vocabulary):
     return pairs, metric
 
 
-def lines_of_tasks():
-    """All tasks, a list of lines."""
-    return [f"{name:13} {', '.join(fit or 'any' for fit in fits):16} {metric:24} "
-            f"{make_prompts.__doc__.splitlines()[0]}" for name, (make_prompts, fits, metric) in TASKS.items()]
-
-
-def lines_of_prompts(task, n, seed, vocabulary_name):
-    """n pairs of a task's prompts, a list of lines. vocabulary_name: None is the first that the task fits."""
-    if n < 1:
-        raise UserError("--n must be at least 1")
-    if task not in TASKS:
-        raise UserError(f"there is no task {task!r}. There are {', '.join(TASKS)}")
-    tokens = vocabulary(vocabulary_name or TASKS[task][1][0])
-    pairs, metric = make_pairs(task, n, seed, tokens)
-    lines, show = [f"{task}, {metric}"], decoder(tokens.name)
+def batches(pairs, size, device="cpu"):
+    """Yield (clean (b, T), corrupted (b, T), pairs), at most `size` pairs of one length: prompts of different
+    lengths cannot share a batch.
+    """
+    groups = {}
     for pair in pairs:
-        lines.append(f"\nclean      {show(pair.clean)!r}\ncorrupted  {show(pair.corrupted)!r}")
-        for position, right, wrong in zip(pair.positions, pair.right, pair.wrong):
-            right, wrong = first_few(right, show), first_few(wrong, show)
-            lines.append(f"at {position:3d}     right {right}; wrong {wrong}")
-    return lines
+        groups.setdefault(len(pair.clean), []).append(pair)
+    for group in groups.values():
+        for part in (group[i:i + size] for i in range(0, len(group), size)):
+            clean, corrupted = ([pair.clean for pair in part], [pair.corrupted for pair in part])
+            yield torch.tensor(clean, device=device), torch.tensor(corrupted, device=device), part
 
 
-def decoder(name):
-    """The function that turns token ids of the vocabulary of that name into words."""
-    if name == "addition":
-        return lambda ids: "".join(ADDITION_TOKENS[i] for i in ids)
-    return text.tokenizer(name).decode
-
-
-def first_few(ids, show, most=4):
-    """The first tokens of a list, in quotes."""
-    words = ", ".join(repr(show([i])) for i in ids[:most])
-    return words + " ..." if len(ids) > most else words
+def metric_of(logits, pairs, metric):
+    """(B,): how well each pair's answer is known, the mean over its positions. logits (B, T, V)."""
+    values = []
+    for row, pair in zip(logits, pairs):
+        row, mean = row[pair.positions], torch.mean  # (answers, V)
+        if metric == PROBABILITY:
+            row, mean = row.softmax(-1), torch.sum
+        found = [mean(at[right]) - mean(at[wrong]) for at, right, wrong in zip(row, pair.right, pair.wrong)]
+        values.append(torch.stack(found).mean())
+    return torch.stack(values)

@@ -34,6 +34,7 @@ from features.transcoder import read_and_written
 from storage.files import UserError
 
 QUERY, KEY, VALUE = range(3)
+BIAS = -1  # the last source
 LOGITS, COVERED = 10, 0.95  # at most so many logits are targets; the likeliest, up to so much probability
 
 
@@ -94,7 +95,8 @@ def freeze(model, coder, tokens):
     def look(norm, arguments, output):
         spread[norm] = (arguments[0][0].var(-1, unbiased=False, keepdim=True) + norm.eps).sqrt()
 
-    hooks = [norm.register_forward_hook(look) for norm in norms(model)]
+    norms = [norm for block in model.blocks for norm in (block.ln_1, block.ln_2)] + [model.transformer.ln_f]
+    hooks = [norm.register_forward_hook(look) for norm in norms]
     hooks.append(model.lm_head.register_forward_hook(lambda head, x, output: logits.append(output[0])))
     try:
         x, y = read_and_written(model, tokens[None],
@@ -103,10 +105,6 @@ def freeze(model, coder, tokens):
         for hook in hooks:
             hook.remove()
     return Frozen(attention, spread, coder.features(x)[0], (y - coder(x))[0], logits[0])
-
-
-def norms(model):
-    return [norm for block in model.blocks for norm in (block.ln_1, block.ln_2)] + [model.transformer.ln_f]
 
 
 def centred(norm, spread, x):
@@ -125,6 +123,46 @@ def bias_of(module, like):
     return like.new_zeros(()) if module.bias is None else module.bias
 
 
+class Heads(NamedTuple):
+    """What the heads of one layer carry of each of S sources."""
+
+    weights: torch.Tensor  # A_ij p_ij (H, T, T)
+    v: torch.Tensor  # values (H, T, S, D)
+    mixed: torch.Tensor  # sums of values by weight (S, T, H, D)
+    w_o: torch.Tensor  # (H, D, C)
+
+
+class Rows(NamedTuple):
+    """R targets at one position: as the fields of the same names of AttributionGraph."""
+
+    edges: torch.Tensor  # (R, S)
+    through: torch.Tensor  # (R, L, H)
+    net: torch.Tensor  # (R, L, H)
+    reads: torch.Tensor  # (R, L, H, T)
+    values: torch.Tensor  # (R,)
+    readers: torch.Tensor  # (R, C)
+
+
+def rows_of(norm, spread, stream, i, heads, L, readers, biases, values):
+    """Rows of the targets whose readers (R, C) read norm(stream) at position i, and add biases to it.
+
+    spread: of the norm, (T, 1); stream (S, T, C); heads: Heads of all layers below, of L; values (R,)
+    """
+    back = centred_back(norm, spread[i], readers)  # (R, C) that read the stream itself
+    edges = back @ stream[:, i].T
+    edges[:, BIAS] += readers @ bias_of(norm, back).expand(back.shape[1]) + biases
+    H, T, S, _ = heads[0].v.shape
+    through, net = back.new_zeros(2, len(back), L, H)
+    reads = back.new_zeros(len(back), L, H, T)
+    for layer, (weights, v, mixed, w_o) in enumerate(heads):
+        heard = w_o @ back.T  # (H, D, R), that read what a head has mixed
+        shares = torch.einsum("shd,hdr->rsh", mixed[:, i], heard)
+        through[:, layer], net[:, layer] = shares.abs().sum(1), shares.sum(1)
+        by_key = (v[:, :i + 1].flatten(1, 2) @ heard).view(H, i + 1, S, len(back))
+        reads[:, layer, :, :i + 1] = (weights[:, i, :i + 1, None] * by_key.abs().sum(2)).permute(2, 0, 1)
+    return Rows(edges, through, net, reads, values, back)
+
+
 @torch.no_grad()
 def graph_of(model, coder, tokens, at=-1, answer=None):
     """The AttributionGraph of one prompt, tokens (T,), in evaluation mode. at: the position whose logits are
@@ -136,67 +174,54 @@ def graph_of(model, coder, tokens, at=-1, answer=None):
     if not (frozen.errors.isfinite().all() and frozen.logits.isfinite().all()):
         raise UserError("this transcoder makes NaN or infinite numbers of the prompt, so there is no graph. "
                         "Train another: python analyze.py transcode RUN --lr=1e-4 --name=ANOTHER")
-    c, T = model.config, len(tokens)
-    L, H, C = c.n_layer, c.n_head, c.n_embd
+    parts, T, L, H = model.transformer, len(tokens), model.config.n_layer, model.config.n_head
     fires = frozen.features.transpose(0, 1).nonzero().tolist()  # by layer, then position
     features = [Node("feature", layer, position, number) for layer, position, number in fires]
-    sources = features + [Node("embedding", -1, j, int(tokens[j])) for j in range(T)]
-    sources += [Node("error", layer, j, -1) for layer in range(L) for j in range(T)]
-    sources.append(Node("bias", -1, -1, -1))
-    BIAS, decoders = -1, coder.decoders()  # the last source
+    embeddings = [Node("embedding", -1, j, int(tokens[j])) for j in range(T)]
+    errors = [Node("error", layer, j, -1) for layer in range(L) for j in range(T)]
+    sources = [*features, *embeddings, *errors, Node("bias", -1, -1, -1)]
 
-    dx = frozen.errors.new_zeros(len(sources), T, C)  # what of the stream is due to each source
-    embedded = model.transformer.wte(tokens) + model.transformer.wpe(torch.arange(T, device=tokens.device))
-    for s, node in enumerate(sources):
-        if node.kind == "embedding":
-            dx[s, node.position] = embedded[node.position]
-    streams, carried, rows = [], [], []
-
-    def read(norm, stream, i, readers, biases, values):
-        """R targets at position i: readers (R, C) read norm(stream)."""
-        back = centred_back(norm, frozen.spread[norm][i], readers)  # (R, C) that read the stream itself
-        edges = back @ stream[:, i].T
-        edges[:, BIAS] += readers @ bias_of(norm, back).expand(C) + biases
-        through, net = back.new_zeros(2, len(back), L, H)
-        reads = back.new_zeros(len(back), L, H, T)
-        for layer, (v, mixed, w_o) in enumerate(carried):
-            heard = w_o @ back.T  # (H, D, R), that read what a head has mixed
-            shares = torch.einsum("shd,hdr->rsh", mixed[:, i], heard)
-            through[:, layer], net[:, layer] = shares.abs().sum(1), shares.sum(1)
-            by_key = (v[:, :i + 1].flatten(1, 2) @ heard).view(H, i + 1, len(sources), len(back))
-            weights = frozen.attention[layer][:, i, :i + 1, None]
-            reads[:, layer, :, :i + 1] = (weights * by_key.abs().sum(2)).permute(2, 0, 1)
-        rows.append((edges, through, net, reads, values, back))
-
+    dx = frozen.errors.new_zeros(len(sources), T, model.config.n_embd)  # of the stream, due to each source
+    dx[range(len(features), len(features) + T), range(T)] = (
+        parts.wte(tokens) + parts.wpe(torch.arange(T, device=tokens.device)))
+    streams, heads, rows = [], [], []
     for layer, block in enumerate(model.blocks):
         streams.append(dx)
-        v = parts_of(block, frozen.spread[block.ln_1], dx, VALUE, H)
-        w_o = writing(block, H)
+        v = parts_of(block, frozen.spread[block.ln_1], dx, VALUE, H)  # (S, T, H, D)
         mixed = torch.einsum("hij,sjhd->sihd", frozen.attention[layer], v)
-        carried.append((v.permute(2, 1, 0, 3).contiguous(), mixed, w_o))  # v (H, T, S, D)
+        w_o = writing(block, H)
+        heads.append(Heads(frozen.attention[layer], v.permute(2, 1, 0, 3).contiguous(), mixed, w_o))
         middle = dx + torch.einsum("sihd,hdc->sic", mixed, w_o)
         middle[BIAS] += bias_of(block.attn.c_proj, dx)
         for i in range(T):
             numbers = frozen.features[i, layer].nonzero().flatten()
-            read(block.ln_2, middle, i, coder.encoder[layer, numbers], coder.b_enc[layer, numbers],
-                 frozen.features[i, layer, numbers])
-        dx = middle.clone()
-        dx[BIAS] += coder.b_dec[layer]
-        for s, node in enumerate(sources):
-            if node.kind == "feature" and node.layer <= layer:
-                a = frozen.features[node.position, node.layer, node.number]
-                dx[s, node.position] += a * decoders[node.layer, layer, node.number]
-            elif node.kind == "error" and node.layer == layer:
-                dx[s, node.position] += frozen.errors[node.position, layer]
+            rows.append(rows_of(block.ln_2, frozen.spread[block.ln_2], middle, i, heads, L,
+                                coder.encoder[layer, numbers], coder.b_enc[layer, numbers],
+                                frozen.features[i, layer, numbers]))
+        dx = with_mlp(middle, layer, sources, frozen, coder)
 
     at = at % T
     answers, chances = likeliest(frozen.logits[at]) if answer is None else ([answer], torch.ones(1).to(dx))
-    readers = model.lm_head.weight[answers] - model.lm_head.weight.mean(0)
-    read(model.transformer.ln_f, dx, at, readers, 0.0, frozen.logits[at, answers] - frozen.logits[at].mean())
-    targets = features + [Node("logit", -1, at, token) for token in answers]
-    *columns, readers = map(torch.cat, zip(*rows))
-    return AttributionGraph(sources, targets, *columns, chances, torch.stack(streams),
-                            torch.stack([mixed for _, mixed, _ in carried]), readers, frozen.spread)
+    rows.append(rows_of(parts.ln_f, frozen.spread[parts.ln_f], dx, at, heads, L,
+                        model.lm_head.weight[answers] - model.lm_head.weight.mean(0), 0.0,
+                        frozen.logits[at, answers] - frozen.logits[at].mean()))
+    return AttributionGraph(sources, features + [Node("logit", -1, at, token) for token in answers],
+                            chances=chances, streams=torch.stack(streams), spread=frozen.spread,
+                            mixed=torch.stack([layer.mixed for layer in heads]),
+                            **Rows(*map(torch.cat, zip(*rows)))._asdict())
+
+
+def with_mlp(dx, layer, sources, frozen, coder):
+    """dx (S, T, C), and what the features, the error and the bias in place of a layer's MLP write."""
+    dx, decoders = dx.clone(), coder.decoders()
+    dx[BIAS] += coder.b_dec[layer]
+    for s, node in enumerate(sources):
+        if node.kind == "feature" and node.layer <= layer:
+            a = frozen.features[node.position, node.layer, node.number]
+            dx[s, node.position] += a * decoders[node.layer, layer, node.number]
+        elif node.kind == "error" and node.layer == layer:
+            dx[s, node.position] += frozen.errors[node.position, layer]
+    return dx
 
 
 def writing(block, H):

@@ -38,9 +38,10 @@ from circuits.attention_edges import (
     ranks,
     run_cut,
     terms_of,
+    without,
 )
-from circuits.attribution import metric_of, sizes
-from circuits.tasks import LOGIT, Pair
+from circuits.attribution import sizes
+from circuits.tasks import LOGIT, Pair, metric_of
 from gate import shared_among_heads
 
 FEW = 300  # edges: up to so many are cut one by one
@@ -111,37 +112,24 @@ def outcomes(model, batch, keeps, total, what, vocab_size):
     keeps = iter(tqdm(keeps, total=total, desc=what, unit="run", leave=False, disable=None))
     found = []
     while rows := list(itertools.islice(keeps, at_once)):
-        gates = []
-        logits = run_cut(model, batch.tokens.expand(len(rows), T), torch.stack(rows, dim=1),
-                         record=lambda layer, found, gates=gates: gates.append(found.open > 0))
-        gates, kept = torch.stack(gates), torch.stack(rows, dim=1)
-        flipped = zip((gates & ~batch.present).unbind(1), (kept & batch.present & ~gates).unbind(1))
+        kept, gates = torch.stack(rows, dim=1), []
+        logits = run_cut(model, batch.tokens.expand(len(rows), T), kept,
+                         record=lambda layer, seen, gates=gates: gates.append(seen.open > 0))
+        now = torch.stack(gates)
+        opened, shut = now & ~batch.present, kept & batch.present & ~now
         metrics = len(pair.positions) * metric_of(logits, [pair] * len(rows), LOGIT)
-        answers = logits[:, pair.positions, :vocab_size].float().softmax(-1).topk(min(TOP, vocab_size))
-        found += map(outcome_of, metrics.tolist(), answers.indices.tolist(), answers.values.tolist(), flipped)
+        best = logits[:, pair.positions, :vocab_size].float().softmax(-1).topk(min(TOP, vocab_size))
+        for row, metric in enumerate(metrics.tolist()):
+            places = zip(best.indices[row].tolist(), best.values[row].tolist())
+            top = [[[token, rounded(p, 3)] for token, p in zip(*place)] for place in places]
+            found.append(Outcome(metric, top, edges_in(opened[:, row])[:NAMED], edges_in(shut[:, row])))
     return found
-
-
-def outcome_of(metric, tokens, probabilities, flipped):
-    """tokens, probabilities: [position][place]; flipped: what opened, what shut, both (n_layer, H, T, T)."""
-    places = [[[t, rounded(p, 3)] for t, p in zip(*both)] for both in zip(tokens, probabilities)]
-    opened, shut = map(edges_in, flipped)
-    return Outcome(metric, places, opened[:NAMED], shut)
 
 
 def cut_each(model, batch, kept, edges, vocab_size):
     """An Outcome for every edge (layer, head, query, key), cut from those kept, (n_layer, H, T, T) bool."""
-    def without(edge):
-        keep = kept.clone()
-        keep[edge] = False
-        return keep
-
-    return outcomes(model, batch, map(without, edges), len(edges), "cutting edge by edge", vocab_size)
-
-
-def keep_best(model, batch, places, ks, vocab_size):
-    """An Outcome for every k: only the k best edges are kept. places: of the edges, by `ranks`."""
-    return outcomes(model, batch, (places < k for k in ks), len(ks), "keeping the k best", vocab_size)
+    keeps = (without(kept, edge) for edge in edges)
+    return outcomes(model, batch, keeps, len(edges), "cutting edge by edge", vocab_size)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -215,7 +203,8 @@ def data_of(model, question, vocab_size, stops):
     cuts = dict(zip(best, cut_each(model, batch, torch.ones_like(present), best, vocab_size)))
     chosen = to_draw(places, weights, present, DRAWN_SPARSE if model.config.gated else DRAWN_DENSE)
     ks = sorted({0, total} | {k for k in stops if k <= total})
-    circuits = keep_best(model, batch, places, ks, vocab_size)
+    keeps = (places < k for k in ks)
+    circuits = outcomes(model, batch, keeps, len(ks), "keeping the k best", vocab_size)
     curve = curve_of(ks, [outcome.metric for outcome in circuits])
     row = {edge: number for number, edge in enumerate(edges_in(chosen))}
     return {

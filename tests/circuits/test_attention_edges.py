@@ -8,10 +8,9 @@ from planted import PLANTED, T, planted
 
 from circuits.attention_edges import (
     ABLATIONS,
-    RANKINGS,
+    KINDS,
     curve_of,
     curves,
-    edges_present,
     exact_scores,
     integrated_scores,
     metrics_of,
@@ -21,8 +20,7 @@ from circuits.attention_edges import (
     scores_by,
     terms_of,
 )
-from circuits.attribution import metric_of
-from circuits.tasks import LOGIT, Pair
+from circuits.tasks import LOGIT, Pair, metric_of
 from model import GPT, GPTConfig
 from models.olmo import OLMo, OLMoConfig
 
@@ -111,18 +109,16 @@ def test_with_all_edges_interchanged_attention_writes_what_it_wrote_on_the_corru
 
 @torch.no_grad()
 def test_present_edges_are_those_that_open():
-    model = random_model(True)
-    clean, corrupted = (torch.tensor([getattr(p, which) for p in PAIRS]) for which in ("clean", "corrupted"))
-    opened = []
-    model(clean, record=lambda layer, gates: opened.append(gates.open > 0))
-    here, _ = edges_present(model, clean, corrupted, "zero")
-    assert torch.equal(here, torch.stack(opened))
-    there, _ = edges_present(model, corrupted, clean, "zero")
-    either, _ = edges_present(model, clean, corrupted, "interchange")
-    assert torch.equal(either, here | there)
-    assert here.any() and not here.all()
-    everything, _ = edges_present(random_model(False), clean, corrupted, "zero")
-    assert int(everything.sum()) == 2 * 2 * 2 * T * (T + 1) // 2
+    model, opened = random_model(True), {}
+    for which in ("clean", "corrupted"):
+        gates = []
+        model(torch.tensor([getattr(pair, which) for pair in PAIRS]),
+              record=lambda layer, found: gates.append(found.open > 0))
+        opened[which] = torch.stack(gates)
+    present = one_batch(model, "zero").present
+    assert torch.equal(present, opened["clean"]) and present.any() and not present.all()
+    assert torch.equal(one_batch(model, "interchange").present, opened["clean"] | opened["corrupted"])
+    assert one_batch(random_model(False), "zero").present.sum() == 2 * 2 * 2 * T * (T + 1) // 2
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -196,12 +192,8 @@ def test_the_size_is_where_a_curve_gets_to_its_level_and_stays_there():
     curve = curve_of([0, 1, 2, 3, 4], [1.0, 2.9, 2.0, 2.82, 3.0])
     assert curve.share == pytest.approx([0, 0.95, 0.5, 0.91, 1])
     assert curve.reaches == {"0.8": 3, "0.9": 3, "0.95": 4}
-
-
-def test_a_circuit_that_overshoots_reaches_its_level_and_is_not_within():
-    curve = curve_of([0, 1, 2, 3], [0.0, 3.0, 2.0, 1.0])
-    assert curve.reaches["0.9"] == 1
-    assert curve.within["0.9"] == 3
+    overshoots = curve_of([0, 1, 2, 3], [0.0, 3.0, 2.0, 1.0])
+    assert (overshoots.reaches["0.9"], overshoots.within["0.9"]) == (1, 3)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -209,7 +201,7 @@ def test_a_circuit_that_overshoots_reaches_its_level_and_is_not_within():
 
 
 @pytest.mark.parametrize("ablation", ABLATIONS)
-@pytest.mark.parametrize("ranking", RANKINGS)
+@pytest.mark.parametrize("ranking", [*KINDS, *map("|{}|".format, KINDS)])
 def test_exactly_the_planted_circuit_is_found(ablation, ranking):
     model = planted()
     [batch] = prepared(model, PLANTED, ablation)
@@ -221,5 +213,5 @@ def test_exactly_the_planted_circuit_is_found(ablation, ranking):
         assert curve.share[curve.kept.index(1)] == pytest.approx(0, abs=1e-6)
         assert curve.within["0.9"] <= 2
         rest = batch.present[:, pair] & (order >= 2)
-        left = metrics_of(model, batch, LOGIT, [pair], [rest])[0].item()
+        [left] = metrics_of(model, batch, LOGIT, [(pair, rest)])
         assert left == pytest.approx(curve.none, abs=1e-6), "complete: without it nothing is left"

@@ -4,21 +4,13 @@ import pytest
 import torch
 from planted import PLANTED, T, planted
 
+from analysis.circuit_table import table
 from circuits import prompt_circuits
 from circuits.attention_edges import prepared
 from circuits.attribution import best_edges, cut_edges
-from circuits.controls import (
-    aligned,
-    component_controls,
-    key_of,
-    nonsense,
-    nonsense_reached,
-    of_size,
-    untrained,
-)
+from circuits.controls import aligned, component_controls, nonsense, nonsense_reached, of_size, untrained
 from circuits.graph import ComponentGraph
 from circuits.prompt_circuits import circuit_of, kinds_for, known_to, measure, spread
-from circuits.table import table
 from circuits.tasks import LOGIT, Pair
 
 CIRCUIT = [[0, 0, 2, 0], [1, 1, T - 1, 2]]
@@ -96,18 +88,10 @@ def test_the_band_is_that_of_the_mean():
 
 def test_a_task_that_no_prompt_shows_is_said_and_not_an_error():
     backwards = [pair._replace(right=pair.wrong, wrong=pair.right) for pair in PLANTED]
-
-    class Progress:
-        steps = 0
-
-        def update(self, by=1):
-            self.steps += by
-
-    models, progress = {"dense": planted(), "sparse": planted()}, Progress()
-    found, known = prompt_circuits.compare(models, backwards, backwards, LOGIT, "zero", None, progress)
+    models = {"dense": planted(), "sparse": planted()}
+    found, known = prompt_circuits.compare(models, backwards, backwards, LOGIT, "zero", None)
     assert known == []
     assert found == {"pairs": [0, 2]}
-    assert progress.steps == 2
     side = {"metric": {"clean": 1.0, "corrupted": 0.0}, "edges": 10, "heads": 4, "untrained": None,
             "controls": {"random edges": 0.1}, "by_edges": {"needed": {"0.8": 1, "0.9": 2, "0.95": None}},
             "by_heads": {"needed": {"0.8": 1, "0.9": 2, "0.95": 3}}}
@@ -130,17 +114,15 @@ def test_nonsense_that_few_edges_say_is_seen():
     model = planted()
     model.lm_head.weight.data[4] = 3 * model.lm_head.weight.data[1]  # token 1 in the stream says 4, louder
     pair = PLANTED[0]._replace(clean=[1, 0, 4, 0, 0], corrupted=[2, 0, 4, 0, 0])
-    own = {key_of(pair): (1.0, 2)}
-    assert nonsense_reached(model, [pair], LOGIT, "zero", own) == 1
-    own = {key_of(pair): (1.0, 1)}
-    assert nonsense_reached(model, [pair], LOGIT, "zero", own) == 0, "one edge is not enough"
+    assert nonsense_reached(model, [pair], LOGIT, "zero", {pair.key: (1.0, 2)}) == 1
+    assert nonsense_reached(model, [pair], LOGIT, "zero", {pair.key: (1.0, 1)}) == 0, "one is not enough"
 
 
 def test_component_controls_of_the_planted_circuit():
     model, graph = planted(), ComponentGraph(2, 2)
     scores = cut_edges(model, PLANTED, LOGIT, graph.edges)
     circuit = graph.on_paths(best_edges(scores, graph.edges, 3))
-    found = component_controls(model, PLANTED, PLANTED, LOGIT, graph.edges, circuit, 1, True, None)
+    found = component_controls(model, PLANTED, PLANTED, LOGIT, graph.edges, circuit, 1, None)
     assert found["circuit alone is cut"] == pytest.approx(0, abs=1e-5)
     assert found["nonsense labels"] < 0.1
     assert abs(found["random edges"]) < 0.9

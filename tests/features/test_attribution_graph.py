@@ -1,8 +1,11 @@
 """Attribution graphs: what comes in sums to what is there, in models whose norms have gains and biases."""
 
+import functools
+
 import pytest
 import torch
 
+from circuits.attention_edges import attending
 from features.attribution_graph import Node, centred, freeze, graph_of, shares_of, why_open
 from features.influence import (
     attention_edges_of,
@@ -41,16 +44,18 @@ def random_transcoder(cross=True):
     return coder
 
 
-def case(settings, cross=True):
-    torch.manual_seed(4)
-    model, coder, tokens = random_model(**settings), random_transcoder(cross), torch.randint(0, V, (T,))
+@functools.cache
+def case(number=0, cross=True):
+    """(model, transcoder, tokens, graph), made once. number: of CASES."""
+    model, coder = random_model(**CASES[number]), random_transcoder(cross)
+    tokens = torch.randint(0, V, (T,), generator=torch.Generator().manual_seed(4))
     return model, coder, tokens, graph_of(model, coder, tokens)
 
 
-@pytest.mark.parametrize("settings", CASES)
+@pytest.mark.parametrize("number", range(len(CASES)))
 @pytest.mark.parametrize("cross", [True, False])
-def test_what_comes_in_sums_to_the_pre_activation_and_to_the_logit(settings, cross):
-    model, coder, tokens, graph = case(settings, cross)
+def test_what_comes_in_sums_to_the_pre_activation_and_to_the_logit(number, cross):
+    model, coder, tokens, graph = case(number, cross)
     assert sum(node.kind == "feature" for node in graph.targets) > 20
     torch.testing.assert_close(graph.edges.sum(1), graph.values, rtol=1e-9, atol=1e-9)
     logits = model(tokens[None])[0][0, -1]
@@ -104,51 +109,42 @@ def replay(model, coder, tokens, scale=None, passing=False):
 
 
 @torch.no_grad()
-def test_with_error_nodes_the_model_comes_back():
-    model, coder, tokens, graph = case(CASES[0])
-    z, logits = replay(model, coder, tokens)
-    torch.testing.assert_close(logits, model(tokens[None])[0][0, -1])
-    for node, value in zip(graph.targets, graph.values):
-        if node.kind == "feature":
-            assert z[node.position, node.layer, node.number].item() == pytest.approx(value.item(), abs=1e-9)
-
-
-@torch.no_grad()
-def test_doubling_a_source_moves_every_target_by_its_column():
-    model, coder, tokens, graph = case(CASES[0])
+def test_the_model_comes_back_and_doubling_a_source_moves_every_target_by_its_column():
+    model, coder, tokens, graph = case()
     before_z, before = replay(model, coder, tokens)
+    torch.testing.assert_close(before, model(tokens[None])[0][0, -1])
+
+    def at_targets(z, logits):
+        return torch.stack([z[node.position, node.layer, node.number] if node.kind == "feature"
+                            else logits[node.number] - logits.mean() for node in graph.targets])
+
+    torch.testing.assert_close(at_targets(before_z, before), graph.values)
     for s in range(0, len(graph.sources) - 1, 9):
         z, logits = replay(model, coder, tokens, {graph.sources[s]: 2.0})
-        for t, node in enumerate(graph.targets):
-            if node.kind == "feature":
-                moved = (z - before_z)[node.position, node.layer, node.number]
-            else:
-                moved = (logits - before)[node.number] - (logits - before).mean()
-            assert moved.item() == pytest.approx(graph.edges[t, s].item(), abs=1e-9)
+        moved = at_targets(z, logits) - at_targets(before_z, before)
+        torch.testing.assert_close(moved, graph.edges[:, s], rtol=0, atol=1e-9)
 
 
 def shares_by_hand(model, coder, tokens, graph, t):
     """(S, L, H, T) of one target, head by head and key by key."""
-    plain, node = coder.folded(), graph.targets[t]
+    plain, node, D = coder.folded(), graph.targets[t], C // H
     frozen = freeze(model, plain, tokens)
     found = torch.zeros(len(graph.sources), L, H, T).double()
-    norm = model.transformer.ln_f if node.kind == "logit" else model.blocks[node.layer].ln_2
-    if node.kind == "logit":
-        reader = model.lm_head.weight[node.number] - model.lm_head.weight.mean(0)
-    else:
+    if node.kind == "feature":
+        norm, top = model.blocks[node.layer].ln_2, node.layer + 1
         reader = plain.encoder[node.layer, node.number]
-    for layer in range(L if node.kind == "logit" else node.layer + 1):
+    else:
+        norm, top = model.transformer.ln_f, L
+        reader = model.lm_head.weight[node.number] - model.lm_head.weight.mean(0)
+    for layer in range(top):
         block, i = model.blocks[layer], node.position
         for s in range(len(graph.sources)):
+            is_bias = s == len(graph.sources) - 1
             u = centred(block.ln_1, frozen.spread[block.ln_1], graph.streams[layer, s])
-            if s == len(graph.sources) - 1:
-                u = u + block.ln_1.bias
+            u = u + is_bias * block.ln_1.bias
             for h in range(H):
-                D = C // H
-                w_v = block.attn.c_attn.weight[2 * C + h * D:2 * C + (h + 1) * D]
-                v = u @ w_v.T
-                if s == len(graph.sources) - 1:
-                    v = v + block.attn.c_attn.bias[2 * C + h * D:2 * C + (h + 1) * D]
+                rows = slice(2 * C + h * D, 2 * C + (h + 1) * D)
+                v = u @ block.attn.c_attn.weight[rows].T + is_bias * block.attn.c_attn.bias[rows]
                 w_o = block.attn.c_proj.weight[:, h * D:(h + 1) * D]
                 write = frozen.attention[layer][h, i][:, None] * v @ w_o.T
                 found[s, layer, h] = centred(norm, frozen.spread[norm][i], write) @ reader
@@ -156,43 +152,26 @@ def shares_by_hand(model, coder, tokens, graph, t):
 
 
 @torch.no_grad()
-def test_direct_and_heads_make_the_edge():
-    """Direct: what the source wrote at the target's own position. The heads' shares make up the rest."""
-    model, coder, tokens, graph = case(CASES[0])
-    plain = coder.folded()
+def test_what_heads_carry_is_the_formula_head_by_head():
+    """The edge is that and what is direct: what the source wrote at the target's own position."""
+    model, coder, tokens, graph = case()
     for t in (0, 15, len(graph.targets) - 1):
-        node, shares = graph.targets[t], shares_by_hand(model, coder, tokens, graph, t)
+        shares = shares_by_hand(model, coder, tokens, graph, t)
         torch.testing.assert_close(graph.reads[t], shares.abs().sum(0))
         shares = shares.sum(-1)
         torch.testing.assert_close(graph.through[t], shares.abs().sum(0))
         torch.testing.assert_close(graph.net[t], shares.sum(0))
         for s in (0, 9, len(graph.sources) - 1):
             torch.testing.assert_close(shares_of(model, graph, t, s), shares[s])
-        norm = model.transformer.ln_f if node.kind == "logit" else model.blocks[node.layer].ln_2
-        top = L if node.kind == "logit" else node.layer
-        reader = plain.encoder[node.layer, node.number]
-        if node.kind == "logit":
-            reader = model.lm_head.weight[node.number] - model.lm_head.weight.mean(0)
-        frozen = freeze(model, plain, tokens)
-        for s, source in enumerate(graph.sources[:-1]):
-            direct = torch.zeros(C).double()
-            if source.position == node.position:
-                if source.kind == "embedding":
-                    direct = model.transformer.wte(tokens[source.position]) \
-                        + model.transformer.wpe.weight[source.position]
-                elif source.kind == "error" and source.layer < top:
-                    direct = frozen.errors[source.position, source.layer]
-                elif source.kind == "feature" and source.layer < top:
-                    a = frozen.features[source.position, source.layer, source.number]
-                    direct = a * plain.decoders()[source.layer, :top, source.number].sum(0)
-            own = centred(norm, frozen.spread[norm][node.position], direct) @ reader
-            assert (own + shares[s].sum()).item() == pytest.approx(graph.edges[t, s].item(), abs=1e-9)
+        elsewhere = [s for s, source in enumerate(graph.sources[:-1])
+                     if source.position != graph.targets[t].position]
+        torch.testing.assert_close(graph.edges[t, elsewhere], shares[elsewhere].sum((1, 2)))
 
 
 @torch.no_grad()
 def test_a_head_that_writes_nothing_and_a_head_that_is_shut_carry_exactly_nothing():
-    torch.manual_seed(4)
-    model, coder, tokens = random_model(**CASES[0]), random_transcoder(), torch.randint(0, V, (T,))
+    _, coder, tokens, _ = case()
+    model = random_model(**CASES[0])
     D = C // H
     model.blocks[1].attn.c_proj.weight[:, :D] = 0
     assert (graph_of(model, coder, tokens).through[:, 1, 0] == 0).all()
@@ -201,33 +180,28 @@ def test_a_head_that_writes_nothing_and_a_head_that_is_shut_carry_exactly_nothin
     assert (graph.through[:, 2, 1] == 0).all() and (graph.through[:, 2, 0] > 0).any()
 
 
-@pytest.mark.parametrize("settings", CASES)
+@pytest.mark.parametrize("number", range(len(CASES)))
 @torch.no_grad()
-def test_pairs_of_sources_sum_to_the_score_that_opens_the_edge(settings):
-    model, coder, tokens, graph = case(settings)
+def test_pairs_of_sources_sum_to_the_score_that_opens_the_edge(number):
+    model, coder, tokens, graph = case(number)
     scores_of, opened = [], []
 
-    def watch(attend):
-        def watched(q, k, v, **options):
-            scores_of.append((q @ k.transpose(-2, -1) / (C // H) ** 0.5)[0])
-            return attend(q, k, v, **options)
-        return watched
+    def watch(layer, original, q, k, v, **options):
+        scores_of.append((q @ k.transpose(-2, -1) / (C // H) ** 0.5)[0])
+        return original(q, k, v, **options)
 
-    for attention in model.attentions:
-        attention.attend = watch(attention.attend)
-    model(tokens[None], record=lambda layer, gates: opened.append(gates.open[0]))
-    for attention in model.attentions:
-        del attention.attend
+    with attending(model, watch):
+        model(tokens[None], record=lambda layer, gates: opened.append(gates.open[0]))
     for layer, head, i, j in ((0, 0, 3, 1), (1, 1, 5, 0), (2, 0, 4, 4)):
         found = why_open(model, graph, layer, head, i, j)
         assert found.shape == (len(graph.sources), len(graph.sources))
         assert found.sum().item() == pytest.approx(scores_of[layer][head, i, j].item(), abs=1e-9)
-        if settings["gated"]:
-            assert bool(opened[layer][head, i, j]) == bool(found.sum() + settings["gate_bias"] > 0)
+        if model.config.gated:
+            assert bool(opened[layer][head, i, j]) == bool(found.sum() + model.config.gate_bias > 0)
 
 
 def test_any_answer_can_be_asked_for():
-    model, coder, tokens, graph = case(CASES[0])
+    model, coder, tokens, graph = case()
     logits = model(tokens[None])[0][0, 2]
     found = graph_of(model, coder, tokens, at=2, answer=7)
     assert found.targets[-1] == Node("logit", -1, 2, 7) and found.chances.tolist() == [1.0]
@@ -236,16 +210,15 @@ def test_any_answer_can_be_asked_for():
 
 
 def test_influence_is_the_sum_over_all_paths():
-    _, _, _, graph = case(CASES[0])
+    *_, graph = case()
     matrix, ends = square(graph)
-    n = len(ends)
-    by_inverse = ends @ (torch.linalg.inv(torch.eye(n).double() - matrix) - torch.eye(n).double())
-    torch.testing.assert_close(influence_of(matrix, ends), by_inverse)
+    eye = torch.eye(len(ends)).double()
+    torch.testing.assert_close(influence_of(matrix, ends), ends @ (torch.linalg.inv(eye - matrix) - eye))
     torch.testing.assert_close(matrix.sum(1)[-len(graph.chances):], torch.ones(len(graph.chances)).double())
 
 
 def test_scores_are_one_without_errors_and_less_with_them():
-    model, coder, tokens, graph = case(CASES[0])
+    *_, graph = case()
     found = scores(graph)
     assert 0 < found["replacement"] < 1 and 0 < found["completeness"] < 1
     kinds = torch.tensor([node.kind == "error" for node in graph.sources])
@@ -254,7 +227,7 @@ def test_scores_are_one_without_errors_and_less_with_them():
 
 
 def test_pruning_keeps_tokens_and_logits_and_leaves_nothing_dangling():
-    _, _, _, graph = case(CASES[0])
+    *_, graph = case()
     nodes, edges = pruned(graph)
     S = len(graph.sources)
     assert nodes[S:].all() and 0 < nodes[:S].sum() < S
@@ -276,7 +249,7 @@ def test_the_fewest_that_hold_a_share():
 
 
 def test_a_head_counts_by_the_influence_of_what_it_feeds():
-    _, _, _, graph = case(CASES[0])
+    *_, graph = case()
     matrix, ends = square(graph)
     influence, features = influence_of(matrix, ends) + ends, len(graph.targets) - len(graph.chances)
     by_hand = torch.zeros(L, H).double()
@@ -287,7 +260,7 @@ def test_a_head_counts_by_the_influence_of_what_it_feeds():
 
 
 def test_an_attention_edge_counts_by_what_is_read_there():
-    model, coder, tokens, graph = case(GATED)
+    model, coder, tokens, graph = case()
     found = attention_edges_of(graph)
     assert found.shape == (L, H, T, T) and not found.triu(1).any()
     opened = []

@@ -257,7 +257,7 @@ def test_hooks_see_every_read_and_write_and_change_nothing_by_looking(changes):
     watch.read = lambda name, layer, x: (finals.append(x) if name == "final" else None, x)[1]
     assert (patched(model, idx, watch) - model(idx)[0]).abs().max() < 1e-5
     assert watch.writes.shape == (3, graph.W, 16, 32)
-    assert (watch.writes.sum(dim=1) - finals[0]).abs().max() < 1e-5
+    assert (watch.writes.sum(dim=1, keepdim=True) - finals[0]).abs().max() < 1e-5
 
 
 @pytest.mark.parametrize("changes", HOOKED)
@@ -279,7 +279,7 @@ def test_circuits_work_on_it_unchanged(changes):
     # alone
     if model.config.gated:
         alone = attribute_edges(model, [Pair([3], [7], [0], [[1]], [[2]])], "logit difference")
-        assert (max(alone[:, graph.reader(part, layer)].abs().max() for part in "qk"
+        assert (max(alone[:, graph.reader[part, layer]].abs().max() for part in "qk"
                     for layer in range(2)) > 1e-4)
     # a threshold has no derivative to compare with; tests/circuits/test_attribution.py does by autograd
     model.config.gated = False
@@ -288,12 +288,12 @@ def test_circuits_work_on_it_unchanged(changes):
     def nudged(edge, step):
         class Nudge(CircuitRun):
             def read(self, name, layer, x):
-                first, readers = self.graph.before(name, layer), self.graph.reader(name, layer)
+                first, readers = self.graph.before[name, layer], self.graph.reader[name, layer]
                 part = torch.zeros(first, readers.stop - readers.start, dtype=x.dtype)
                 if edge[0] < first and readers.start <= edge[1] < readers.stop:
                     part[edge[0], edge[1] - readers.start] = step
-                change = (part.T @ self.differences[:first].flatten(1)).view(-1, *x.shape).transpose(0, 1)
-                return x + change[:, 0] if change.shape[1] == 1 else x.unsqueeze(1) + change
+                change = part.T @ self.differences[:first].flatten(1)
+                return x + change.view(-1, *self.differences.shape[1:]).transpose(0, 1)
 
         total = 0.0
         with torch.no_grad():
@@ -304,8 +304,8 @@ def test_circuits_work_on_it_unchanged(changes):
                                     "logit difference").sum().item())
         return total / len(pairs)
 
-    for edge in [(0, graph.reader("q", 0).start + 1), (0, graph.reader("k", 1).start + 2),
-                 (2, graph.reader("v", 1).start + 3), (3, graph.reader("mlp", 0).start), (7, graph.R - 1)]:
+    for edge in [(0, graph.reader["q", 0].start + 1), (0, graph.reader["k", 1].start + 2),
+                 (2, graph.reader["v", 1].start + 3), (3, graph.reader["mlp", 0].start), (7, graph.R - 1)]:
         assert (nudged(edge, 1e-5) - nudged(edge, -1e-5)) / 2e-5 == pytest.approx(
             scores[edge].item(), rel=1e-3, abs=1e-7
         )

@@ -160,16 +160,17 @@ def test_the_page_needs_no_network(text_page, addition_page):
         assert path.stat().st_size < view.MOST_BYTES
 
 
-def test_a_page_that_grows_too_large_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(view, "MOST_BYTES", 1000)
-    with pytest.raises(view.UserError, match="Give fewer or shorter prompts"):
-        view.write_page(str(tmp_path / "view.html"), {})
+@pytest.mark.parametrize("data, most, words", [
+    ({}, 1000, "Give fewer or shorter prompts"),
+    ({"prompts": [{}, {"margin": float("nan")}]}, view.MOST_BYTES,
+     r"the page cannot be written: prompts\[1\].margin is nan"),
+])
+def test_a_page_that_is_too_large_or_holds_what_is_no_number_is_refused(tmp_path, monkeypatch, data, most,
+                                                                        words):
+    monkeypatch.setattr(view, "MOST_BYTES", most)
+    with pytest.raises(view.UserError, match=words):
+        view.write_page(str(tmp_path / "view.html"), data)
     assert not (tmp_path / "view.html").exists()
-
-
-def test_a_page_never_holds_what_is_no_number(tmp_path):
-    with pytest.raises(view.UserError, match=r"the page cannot be written: prompts\[1\].margin is nan"):
-        view.write_page(str(tmp_path / "view.html"), {"prompts": [{}, {"margin": float("nan")}]})
 
 
 def test_what_to_choose_from(addition_page, text_page):
@@ -220,13 +221,14 @@ CASES = {"sparse": (gpt(**GATED), sums("36+28")[0]),
          "olmo": (olmo(**GATED), texts("f(a, b")[0])}
 
 
-def numbers(model, question):
-    """What the page gets of a question, its edges as dicts, and the Batch that they are of."""
+def numbers(case):
+    """(model, question) of CASES, what the page gets of it, its edges as dicts, the Batch they are of."""
+    model, question = CASES[case]
     stops = view_data.counts([view_data.edges_open(model, question)])
     data = view_data.data_of(model, question, model.config.vocab_size, stops)
     edges = [dict(zip(view_data.EDGE, row)) for row in data["edges"]]
     pair = view_data.own_choice(model, question, model.config.vocab_size)
-    return data, edges, view_data.prepared_for(model, pair)[0]
+    return model, question, data, edges, view_data.prepared_for(model, pair)[0]
 
 
 def where(edge):
@@ -236,8 +238,7 @@ def where(edge):
 @pytest.mark.parametrize("case", CASES)
 @torch.no_grad()
 def test_edges_weights_and_margins_are_the_models(case):
-    model, question = CASES[case]
-    data, edges, batch = numbers(model, question)
+    model, question, data, edges, batch = numbers(case)
     gates = []
     model(batch.tokens, record=lambda layer, found: gates.append(found))
     is_open = torch.cat([found.open for found in gates]) > 0
@@ -259,8 +260,7 @@ def test_edges_weights_and_margins_are_the_models(case):
 @pytest.mark.parametrize("case", CASES)
 @torch.no_grad()
 def test_the_effect_of_a_cut_is_that_of_a_forward_without_the_edge(case):
-    model, question = CASES[case]
-    data, edges, batch = numbers(model, question)
+    model, question, data, edges, batch = numbers(case)
     first, second = model(batch.tokens)[0][0, question.positions].topk(2).indices.T
     scores = exact_scores(model, batch, LOGIT)[:, 0] * len(question.positions)
     for edge in edges[::7]:
@@ -282,8 +282,7 @@ def test_the_effect_of_a_cut_is_that_of_a_forward_without_the_edge(case):
 
 @torch.no_grad()
 def test_what_opens_and_what_shuts_because_of_a_cut_is_named():
-    model, question = CASES["sparse"]
-    data, edges, batch = numbers(model, question)
+    model, question, data, edges, batch = numbers("sparse")
     all_opened = all_shut = 0
     for edge in edges:
         keep = torch.ones(batch.present[:, 0].shape, dtype=torch.bool)
@@ -299,8 +298,7 @@ def test_what_opens_and_what_shuts_because_of_a_cut_is_named():
 
 
 def test_shares_are_those_of_the_curves():
-    model, question = CASES["sparse"]
-    data, _, batch = numbers(model, question)
+    model, question, data, _, batch = numbers("sparse")
     curve = curves(model, batch, LOGIT, exact_scores(model, batch, LOGIT).abs(), points=30)[0]
     assert [k for k, _, _ in data["circuits"]] == curve.kept
     assert [share for _, share, _ in data["circuits"]] == pytest.approx(curve.share, rel=1e-3, abs=1e-3)
@@ -310,8 +308,7 @@ def test_shares_are_those_of_the_curves():
 def test_of_many_edges_the_best_are_cut_and_the_heaviest_drawn(monkeypatch):
     monkeypatch.setattr(view_data, "FEW", 20)
     monkeypatch.setattr(view_data, "DRAWN_DENSE", 30)
-    model, question = CASES["dense"]
-    data, edges, _ = numbers(model, question)
+    model, question, data, edges, _ = numbers("dense")
     assert data["total"] == 132 and not data["exact"] and len(data["cuts"]) == 20
     assert 30 <= len(edges) <= 60 and {edge["rank"] for edge in edges} >= set(range(30))
     assert {edge["rank"] for edge in edges if edge["cut"] >= 0} == set(range(20))
@@ -321,7 +318,6 @@ def test_of_many_edges_the_best_are_cut_and_the_heaviest_drawn(monkeypatch):
     (["out/dense"], "out/dense is a dense run: it has no gates to look at. view needs its sparse child"),
     (["out/sparse", "--prompt=36-28"], "'36-28' is not a sum. Type two numbers from 0 to 99, for instance: "
                                        "--prompt 33[+]49"),
-    (["out/sparse", "--prompt="], "there is no sum to ask for. Type two numbers"),
     (["out/text", "--prompt="], "the prompt is empty. Type some text, for instance: --prompt="),
     (["out/text", "--prompt=" + 65 * "a"], "the prompt has 65 tokens, this model's context has 64. Type "),
     (["out/other"], "out/other is a run on other, whose tokens are no words: only addition and text can"),

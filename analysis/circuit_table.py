@@ -1,10 +1,11 @@
 """What `analyze.py circuit` prints: attention edges, component edges and heads in one table, then controls.
 
-result: the dict of compare.py, as in circuit-<task>.json.
+result: the dict of compare.py, as in circuit-<task>.json. Without runs it prints tasks and their prompts.
 """
 
 from circuits.attention_edges import LEVELS
-from circuits.tasks import LOGIT, PROBABILITY
+from circuits.tasks import LOGIT, PROBABILITY, TASKS, make_pairs, vocabulary
+from storage.files import UserError
 
 # what the metric of clean prompts must be above that of corrupted ones, or a circuit means little
 MARGINS = {LOGIT: 0.5, PROBABILITY: 0.1}
@@ -114,3 +115,36 @@ def controls(result):
         chance = [found[model]["untrained"] for model in ("dense", "sparse")]
         lines.append(row("    an untrained model of the shape: its circuit", *chance, with_ratio=False))
     return lines
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Without runs
+
+
+def lines_of_tasks():
+    """All tasks, a list of lines."""
+    return [f"{name:13} {', '.join(fit or 'any' for fit in fits):16} {metric:24} "
+            f"{make_prompts.__doc__.splitlines()[0]}" for name, (make_prompts, fits, metric) in TASKS.items()]
+
+
+def lines_of_prompts(task, n, seed, vocabulary_name):
+    """n pairs of a task's prompts, a list of lines. vocabulary_name: None is the first that the task fits."""
+    if n < 1:
+        raise UserError("--n must be at least 1")
+    if task not in TASKS:
+        raise UserError(f"there is no task {task!r}. There are {', '.join(TASKS)}")
+    tokens = vocabulary(vocabulary_name or TASKS[task][1][0])
+    pairs, metric = make_pairs(task, n, seed, tokens)
+    lines, show = [f"{task}, {metric}"], tokens.decode
+    for pair in pairs:
+        lines.append(f"\nclean      {show(pair.clean)!r}\ncorrupted  {show(pair.corrupted)!r}")
+        for position, right, wrong in zip(pair.positions, pair.right, pair.wrong):
+            right, wrong = first_few(right, show), first_few(wrong, show)
+            lines.append(f"at {position:3d}     right {right}; wrong {wrong}")
+    return lines
+
+
+def first_few(ids, show, most=4):
+    """The first tokens of a list, in quotes."""
+    words = ", ".join(repr(show([i])) for i in ids[:most])
+    return words + " ..." if len(ids) > most else words
