@@ -18,9 +18,9 @@ And three losses, all of them in the log but the teacher's:
   `noise_free_steps` under thresholds), straight-through; with `distill_weight` KL(dense, gated) is added;
 - lambda is moved, every `constraint_interval` steps, by the loss of the same batch under thresholds and
   averaged weights, as the run is judged, or under sampled gates, as in the paper (`constraint_gates`). Its
-  target is the dense model's loss on training batches + loss_slack - constraint_margin; on text a peak_slack
-  is added, which goes to 0 along the learning rate's cosine, and the dense model's luck with the batch is
-  taken off (`constraint_paired`);
+  target is the dense model's loss on training batches + loss_slack; on text a peak_slack is added, which
+  goes to 0 along the learning rate's cosine, and the dense model's luck with the batch is taken off
+  (`constraint_paired`);
 - the run is judged on the held-out set under thresholds (training/judge.py).
 
 Notable:
@@ -52,15 +52,7 @@ import prepare_data
 from geco import GECO
 from storage.files import UserError, take_every_sign, typed, write_json
 from training import parallel
-from training.config import (
-    Config,
-    check_together,
-    described,
-    limits,
-    make_config,
-    micro_batches_of,
-    parse_command_line,
-)
+from training.config import check_together, described, make_config, micro_batch_size, parse_command_line
 from training.folder import StopRequest, alone_in, claim_folder, restore, save, settle
 from training.handover import distillation, fold_shift
 from training.judge import (
@@ -115,7 +107,7 @@ def train_one(c, given, runs, place):  # noqa: C901, the script as a whole, from
     # --- data and models ------------------------------------------------------------------------------------
     device, world = parallel.pick_device(c.device), parallel.world()
     check_together(c, world)
-    micro_batches = micro_batches_of(c, world)
+    micro_batches = c.batch_size // micro_batch_size(c, world)
     with parallel.first_alone():
         data = prepare_data.load(c.dataset)
     model, dense, origin = models_of(c, given, data, device, saved)
@@ -126,13 +118,12 @@ def train_one(c, given, runs, place):  # noqa: C901, the script as a whole, from
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer, geco, state = adamw(trained, c), None, State()
     if c.gated:  # the target is measured below
-        geco = GECO(target=0.0, scale=c.constraint_scale, rate=c.lambda_rate, alpha=c.lambda_average,
-                    lambda_init=c.lambda_init, lambda_min=c.lambda_min, lambda_max=c.lambda_max)
+        geco = GECO(target=0.0, scale=c.constraint_scale, rate=c.lambda_rate, lambda_init=c.lambda_init,
+                    lambda_min=c.lambda_min, lambda_max=c.lambda_max)
 
     def constraint_target(step):
         """What the constraint's loss is to be, nats: it comes down with the learning rate."""
-        slack = c.target_loss - state.dense["val"]["loss"] if c.target_loss else c.loss_slack
-        return state.dense_on_training + slack - c.constraint_margin + c.peak_slack * cosine(step, c)
+        return state.dense_on_training + c.loss_slack + c.peak_slack * cosine(step, c)
 
     # --- where it stands: a new run measures its target; one that goes on is put back -----------------------
     if saved:
@@ -140,7 +131,7 @@ def train_one(c, given, runs, place):  # noqa: C901, the script as a whole, from
     else:
         if c.gated:
             state.dense = evaluate_splits(dense, data, c.eval_batch_size, c.eval_batches)
-            state.target_loss = c.target_loss or state.dense["val"]["loss"] + c.loss_slack
+            state.target_loss = state.dense["val"]["loss"] + c.loss_slack
             # like with like: the measure and the stream of batches that the constraint sees
             losses = [batches.mean_loss(step, dense, autocast) for step in range(MEASURED)]
             state.dense_on_training = sum(losses) / MEASURED
@@ -239,7 +230,7 @@ def train_one(c, given, runs, place):  # noqa: C901, the script as a whole, from
                 seen.append(torch.stack([loss, density, objective]).detach().float())
 
             # --- 3. step ------------------------------------------------------------------------------------
-            norm = torch.nn.utils.clip_grad_norm_(trained, c.grad_clip or math.inf)
+            norm = torch.nn.utils.clip_grad_norm_(trained, c.grad_clip)
             norm = parallel.whole(norm).item()
             # all processes see the same, and decide alike
             sums = torch.stack(seen).cpu().double().sum(dim=0).tolist()
@@ -259,7 +250,6 @@ def train_one(c, given, runs, place):  # noqa: C901, the script as a whole, from
             if stopping and step + 1 < c.max_steps:  # after the last step only the evaluation is left
                 log.flush()  # a run goes on behind the rows that are there
                 keep("last.pt", step + 1)
-                log.close()  # may wait for a network, so after the checkpoint
                 stop_here(step + 1)
     parallel.wait_for_all()  # a child that starts now finds the files whole
     if place + 1 < len(runs) and parallel.all_reduce_sum([stop.asked], device)[0]:
@@ -362,12 +352,12 @@ def train(config, given=frozenset()):
 
 def main(arguments):
     if {"-h", "--help"} & set(arguments):
-        print(f"{__doc__}\nSettings and their defaults:\n\n{described(Config)}")
+        print(f"{__doc__}\nSettings and their defaults:\n\n{described()}")
         return
     if not arguments:
         sys.exit("error: no config file and no settings. Try: python train.py config/addition.py")
     try:
-        path, given = parse_command_line(arguments, Config, limits())
+        path, given = parse_command_line(arguments)
         config, names = make_config(path, given)
         parallel.start_processes(parallel.pick_device(config.device))
         succeeded = train(config, names)

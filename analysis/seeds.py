@@ -28,7 +28,7 @@ from analysis.verdict import distance_in_words
 from models.checkpoint import read_checkpoint
 from models.sources import from_here
 from storage.files import REPOSITORY, UserError, read_json, write_json
-from training.config import FREE, SHAPE, Config, check_together, limits, make_config, parse_command_line
+from training.config import FREE, SHAPE, check_together, make_config, parse_command_line
 from training.folder import read_metrics, settings_of
 from training.judge import MISSED, is_at_end
 from training.parents import PASSED_ON
@@ -60,7 +60,7 @@ def read_settings(path, flags):
 
     Raises UserError.
     """
-    other, settings = parse_command_line(flags, Config, limits())
+    other, settings = parse_command_line(flags)
     if other:
         raise UserError(f"seeds takes one config file, not both {path} and {other}")
     for key in ("seed", "out_dir"):

@@ -308,14 +308,13 @@ def new_model(c, vocab_size, gate_settings):
     gate_settings: the fields of gate.GateConfig.
     """
     same = {
-        key: getattr(c, key) for key in ("n_layer", "n_head", "n_embd", "block_size", "tied", "init_std")
+        key: getattr(c, key) for key in ("n_layer", "n_head", "n_embd", "block_size", "init_std")
     } | gate_settings
     if c.architecture == "gpt2":
         return GPT(
             GPTConfig(
                 vocab_size=vocab_size,
                 dropout=c.dropout,
-                bias=c.bias,
                 gelu=c.gelu,
                 **same,
             )
@@ -324,7 +323,7 @@ def new_model(c, vocab_size, gate_settings):
         olmo.OLMoConfig(
             vocab_size=vocab_size,
             generation=2 if c.architecture == "olmo2" else 1,
-            n_kv_head=c.n_kv_head or c.n_head,
+            n_kv_head=c.n_head,
             n_hidden=4 * c.n_embd,
             **same,
         )
@@ -339,14 +338,10 @@ def shape_of(config):
         for key in (
             "n_layer",
             "n_head",
-            "n_kv_head",
             "n_embd",
             "block_size",
             "dropout",
-            "bias",
-            "tied",
             "gelu",
-            "init_std",
         )
         if hasattr(config, key)
     } | {"architecture": architecture}

@@ -65,7 +65,7 @@ def test_only_an_evaluation_that_can_become_the_best_counts_all_rows(found):
     for line in metrics(f"{found}/out/sparse"):
         passes_held_out = line["val_loss"] <= line["target_loss"] and line["val_correct"] == 200
         counted.append(line["correct"] is not None)
-        assert counted[-1] == (passes_held_out and (fewest is None or line["open"] <= fewest))
+        assert counted[-1] == (passes_held_out and (fewest is None or line["open"] <= fewest * (1 + 1e-6)))
         if counted[-1] and line["passes"]:
             fewest = line["open"]
     assert {True, False} == set(counted) and fewest is not None
@@ -103,7 +103,7 @@ def test_a_run_that_goes_on_from_another_folder_or_stands_far_away_keeps_its_par
 def test_lambda_may_rise_above_its_start_only_when_the_penalty_is_no_longer_linear(echo_parent):
     # a target it cannot meet: lambda wants to rise
     run("sparse.py", linear_penalty_steps=20, lambda_init=4.0, lambda_max=8.0, lambda_rate=1.0,
-        eval_interval=4, max_steps=40, target_loss=1e-6)
+        eval_interval=4, max_steps=40, loss_slack=-1.0)
     lams = {line["step"]: line["lambda"] for line in metrics("out/sparse")}
     assert [lams[step] for step in (8, 20, 40)] == [4.0, 4.0, 8.0]
 
@@ -219,12 +219,10 @@ def test_a_control_goes_on_from_the_parent_in_another_order_and_its_loss_can_be_
     # it starts where the parent ended
     parent = min(m["val_loss"] for m in dense)
     assert control[0]["val_loss"] == pytest.approx(parent, abs=1e-6)
-    aimed = run("sparse.py", target_loss=control[-1]["val_loss"], max_steps=5)
-    plain = run("sparse.py", max_steps=5, out_dir="out/plain")
-    assert read_checkpoint(f"{aimed}/last.pt")["target_loss"] == control[-1]["val_loss"]
-    assert read_checkpoint(f"{plain}/last.pt")["target_loss"] == pytest.approx(parent + 0.02)
-    lower = [metrics(folder)[-1]["constraint_target"] for folder in (plain, aimed)]
-    assert lower[0] - lower[1] == pytest.approx(parent + 0.02 - control[-1]["val_loss"], abs=1e-6)
+    below = control[-1]["val_loss"] - parent
+    aimed = read_checkpoint(run("sparse.py", loss_slack=below, max_steps=1) + "/last.pt")
+    assert aimed["target_loss"] == pytest.approx(control[-1]["val_loss"])
+    assert aimed["geco"]["target"] == pytest.approx(aimed["dense_on_training"] + below)
 
 
 def test_the_paired_constraint_is_free_of_the_batchs_luck(counting_parent):

@@ -3,7 +3,7 @@
     metrics.jsonl   a line for every evaluation
     edges.jsonl     of gated sums: which edges are open, in what share of the held-out sums
     steps.csv       a row for every step: pandas.read_csv("out/addition/steps.csv").plot("step", "lambda")
-    the progress line, and Weights & Biases if it is asked for
+    the progress line
 
 To follow a quantity of your own, add it to the call of `log.stepped` in train.py's loop: it becomes a column.
 
@@ -12,14 +12,11 @@ Notable:
   gets a bar (tqdm). A file or a pipe gets one plain line an evaluation, without carriage returns.
 - Rows are written at every evaluation, just before last.pt, and when a run ends, whatever ends it. What a
   killed run did after last.pt is done again, and its rows with it.
-- --wandb=PROJECT needs `pip install wandb`, imported only then. WANDB_MODE=offline keeps all of it in the
-  run's folder.
 """
 
 import csv
 import io
 import os
-import secrets
 import sys
 import time
 from dataclasses import asdict
@@ -47,7 +44,7 @@ class Logs:
         flops = model.flops_per_token(T) / 3 * cost  # a forward pass is a third of a dense step
         self.config = c
         self.speed = parallel.Speed(c.batch_size * T, flops, device)
-        self.metrics = self.edges = self.steps = self.wandb = None
+        self.metrics = self.edges = self.steps = None
         if parallel.rank() > 0:
             return
         settle(c.out_dir, start)
@@ -58,24 +55,19 @@ class Logs:
         self.steps = StepLog(os.path.join(c.out_dir, "steps.csv"), start)
         if c.gated and addition_task(data.meta):
             self.edges = JsonLines(os.path.join(c.out_dir, "edges.jsonl"), keep_until)
-        if c.wandb:
-            self.wandb = Wandb(c.wandb, asdict(c))
 
     def __enter__(self):
         return self
 
     def __exit__(self, *exception):
-        self.close()
+        self.flush()  # also of a run that has left the numbers
 
     def stepped(self, step, geco, **measured):
         """A step has been made: what was measured goes into steps.csv."""
-        if not self.steps:
-            return
         if geco:
             measured |= {"lambda": geco.lam, "violation": geco.violation}
-        self.steps.write(step, **measured)
-        if self.wandb:
-            self.wandb.write(step, **{f"step/{name}": value for name, value in measured.items()})
+        if self.steps:
+            self.steps.write(step, **measured)
 
     def evaluated(self, step, found, passes, kept, state, geco, seconds):
         """An evaluation: a line of metrics.jsonl and, of sums, of edges.jsonl; steps.csv up to here.
@@ -105,8 +97,6 @@ class Logs:
             line |= {"constraint_target": geco.target, "constraint_loss": state.constraint_loss,
                      "violation": geco.violation, "lambda": geco.lam}
         self.metrics.write(line)
-        if self.wandb:
-            self.wandb.write(**line)
         if self.edges:
             self.edges.write({
                 "step": step,
@@ -127,13 +117,6 @@ class Logs:
         if self.steps:
             self.steps.flush()
 
-    def close(self):
-        """What waits is written or sent, also of a run that has left the numbers."""
-        self.flush()
-        if self.wandb:
-            self.wandb.finish()
-            self.wandb = None
-
 
 def edge_list(by_edge):
     """by_edge (n_layer, H, T, T), shares -> [[layer, head, query, key, share], ...] of the edges that open in
@@ -143,6 +126,18 @@ def edge_list(by_edge):
     return [[*at, round(float(shares[tuple(at)]), 4)] for at in np.argwhere(shares > 0).tolist()]
 
 
+def append(path, text):
+    """Add text to a file, and see that it is on the disk. Raises UserError."""
+    try:
+        with open(path, "a", encoding="utf-8", newline="") as f:
+            f.write(text)
+            f.flush()
+            os.fsync(f.fileno())
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error}. The checkpoints are untouched: free some space, and "
+                        "the same command goes on") from error
+
+
 class JsonLines:
     """A file with a line of JSON per evaluation.
 
@@ -150,26 +145,13 @@ class JsonLines:
     """
 
     def __init__(self, path, keep_until):
-        kept = [
-            json_of(m, path) + "\n"
-            for m in (read_metrics(path) if os.path.exists(path) else [])
-            if m["step"] <= keep_until
-        ]
-        write_whole(path, "".join(kept).encode())
         self.path = path
+        before = read_metrics(path) if os.path.exists(path) else []
+        kept = [json_of(line, path) + "\n" for line in before if line["step"] <= keep_until]
+        write_whole(path, "".join(kept).encode())
 
     def write(self, values):
-        line = json_of(values, self.path) + "\n"
-        try:
-            with open(self.path, "a", encoding="utf-8") as f:
-                f.write(line)
-                f.flush()
-                os.fsync(f.fileno())
-        except OSError as error:
-            raise UserError(
-                f"cannot write {self.path}: {error}. The checkpoints are untouched: free some space, and "
-                "the same command goes on"
-            ) from error
+        append(self.path, json_of(values, self.path) + "\n")
 
 
 class StepLog:
@@ -180,70 +162,40 @@ class StepLog:
 
     def __init__(self, path, start):
         self.path, self.columns, self.waiting = path, [], []
-        if not os.path.exists(path):
-            return
-        with open(path, encoding="utf-8", newline="") as f:
-            rows = [row for row in csv.DictReader(f) if (row["step"] or "").isdecimal()]
-        kept = [row for row in rows if int(row["step"]) < start and None not in row.values()]
-        self.rewrite(kept, list(rows[0]) if rows else [])
+        if os.path.exists(path):
+            # where a kill cut a row off, its last columns are None
+            rows = [row for row in self.rows() if None not in row.values() and int(row["step"]) < start]
+            self.rewrite(rows)
 
-    def rewrite(self, rows, columns):
-        """The whole file anew: rows, dicts, under these columns."""
+    def rows(self):
+        with open(self.path, encoding="utf-8", newline="") as f:
+            return list(csv.DictReader(f))
+
+    def text_of(self, rows, header):
         text = io.StringIO(newline="")
-        writer = csv.DictWriter(text, columns, restval="")
-        if columns:
+        writer = csv.DictWriter(text, self.columns, restval="")
+        if header and self.columns:
             writer.writeheader()
         writer.writerows(rows)
-        write_whole(self.path, text.getvalue().encode())
-        self.columns = columns
+        return text.getvalue()
+
+    def rewrite(self, rows):
+        """The whole file anew, with a column for everything that one of the rows has."""
+        self.columns = list(dict.fromkeys(name for row in rows for name in row))
+        write_whole(self.path, self.text_of(rows, header=True).encode())
 
     def write(self, step, **values):
         self.waiting.append({"step": step, **values})
 
     def flush(self):
-        """Append what waits. Raises UserError if the disk is full."""
+        """Append what waits."""
         if not self.waiting:
             return
-        columns = list(dict.fromkeys(name for row in self.waiting for name in row))
-        try:
-            if not set(columns) <= set(self.columns):  # a new file, or a quantity more than before
-                before = []
-                if self.columns:
-                    with open(self.path, encoding="utf-8", newline="") as f:
-                        before = list(csv.DictReader(f))
-                self.rewrite(before, [*columns, *(name for name in self.columns if name not in columns)])
-            with open(self.path, "a", encoding="utf-8", newline="") as f:
-                csv.DictWriter(f, self.columns, restval="").writerows(self.waiting)
-        except OSError as error:
-            raise UserError(f"cannot write {self.path}: {error}. The checkpoints are untouched: free some "
-                            "space, and the same command goes on") from error
+        if {name for row in self.waiting for name in row} <= set(self.columns):
+            append(self.path, self.text_of(self.waiting, header=False))
+        else:  # a new file, or a quantity more than before
+            self.rewrite((self.rows() if self.columns else []) + self.waiting)
         self.waiting = []
-
-
-class Wandb:
-    """The same for Weights & Biases. project: its name; settings: the run's, a dict."""
-
-    def __init__(self, project, settings):
-        try:
-            import wandb
-        except ImportError as error:
-            missing = f"--wandb={project} needs a package that is not installed: pip install wandb"
-            raise UserError(missing) from error
-        folder = settings["out_dir"]
-        place = os.path.join(folder, "wandb.id")  # a run that goes on is one run there, too
-        if not os.path.exists(place):
-            write_whole(place, secrets.token_hex(4).encode())
-        with open(place, encoding="utf-8") as f:
-            number = f.read()
-        self.run = wandb.init(project=project, name=os.path.basename(folder), id=number, resume="allow",
-                              dir=folder, config=settings)
-
-    def write(self, step, **values):
-        self.run.log({name: value for name, value in values.items() if value is not None}, step=step)
-
-    def finish(self):
-        """What waits is written or sent."""
-        self.run.finish()
 
 
 class Progress:

@@ -13,11 +13,13 @@ Notable:
 """
 
 import os
+from dataclasses import fields
 from functools import partial
 
 import torch
 import torch.utils.checkpoint
 
+from gate import GateConfig
 from model import PRETRAINED
 from models import lora
 from models.checkpoint import (
@@ -32,7 +34,7 @@ from models.checkpoint import (
 from models.sources import is_elsewhere, kept_checkpoint, to_keep
 from storage.files import UserError, typed
 from training import parallel
-from training.config import GATE, SHAPE, make_config
+from training.config import SHAPE, make_config
 from training.judge import train_on
 
 # settings that a run hands to a parent that is trained first, where they were set
@@ -211,7 +213,7 @@ def models_of(c, given, data, device, saved):
 def model_to_train(c, given, data, device, saved, path, parent):
     """The run's own model: of its checkpoint, of its parent's, or random."""
     prepared = partial(prepare, c, device)
-    gate_settings = {key: getattr(c, key) for key in GATE}
+    gate_settings = {f.name: getattr(c, f.name) for f in fields(GateConfig)}
     if saved:
         return model_of(saved, f"{c.out_dir}/last.pt", device, prepared, merged=False, in_parts=True)
     if not path:

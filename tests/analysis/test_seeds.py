@@ -142,7 +142,7 @@ def test_a_shape_reaches_the_parent_and_a_change_of_settings_is_not_taken_for_fi
     assert "out/sparse-n_head=4-seed4 is a gated run on echo: explain counts over sums" in done.stdout
     assert all(seeds.is_finished(*each) for each in seeds.runs_for("sparse.py", {"n_head": 4}, 4))
     with open("sparse.py", "a") as f:
-        f.write("beta1 = 0.8\n")
+        f.write("warmup_steps = 8\n")
     assert not seeds.is_finished(*seeds.runs_for("sparse.py", {"n_head": 4}, 4)[1])
 
 

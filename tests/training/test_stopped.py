@@ -219,11 +219,11 @@ def test_a_best_checkpoint_that_was_not_written_any_more_is_written_later(echo):
 
 def test_resume_takes_over_what_was_not_typed_and_applies_what_was(echo):
     run("dense.py", max_steps=20)
-    run(None, init_from="resume", out_dir="out/dense", max_steps=40, weight_decay=0.2, beta2=0.5)
+    run(None, init_from="resume", out_dir="out/dense", max_steps=40, weight_decay=0.2)
     config = json.load(open("out/dense/config.json"))
     assert (config["max_steps"], config["batch_size"], config["init_from"]) == (40, 32, "scratch")
     groups = read_checkpoint("out/dense/last.pt")["optimizer"]["param_groups"]
-    assert [g["weight_decay"] for g in groups] == [0.2, 0.0] and groups[0]["betas"] == (0.9, 0.5)
+    assert [g["weight_decay"] for g in groups] == [0.2, 0.0]
 
 
 def test_a_resumed_run_may_get_a_lower_cap_and_a_parent_keeps_its_own_files_settings(echo):
