@@ -258,6 +258,51 @@ def micro_batch_size(c, processes):
 
 
 # ------------------------------------------------------------------------------------------------------------
+# The runs of a command
+
+# settings that a run hands to a parent that is trained first, where they were set
+PASSED_ON = ("seed", "device", "compile", "dtype")
+
+
+def parent_run(config, given):
+    """The run of the config file that `config` starts from: (Config, names of its settings)."""
+    return make_config(config.init_from, {key: getattr(config, key) for key in PASSED_ON if key in given})
+
+
+def lineage_of(config, given):
+    """All runs that training `config` takes, in their order: those of the config files that it starts from,
+    then its own. A list of (Config, names of the settings that were set).
+
+    A run that has begun knows its parent's checkpoint: it stands alone. Raises UserError.
+    """
+    source = config.init_from
+    if os.path.exists(os.path.join(config.out_dir, "last.pt")) or not source.endswith(".py"):
+        return [(config, given)]
+    parent, names = parent_run(config, given)
+    if config.gated and parent.gated:
+        raise UserError(f"init_from={source} is a gated run. Start from a dense one: its loss is the target")
+    refuse_same_folder(parent.out_dir, config)
+    lineage = lineage_of(parent, names)
+    first = lineage[0][0]  # whose shape all have
+    for key in SHAPE if first.init_from == "scratch" else ():
+        here, there = getattr(config, key), getattr(first, key)
+        # an OLMo's positions are no weights: its context may be shorter
+        shorter = key == "block_size" and first.architecture != "gpt2" and here < there
+        if key in given and here != there and not shorter:
+            raise UserError(f"{key}={here!r}, but {source} has {key}={there!r}: a run that starts from "
+                            f"another keeps its shape. Train the parent with --{key}={here} and another "
+                            f"--out_dir, then this one with --init_from=THAT and without --{key}")
+    return [*lineage, (config, given)]
+
+
+def refuse_same_folder(folder, config):
+    """Raise UserError if a run's folder were its parent's as well."""
+    if os.path.realpath(folder) == os.path.realpath(config.out_dir):
+        raise UserError(f"{folder} is the run's own folder and its parent's as well. Give it another with "
+                        "--out_dir=out/NEW")
+
+
+# ------------------------------------------------------------------------------------------------------------
 # Reading and checking. What follows knows no setting by name
 
 EXAMPLES = {int: "1000", float: "1e-3", bool: "True or False", str: "auto"}
