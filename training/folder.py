@@ -296,9 +296,10 @@ def models_of(c, given, data, device, saved):
         return model, None, origin
     if c.lora_rank:
         return model, lora.Base(model), origin
+    cut = partial(parallel.shard, device=device, setting=c.parallel)
     # an OLMo's positions are no weights: its context may be shorter
     context = {"block_size": c.block_size} if "architecture" in parent["model_args"] else {}
-    return model, model_of(parent, path, device, partial(cut_if_sharded, c, device), **context), origin
+    return model, model_of(parent, path, device, cut, **context), origin
 
 
 def check_parent(c, path, parent, data, saved):
@@ -375,10 +376,6 @@ def check_data_fits(c, data, model):
                         f"is {model.config.block_size}: make it larger")
 
 
-def cut_if_sharded(c, device, model):
-    return parallel.shard(model, device) if parallel.is_sharded(c.parallel) else model
-
-
 def prepare(c, device, model):
     """What is done to the run's model while it is empty: adapters, precision, recomputation, parts.
 
@@ -394,4 +391,4 @@ def prepare(c, device, model):
             block.forward = torch.compile(block.forward)
         if c.recompute_activations:
             block.forward = partial(torch.utils.checkpoint.checkpoint, block.forward, use_reentrant=False)
-    return cut_if_sharded(c, device, model)
+    return parallel.shard(model, device, c.parallel)

@@ -212,8 +212,12 @@ def is_sharded(setting):
     return setting == "fsdp" and world() > 1
 
 
-def shard(model, device):
-    """Cut model (a GPT or OLMo, in place) into parts, block by block. All processes call it. Returns it."""
+def shard(model, device, setting):
+    """Cut model (a GPT or OLMo, in place) into parts, block by block, if `setting` asks for it. All processes
+    call it. Returns model.
+    """
+    if not is_sharded(setting):
+        return model
     from torch.distributed.device_mesh import init_device_mesh  # here: nobody else waits for their import
     from torch.distributed.fsdp import fully_shard
 

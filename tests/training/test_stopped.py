@@ -17,6 +17,7 @@ from helpers import metrics, parameters, run, same, stopped_after
 from models.checkpoint import read_checkpoint, save_checkpoint
 from storage.files import UserError, write_json
 from training import judge
+from training.folder import alone_in
 
 
 class Killed(BaseException):
@@ -188,6 +189,20 @@ def test_a_finished_run_says_so_and_other_settings_are_refused(echo_parent, caps
     ):
         with pytest.raises(UserError, match=message):
             run("dense.py", **given)
+
+
+def test_a_folder_is_locked_before_it_is_read(echo_parent, monkeypatch):
+    real, read = train_file.claim_folder, []
+
+    def watched(config, given):
+        with pytest.raises(UserError, match="another process is training"), alone_in(config.out_dir):
+            raise AssertionError("two are in")
+        read.append(config.out_dir)
+        return real(config, given)
+
+    monkeypatch.setattr(train_file, "claim_folder", watched)
+    run("dense.py")
+    assert read == ["out/dense"]
 
 
 def test_resume_takes_over_what_was_not_typed_and_applies_what_was(echo):
