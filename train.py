@@ -18,9 +18,9 @@ And three losses, all of them in the log but the teacher's:
   `noise_free_steps` under thresholds), straight-through; with `distill_weight` KL(dense, gated) is added;
 - lambda is moved, every `constraint_interval` steps, by the loss of the same batch under thresholds and
   averaged weights, as the run is judged, or under sampled gates, as in the paper (`constraint_gates`). Its
-  target is the dense model's loss on training batches + loss_slack - constraint_margin; on text a peak_slack
-  is added, which goes to 0 along the learning rate's cosine, and the dense model's luck with the batch is
-  taken off (`constraint_paired`);
+  target is the dense model's loss on training batches + loss_slack; on text a peak_slack is added, which
+  goes to 0 along the learning rate's cosine, and the dense model's luck with the batch is taken off
+  (`constraint_paired`);
 - the run is judged on the held-out set under thresholds (training/judge.py).
 
 Notable:
@@ -31,10 +31,10 @@ Notable:
   not ready); 1, an error, or stopped; also of a finished run whose numbers cannot be reported (a picture that
   cannot be drawn is named, and changes no status). torchrun makes every status but 0 a 1.
 
-What stays outside has one reason each: settings, training/config.py; where a run starts and its folder,
-parents.py and folder.py; examples, noise, learning rate and average as functions of the step, steps.py;
-evaluation and verdict, judge.py; how dense becomes gated without a shock, handover.py; devices and processes,
-parallel.py; logs and the progress line, log.py.
+What stays outside has one reason each, in training/: settings and the runs of a command, config.py; where a
+run starts, and its folder, folder.py; examples, noise, learning rate and average as functions of the step,
+steps.py; evaluation and verdict, judge.py; how dense becomes gated without a shock, and the teacher,
+handover.py; devices and processes, parallel.py; logs and the progress line, log.py.
 """
 
 import gc
@@ -50,18 +50,17 @@ import torch
 
 import prepare_data
 from geco import GECO
-from storage.files import UserError, take_every_sign, typed, write_json
+from storage.files import UserError, take_every_sign, typed
 from training import parallel
 from training.config import (
-    Config,
     check_together,
     described,
-    limits,
+    lineage_of,
     make_config,
-    micro_batches_of,
+    micro_batch_size,
     parse_command_line,
 )
-from training.folder import StopRequest, alone_in, claim_folder, restore, save, settle
+from training.folder import StopRequest, alone_in, claim_folder, models_of, restore, save
 from training.handover import distillation, fold_shift
 from training.judge import (
     MISSED,
@@ -72,10 +71,9 @@ from training.judge import (
     is_at_end,
     is_ready,
     meets_target,
-    names_to_keep,
+    name_to_keep,
 )
-from training.log import Logs, Progress
-from training.parents import lineage_of, models_of
+from training.log import Logs, name_of_part
 from training.steps import Batches, adamw, averaged, cosine, get_lr, update_average
 
 MEASURED = 50  # batches of the dense loss on training data: a good mean
@@ -85,8 +83,9 @@ MEASURED = 50  # batches of the dense loss on training data: a good mean
 class State:
     """Where a run stands: what a checkpoint remembers beside weights, optimizer and lambda."""
 
-    step: int = 0  # where this command began, and so is `seconds`; a checkpoint has its own
-    seconds: float = 0.0  # of training
+    step: int = 0  # steps made
+    seconds: float = 0.0  # of training and evaluation
+    evaluated: int = -1  # the step of the last evaluation
     best: list | None = None  # [open edges, loss] of best.pt
     best_step: int | None = None
     closest: list | None = None  # how far closest.pt is from the target
@@ -97,7 +96,6 @@ class State:
     batch_loss: float | None = None  # moving average, nats
     density: float | None = None  # of the last step
     constraint_loss: float | None = None  # of the last measurement, nats
-    shards: str | None = None  # of a sharded run: the folder that last.pt names
 
 
 def train_one(c, given, runs, place):  # noqa: C901, the script as a whole, from top to bottom
@@ -109,32 +107,30 @@ def train_one(c, given, runs, place):  # noqa: C901, the script as a whole, from
     saved = claim_folder(c, given)  # its last.pt, if it has begun
     parallel.wait_for_all()  # nobody writes into the folder before everybody has read it
     if saved and is_at_end(saved, c):
-        if parallel.rank() == 0:
-            settle(c.out_dir)
-        parallel.say(f"{Progress(runs, place, saved['step']).name} is finished ({saved['step']} steps)")
+        parallel.say(f"{name_of_part(runs, place)} is finished ({saved['step']} steps)")
         return has_succeeded(c, saved)
 
     # --- data and models ------------------------------------------------------------------------------------
     device, world = parallel.pick_device(c.device), parallel.world()
     check_together(c, world)
-    micro_batches = micro_batches_of(c, world)
+    micro_batches = c.batch_size // micro_batch_size(c, world)
     with parallel.first_alone():
         data = prepare_data.load(c.dataset)
     model, dense, origin = models_of(c, given, data, device, saved)
     T = data.train.shape[2] if data.meta["kind"] == "rows" else c.block_size
     is_child = origin["parent"] is not None
     batches = Batches(data, T, c.batch_size, micro_batches, c.seed, is_child, device)
-    autocast, dtype, impl, compiled = how_to_compute(c, model, dense, T, device)
+    autocast, compiled, how = how_to_compute(c, model, dense, T, device)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer, geco, state = adamw(trained, c), None, State()
     if c.gated:  # the target is measured below
-        geco = GECO(target=0.0, scale=c.constraint_scale, rate=c.lambda_rate, alpha=c.lambda_average,
-                    lambda_init=c.lambda_init, lambda_min=c.lambda_min, lambda_max=c.lambda_max)
+        geco = GECO(target=0.0, scale=c.constraint_scale, rate=c.lambda_rate, lambda_init=c.lambda_init,
+                    lambda_min=c.lambda_min, lambda_max=c.lambda_max)
 
     def constraint_target(step):
         """What the constraint's loss is to be, nats: it comes down with the learning rate."""
         slack = c.target_loss - state.dense["val"]["loss"] if c.target_loss else c.loss_slack
-        return state.dense_on_training + slack - c.constraint_margin + c.peak_slack * cosine(step, c)
+        return state.dense_on_training + slack + c.peak_slack * cosine(step, c)
 
     # --- where it stands: a new run measures its target; one that goes on is put back -----------------------
     if saved:
@@ -157,55 +153,37 @@ def train_one(c, given, runs, place):  # noqa: C901, the script as a whole, from
         ema = averaged(model, c.average_decay)
     if compiled and ema is not model:
         ema.compile()
-    start, began, is_over = state.step, time.time(), False
+    start, began, is_over = state.step, time.time() - state.seconds, False
     network = model
     if world > 1 and not parallel.is_sharded(c.parallel):
         network = torch.nn.parallel.DistributedDataParallel(model)
     model.train()  # samples the gates, drops out; loading and evaluating leave models in evaluation mode
 
-    def keep(name, step):
-        """Write the run as it stands before a step: last.pt, best.pt or closest.pt."""
-        seconds = state.seconds + time.time() - began
-        save(name, step, seconds, c, model, ema, optimizer, geco, origin, state, is_over)
-
-    def left_the_numbers(step, what):
-        """Leave the batch's indices behind, and raise UserError. what: is no finite number."""
-        if parallel.rank() == 0:
-            write_json(os.path.join(c.out_dir, "offending_batch.json"),
-                       {"step": step, "dataset": c.dataset, "indices": batches.indices(step).tolist()})
-        raise UserError(f"{what} at step {step}; {c.out_dir}/last.pt still holds an earlier step, "
-                        f"offending_batch.json the indices of the batch. {smaller_step(c)}")
-
     # --- the loop -------------------------------------------------------------------------------------------
-    progress = Progress(runs, place, start)
-    words = outlook(c, model, trained, dtype, impl, compiled, micro_batches, T, start)
-    parallel.say(f"{progress.outlook()}: {words}")
-    with alone_in(c.out_dir), StopRequest() as stop, progress, Logs(c, start, data, model, T, device) as log:
+    behind = ", ".join(f"then {later.out_dir}" for later in runs[place + 1:])
+    parallel.say(f"{name_of_part(runs, place)}{behind and f' ({behind})'}: "
+                 f"{'gated' if c.gated else 'dense'}, {sum(p.numel() for p in trained):,} weights to train, "
+                 f"{world} x {device}, {how}, {micro_batches} micro-batch(es) of "
+                 f"{c.batch_size // micro_batches} x {T} tokens, from step {start} to {c.max_steps}")
+    with StopRequest() as stop, Logs(runs, place, state, data, model, T, device) as log:
         for step in range(start, c.max_steps + 1):
 
             # --- once in a while: evaluate, log, keep -------------------------------------------------------
-            if step % c.eval_interval == 0 or step == c.max_steps:
+            if (step % c.eval_interval == 0 or step == c.max_steps) and step != state.evaluated:
                 log.speed.pause()
-                found = evaluate_splits(ema, data, c.eval_batch_size, c.eval_batches,
-                                        partial(can_be_best, c, state))
-                loss = found["val"]["loss"]
-                if not math.isfinite(loss):
-                    earlier = f"; {c.out_dir}/last.pt still holds an earlier step" if step else ""
-                    raise UserError(f"the held-out loss is {loss} at step {step}{earlier}. {smaller_step(c)}")
-                passes = not c.gated or meets_target(found, state.dense, state.target_loss)
-                state.ready = is_ready(found, c.ready_loss) if c.ready_loss and not c.gated else None
-                kept = names_to_keep(c, state, step, found, passes, goes_on=step == start)
+                evaluation = evaluate_splits(ema, data, c.eval_batch_size, c.eval_batches,
+                                         partial(can_be_best, c, state))
+                loss = evaluation["val"]["loss"]
+                require_finite(loss, f"the held-out loss is {loss}", step, c)
+                passes = not c.gated or meets_target(evaluation, state.dense, state.target_loss)
+                state.ready = is_ready(evaluation, c.ready_loss) if c.ready_loss and not c.gated else None
+                kept = name_to_keep(c, state, step, evaluation, passes)
                 is_over = step == c.max_steps or bool(state.ready) or has_stalled(c, step, state.best_step)
-                progress.evaluated(found, state, geco)
-                log.evaluated(step, found, passes, kept, state, geco, state.seconds + time.time() - began)
-                if is_over:  # best.pt waits as best.pt.next: who is killed in between still needs the old one
-                    kept = [f"{name}.next" for name in kept]
-                # who is killed behind last.pt evaluates again, but not at the end of a run
-                for name in [*kept, "last.pt"] if is_over else ["last.pt", *kept]:
-                    keep(name, step)
+                state.step, state.evaluated, state.seconds = step, step, time.time() - began
+                log.evaluated(evaluation, passes, kept, state, geco)
+                for name in [kept, "last.pt"] if kept else ["last.pt"]:
+                    save(name, c, model, ema, optimizer, geco, origin, state)
                 if is_over:
-                    if parallel.rank() == 0:
-                        settle(c.out_dir)
                     break
                 log.speed.go_on()
             learning_rate = get_lr(step, c)
@@ -216,53 +194,53 @@ def train_one(c, given, runs, place):  # noqa: C901, the script as a whole, from
             # --- 1. lambda: up if the loss is above its target, else down -----------------------------------
             if c.gated and step % c.constraint_interval == 0:
                 sampled = gates == "sample" and c.constraint_gates == "sampled"
-                measured = batches.mean_loss(step, model if sampled else ema, autocast, sampled)
+                loss = batches.mean_loss(step, model if sampled else ema, autocast, sampled)
                 if c.constraint_paired:  # the dense model's luck with this batch; on average it is 0
-                    measured -= batches.mean_loss(step, dense, autocast) - state.dense_on_training
-                if not math.isfinite(measured):
-                    left_the_numbers(step, f"the constraint is {measured}")
-                state.constraint_loss, geco.target = measured, constraint_target(step)
+                    loss -= batches.mean_loss(step, dense, autocast) - state.dense_on_training
+                require_finite(loss, f"the constraint is {loss}", step, c)
+                state.constraint_loss, geco.target = loss, constraint_target(step)
                 geco.lambda_max = c.lambda_init if step < c.linear_penalty_steps else c.lambda_max
-                geco.update(measured)
+                geco.update(loss)
 
             # --- 2. gradients: of  density + lambda (loss - target) -----------------------------------------
-            seen = []
+            measured = []
             for i, (x, y, weight) in enumerate(batches.at(step)):
                 if network is not model:  # DDP averages gradients after the last micro-batch alone
-                    network.require_backward_grad_sync = i == len(batches.ours) - 1
+                    network.require_backward_grad_sync = i == batches.per_process - 1
                 with autocast():
                     logits, loss, density = network(x, y, gates=gates,
                                                     linear_penalty=step < c.linear_penalty_steps)
-                    objective = loss = weight * loss  # weight: its share of the step's targets
+                    loss = weight * loss  # its share of the step's targets
+                    objective = loss
                     if c.gated:
-                        taught = loss + weight * distillation(c.distill_weight, dense, x, y, logits)
-                        objective = geco.objective(taught, density)
-                (objective / len(batches.ours)).backward()  # DDP and FSDP average over the processes
-                seen.append(torch.stack([loss, density, objective]).detach().float())
+                        teaching = weight * distillation(c.distill_weight, dense, x, y, logits)
+                        objective = geco.objective(loss + teaching, density)
+                (objective / batches.per_process).backward()  # DDP and FSDP average over the processes
+                measured.append(torch.stack([loss, density, objective]).detach().float())
 
             # --- 3. step ------------------------------------------------------------------------------------
-            norm = torch.nn.utils.clip_grad_norm_(trained, c.grad_clip or math.inf)
+            norm = torch.nn.utils.clip_grad_norm_(trained, c.grad_clip)
             norm = parallel.whole(norm).item()
             # all processes see the same, and decide alike
-            sums = torch.stack(seen).cpu().double().sum(dim=0).tolist()
+            sums = torch.stack(measured).cpu().double().sum(dim=0).tolist()
             *sums, stopping = parallel.all_reduce_sum([*sums, stop.asked], device)
             batch_loss, state.density, objective = (number / micro_batches for number in sums)
             state.batch_loss = (batch_loss if state.batch_loss is None
                                 else 0.95 * state.batch_loss + 0.05 * batch_loss)
             log.stepped(step, geco, loss=batch_loss, density=state.density, gradient_norm=norm,
                         learning_rate=learning_rate)
-            if not math.isfinite(objective + norm):
-                left_the_numbers(step, f"the loss is {batch_loss}, the gradient's norm {norm}")
+            what = f"the loss is {batch_loss}, the gradient's norm {norm}"
+            require_finite(objective + norm, what, step, c)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             update_average(ema, model, c.average_decay)
-            log.speed.step()
-            progress.step()
             if stopping and step + 1 < c.max_steps:  # after the last step only the evaluation is left
                 log.flush()  # a run goes on behind the rows that are there
-                keep("last.pt", step + 1)
-                log.close()  # may wait for a network, so after the checkpoint
-                stop_here(step + 1)
+                state.step, state.seconds = step + 1, time.time() - began
+                save("last.pt", c, model, ema, optimizer, geco, origin, state)
+                parallel.wait_for_all()  # torchrun ends all processes as soon as one has ended
+                stopped = f"stopped and saved after {step + 1} steps. The same command goes on from there"
+                sys.exit(stopped if parallel.rank() == 0 else 1)
     parallel.wait_for_all()  # a child that starts now finds the files whole
     if place + 1 < len(runs) and parallel.all_reduce_sum([stop.asked], device)[0]:
         raise KeyboardInterrupt  # asked for in its last step or evaluation: no child starts
@@ -270,8 +248,8 @@ def train_one(c, given, runs, place):  # noqa: C901, the script as a whole, from
 
 
 def how_to_compute(c, model, dense, T, device):
-    """Precision, attention, compilation: (a function that returns the autocast context, its dtype in words,
-    who computes attention, is the model compiled?). Compiles model and dense, in place, where that pays.
+    """Precision, attention, compilation: (a function that returns the autocast context, is the model
+    compiled?, all of it in words). Compiles model and dense, in place, where that pays.
     """
     sharded, config = parallel.is_sharded(c.parallel), model.config
     autocast, dtype = parallel.precision(c.dtype, device, cache=not (sharded or c.recompute_activations))
@@ -281,8 +259,10 @@ def how_to_compute(c, model, dense, T, device):
         width = config.n_embd // config.n_head
         impl = parallel.attention(c.attention_impl, device, config.block_size, width, getattr(torch, dtype))
 
-    pays_dense, pays = pays_on_cpu(c, c.architecture, T)
-    compiled = parallel.compiles(c.compile, device, pays)
+    # on a CPU: of a dense model OLMo's norms and rotations; a dense GPT is no faster
+    long = T >= 64 and not sharded
+    pays_dense = long and c.architecture != "gpt2"
+    compiled = parallel.compiles(c.compile, device, pays_dense or long and c.gated)
     if compiled:
         from torch._dynamo import config as dynamo  # here: nobody else waits two seconds for the compiler
         from torch._inductor import config as inductor
@@ -294,43 +274,15 @@ def how_to_compute(c, model, dense, T, device):
         model.compile()
         if dense and parallel.compiles(c.compile, device, pays_dense):
             dense.compile()
-    return autocast, dtype, impl, compiled
+    return autocast, compiled, f"{dtype}, attention {impl}, {'' if compiled else 'not '}compiled"
 
 
-def pays_on_cpu(c, architecture, T):
-    """Is compiled code faster on a CPU? (the dense model's, the run's own). c: the run's settings."""
-    long = T >= 64 and not parallel.is_sharded(c.parallel)
-    dense = long and architecture != "gpt2"  # OLMo's norms and rotations; a dense GPT is no faster
-    return dense, dense or c.gated and long
-
-
-def stop_here(step):
-    """After Ctrl-C or SIGTERM, the run saved: say how to go on, and exit."""
-    parallel.wait_for_all()  # torchrun ends all processes as soon as one has ended
-    if parallel.rank() > 0:
-        sys.exit(1)
-    sys.exit(f"stopped and saved after {step} steps. To go on: {parallel.program()} "
-             + typed("train.py", *sys.argv[1:]))
-
-
-def outlook(c, model, trained, dtype, impl, compiled, micro_batches, T, start):
-    """A line about what is going to be trained, and how."""
-    words = ["gated" if c.gated else "dense", f"{sum(p.numel() for p in model.parameters()):,} parameters"]
-    if c.lora_rank:
-        words[-1] += f", {sum(p.numel() for p in trained):,} of them trained"
-    words += [f"{parallel.world()} x {next(model.parameters()).device}", dtype, f"attention {impl}"]
-    words.append(
-        "compiled (the first step takes half a minute, or more)" if compiled else "not compiled"
-    )
-    words.append(f"{micro_batches} micro-batch(es) of {c.batch_size // micro_batches} x {T} tokens")
-    words.append(f"from step {start} to {c.max_steps}")
-    return ", ".join(words)
-
-
-def smaller_step(c):
-    """Advice for a run that has left the numbers."""
-    smaller = f"--learning_rate={c.learning_rate / 3:.1g}"
-    return f"Start again with a smaller step, for instance {smaller} --out_dir=out/NEW"
+def require_finite(number, what, step, c):
+    """Raise UserError, with advice, if a run has left the numbers."""
+    if not math.isfinite(number):
+        raise UserError(f"{what} at step {step}; {c.out_dir}/last.pt, if it is there, holds an earlier one. "
+                        "Start again with a lower learning rate, for instance "
+                        f"--learning_rate={c.learning_rate / 3:.1g} --out_dir=out/NEW")
 
 
 def train(config, given=frozenset()):
@@ -348,28 +300,30 @@ def train(config, given=frozenset()):
         claim_folder(config, given)
         prepare_data.require(config.dataset)
         check_together(config, parallel.world())
-        parallel.attention(config.attention_impl, parallel.pick_device(config.device))
-        for c in runs:  # all have the first one's shape
-            _, pays = pays_on_cpu(c, runs[0].architecture, runs[0].block_size)
-            parallel.compiles(c.compile, parallel.pick_device(c.device), pays)
-    for place, (c, names) in enumerate(lineage[:-1]):
+        device = parallel.pick_device(config.device)
+        parallel.attention(config.attention_impl, device)
+        parallel.compiles(config.compile, device, pays_on_cpu=False)
+    for place, (c, names) in enumerate(lineage):
         try:
-            train_one(c, names, runs, place)
+            with alone_in(c.out_dir):
+                succeeded = train_one(c, names, runs, place)
         except UserError as error:
+            if c is config:
+                raise
             source = runs[place + 1].init_from
             raise UserError(f"the parent, {source}: {error} (flags for the parent go with its own command; "
                             "another parent is named with --init_from=out/OTHER)") from error
-    return train_one(config, given, runs, len(runs) - 1)
+    return succeeded
 
 
 def main(arguments):
     if {"-h", "--help"} & set(arguments):
-        print(f"{__doc__}\nSettings and their defaults:\n\n{described(Config)}")
+        print(f"{__doc__}\nSettings and their defaults:\n\n{described()}")
         return
     if not arguments:
         sys.exit("error: no config file and no settings. Try: python train.py config/addition.py")
     try:
-        path, given = parse_command_line(arguments, Config, limits())
+        path, given = parse_command_line(arguments)
         config, names = make_config(path, given)
         parallel.start_processes(parallel.pick_device(config.device))
         succeeded = train(config, names)

@@ -33,10 +33,17 @@ from analysis.verdict import distance_in_words
 from models.checkpoint import read_checkpoint
 from models.sources import from_here
 from storage.files import REPOSITORY, UserError, read_json, write_json
-from training.config import FREE, SHAPE, Config, check_together, limits, make_config, parse_command_line
+from training.config import (
+    FREE,
+    PASSED_ON,
+    SHAPE,
+    Config,
+    check_together,
+    make_config,
+    parse_command_line,
+)
 from training.folder import read_metrics, settings_of
 from training.judge import MISSED, is_at_end
-from training.parents import PASSED_ON
 
 OF_PARENT = (*SHAPE, "dataset")  # settings that a child takes from its parent, or shares with it
 
@@ -85,7 +92,7 @@ def read_settings(path, flags):
 
     Raises UserError.
     """
-    other, settings = parse_command_line(flags, Config, limits())
+    other, settings = parse_command_line(flags)
     if other:
         raise UserError(f"seeds takes one config file, not both {path} and {other}")
     for key in ("seed", "out_dir"):

@@ -54,7 +54,6 @@ max_steps = 20000
 learning_rate = 1e-4
 min_lr = 1e-5
 warmup_steps = 500
-beta2 = 0.95  # nanoGPT's, for batches of this size
 eval_interval = 500
 eval_batch_size = 8
 eval_batches = 32  # 256 windows, 262,144 held-out tokens, the same for the dense model and its child

@@ -24,7 +24,6 @@ batch_size = 32
 max_steps = 900
 noise_free_steps = 900
 warmup_steps = 30
-beta2 = 0.95
 eval_interval = 225
 eval_batch_size = 32
 eval_batches = 8  # 256 windows of held-out files, 131,072 tokens, the same for parent, control and child

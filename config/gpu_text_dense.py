@@ -16,12 +16,10 @@ n_head = 6  # of width 64, GPT-2's
 n_embd = 384
 block_size = 512
 dtype = 'auto'  # bfloat16
-init_std = 0.03
 
 batch_size = 64
 max_steps = 1200
 learning_rate = 1.5e-3
-beta2 = 0.95  # nanoGPT's, for batches of this size
 eval_interval = 600
 eval_batch_size = 32
 eval_batches = 8  # 256 windows of held-out files, 131,072 tokens, the same for parent, control and child

@@ -11,7 +11,6 @@ n_head = 1
 n_embd = 48
 block_size = 9  # `5 + 3 = ? ? ? ? ?`
 gelu = 'none'
-init_std = 0.07
 
 batch_size = 32
 ready_loss = 0.01  # nats; half the slack of the child

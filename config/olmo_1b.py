@@ -18,7 +18,6 @@ gated = True
 dtype = 'auto'  # bfloat16
 
 lora_rank = 64
-lora_alpha = 128.0
 # q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj: what is not read any more has to be made up
 # for elsewhere. Of OLMo 2 the norms, too
 lora_targets = 'all'
@@ -50,7 +49,6 @@ max_steps = 10000
 learning_rate = 2e-4  # of adapters; Hu et al. use 2e-4 for GPT-2 and GPT-3
 min_lr = 1e-5
 warmup_steps = 300
-beta2 = 0.95
 eval_interval = 500
 eval_batch_size = 8
 eval_batches = 64  # 512 windows, 262,144 held-out tokens

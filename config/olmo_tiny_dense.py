@@ -7,4 +7,3 @@ for a laptop.
 base = 'config/stdlib_dense.py'
 
 architecture = 'olmo2'
-init_std = 0.02

@@ -7,7 +7,6 @@ embedding has one, too.
 base = 'config/olmo_tiny.py'
 
 lora_rank = 32  # of 64
-lora_alpha = 64.0
 # the norms, too: those of q and k decide how large scores are (lora.py). And the embedding
 lora_targets = 'all,embed_tokens'
 

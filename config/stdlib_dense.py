@@ -11,7 +11,6 @@ n_head = 8  # of width 8: many narrow heads, so that one edge can be kept withou
 n_embd = 64
 block_size = 64  # bytes: about two lines of code
 dtype = 'auto'  # bfloat16 where the CPU multiplies it natively; judged in float32 always
-init_std = 0.07
 
 batch_size = 16
 max_steps = 8000  # 8 million bytes

@@ -10,7 +10,7 @@ with the base that they name (lora.py).
 Notable:
 - A file is written under a temporary name, flushed, then renamed: whatever happens, the path holds the old
   one or the new one, whole.
-- `torch.load(weights_only=True)`: a file is data, not a program. (Folders shards-*: sharding.py.)
+- `torch.load(weights_only=True)`: a file is data, not a program.
 - A model is built on torch's meta device, without memory, and filled tensor by tensor: the peak is the model
   and one tensor.
 - nanoGPT can load our 'model', but its own GPTConfig does not know our further model_args.
@@ -159,8 +159,8 @@ def load_weights(model, state, path="the checkpoint", names=None):
 
 
 class Uninitialised(TorchFunctionMode):
-    """`with Uninitialised():` torch.nn.init leaves tensors as they are. On the meta device there is nothing to
-    initialise, and torch would import its compiler to do so: two seconds of every command.
+    """`with Uninitialised():` torch.nn.init leaves tensors as they are. On the meta device there is nothing
+    to initialise, and torch would import its compiler to do so: a second of every command.
     """
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
@@ -175,7 +175,7 @@ def classes_of(args):
 
 
 def model_of(
-    checkpoint, path, device="cpu", prepare=lambda model: model, merged=True, in_parts=False, **overrides
+    checkpoint, path, device="cpu", prepare=lambda model: model, merged=True, **overrides
 ):
     """The model in a checkpoint's dict, in evaluation mode. overrides change its config, e.g. gated=False to
     run it dense.
@@ -185,16 +185,12 @@ def model_of(
              add adapters, cut it into parts
     merged   of a checkpoint that holds LoRA adapters and the name of their base: merged into the weights,
              else beside them (lora.py)
-    in_parts the checkpoint may be one of a sharded run that names a folder instead of holding weights:
-             sharding.load will bring them
 
     Raises UserError if the architecture is unknown or the weights do not fit it.
     """
-    if checkpoint["model"] is None and not in_parts:
-        raise UserError(
-            f"{path} is of a sharded run that has not ended: its weights are in parts, in the folder "
-            f"{checkpoint['shards']} beside it. Let the run go on to its end, or use its best.pt"
-        )
+    if checkpoint["model"] is None:
+        raise UserError(f"{path} is of a sharded run of an earlier version that has not ended: its weights "
+                        "lie in parts beside it. Use its best.pt")
     if "lora" in checkpoint:
         return adapted_model_of(checkpoint, path, device, prepare, merged, **overrides)
     args = {**checkpoint["model_args"], **overrides}
@@ -218,14 +214,12 @@ def model_of(
     except ValueError as error:  # sizes that do not fit together
         raise UserError(f"{path}: {error}") from error
     prepare(model)
-    if checkpoint["model"] is not None:
-        sound.require_fit(model, checkpoint["model"], path)
+    sound.require_fit(model, checkpoint["model"], path)
     model.to_empty(device=device).tie()
     for layer in lora.adapters_of(model).values():
         for name, tensor in layer.initial().items():
             copy_into(getattr(layer, name).data, tensor)
-    if checkpoint["model"] is not None:  # None: it is in parts, for sharding.load
-        load_weights(model, checkpoint["model"], path)
+    load_weights(model, checkpoint["model"], path)
     return model.eval()
 
 
@@ -241,8 +235,7 @@ def adapted_model_of(checkpoint, path, device, prepare, merged, **overrides):
     model = model_of(base, checkpoint["base"], device,
                      lambda model: early(lora.add(model, **checkpoint["lora"])),
                      **{**checkpoint["model_args"], **overrides})
-    if checkpoint["model"] is not None:
-        load_weights(model, checkpoint["model"], path, names=lora.state_of(model))
+    load_weights(model, checkpoint["model"], path, names=lora.state_of(model))
     return late(lora.merge(model) if merged else model)
 
 
@@ -270,7 +263,8 @@ def read_parent(checkpoint):
     since.
     """
     parent, known = read_named(checkpoint, "parent"), checkpoint.get("reference_fingerprint")
-    if known and checkpoint["parent"] == checkpoint["reference"] and not is_of(known, parent):
+    reference = checkpoint.get("reference", checkpoint["parent"])  # which earlier versions could tell apart
+    if known and checkpoint["parent"] == reference and not is_of(known, parent):
         raise UserError(f"{checkpoint['parent']} holds other weights now than when its child was begun: it "
                         "is another model. Train a new child from it, with another --out_dir")
     return parent
@@ -320,14 +314,13 @@ def new_model(c, vocab_size, gate_settings):
     gate_settings: the fields of gate.GateConfig.
     """
     same = {
-        key: getattr(c, key) for key in ("n_layer", "n_head", "n_embd", "block_size", "tied", "init_std")
+        key: getattr(c, key) for key in ("n_layer", "n_head", "n_embd", "block_size", "init_std")
     } | gate_settings
     if c.architecture == "gpt2":
         return GPT(
             GPTConfig(
                 vocab_size=vocab_size,
                 dropout=c.dropout,
-                bias=c.bias,
                 gelu=c.gelu,
                 **same,
             )
@@ -336,7 +329,7 @@ def new_model(c, vocab_size, gate_settings):
         olmo.OLMoConfig(
             vocab_size=vocab_size,
             generation=2 if c.architecture == "olmo2" else 1,
-            n_kv_head=c.n_kv_head or c.n_head,
+            n_kv_head=c.n_head,
             n_hidden=4 * c.n_embd,
             **same,
         )
@@ -351,14 +344,10 @@ def shape_of(config):
         for key in (
             "n_layer",
             "n_head",
-            "n_kv_head",
             "n_embd",
             "block_size",
             "dropout",
-            "bias",
-            "tied",
             "gelu",
-            "init_std",
         )
         if hasattr(config, key)
     } | {"architecture": architecture}

@@ -25,7 +25,7 @@ from models.checkpoint import fingerprint, read_checkpoint
 from storage.addition import IGNORE
 from storage.files import REPOSITORY
 from train import train
-from training.config import Config, limits, make_config, parse_command_line
+from training.config import make_config, parse_command_line
 from training.folder import StopRequest
 from training.judge import MISSED
 
@@ -162,7 +162,7 @@ def launch(processes, *arguments, code=TRAIN):
     One process is this one. More are told their numbers as torchrun does, which would import torch anew.
     """
     if processes == 1:
-        train(*make_config(*parse_command_line(arguments, Config, limits())))
+        train(*make_config(*parse_command_line(arguments)))
         return None
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -213,7 +213,7 @@ def unequal_rows():
     rows[::2, 1, :7] = IGNORE
     prepare_data.write_dataset("data/unequal", rows[:64], rows[64:], kind="rows", vocab_size=9)
     settings = ["--dataset=unequal", "--batch_size=16", "--max_steps=1", "--eval_interval=1", "--device=cpu"]
-    launch(1, *settings, "--n_layer=2", "--n_head=2", "--n_embd=16", "--block_size=8", "--init_std=0.5",
+    launch(1, *settings, "--n_layer=2", "--n_head=2", "--n_embd=16", "--block_size=8",
            "--out_dir=out/dense")
     return [*settings, "--init_from=out/dense", "--gated=True", "--gate_bias=0", "--noise_free_steps=1",
             "--distill_weight=0.5"]

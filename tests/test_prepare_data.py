@@ -19,7 +19,7 @@ from prepare_data import load, write_dataset
 from storage.addition import ADDITION_TOKENS, IGNORE, addition_pairs, addition_rows, addition_task
 from storage.download import download
 from storage.files import UserError, locked, read_json, replacing, sha256, typed, write_json, write_whole
-from training.config import Config, limits, make_config, parse_command_line
+from training.config import make_config, parse_command_line
 
 
 def text(tokens):
@@ -280,7 +280,7 @@ def test_what_to_type_next_is_said_and_can_be_typed(workplace, monkeypatch):
     parent, child = (line.strip() for line in said.split("train on it:\n")[1].splitlines())
     monkeypatch.chdir(REPOSITORY)
     for command in (parent, child, *(f"python train.py {made}" for made in prepare_data.MADE_FOR.values())):
-        path, given = parse_command_line(command.removeprefix("python train.py ").split(), Config, limits())
+        path, given = parse_command_line(command.removeprefix("python train.py ").split())
         config, _ = make_config(path, given)
         assert config.dataset in ("text", *prepare_data.MADE_FOR)
     assert "--init_from=out/text_dense" in child

@@ -116,7 +116,7 @@ def test_a_run_that_goes_on_from_another_folder_or_stands_far_away_keeps_its_par
 def test_lambda_may_rise_above_its_start_only_when_the_penalty_is_no_longer_linear(echo_parent):
     # a target it cannot meet: lambda wants to rise
     run("sparse.py", linear_penalty_steps=20, lambda_init=4.0, lambda_max=8.0, lambda_rate=1.0,
-        eval_interval=4, max_steps=40, target_loss=1e-6)
+        eval_interval=4, max_steps=40, target_loss=1e-9)
     lams = {line["step"]: line["lambda"] for line in metrics("out/sparse")}
     assert [lams[step] for step in (8, 20, 40)] == [4.0, 4.0, 8.0]
 
@@ -154,26 +154,26 @@ def test_the_constraints_target_is_the_dense_loss_on_training_batches_by_the_sam
     assert metrics(folder)[0]["target_loss"] == pytest.approx(metrics("out/dense")[-1]["val_loss"] + 0.01)
 
 
-def judged(loss, accuracy=0.5, **correct):
+def evaluation(loss, accuracy=0.5, **correct):
     return {split: {"loss": loss, "correct": n, "accuracy": accuracy} for split, n in correct.items()}
 
 
 def test_a_model_with_fewer_right_answers_does_not_meet_the_target():
-    dense, text = judged(1.0, train=10, val=5), judged(1.0, None, train=0, val=0)
+    dense, text = evaluation(1.0, train=10, val=5), evaluation(1.0, None, train=0, val=0)
     for meets, loss, train, val in ((True, 1.1, 10, 5), (False, 1.2, 10, 5), (False, 0.9, 9, 5),
                                     (False, 0.9, 10, 4)):
-        assert meets_target(judged(loss, train=train, val=val), dense, 1.1) == meets
-    assert meets_target(judged(1.1, None, train=0, val=0), text, 1.1)
+        assert meets_target(evaluation(loss, train=train, val=val), dense, 1.1) == meets
+    assert meets_target(evaluation(1.1, None, train=0, val=0), text, 1.1)
 
 
 def test_the_closest_evaluation_is_told_by_what_was_counted_for_all():
     """Where held-out answers are lost the training rows are not counted: that must not look closer than a few
     training answers lost.
     """
-    dense = judged(1.0, val=5, train=10)
+    dense = evaluation(1.0, val=5, train=10)
     met, in_training, too_large, held_out = (
         distance_from_target(one, dense, 1.1)
-        for one in (dense, judged(1.0, val=5, train=7), judged(1.2, val=5), judged(1.0, val=4)))
+        for one in (dense, evaluation(1.0, val=5, train=7), evaluation(1.2, val=5), evaluation(1.0, val=4)))
     assert met < in_training < too_large < held_out and not any(met)
 
 
@@ -232,12 +232,11 @@ def test_a_control_goes_on_from_the_parent_in_another_order_and_its_loss_can_be_
     # it starts where the parent ended
     parent = min(m["val_loss"] for m in dense)
     assert control[0]["val_loss"] == pytest.approx(parent, abs=1e-6)
-    aimed = run("sparse.py", target_loss=control[-1]["val_loss"], max_steps=5)
-    plain = run("sparse.py", max_steps=5, out_dir="out/plain")
-    assert read_checkpoint(f"{aimed}/last.pt")["target_loss"] == control[-1]["val_loss"]
-    assert read_checkpoint(f"{plain}/last.pt")["target_loss"] == pytest.approx(parent + 0.02)
-    lower = [metrics(folder)[-1]["constraint_target"] for folder in (plain, aimed)]
-    assert lower[0] - lower[1] == pytest.approx(parent + 0.02 - control[-1]["val_loss"], abs=1e-6)
+    below = control[-1]["val_loss"] - parent
+    loss = control[-1]["val_loss"]
+    aimed = read_checkpoint(run("sparse.py", target_loss=loss, max_steps=1) + "/last.pt")
+    assert aimed["target_loss"] == loss
+    assert aimed["geco"]["target"] == pytest.approx(aimed["dense_on_training"] + below)
 
 
 def test_the_paired_constraint_is_free_of_the_batchs_luck(counting_parent):
@@ -276,15 +275,7 @@ def test_divergence_is_the_textbook_sum():
     student.requires_grad_()
     divergence(student, teacher, targets).backward()
     torch.testing.assert_close(student.grad, (q - p) * (targets != -1)[..., None] / 3, atol=1e-6, rtol=0)
-
-
-def test_divergence_copies_no_logits_and_is_0_where_nothing_is_asked():
-    shapes = torch.empty(2, 3, 5, device="meta")  # what is asked is not known: it must not matter
-    assert divergence(shapes, shapes, torch.empty(2, 3, device="meta")).shape == ()
-    student = torch.randn(2, 3, 5, requires_grad=True)
-    found = divergence(student, torch.randn(2, 3, 5), torch.full((2, 3), -1))
-    found.backward()
-    assert found == 0 and not student.grad.any()
+    assert divergence(student, teacher, torch.full((2, 3), -1)) == 0  # nothing is asked
 
 
 def test_a_checkpoint_of_transformers_is_a_parent_and_resumes(counting):
@@ -298,7 +289,7 @@ def test_a_checkpoint_of_transformers_is_a_parent_and_resumes(counting):
     run("sparse.py", init_from="resume", max_steps=30)
     saved = read_checkpoint("out/sparse/last.pt")
     assert saved["step"] == 30
-    assert saved["parent"] == saved["reference"] == "hf"
+    assert saved["parent"] == "hf"
     assert saved["model_args"]["n_embd"] == 16
 
 
@@ -327,24 +318,6 @@ def test_torch_compile_gives_the_same_run(counting_parent, impl):
     assert compiled["val_loss"] == pytest.approx(eager["val_loss"], abs=2e-3)
 
 
-@pytest.mark.parametrize("impl", ["tiled", pytest.param("triton", marks=pytest.mark.slow)])
-def test_the_ways_of_computing_attention_train_alike_and_the_choice_is_printed(counting_parent, capsys, impl):
-    """Without noise they compute the same numbers but for rounding; with it they draw from different
-    generators.
-    """
-    def trained(impl):
-        # without a GPU in Triton's interpreter
-        device = "cuda" if impl == "triton" and torch.cuda.is_available() else "cpu"
-        folder = run("sparse.py", max_steps=2, noise_free_steps=2, attention_impl=impl, device=device,
-                     out_dir=f"out/{impl}")
-        assert f"attention {impl}" in capsys.readouterr().out
-        return metrics(folder)[-1]
-
-    found, plain = trained(impl), trained("plain")
-    assert found["val_loss"] == pytest.approx(plain["val_loss"], abs=1e-3)
-    assert found["open"] == pytest.approx(plain["open"], abs=0.5)
-
-
 def test_the_average_is_the_weighted_sum_of_what_it_saw():
     model, seen = torch.nn.Linear(3, 2), []
     average = averaged(model, 0.9)
@@ -356,11 +329,7 @@ def test_the_average_is_the_weighted_sum_of_what_it_saw():
         update_average(average, model, 0.9)
     expected = 0.9**4 * start + sum(0.1 * 0.9 ** (3 - i) * weight for i, weight in enumerate(seen))
     assert torch.allclose(average.weight, expected) and not average.training
-
-
-def test_without_an_average_the_model_itself_is_judged():
-    model = torch.nn.Linear(3, 2)
-    assert averaged(model, 0.0) is model
+    assert averaged(model, 0.0) is model  # without an average the model itself is judged
 
 
 def test_the_average_of_the_weights_is_what_is_judged_and_kept(echo):

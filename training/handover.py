@@ -59,9 +59,8 @@ def fold_shift(model, idx, open_above, fold=True, ridge=1e-2, too_low=100.0):
 
     def watching(attend):
         def watched(q, k, v, **options):  # q and k as the gate gets them
-            shifts.append(
-                shift_of(q.float(), k.float(), open_above, model.config.gate_bias, fold, ridge, too_low)
-            )
+            bias = model.config.gate_bias
+            shifts.append(shift_of(q.float(), k.float(), open_above, bias, fold, ridge, too_low))
             return attend(q, k, v, **options)
         return watched
 
@@ -75,21 +74,22 @@ def fold_shift(model, idx, open_above, fold=True, ridge=1e-2, too_low=100.0):
     model.train(was_training)
     for attention in model.attentions:
         del attention.attend  # and the class's own is seen again
-    if fold:
-        for attention, shift in zip(model.attentions, shifts):
-            C = shift.numel()
-            bias = parallel.whole(attention.c_attn.bias).clone()  # of which this process may hold a part
-            bias[C:2 * C] += shift.flatten()  # rows C to 2C of c_attn make the keys
-            copy_into(attention.c_attn.bias, bias)
-    else:
-        shifted = [(model.config.gate_bias + shift.flatten()).tolist() for shift in shifts]
-        model.config.gate_bias = parallel.broadcast(shifted)  # DDP does the same for key biases
+    # rounding may differ: process 0's for all. (n_layer, C), or (n_layer, H) without fold
+    shifts = parallel.broadcast(torch.stack(shifts).flatten(1).cpu())
+    if not fold:
+        model.config.gate_bias = (model.config.gate_bias + shifts).tolist()
+        return
+    for attention, shift in zip(model.attentions, shifts):
+        C = shift.numel()
+        bias = parallel.whole(attention.c_attn.bias).clone()  # of which this process may hold a part
+        bias[C:2 * C] += shift.to(bias.device)  # rows C to 2C of c_attn make the keys
+        copy_into(attention.c_attn.bias, bias)
 
 
 def shift_of(q, k, open_above, bias, fold, ridge, too_low):
     """The regression, for all heads of a layer: c (H, D), or (H, 1) without fold.
 
-    q (B, H, T, D), k the same or with fewer heads.
+    q (B, H, T, D), k the same or with fewer heads, bias a number: the gate's.
     """
     B, H, T, D = q.shape
     causal = torch.ones(T, T, dtype=torch.bool, device=q.device).tril()
@@ -103,11 +103,9 @@ def shift_of(q, k, open_above, bias, fold, ridge, too_low):
     for _ in range(12):
         weighted = (weight * q).transpose(-2, -1)  # (H, D, B T)
         gram = weighted @ q  # (H, D, D)
-        gram += (
-            (ridge if fold else 0)
-            * gram.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
-            * torch.eye(q.shape[-1], device=q.device)
-        )
+        if fold:
+            size = gram.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
+            gram += ridge * size * torch.eye(q.shape[-1], device=q.device)
         shift = torch.linalg.solve(gram, weighted @ wanted)  # c (H, D, 1)
         weight = torch.where(q @ shift < wanted, too_low, 1.0)
     return shift.squeeze(-1)

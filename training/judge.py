@@ -8,7 +8,7 @@
     a gated run meets its target    held-out loss <= the dense model's + loss_slack, no fewer answers right
     best.pt     of a gated run the evaluation with the FEWEST open edges among those that meet the target, not
                 the last one; of a dense run the one with the lowest held-out loss, or, with a ready_loss, the
-                one found ready
+                one that is ready
     closest.pt  of a run in which none has met the target: the one that came closest. Never the start
 
 Notable: the dense model that a target is taken from and the sparse model that must meet it go through one
@@ -17,7 +17,7 @@ under LoRA in base_dtype (the paper compares both at equal loss). So does report
 the examples and all get the same result.
 """
 
-import math
+from functools import partial
 
 import torch
 
@@ -28,18 +28,18 @@ MISSED = 2  # the exit status of train.py where a run at its end is not what it 
 
 
 class EdgeCount:
-    """Open edges, summed over the sequences that a model has seen: model(..., record=count) calls it."""
+    """Open edges, summed over the sequences that a model has seen: model(..., record=count) calls it.
+
+    of_every_edge: count every edge of every head, too; it must mean the same in all sequences.
+    """
 
     def __init__(self, config, T, device, of_every_edge):
-        """of_every_edge: count every edge of every head, too; it must mean the same in all sequences."""
-        # mps has no float64
-        options = {"device": "cpu" if device.type == "mps" else device, "dtype": torch.float64}
-        self.config, self.T, self.device = config, T, device
-        self.by_head = torch.zeros(config.n_layer, config.n_head, **options)
-        self.reads = torch.zeros(T, T, **options)  # query by key, summed over layers and heads
-        self.by_edge = None
-        if of_every_edge and config.gated:
-            self.by_edge = torch.zeros(config.n_layer, config.n_head, T, T, **options)
+        self.gated, self.T, self.device = config.gated, T, device
+        place = "cpu" if device.type == "mps" else device  # mps has no float64
+        zeros = partial(torch.zeros, dtype=torch.float64, device=place)
+        self.by_head = zeros(config.n_layer, config.n_head)
+        self.reads = zeros(T, T)  # query by key, summed over layers and heads
+        self.by_edge = zeros(config.n_layer, config.n_head, T, T) if of_every_edge and config.gated else None
 
     def __call__(self, layer, gates):
         opened = gates.open.sum(dim=0).to(self.reads)  # (H, T, T)
@@ -53,21 +53,23 @@ class EdgeCount:
 
         sequences: how many were seen, by all processes together.
         """
-        heads, T = self.by_head.numel(), self.T
+        heads, T, by_edge = self.by_head.numel(), self.T, None
         pairs = T * (T + 1) // 2
-        per_head, by_distance, by_edge = torch.ones(self.by_head.shape), [1.0] * T, None
-        if self.config.gated:
-            reach = [self.reads.diagonal(-distance).sum().item() for distance in range(T)]
-            counted = parallel.all_reduce_sum([*self.by_head.flatten().tolist(), *reach], self.device)
-            by_head, reach = counted[:heads], counted[heads:]
-            per_head = torch.tensor(by_head, dtype=torch.float64).view(self.by_head.shape) / sequences / pairs
-            by_distance = [reach[d] / sequences / heads / (T - d) for d in range(T)]
+        per_head, by_distance = torch.ones(self.by_head.shape), [1.0] * T
+        if self.gated:
+            reach = torch.stack([self.reads.diagonal(-distance).sum() for distance in range(T)])
+            per_head = self.summed(self.by_head) / sequences / pairs
+            by_distance = (self.summed(reach) / sequences / heads / torch.arange(T, 0, -1)).tolist()
         if self.by_edge is not None:
-            by_edge = torch.tensor(parallel.all_reduce_sum(self.by_edge.flatten().tolist(), self.device))
-            by_edge = (by_edge.view(self.by_edge.shape) / sequences).tolist()
+            by_edge = (self.summed(self.by_edge).float() / sequences).tolist()
         return {"open": per_head.sum().item() * pairs, "total": heads * pairs,
                 "fraction": per_head.mean().item(), "per_head": per_head.tolist(),
                 "by_distance": by_distance, "by_edge": by_edge}
+
+    def summed(self, counts):
+        """Of all processes, on the CPU."""
+        values = parallel.all_reduce_sum(counts.flatten().tolist(), self.device)
+        return torch.tensor(values, dtype=torch.float64).view(counts.shape)
 
 
 @torch.no_grad()
@@ -97,11 +99,11 @@ def evaluate(model, data, split, batch_size=1000, max_batches=0):
     model.eval()
     loss_sum = targets_seen = correct = 0
     for first in range(0, len(indices), parallel.world() * batch_size):
-        ours = indices[first + parallel.rank() * batch_size:][:batch_size]
-        x, y = (torch.from_numpy(a).to(device) for a in data.batch(split, ours or indices[:1], T))
+        share = indices[first + parallel.rank() * batch_size:][:batch_size]  # this process's
+        x, y = (torch.from_numpy(a).to(device) for a in data.batch(split, share or indices[:1], T))
         with parallel.uncompiled(model):  # what `record` shows would break a compiled graph at every layer
-            logits, loss, _ = model(x, y, record=count if config.gated and ours else None)
-        if not ours:  # nothing left for this process; it took part because a sharded model needs all of them
+            logits, loss, _ = model(x, y, record=count if config.gated and share else None)
+        if not share:  # nothing left for this process; it took part because a sharded model needs all of them
             continue
         asked = y != -1
         loss_sum += loss.item() * asked.sum().item()
@@ -138,51 +140,43 @@ def evaluate_splits(model, data, batch_size, max_batches, worthwhile=None):
     worthwhile  called with what "val" gave: False leaves "train" out, four fifths of the work, where nothing
                 hangs on it any more
     """
-    found = {"val": evaluate(model, data, "val", batch_size, max_batches)}
-    if data.meta["kind"] == "rows" and (worthwhile is None or worthwhile(found["val"])):
-        found["train"] = evaluate(model, data, "train", batch_size, max_batches)
-    return found
+    evaluation = {"val": evaluate(model, data, "val", batch_size, max_batches)}
+    if data.meta["kind"] == "rows" and (worthwhile is None or worthwhile(evaluation["val"])):
+        evaluation["train"] = evaluate(model, data, "train", batch_size, max_batches)
+    return evaluation
 
 
 # ------------------------------------------------------------------------------------------------------------
 # The verdict
 
 
-def meets_target(found, dense, target_loss):
-    """Is the gated model as good as the dense one?
+def meets_target(evaluation, dense, target_loss):
+    """Is the gated model as good as the dense one? evaluation, dense: {split: what `evaluate` returns}."""
+    return not any(distance_from_target(evaluation, dense, target_loss))
 
-    Its held-out loss is at most the target and, where answers are right or wrong (rows), on both splits no
-    fewer of them are right. found, dense: {split: what `evaluate` returns}.
+
+def distance_from_target(evaluation, dense, target_loss):
+    """How far a gated model is from what `meets_target` asks for: (held-out answers lost, nats too many,
+    training answers lost). Zeros meet it.
+
+    In the order in which it is counted: training rows are counted only where the first two are 0.
     """
-    return found["val"]["loss"] <= target_loss and all(
-        found[split]["correct"] >= dense[split]["correct"]
-        for split in found
-        if found[split]["accuracy"] is not None
-    )
+    lost = {"val": 0, "train": 0}
+    for split in evaluation:
+        if evaluation[split]["accuracy"] is not None:
+            lost[split] = max(0, dense[split]["correct"] - evaluation[split]["correct"])
+    return lost["val"], max(0.0, evaluation["val"]["loss"] - target_loss), lost["train"]
 
 
-def is_ready(found, ready_loss):
+def is_ready(evaluation, ready_loss):
     """Is a dense model ready to be a parent?
 
     All its answers are right, where they are right or wrong, and its held-out loss is at most ready_loss
     (nats).
     """
-    val = found["val"]
-    answers = [f for f in found.values() if f["accuracy"] is not None]
+    val = evaluation["val"]
+    answers = [f for f in evaluation.values() if f["accuracy"] is not None]
     return val["loss"] <= ready_loss and all(f["correct"] == f["examples"] for f in answers)
-
-
-def distance_from_target(found, dense, target_loss):
-    """How far a gated model is from what `meets_target` asks for: (held-out answers lost, nats too many,
-    training answers lost). Zeros meet it.
-
-    In the order in which it is found out: training rows are counted only where the first two are 0.
-    """
-    lost = {"val": 0, "train": 0}
-    for split in found:
-        if found[split]["accuracy"] is not None:
-            lost[split] = max(0, dense[split]["correct"] - found[split]["correct"])
-    return lost["val"], max(0.0, found["val"]["loss"] - target_loss), lost["train"]
 
 
 def has_succeeded(config, state):
@@ -197,10 +191,12 @@ def has_succeeded(config, state):
 
 
 def is_at_end(checkpoint, config):
-    """Is a run at its end? checkpoint: its last.pt; config: its settings now, a Config."""
+    """Is a run at its end, and judged there? checkpoint: its last.pt; config: its settings now, a Config."""
     is_ready = checkpoint.get("ready") and checkpoint["config"]["ready_loss"] == config.ready_loss
-    step = checkpoint["step"]
-    return bool(is_ready or step >= config.max_steps or has_stalled(config, step, checkpoint.get("best_step")))
+    # runs of earlier versions do not say at which step they were judged
+    step = checkpoint.get("evaluated", checkpoint["step"])
+    stalled = has_stalled(config, step, checkpoint.get("best_step"))
+    return bool(is_ready or stalled or step >= config.max_steps)
 
 
 def has_stalled(c, step, best_step):
@@ -214,37 +210,33 @@ def can_be_best(c, state, val):
     c, state: the run's Config and State; val: what `evaluate` says of the held-out rows.
     """
     if not c.gated:
-        return val["correct"] == val["examples"] and val["loss"] <= (c.ready_loss or math.inf)
-    # equal: a run that goes on judges its best again
-    fewer = state.best is None or val["open"] <= state.best[0] * (1 + 1e-6)
+        return val["correct"] == val["examples"] and (not c.ready_loss or val["loss"] <= c.ready_loss)
+    fewer = state.best is None or val["open"] <= state.best[0]
     return fewer and meets_target({"val": val}, state.dense, state.target_loss)
 
 
-def names_to_keep(c, state, step, found, passes, goes_on):
-    """['best.pt'], ['closest.pt'] or []: under which name, beside last.pt, this evaluation's model is kept.
+def name_to_keep(c, state, step, evaluation, passes):
+    """'best.pt', 'closest.pt' or None: under which name, beside last.pt, this evaluation's model is kept.
 
-    Changes state.best or state.closest. goes_on: this is the evaluation from which a run goes on; another
-    device or number of processes may round otherwise.
+    Changes state.best or state.closest.
     """
     if state.ready:
-        state.best = [found["val"]["open"], found["val"]["loss"]]
-        return ["best.pt"]
+        state.best = [evaluation["val"]["open"], evaluation["val"]["loss"]]
+        return "best.pt"
     if (c.gated and step == 0) or (state.best and not passes):
-        return []
+        return None
     if passes:
         # a dense run's edges are all open
-        which, score = "best", [found["val"]["open"], found["val"]["loss"]]
+        which, score = "best", [evaluation["val"]["open"], evaluation["val"]["loss"]]
     else:
-        which, score = "closest", list(distance_from_target(found, state.dense, state.target_loss))
+        which, score = "closest", list(distance_from_target(evaluation, state.dense, state.target_loss))
     before = getattr(state, which)
     if before and score > before:
-        same = goes_on and all(math.isclose(*pair, rel_tol=1e-6) for pair in zip(score, before))
-        if not same:
-            return []
+        return None
     setattr(state, which, score)
     if which == "best":
         state.best_step = step
-    return [f"{which}.pt"]
+    return f"{which}.pt"
 
 
 def train_on(folder, steps=None):

@@ -3,7 +3,7 @@
     metrics.jsonl   a line for every evaluation
     edges.jsonl     of gated sums: which edges are open, in what share of the held-out sums
     steps.csv       a row for every step: pandas.read_csv("out/addition/steps.csv").plot("step", "lambda")
-    the progress line, and Weights & Biases if it is asked for
+    the progress line
 
 To follow a quantity of your own, add it to the call of `log.stepped` in train.py's loop: it becomes a column.
 
@@ -12,14 +12,11 @@ Notable:
   gets a bar (tqdm). A file or a pipe gets one plain line an evaluation, without carriage returns.
 - Rows are written at every evaluation, just before last.pt, and when a run ends, whatever ends it. What a
   killed run did after last.pt is done again, and its rows with it.
-- --wandb=PROJECT needs `pip install wandb`, imported only then. WANDB_MODE=offline keeps all of it in the
-  run's folder.
 """
 
 import csv
 import io
 import os
-import secrets
 import sys
 import time
 from dataclasses import asdict
@@ -31,62 +28,61 @@ from storage.addition import addition_task
 from storage.files import UserError, json_of, write_json, write_whole
 from training import parallel
 from training.config import forward_passes
-from training.folder import read_metrics, settle
+from training.folder import read_metrics
 
 
 class Logs:
-    """`with Logs(...) as log:` all files of a run with the settings c that goes on from step `start`.
+    """`with Logs(...) as log:` all files and the progress line of a run, runs[place] of a command's.
 
     Process 0 writes; what a killed run wrote after last.pt is dropped.
 
-    data, model, T: what is trained on, what is trained, and its context.
+    state: train.py's State, where the run goes on; data, model, T: what is trained on, what is trained, and
+    its context.
     """
 
-    def __init__(self, c, start, data, model, T, device):
+    def __init__(self, runs, place, state, data, model, T, device):
+        c, start = runs[place], state.step
+        self.progress = Progress(runs, place, start)
         cost = forward_passes(c) - c.recompute_activations
         flops = model.flops_per_token(T) / 3 * cost  # a forward pass is a third of a dense step
-        self.config = c
-        self.speed = parallel.Speed(c.batch_size * T, flops, device)
-        self.metrics = self.edges = self.steps = self.wandb = None
+        self.speed = parallel.Speed(c.batch_size * T, flops, device, start)
+        self.metrics = self.edges = self.steps = None
         if parallel.rank() > 0:
             return
-        settle(c.out_dir, start)
         write_json(os.path.join(c.out_dir, "config.json"), asdict(c))
-        evaluates_at_start = start % c.eval_interval == 0 or start == c.max_steps
-        keep_until = start - evaluates_at_start
-        self.metrics = JsonLines(os.path.join(c.out_dir, "metrics.jsonl"), keep_until)
+        self.metrics = JsonLines(os.path.join(c.out_dir, "metrics.jsonl"), state.evaluated)
         self.steps = StepLog(os.path.join(c.out_dir, "steps.csv"), start)
         if c.gated and addition_task(data.meta):
-            self.edges = JsonLines(os.path.join(c.out_dir, "edges.jsonl"), keep_until)
-        if c.wandb:
-            self.wandb = Wandb(c.wandb, asdict(c))
+            self.edges = JsonLines(os.path.join(c.out_dir, "edges.jsonl"), state.evaluated)
 
     def __enter__(self):
+        self.progress.__enter__()
         return self
 
     def __exit__(self, *exception):
-        self.close()
+        self.progress.__exit__(*exception)
+        self.flush()  # also of a run that has left the numbers
 
     def stepped(self, step, geco, **measured):
         """A step has been made: what was measured goes into steps.csv."""
-        if not self.steps:
-            return
+        self.progress.step()
         if geco:
             measured |= {"lambda": geco.lam, "violation": geco.violation}
-        self.steps.write(step, **measured)
-        if self.wandb:
-            self.wandb.write(step, **{f"step/{name}": value for name, value in measured.items()})
+        if self.steps:
+            self.steps.write(step, **measured)
 
-    def evaluated(self, step, found, passes, kept, state, geco, seconds):
+    def evaluated(self, evaluation, passes, kept, state, geco):
         """An evaluation: a line of metrics.jsonl and, of sums, of edges.jsonl; steps.csv up to here.
 
-        found: {split: what `evaluate` returns}; kept: names of the files that keep it; seconds: of training.
+        evaluation: {split: what `evaluate` returns}; kept: name of the file that keeps it, or None.
         """
+        self.progress.evaluated(evaluation, state, geco)
+        speed = self.speed.read(state.step)
         if not self.metrics:
             return
-        val, train = found["val"], found.get("train")
+        val, train = evaluation["val"], evaluation.get("train")
         line = {
-            "step": step,
+            "step": state.step,
             "val_loss": val["loss"],
             "accuracy": val["accuracy"],
             "val_correct": val["correct"],
@@ -98,26 +94,24 @@ class Logs:
             "fraction": val["fraction"],
             "passes": passes,
             "target_loss": state.target_loss,
-            "seconds": seconds,
-            **self.speed.read(),
+            "seconds": state.seconds,
+            **speed,
         }
         if geco:
             line |= {"constraint_target": geco.target, "constraint_loss": state.constraint_loss,
                      "violation": geco.violation, "lambda": geco.lam}
         self.metrics.write(line)
-        if self.wandb:
-            self.wandb.write(**line)
         if self.edges:
             self.edges.write({
-                "step": step,
+                "step": state.step,
                 "open": val["open"],
                 "total": val["total"],
-                "correct": sum(f["correct"] for f in found.values()),
-                "examples": sum(f["examples"] for f in found.values()),
+                "correct": sum(f["correct"] for f in evaluation.values()),
+                "examples": sum(f["examples"] for f in evaluation.values()),
                 "lambda": geco.lam,
                 "passes": passes,
                 "held_out_only": train is None,
-                "kept": kept[0].removesuffix(".pt") if kept else None,
+                "kept": kept.removesuffix(".pt") if kept else None,
                 "edges": edge_list(val["by_edge"]),
             })
         self.flush()
@@ -126,13 +120,6 @@ class Logs:
         """Rows of steps.csv that wait are written: before last.pt, behind which a run goes on."""
         if self.steps:
             self.steps.flush()
-
-    def close(self):
-        """What waits is written or sent, also of a run that has left the numbers."""
-        self.flush()
-        if self.wandb:
-            self.wandb.finish()
-            self.wandb = None
 
 
 def edge_list(by_edge):
@@ -143,33 +130,32 @@ def edge_list(by_edge):
     return [[*at, round(float(shares[tuple(at)]), 4)] for at in np.argwhere(shares > 0).tolist()]
 
 
+def append(path, text):
+    """Add text to a file, and see that it is on the disk. Raises UserError."""
+    try:
+        with open(path, "a", encoding="utf-8", newline="") as f:
+            f.write(text)
+            f.flush()
+            os.fsync(f.fileno())
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error}. The checkpoints are untouched: free some space, and "
+                        "the same command goes on") from error
+
+
 class JsonLines:
     """A file with a line of JSON per evaluation.
 
-    Lines of steps after keep_until, which a killed run wrote, are dropped.
+    Lines of steps after `evaluated`, the last of last.pt, which a killed run wrote, are dropped.
     """
 
-    def __init__(self, path, keep_until):
-        kept = [
-            json_of(m, path) + "\n"
-            for m in (read_metrics(path) if os.path.exists(path) else [])
-            if m["step"] <= keep_until
-        ]
-        write_whole(path, "".join(kept).encode())
+    def __init__(self, path, evaluated):
         self.path = path
+        before = read_metrics(path) if os.path.exists(path) else []
+        kept = [json_of(line, path) + "\n" for line in before if line["step"] <= evaluated]
+        write_whole(path, "".join(kept).encode())
 
     def write(self, values):
-        line = json_of(values, self.path) + "\n"
-        try:
-            with open(self.path, "a", encoding="utf-8") as f:
-                f.write(line)
-                f.flush()
-                os.fsync(f.fileno())
-        except OSError as error:
-            raise UserError(
-                f"cannot write {self.path}: {error}. The checkpoints are untouched: free some space, and "
-                "the same command goes on"
-            ) from error
+        append(self.path, json_of(values, self.path) + "\n")
 
 
 class StepLog:
@@ -180,70 +166,46 @@ class StepLog:
 
     def __init__(self, path, start):
         self.path, self.columns, self.waiting = path, [], []
-        if not os.path.exists(path):
-            return
-        with open(path, encoding="utf-8", newline="") as f:
-            rows = [row for row in csv.DictReader(f) if (row["step"] or "").isdecimal()]
-        kept = [row for row in rows if int(row["step"]) < start and None not in row.values()]
-        self.rewrite(kept, list(rows[0]) if rows else [])
+        if os.path.exists(path):
+            # where a kill cut a row off, its last columns are None
+            rows = [row for row in self.rows() if None not in row.values() and int(row["step"]) < start]
+            self.rewrite(rows)
 
-    def rewrite(self, rows, columns):
-        """The whole file anew: rows, dicts, under these columns."""
+    def rows(self):
+        with open(self.path, encoding="utf-8", newline="") as f:
+            return list(csv.DictReader(f))
+
+    def text_of(self, rows, header):
         text = io.StringIO(newline="")
-        writer = csv.DictWriter(text, columns, restval="")
-        if columns:
+        writer = csv.DictWriter(text, self.columns, restval="")
+        if header and self.columns:
             writer.writeheader()
         writer.writerows(rows)
-        write_whole(self.path, text.getvalue().encode())
-        self.columns = columns
+        return text.getvalue()
+
+    def rewrite(self, rows):
+        """The whole file anew, with a column for everything that one of the rows has."""
+        self.columns = list(dict.fromkeys(name for row in rows for name in row))
+        write_whole(self.path, self.text_of(rows, header=True).encode())
 
     def write(self, step, **values):
         self.waiting.append({"step": step, **values})
 
     def flush(self):
-        """Append what waits. Raises UserError if the disk is full."""
+        """Append what waits."""
         if not self.waiting:
             return
-        columns = list(dict.fromkeys(name for row in self.waiting for name in row))
-        try:
-            if not set(columns) <= set(self.columns):  # a new file, or a quantity more than before
-                before = []
-                if self.columns:
-                    with open(self.path, encoding="utf-8", newline="") as f:
-                        before = list(csv.DictReader(f))
-                self.rewrite(before, [*columns, *(name for name in self.columns if name not in columns)])
-            with open(self.path, "a", encoding="utf-8", newline="") as f:
-                csv.DictWriter(f, self.columns, restval="").writerows(self.waiting)
-        except OSError as error:
-            raise UserError(f"cannot write {self.path}: {error}. The checkpoints are untouched: free some "
-                            "space, and the same command goes on") from error
+        if {name for row in self.waiting for name in row} <= set(self.columns):
+            append(self.path, self.text_of(self.waiting, header=False))
+        else:  # a new file, or a quantity more than before
+            self.rewrite((self.rows() if self.columns else []) + self.waiting)
         self.waiting = []
 
 
-class Wandb:
-    """The same for Weights & Biases. project: its name; settings: the run's, a dict."""
-
-    def __init__(self, project, settings):
-        try:
-            import wandb
-        except ImportError as error:
-            missing = f"--wandb={project} needs a package that is not installed: pip install wandb"
-            raise UserError(missing) from error
-        folder = settings["out_dir"]
-        place = os.path.join(folder, "wandb.id")  # a run that goes on is one run there, too
-        if not os.path.exists(place):
-            write_whole(place, secrets.token_hex(4).encode())
-        with open(place, encoding="utf-8") as f:
-            number = f.read()
-        self.run = wandb.init(project=project, name=os.path.basename(folder), id=number, resume="allow",
-                              dir=folder, config=settings)
-
-    def write(self, step, **values):
-        self.run.log({name: value for name, value in values.items() if value is not None}, step=step)
-
-    def finish(self):
-        """What waits is written or sent."""
-        self.run.finish()
+def name_of_part(runs, place):
+    """`out/addition`, or `part 2 of 2, out/addition`."""
+    part = f"part {place + 1} of {len(runs)}, " if len(runs) > 1 else ""
+    return part + runs[place].out_dir
 
 
 class Progress:
@@ -255,13 +217,8 @@ class Progress:
 
     def __init__(self, runs, place, start, stream=None):
         self.config, self.waiting, self.now, self.start = runs[place], runs[place + 1:], start, start
-        self.name = self.config.out_dir
-        if len(runs) > 1:
-            self.name = f"part {place + 1} of {len(runs)}, {self.name}"
-        self.stream = stream or sys.stderr
-        self.silent = parallel.rank() > 0
-        self.is_terminal = self.stream.isatty()
-        self.results = []
+        self.name, self.stream, self.results = name_of_part(runs, place), stream or sys.stderr, []
+        self.silent, self.is_terminal = parallel.rank() > 0, self.stream.isatty()
 
     def __enter__(self):
         self.began = time.perf_counter()
@@ -273,11 +230,6 @@ class Progress:
     def __exit__(self, *exception):
         self.bar.close()
 
-    def outlook(self):
-        """The name, and what comes behind: `part 1 of 2, out/dense (then out/sparse)`."""
-        behind = ", ".join(f"then {c.out_dir}" for c in self.waiting)
-        return f"{self.name} ({behind})" if behind else self.name
-
     def step(self):
         """One more training step is done."""
         self.now += 1
@@ -285,15 +237,16 @@ class Progress:
             self.bar.set_postfix_str(", ".join([self.left(), *self.results]), refresh=False)
             self.bar.update()
 
-    def evaluated(self, found, state, geco):
+    def evaluated(self, evaluation, state, geco):
         """Show an evaluation.
 
-        found: {split: what `evaluate` returns}; state: train.py's State, its best up to date; geco: or None.
+        evaluation: {split: what `evaluate` returns}; state: train.py's State, its best up to date; geco: or
+        None.
         """
         if self.now == self.start:
             # an evaluation before the first step tells nothing about the speed
             self.began = time.perf_counter()
-        self.results = results(self.config, found, state.target_loss, state.best, geco and geco.lam)
+        self.results = results(self.config, evaluation, state, geco)
         words = ", ".join([self.left(), *self.results])
         if self.is_terminal:
             self.bar.set_postfix_str(words)
@@ -302,37 +255,33 @@ class Progress:
                   flush=True)
 
     def left(self):
-        """The time that all parts still take, in words: `00:58 left`."""
-        c, steps_left = self.config, self.config.max_steps - self.now
-        work = steps_left * work_of_step(c) + sum(w.max_steps * work_of_step(w) for w in self.waiting)
-        if self.now == self.start:
-            return "time left unknown" if work else "done"
-        done = (self.now - self.start) * work_of_step(c)
-        seconds = work * (time.perf_counter() - self.began) / done
-        early = any(part.ready_loss and not part.gated for part in [c, *self.waiting])
+        """The time that all parts still take, in words: `00:58 left`. A part's work is in forward passes."""
+        done, *ahead = (steps * c.batch_size * forward_passes(c) for c, steps in [
+            (self.config, self.now - self.start), (self.config, self.config.max_steps - self.now),
+            *((later, later.max_steps) for later in self.waiting)])
+        if not done:
+            return "time left unknown" if sum(ahead) else "done"
+        seconds = sum(ahead) * (time.perf_counter() - self.began) / done
+        early = any(part.ready_loss and not part.gated for part in [self.config, *self.waiting])
         return f"{'at most ' if early else ''}{tqdm.format_interval(round(seconds))} left"
 
 
-def work_of_step(c):
-    """What a training step costs, in forward passes of one sequence; only ratios matter."""
-    return c.batch_size * forward_passes(c)
-
-
-def results(c, found, target, best, lam):
-    """What an evaluation found, in words, the most important first; see `Progress.evaluated`."""
-    val = found["val"]
+def results(c, evaluation, state, geco):
+    """What an evaluation says, in words, the most important first; see `Progress.evaluated`."""
+    val, best = evaluation["val"], state.best
     words = [f"loss {val['loss']:.4f}"]
     if c.gated:
-        words[0] += f" (target {target:.4f})"
+        words[0] += f" (target {state.target_loss:.4f})"
     elif c.ready_loss:
         words[0] += f" (ready at {c.ready_loss:g})"
     if val["accuracy"] is not None:
-        correct, examples = (sum(split[key] for split in found.values()) for key in ("correct", "examples"))
+        splits = evaluation.values()
+        correct, examples = (sum(split[key] for split in splits) for key in ("correct", "examples"))
         # the others are not counted where these say enough
-        held_out = "" if "train" in found else "held-out "
+        held_out = "" if "train" in evaluation else "held-out "
         words.append(f"{correct:,} of {examples:,} {held_out}right")
     if not c.gated:
         return [*words, f"best {best[1]:.4f}"] if best else words
     words.append(f"{val['open']:.1f} of {val['total']} edges open")
     words.append(f"best {best[0]:.1f}" if best else "none met the target yet")
-    return [*words, f"lambda {lam:.3f}"]
+    return [*words, f"lambda {geco.lam:.3f}"]

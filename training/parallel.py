@@ -3,22 +3,32 @@
     python train.py ...                              one process
     torchrun --nproc_per_node=8 train.py ...         eight; torchrun tells each its number in the environment
 
-Data parallel: every process holds the whole model and works on its share of every batch. Gradients are
-averaged by PyTorch's DistributedDataParallel; the few numbers that decisions hang on (loss, lambda's
-measurement, "please stop") are averaged or summed here, so that all processes decide alike. Without torchrun
-every function does the obvious thing for one process.
+    parallel = 'ddp'     every process holds the whole model, gradients and optimizer, and works on its share
+                         of every batch; gradients are averaged (PyTorch's DistributedDataParallel)
+    parallel = 'fsdp'    parameters, gradients and optimizer are cut into one part for each process; a block
+                         is put together just before it computes, on all at once (PyTorch's fully_shard)
 
-Notable: NCCL connects GPUs, Gloo connects CPUs.
+Both compute the same. The few numbers that decisions hang on (loss, lambda's measurement, "please stop") are
+summed here, so that all processes decide alike. Without torchrun every function does the obvious thing for
+one process.
+
+Notable:
+- NCCL connects GPUs, Gloo connects CPUs.
+- A checkpoint is whole, however the model was cut: process 0 gathers it, tensor by tensor, in its memory. So
+  what eight processes wrote one can read. Of a model with adapters it holds these alone and is small.
+- With 'fsdp' parameters travel in the precision in which they are kept, autocast does the rest, and the model
+  is judged in it. Autocast's bfloat16 copies of float32 weights are kept for the backward pass, whole;
+  `recompute_activations` avoids that, and so does `base_dtype` under LoRA.
+
+Sources: Zhao et al. 2023 (FSDP), the documentation of torch.distributed.fsdp.fully_shard.
 """
 
 import contextlib
 import datetime
 import functools
 import os
-import platform
 import re
 import time
-import zlib
 
 import torch
 import torch.distributed as dist
@@ -26,8 +36,7 @@ import torch.distributed as dist
 from fast.attention import choose_impl
 from storage.files import UserError
 
-# Dense bf16 matrix FLOP/s that the data sheets promise, by words in torch.cuda.get_device_name(). The first
-# match counts
+# dense bf16 FLOP/s of the data sheets, by words in torch.cuda.get_device_name(). The first match counts
 PEAK_FLOPS = {
     "H100 PCIe": 756e12,
     "H100 NVL": 835e12,
@@ -41,15 +50,6 @@ PEAK_FLOPS = {
     "4090": 165e12,
     "3090": 71e12,
 }
-
-
-def program():
-    """How this run was started, for a command to go on with: `python`, or torchrun with its processes."""
-    if world() == 1:
-        return "python"
-    on_this_node = int(os.environ.get("LOCAL_WORLD_SIZE", world()))
-    nodes = f"--nnodes={world() // on_this_node} " if on_this_node < world() else ""
-    return f"torchrun {nodes}--nproc_per_node={on_this_node}"
 
 
 def lost_another(error):
@@ -70,21 +70,16 @@ def pick_device(name):
     if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", name):
         raise UserError(f"device={name}: it is 'auto', 'cpu', 'mps', 'cuda' or 'cuda:N'")
     if ":" in name and int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise UserError(
-            f"device={name} would put all processes on one GPU. Leave --device away, and choose GPUs with "
-            "CUDA_VISIBLE_DEVICES"
-        )
+        raise UserError(f"device={name} would put all processes on one GPU. Leave --device away, and choose "
+                        "GPUs with CUDA_VISIBLE_DEVICES")
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"  # mps only on request: nobody has tried it
     if name == "cuda" and "LOCAL_RANK" in os.environ:
         name = f"cuda:{os.environ['LOCAL_RANK']}"  # under torchrun every process has a GPU of its own
     no_such_gpu = name.startswith("cuda") and int(name[5:] or 0) >= torch.cuda.device_count()
-    no_mps = name == "mps" and not torch.backends.mps.is_available()
-    if no_such_gpu or no_mps:
-        raise UserError(
-            f"device={name}: this machine or this build of torch has none. Leave --device away, use "
-            "--device=cpu, or start fewer processes"
-        )
+    if no_such_gpu or name == "mps" and not torch.backends.mps.is_available():
+        raise UserError(f"device={name}: this machine or this build of torch has none. Leave --device away, "
+                        "use --device=cpu, or start fewer processes")
     return name
 
 
@@ -94,16 +89,12 @@ def precision(name, device, cache=True):
 
     'auto' is bfloat16 where the hardware multiplies it natively: GPUs since Ampere, CPUs with AMX (Intel's
     since 2023); else float32. cache=False: autocast does not keep its bfloat16 copies of the weights until
-    the context ends. There is no float16: its gradients underflow without a loss scaler, and bfloat16 needs
-    none.
+    the context ends. There is no float16: its gradients underflow without a loss scaler.
     """
     kind = device.split(":")[0]
     if name == "auto":
-        native = False
-        if kind == "cuda":
-            native = torch.cuda.is_bf16_supported(including_emulation=False)
-        elif kind == "cpu":
-            native = torch.cpu._is_amx_tile_supported()
+        native = (kind == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+                  or kind == "cpu" and torch.cpu._is_amx_tile_supported())
         name = "bfloat16" if native else "float32"
     autocast = functools.partial(torch.autocast, kind, dtype=torch.bfloat16, enabled=name == "bfloat16",
                                  cache_enabled=cache)
@@ -119,7 +110,7 @@ def attention(setting, device, context=64, width=1, dtype=torch.float32):
 
 
 def compiles(setting, device, pays_on_cpu):
-    """Shall torch.compile be used? Every process has to ask: all get the same answer.
+    """Shall torch.compile be used?
 
     setting 'on', 'off', or 'auto': on a GPU, and on a CPU if it pays there; where it works. Raises UserError
     if it is on and does not work.
@@ -134,30 +125,17 @@ def can_compile(setting, device):
 
     Says so in a line if not; raises UserError if setting is 'on'.
     """
-    # every machine's own: a cache on a disk that several share is no proof that this one can compile
-    number, reason = zlib.crc32(platform.node().encode()), ""
     try:
-        torch.compile(lambda x: x + number)(torch.zeros(8, device=device))
-    except Exception as error:  # of many types, by three packages
-        reason = cause_in_a_line(error)
-    reasons = [reason]
-    if dist.is_initialized():
-        reasons *= world()
-        dist.all_gather_object(reasons, reason)
-    reason = next(filter(None, reasons), "")
-    if reason and setting == "on":
+        torch.compile(lambda x: x + 1)(torch.zeros(8, device=device))
+        return True
+    except Exception as error:  # of many types, by three packages, pages long
+        lines = str(error).splitlines() or [type(error).__name__]
+        reason = next((line for line in lines if "error:" in line), lines[0])
+    if setting == "on":
         raise UserError(f"compile=on: torch.compile does not work here ({reason}). Mend that, or use "
                         "--compile=off: the same run, but slower")
-    if reason:
-        say(f"not compiled, so slower: torch.compile does not work here ({reason})")
-    return not reason
-
-
-def cause_in_a_line(error):
-    """What a compiler complains about, of the pages that torch.compile raises."""
-    said = str(getattr(error, "inner_exception", error)).strip() or type(error).__name__
-    lines = (said.partition("Output:\n")[2].strip() or said).splitlines()
-    return next((line for line in lines if "error" in line or "cannot find" in line), lines[0])
+    say(f"not compiled, so slower: torch.compile does not work here ({reason})")
+    return False
 
 
 def uncompiled(model):
@@ -225,14 +203,52 @@ def first_alone():
         wait_for_all()
 
 
+# ------------------------------------------------------------------------------------------------------------
+# A model that no GPU can hold alone
+
+
 def is_sharded(setting):
-    """Is a run with this setting of `parallel` cut into parts (sharding.py)? Not if one process is alone."""
+    """Is a run with this setting of `parallel` cut into parts? Not if one process is alone."""
     return setting == "fsdp" and world() > 1
+
+
+def shard(model, device, setting):
+    """Cut model (a GPT or OLMo, in place) into parts, block by block, if `setting` asks for it. All processes
+    call it. Returns model.
+    """
+    if not is_sharded(setting):
+        return model
+    from torch.distributed.device_mesh import init_device_mesh  # here: nobody else waits for their import
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh(device.split(":")[0], (world(),))
+    for block in model.blocks:
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)  # what is left: embeddings, the last norm
+    return model
 
 
 def whole(tensor):
     """The whole tensor, which all processes must ask for together, if it is cut; else itself."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def put_together(tree):
+    """Nested dicts and lists with whole tensors on the CPU in place of parts, for process 0; the others get
+    None in their place. All processes call it; one tensor after the other is put together.
+    """
+    if isinstance(tree, dict):
+        return {key: put_together(value) for key, value in tree.items()}
+    if isinstance(tree, list):
+        return [put_together(value) for value in tree]
+    if not isinstance(tree, torch.Tensor):
+        return tree
+    tensor = whole(tree)
+    return tensor.cpu() if rank() == 0 else None
+
+
+# ------------------------------------------------------------------------------------------------------------
+# What all processes agree on
 
 
 def all_reduce_sum(values, device="cpu"):
@@ -262,20 +278,18 @@ class Speed:
     """A stopwatch for training steps that leaves evaluations out: tokens per second, model FLOPs utilisation
     (recomputed activations do not count), peak GPU memory.
 
-    tokens_per_step, over all processes; flops_per_token, forward and backward, see `GPT.flops_per_token`.
+    tokens_per_step, over all processes; flops_per_token, forward and backward, see `GPT.flops_per_token`;
+    start: the step from which it measures.
     """
 
-    def __init__(self, tokens_per_step, flops_per_token, device):
+    def __init__(self, tokens_per_step, flops_per_token, device, start):
         self.tokens_per_step, self.flops_per_token, self.device = tokens_per_step, flops_per_token, device
         self.peak = peak_flops(device)
-        self.steps, self.seconds, self.memory = 0, 0.0, None
+        self.step, self.memory = start, None
         self.go_on()
 
-    def step(self):
-        self.steps += 1
-
     def pause(self):
-        self.seconds += time.perf_counter() - self.since
+        self.seconds = time.perf_counter() - self.since
         if self.device.startswith("cuda"):
             self.memory = torch.cuda.max_memory_allocated(self.device) / 1e9
 
@@ -284,16 +298,14 @@ class Speed:
         if self.device.startswith("cuda"):
             torch.cuda.reset_peak_memory_stats(self.device)
 
-    def read(self):
-        """What was measured since the last call, as a dict; null where there is nothing to tell.
-
-        Call it while paused.
+    def read(self, step):
+        """What was measured up to this step since the last call, while it is paused; null where there is
+        nothing to tell.
         """
-        speed = self.tokens_per_step * self.steps / self.seconds if self.steps else None
-        found = {
+        steps, self.step = step - self.step, step
+        speed = self.tokens_per_step * steps / self.seconds if steps else None
+        return {
             "tokens_per_second": speed,
             "mfu": speed * self.flops_per_token / (self.peak * world()) if speed and self.peak else None,
             "gpu_memory_gb": self.memory,
         }
-        self.steps, self.seconds = 0, 0.0
-        return found

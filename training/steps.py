@@ -41,8 +41,7 @@ class Batches:
     def __init__(self, data, context, batch_size, micro_batches, seed, child, device):
         self.data, self.context, self.device = data, context, device
         self.batch_size, self.micro_batches, self.seed, self.child = batch_size, micro_batches, seed, child
-        # the micro-batches that are this process's
-        self.ours = range(parallel.rank(), micro_batches, parallel.world())
+        self.per_process = micro_batches // parallel.world()
 
     def indices(self, step):
         """Which examples a step trains on: (batch_size,) rows, or first positions of windows of a stream."""
@@ -60,7 +59,7 @@ class Batches:
         x, y = (np.split(tokens, self.micro_batches)
                 for tokens in self.data.batch("train", self.indices(step), self.context))
         asked = [int((targets != -1).sum()) for targets in y]
-        for micro in self.ours:
+        for micro in range(parallel.rank(), self.micro_batches, parallel.world()):
             weight = asked[micro] * self.micro_batches / max(1, sum(asked))
             # 2^32 / golden ratio: no two steps or micro-batches meet
             torch.manual_seed(self.seed * 1_000_003 + step + 2_654_435_769 * micro)

@@ -124,7 +124,7 @@ def test_a_shape_reaches_the_parent_and_a_change_of_settings_is_not_taken_for_fi
     assert read_json("out/sparse-n_head=4-seeds.json")["rows"][0]["parent_steps"] == 60
     assert all(seeds.is_finished(*each) for each in seeds.runs_for("sparse.py", {"n_head": 4}, 4))
     with open("sparse.py", "a") as f:
-        f.write("beta1 = 0.8\n")
+        f.write("warmup_steps = 8\n")
     assert not seeds.is_finished(*seeds.runs_for("sparse.py", {"n_head": 4}, 4)[1])
 
 
@@ -189,7 +189,7 @@ def test_what_is_on_goes_off_and_what_is_off_goes_on(request, monkeypatch):
     # a run whose gates are thresholds all along has no samples to measure on
     assert addition["sampled constraint"] == {"constraint_gates": "sampled"}
     assert text["sampled constraint"] == {"constraint_gates": "sampled", "noise_free_steps": 0}
-    assert addition["fixed penalty"] == {"lambda_min": 4.0, "lambda_max": 4.0}  # as lambda_init
+    assert addition["fixed penalty"] == {"lambda_min": 10.0, "lambda_max": 10.0}  # as lambda_init
     found = seeds.chosen_changes(TEXT, {"max_steps": 9}, ["gate bias 6"])
     assert found == {"as it is": {"max_steps": 9}, "gate bias 6": {"max_steps": 9, "gate_bias": 6.0}}
     with pytest.raises(UserError, match="dense run: there is no part of the method"):

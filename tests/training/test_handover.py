@@ -7,8 +7,10 @@ import copy
 import pytest
 import torch
 
+from helpers import same
 from model import GPT, GPTConfig
 from models.olmo import OLMo, OLMoConfig
+from training import parallel
 from training.handover import fold_shift
 
 
@@ -58,6 +60,14 @@ def folded(model, **options):
     other = copy.deepcopy(model)
     fold_shift(other, torch.randint(0, 20, (64, 32)), **options)
     return judge(other, torch.randint(0, 20, (8, 32)))
+
+
+def test_all_processes_take_the_first_ones_shift(model, monkeypatch):
+    """Each computes its own, with its own rounding."""
+    monkeypatch.setattr(parallel, "broadcast", torch.zeros_like)
+    before = copy.deepcopy(model.state_dict())
+    fold_shift(model, torch.randint(0, 20, (8, 32)), open_above=0.05)
+    assert same(before, model.state_dict())
 
 
 def test_a_higher_threshold_opens_fewer_edges(model):

@@ -1,14 +1,8 @@
 """steps.csv: a row a step, in order, whatever stops the run; a column more for a quantity more."""
 
-import glob
-import os
-import sys
-
 import pandas
-import pytest
 
-from helpers import TRAIN, apart, metrics, run
-from storage.files import UserError
+from helpers import metrics, run
 from training.log import StepLog
 
 
@@ -58,26 +52,3 @@ def test_a_quantity_that_only_some_steps_have_is_a_column(workplace):
     log.flush()
     assert pandas.read_csv("steps.csv")["extra"].tolist()[1] == 2.0
     assert open("steps.csv").read().splitlines() == ["step,loss,extra", "0,1.0,", "1,0.5,2.0", "2,0.25,"]
-
-
-def test_weights_and_biases_gets_steps_and_evaluations(echo):
-    pytest.importorskip("wandb", reason="pip install wandb")
-    # a process of its own: wandb leaves helpers behind in the one that it is used in
-    done = apart(TRAIN, "dense.py", "--max_steps=40", "--wandb=addition", WANDB_MODE="offline",
-                 WANDB_SILENT="true")
-    assert done.returncode == 0, done.stderr
-    with open("out/dense/wandb.id") as f:
-        number = f.read()
-    [folder] = glob.glob("out/dense/wandb/offline-run*")
-    assert folder.endswith(number)
-    [written] = glob.glob(f"{folder}/*.wandb")
-    with open(written, "rb") as f:
-        content = f.read()
-    assert b"step/gradient_norm" in content and b"val_loss" in content
-
-
-def test_without_the_package_it_is_named(echo, monkeypatch):
-    monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(UserError, match="--wandb=mine needs a package that is not installed: pip install"):
-        run("dense.py", max_steps=5, wandb="mine")
-    assert not os.path.exists("out/dense/last.pt")

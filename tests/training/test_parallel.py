@@ -1,6 +1,5 @@
 """One process or two: the same losses, densities, lambda and checkpoints."""
 
-import csv
 import functools
 import os
 import signal
@@ -18,7 +17,6 @@ from helpers import (
     metrics,
     run,
     torchrun,
-    unequal_rows,
     wait_for,
 )
 from models.checkpoint import read_checkpoint
@@ -57,16 +55,6 @@ def test_two_processes_do_what_one_does_with_accumulation(workplace, compiled):
     assert read_checkpoint("out/two/last.pt")["step"] == 12
 
 
-def test_two_processes_that_ask_unequally_many_targets_have_one_denominator(workplace):
-    child, norms = unequal_rows(), []
-    for processes in (1, 2):
-        launch(processes, *child, f"--out_dir=out/{processes}")
-        with open(f"out/{processes}/steps.csv") as f:
-            norms.append(float(next(csv.DictReader(f))["gradient_norm"]))
-    assert norms[1] == pytest.approx(norms[0], rel=1e-4)
-    assert_same_losses("out/1", "out/2")
-
-
 def test_a_scheduler_that_stops_everybody_at_once_loses_nothing(workplace):
     """SIGTERM to torchrun and to both its workers, as Slurm sends it."""
     count_dataset()
@@ -77,8 +65,7 @@ def test_a_scheduler_that_stops_everybody_at_once_loses_nothing(workplace):
     errors = process.communicate(timeout=60)[1]
     step = read_checkpoint("out/run/last.pt")["step"]
     assert step > 0
-    assert f"stopped and saved after {step} steps. To go on: torchrun --nproc_per_node=2 train.py" in errors
-    assert errors.count("stopped and saved") == 1
+    assert errors.count(f"stopped and saved after {step} steps. The same command goes on from there") == 1
 
 
 def broken(function, **how):
@@ -106,10 +93,9 @@ def test_a_compiler_that_does_not_work_costs_a_line_or_is_an_error_before_anythi
         run("sparse.py", compile="on")
     assert not os.path.exists("out")
     run("sparse.py")  # auto
-    first, *others = capsys.readouterr().out.splitlines()
-    assert first == ("not compiled, so slower: torch.compile does not work here (a.cpp:1:10: fatal error: "
-                     "Python.h: No such file)")
-    assert "part 1 of 2" in others[0] and not any("does not work" in line for line in others)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines.count("not compiled, so slower: torch.compile does not work here (a.cpp:1:10: fatal error: "
+                       "Python.h: No such file)") == 1
     assert metrics("out/sparse")[-1]["step"] == 2
 
 
@@ -117,25 +103,10 @@ def test_the_compiler_is_tried_once_a_command_and_never_where_nothing_is_compile
     tried = []
     monkeypatch.setattr(torch, "compile", lambda function, **how: tried.append(function) or function)
     run("sparse.py", compile="off")
-    assert not tried
     run("dense.py", out_dir="out/again")  # a dense GPT is no faster
     assert not tried
     run("sparse.py", out_dir="out/compiled")
     assert len([function for function in tried if "can_compile" in function.__qualname__]) == 1
-
-
-def test_what_one_process_cannot_compile_none_does(monkeypatch, capsys):
-    def gather(reasons, mine):
-        reasons[:] = [mine, "no g++"]
-
-    monkeypatch.setattr(torch, "compile", lambda function: function)
-    assert parallel.can_compile.__wrapped__("auto", "cpu")
-    monkeypatch.setattr(parallel.dist, "is_initialized", lambda: True)
-    monkeypatch.setattr(parallel.dist, "get_world_size", lambda: 2)
-    monkeypatch.setattr(parallel.dist, "get_rank", lambda: 0)
-    monkeypatch.setattr(parallel.dist, "all_gather_object", gather)
-    assert not parallel.can_compile.__wrapped__("auto", "cpu")
-    assert "(no g++)" in capsys.readouterr().out
 
 
 def test_settings_in_words(monkeypatch):
@@ -184,33 +155,17 @@ def test_two_runs_in_one_folder_are_refused(workplace):
         assert os.path.isdir("out/run")
 
 
-@pytest.mark.parametrize("world, here, program", [
-    (1, 1, "python"),
-    (8, 8, "torchrun --nproc_per_node=8"),
-    (16, 8, "torchrun --nnodes=2 --nproc_per_node=8"),
-])
-def test_a_run_says_how_it_was_started(monkeypatch, world, here, program):
-    monkeypatch.setattr(parallel, "world", lambda: world)
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(here))
-    assert parallel.program() == program
-
-
 def test_the_stopwatch_leaves_evaluations_out(monkeypatch):
     now = [0.0]
     monkeypatch.setattr(parallel.time, "perf_counter", lambda: now[0])
-    speed = parallel.Speed(tokens_per_step=100, flops_per_token=6, device="cpu")
+    speed = parallel.Speed(tokens_per_step=100, flops_per_token=6, device="cpu", start=3)
     speed.pause()
-    assert speed.read()["tokens_per_second"] is None
+    assert speed.read(3)["tokens_per_second"] is None
     speed.go_on()
-    for _ in range(10):
-        now[0] += 2
-        speed.step()
+    now[0] += 20
     speed.pause()
     now[0] += 1000  # an evaluation
-    assert speed.read() == {"tokens_per_second": 50.0, "mfu": None, "gpu_memory_gb": None}
-    speed.go_on()
-    speed.pause()
-    assert speed.read()["tokens_per_second"] is None
+    assert speed.read(13) == {"tokens_per_second": 50.0, "mfu": None, "gpu_memory_gb": None}
 
 
 @pytest.mark.slow
@@ -219,4 +174,4 @@ def test_a_mistake_under_torchrun_is_one_line_and_no_traceback(workplace):
     errors = torchrun("--dataset=openwebtext", "--device=cpu").communicate(timeout=300)[1]
     ours = errors.partition("ChildFailedError")[0]
     assert "error: there is no dataset data/openwebtext. Make it: " in ours
-    assert "hardware.py" not in ours
+    assert "Traceback" not in ours

@@ -1,6 +1,5 @@
 """What cannot work is refused early, in words, and nothing is lost."""
 
-import glob
 import json
 import os
 import shutil
@@ -10,14 +9,12 @@ import pandas
 import pytest
 
 import prepare_data
-from conftest import REPOSITORY
 from helpers import metrics, parameters, run
 from model import GPT
 from models.checkpoint import read_checkpoint, save_checkpoint
 from storage.files import UserError, write_json
-from training.config import make_config
+from training.config import lineage_of, make_config
 from training.log import JsonLines
-from training.parents import lineage_of
 from training.steps import Batches
 
 
@@ -28,9 +25,8 @@ def refused(path, message, **given):
 
 @pytest.mark.parametrize("given, message", [
     ({"init_from": "out/dense", "n_layer": 4}, "n_layer=4, but out/dense/best.pt has n_layer=2"),
-    ({"n_layer": 3}, "n_layer=3, but dense.py has n_layer=2.* --out_dir=out/PARENT"),
+    ({"n_layer": 3}, "n_layer=3, but dense.py has n_layer=2.* --init_from=THAT"),
     ({"block_size": 8}, "block_size=8, but dense.py has block_size=4"),
-    ({"init_std": 0.5}, "init_std=0.5, but dense.py has init_std=0.02"),
     ({"init_from": "middle.py", "n_layer": 3}, "n_layer=3, but middle.py has n_layer=2"),
     ({"init_from": "out/gone"}, "no best.pt or last.pt in out/gone"),
     ({"init_from": "out/dense", "dataset": "addition"},
@@ -44,7 +40,6 @@ def refused(path, message, **given):
     ({"init_from": "out/dense", "attention_impl": "triton", "device": "cpu"},
      "attention_impl='triton' needs a GPU"),
     ({"out_dir": "out/new"}, "own folder and its parent's"),
-    ({"out_dir": "."}, "out_dir=. is no run's folder: .*py is in it"),
 ])
 def test_what_cannot_start_says_why_before_the_parent_is_trained(echo_parent, monkeypatch, given, message):
     """Its parent would be dense.py, at out/new, which has not been trained."""
@@ -88,14 +83,11 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpo
 
     monkeypatch.setattr(GPT, "forward", overflowing)
     with pytest.raises(UserError,
-                       match="the loss is nan, .* at step 29.*last.pt still holds.*--learning_rate="):
+                       match="the loss is nan, .* at step 29; out/dense/last.pt.*--learning_rate=0.001"):
         run("dense.py")
     assert read_checkpoint("out/dense/last.pt")["step"] == 20
     rows = pandas.read_csv("out/dense/steps.csv")
     assert rows["step"].iloc[-1] == 29 and rows["loss"].isna().tolist() == [False] * 29 + [True]
-    offending = json.load(open("out/dense/offending_batch.json"))
-    assert offending["step"] == 29
-    assert offending["indices"] == np.random.default_rng((1, False, 29)).integers(0, 400, 32).tolist()
     assert all(p.isfinite().all() for p in parameters("out/dense").values())
 
 
@@ -109,13 +101,6 @@ def test_json_has_no_nan_and_the_message_names_the_file_and_the_key(workplace):
     with pytest.raises(UserError, match="metrics.jsonl cannot be written: loss is -inf"):
         log.write({"step": 2, "loss": -float("inf")})
     assert open("metrics.jsonl").read() == '{"step": 1, "density": null}\n'
-
-
-def test_all_json_is_written_by_the_function_that_knows_no_nan():
-    files = set(glob.glob("**/*.py", root_dir=REPOSITORY, recursive=True)) - set(
-        glob.glob("tests/**/*.py", root_dir=REPOSITORY, recursive=True))
-    assert [name for name in sorted(files) if "json.dump" in open(os.path.join(REPOSITORY, name)).read()] == [
-        "storage/files.py"]
 
 
 def test_a_constraint_that_is_not_finite_stops_the_run_too(echo, monkeypatch):
@@ -132,7 +117,7 @@ def test_a_constraint_that_is_not_finite_stops_the_run_too(echo, monkeypatch):
 def test_folders_are_not_mixed_up(echo_parent):
     refused("dense.py", "a row of data/echo has 4 tokens, the model's block_size is 3", block_size=3,
             out_dir="out/short")
-    (echo_parent / "dense.py").write_text((echo_parent / "dense.py").read_text() + "beta1 = 0.7\n")
+    (echo_parent / "dense.py").write_text((echo_parent / "dense.py").read_text() + "warmup_steps = 7\n")
     refused("sparse.py", "the parent, dense.py: out/dense holds a run with other settings")
     os.remove("out/dense/last.pt")
     refused("dense.py", "best.pt but no last.pt", learning_rate=1e-4)
@@ -143,7 +128,7 @@ def test_folders_are_not_mixed_up(echo_parent):
 
 def test_what_the_target_hangs_on_cannot_change_on_the_way(counting_parent):
     run("sparse.py", max_steps=10)
-    for changed in ({"open_above": 0.5}, {"constraint_margin": 0.3}, {"target_loss": 0.3}):
+    for changed in ({"open_above": 0.5}, {"loss_slack": -0.3}):
         refused("sparse.py", "another model or target", init_from="resume", max_steps=20, **changed)
     refused("sparse.py", "another model or target .*Start a new run with --out_dir=out/NEW", loss_slack=0.5)
     parent = read_checkpoint("out/dense/best.pt")
@@ -155,13 +140,6 @@ def test_what_the_target_hangs_on_cannot_change_on_the_way(counting_parent):
     shutil.rmtree("out/dense")  # no other run is recommended
     refused("sparse.py", "to keep the loss of out/dense/best.pt, which is gone", init_from="resume",
             max_steps=20)
-
-
-def test_an_evaluation_that_is_not_finite_leaves_the_last_good_checkpoint(counting):
-    refused("dense.py", "is nan at step|is inf at step|is nan, the gradient|is inf, the gradient",
-            learning_rate=1e30, eval_interval=1, max_steps=20, warmup_steps=0, grad_clip=0.0)
-    assert all(p.isfinite().all() for p in parameters("out/dense").values())
-    assert all(np.isfinite(m["val_loss"]) for m in metrics("out/dense"))
 
 
 def test_other_data_than_the_run_began_with_is_refused(counting_parent):

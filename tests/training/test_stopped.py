@@ -10,15 +10,14 @@ import sys
 import time
 
 import pytest
-import torch
 
 import train as train_file
 from conftest import REPOSITORY
 from helpers import metrics, parameters, run, same, stopped_after
 from models.checkpoint import read_checkpoint, save_checkpoint
-from storage.files import UserError
+from storage.files import UserError, write_json
 from training import judge
-from training.folder import load_optimizer
+from training.folder import alone_in
 
 
 class Killed(BaseException):
@@ -59,7 +58,7 @@ def test_a_run_that_is_stopped_and_killed_everywhere_ends_bit_for_bit_like_one_t
     run(config, out_dir="out/whole", **settings)
     again = {"out_dir": "out/again", **settings}
     for steps in (1, 12):
-        with stopped_after(steps), pytest.raises(SystemExit, match="To go on: python train.py"):
+        with stopped_after(steps), pytest.raises(SystemExit, match="stopped and saved after"):
             run(config, **again)
     assert read_checkpoint("out/again/last.pt")["step"] == 13
     run(config, **again)
@@ -93,58 +92,46 @@ def test_who_is_stopped_in_the_last_step_of_a_parent_gets_no_child(echo):
     assert read_checkpoint("out/sparse/last.pt")["step"] == 1
 
 
-def test_an_optimizer_takes_over_moments_but_no_settings():
-    """best.pt, to which a run goes back, may be older than its settings."""
-    weights = torch.nn.Parameter(torch.ones(3))
-    old, new = (torch.optim.AdamW([weights], weight_decay=decay) for decay in (0.5, 0.1))
-    weights.sum().backward()
-    old.step()
-    load_optimizer(new, old.state_dict())
-    assert new.param_groups[0]["weight_decay"] == 0.1
-    assert torch.equal(new.state[weights]["exp_avg"], old.state[weights]["exp_avg"])
-
-
-def judge_by(monkeypatch, meets_target):
-    for place in judge, train_file:
-        monkeypatch.setattr(place, "meets_target", meets_target)
-
-
-def test_a_run_that_is_killed_near_its_end_ends_like_one_that_is_not(echo_parent, monkeypatch):
-    """The last evaluation is the best: killed before every rename of the last two."""
-    verdicts = {}  # of a held-out loss. The evaluations of steps 5 and 20, the second and the fifth, pass
-    judge_by(monkeypatch, lambda found, dense, target: verdicts.setdefault(found["val"]["loss"],
-                                                                           len(verdicts) in (1, 4)))
-    settings = {"average_decay": 0.9, "linear_penalty_steps": 2, "max_steps": 20, "eval_interval": 5,
-                "lambda_init": 1.0, "seed": 2, "init_from": "out/dense"}
-    renamed = []
-    with killed_at(lambda number, *names: renamed.append(os.path.basename(names[1]))):
-        run("sparse.py", out_dir="out/whole", **settings)
-    assert metrics("out/whole")[-1]["passes"]
-    assert read_checkpoint("out/whole/best.pt")["step"] == 20
-    assert renamed[-3:] == ["best.pt.next", "last.pt", "best.pt"]
-    for place in range(len(renamed) - 4, len(renamed) + 1):
-        again = f"out/killed{place}"
-        with killed_at(lambda number, *names: number == place), pytest.raises(Killed):
-            run("sparse.py", out_dir=again, **settings)
-        run("sparse.py", out_dir=again, **settings)
-        for name in ("last.pt", "best.pt"):
-            assert same(parameters("out/whole", name), parameters(again, name)), (place, name)
-        assert not [name for name in os.listdir(again) if name.endswith(".next")]
-
-
-def test_a_best_checkpoint_that_a_kill_left_waiting_is_not_lost_by_going_on_for_longer(
+def test_a_best_checkpoint_that_is_newer_than_last_pt_is_not_lost_by_going_on_for_longer(
         echo_parent, monkeypatch):
-    """The run ends between two evaluations, so nothing is evaluated when it goes on."""
-    passing = {"passes"}
-    judge_by(monkeypatch, lambda found, dense, target: "passes" in passing)
-    with killed_at(lambda number, *names: names[0].endswith("best.pt.next")), pytest.raises(Killed):
-        run("sparse.py", max_steps=15, eval_interval=10, init_from="out/dense")
+    """Killed at its end between the two; the longer run never comes to that evaluation again."""
+    passing, written = {"passes"}, itertools.count(1)
+    for place in judge, train_file:
+        monkeypatch.setattr(place, "meets_target", lambda found, dense, target: "passes" in passing)
+    with killed_at(lambda number, *names: names[1].endswith("last.pt") and next(written) == 3):
+        with pytest.raises(Killed):
+            run("sparse.py", max_steps=15, eval_interval=10, init_from="out/dense")
+    assert [read_checkpoint(f"out/sparse/{name}.pt")["step"] for name in ("best", "last")] == [15, 10]
     passing.clear()
     run("sparse.py", max_steps=25, eval_interval=10, init_from="resume")
-    assert read_checkpoint("out/sparse/best.pt")["step"] in (10, 15)
+    best, last = (read_checkpoint(f"out/sparse/{name}.pt") for name in ("best", "last"))
+    assert (best["step"], last["step"]) == (15, 25) and best["best"] == last["best"]
     assert not os.path.exists("out/sparse/closest.pt")
-    best = read_checkpoint("out/sparse/last.pt")["best"]
-    assert read_checkpoint("out/sparse/best.pt")["best"] == best
+
+
+def test_a_run_whose_end_comes_sooner_is_judged_there(echo):
+    with stopped_after(13), pytest.raises(SystemExit):
+        run("dense.py")
+    with pytest.raises(UserError, match="out/dense has made 13 steps: max_steps=12 is less"):
+        run("dense.py", init_from="resume", max_steps=12)
+    run("dense.py", init_from="resume", max_steps=13)
+    assert [line["step"] for line in metrics("out/dense")] == [0, 13]
+
+
+def test_a_run_of_an_earlier_version_goes_on(echo_parent):
+    """Its settings have names that are gone, and its checkpoint does not say when it was judged."""
+    run("sparse.py", max_steps=20, init_from="out/dense", out_dir="out/whole")
+    for folder, steps in (("out/whole", 40), ("out/old", 20)):
+        run("sparse.py", max_steps=steps, out_dir=folder, init_from="resume" if steps == 40 else "out/dense")
+    gone = {"beta1": 0.9, "lambda_average": 0.9, "bias": True, "target_loss": 0.0, "wandb": ""}
+    settings = json.load(open("out/old/config.json")) | gone
+    write_json("out/old/config.json", settings)
+    saved = read_checkpoint("out/old/last.pt")
+    del saved["evaluated"]
+    save_checkpoint("out/old/last.pt", saved | {"config": settings, "reference": saved["parent"]})
+    run("sparse.py", max_steps=40, out_dir="out/old", init_from="resume")
+    assert same(parameters("out/whole"), parameters("out/old"))
+    assert [line["step"] for line in metrics("out/old")] == [0, 20, 40]
 
 
 def start(*arguments):
@@ -173,7 +160,7 @@ def test_kill_minus_nine_and_ctrl_c_leave_a_run_that_continues(echo):
         _, errors = process.communicate(timeout=60)
         assert process.returncode != 0 and "Traceback" not in errors
         if number != signal.SIGKILL:
-            assert f"To go on: python train.py {' '.join(command)}" in errors
+            assert "The same command goes on from there" in errors
     with open("out/killed/metrics.jsonl", "a") as f:
         f.write('{"step": 4')  # what a kill in the middle of a line leaves
     process = start(*command)
@@ -204,26 +191,27 @@ def test_a_finished_run_says_so_and_other_settings_are_refused(echo_parent, caps
             run("dense.py", **given)
 
 
-def test_a_best_checkpoint_that_was_not_written_any_more_is_written_later(echo):
-    """Killed between last.pt and best.pt, and gone on elsewhere, where the last digit of the loss is another.
-    """
-    run("dense.py", max_steps=20)
-    last = read_checkpoint("out/dense/last.pt")
-    last["best"][1] *= 1 - 1e-9
-    save_checkpoint("out/dense/last.pt", last)
-    os.remove("out/dense/best.pt")
-    run("dense.py", init_from="resume", max_steps=40, learning_rate=3.0)
-    assert read_checkpoint("out/dense/best.pt")["step"] == 20
-    assert metrics("out/dense")[-1]["val_loss"] > last["best"][1] + 0.1
+def test_a_folder_is_locked_before_it_is_read(echo_parent, monkeypatch):
+    real, read = train_file.claim_folder, []
+
+    def watched(config, given):
+        with pytest.raises(UserError, match="another process is training"), alone_in(config.out_dir):
+            raise AssertionError("two are in")
+        read.append(config.out_dir)
+        return real(config, given)
+
+    monkeypatch.setattr(train_file, "claim_folder", watched)
+    run("dense.py")
+    assert read == ["out/dense"]
 
 
 def test_resume_takes_over_what_was_not_typed_and_applies_what_was(echo):
     run("dense.py", max_steps=20)
-    run(None, init_from="resume", out_dir="out/dense", max_steps=40, weight_decay=0.2, beta2=0.5)
+    run(None, init_from="resume", out_dir="out/dense", max_steps=40, weight_decay=0.2)
     config = json.load(open("out/dense/config.json"))
     assert (config["max_steps"], config["batch_size"], config["init_from"]) == (40, 32, "scratch")
     groups = read_checkpoint("out/dense/last.pt")["optimizer"]["param_groups"]
-    assert [g["weight_decay"] for g in groups] == [0.2, 0.0] and groups[0]["betas"] == (0.9, 0.5)
+    assert [g["weight_decay"] for g in groups] == [0.2, 0.0]
 
 
 def test_a_resumed_run_may_get_a_lower_cap_and_a_parent_keeps_its_own_files_settings(echo):
