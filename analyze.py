@@ -11,8 +11,7 @@ files it writes into a run's folder, is said in its own file, which `COMMANDS` n
 functions:
 
     add_arguments(parser)     its part of the command line
-    run(options, settings)    the answer; settings are the --key=value that are train.py's, for the commands
-    that take them
+    run(options, settings)    the answer; settings are the --key=value that are train.py's, of `seeds`
 
 Everything is computed again from the checkpoint, by the code that judged the run while it trained
 (training/evaluate.py).
@@ -53,7 +52,6 @@ MOVED = {  # a command that there was: how to type it now
     "n80": "graph RUN --tasks=TASK",
     "ablate": "seeds CONFIG --changes",
 }
-TAKES_SETTINGS = ("seeds",)  # and hands them to train.py
 
 
 class Parser(argparse.ArgumentParser):
@@ -85,20 +83,13 @@ def parser_for(command):
             own.description = file.__doc__
             own.set_defaults(answer=file.run)
             file.add_arguments(own)
-            own.flags = [flag for action in own._actions for flag in action.option_strings]
             parser.chosen = own
     return parser
 
 
-def refuse(unknown, parser):
-    """Exit: a command was given an argument that it does not take."""
-    flag = unknown[0].partition("=")[0]
-    parser.error(f"it takes no {unknown[0]}.{nearest(flag, parser.flags)}".rstrip("."))
-
-
 def check_values(options, parser):
     """Exit for a number that nothing can be computed with; put the home folder in the place of a path's ~."""
-    for name, value in list(vars(options).items()):
+    for name, value in vars(options).items():
         if name == "seed" and not 0 <= value <= 1_000_000:
             parser.error(f"--seed={value}: it must be from 0 to a million")
         if type(value) is float and not math.isfinite(value) or type(value) is int and abs(value) >= 2**63:
@@ -123,8 +114,9 @@ def main(arguments):
         sys.exit(f"error: {what} There are {', '.join(COMMANDS)}. See: python analyze.py --help")
     parser = parser_for(command)
     options, settings = parser.parse_known_args(arguments)
-    if settings and command not in TAKES_SETTINGS:
-        refuse(settings, parser.chosen)
+    if settings and command != "seeds":  # which hands them to train.py
+        near = nearest(settings[0].partition("=")[0], parser.chosen._option_string_actions)
+        parser.chosen.error(f"it takes no {settings[0]}.{near}".rstrip("."))
     check_values(options, parser.chosen)
     try:
         status = options.answer(options, settings)

@@ -21,14 +21,15 @@ the dense parent (`distill_weight`), without a penalty. The last step is judged;
 chosen anew with every measurement of the run's constraint (`constraint_interval`). Loss and edges are judged
 as every run's (training/evaluate.py).
 
-The table goes into the run's folder, as baselines.json or baselines-<steps>.json, and what is trained on into
-the folder baselines-<steps>/: a command that was stopped goes on, and others add to it (baselines_table.py).
+The table goes into the run's folder, as baselines.json or baselines-<steps>.json, and what was trained on
+into the folder baselines-<steps>/. Other commands add to them, and train nothing again.
 
 Notable: a rule (rules.py) shows its gates as the gate does, so edges are counted by evaluate.py, and
 `--tasks=quote` measures circuits through the same door.
 """
 
 import contextlib
+import importlib.util
 import math
 import os
 from dataclasses import replace
@@ -37,7 +38,6 @@ import torch
 from tqdm import tqdm
 
 import prepare_data
-from analysis.baselines_table import Table, heading
 from analysis.rules import RULES, RuleAttention
 from circuits import prompt_circuits
 from circuits.attention_edges import attending
@@ -47,17 +47,16 @@ from models.checkpoint import (
     checkpoint_of,
     load_checkpoint,
     load_parent,
-    load_weights,
     read_checkpoint,
     save_checkpoint,
     tokenizer_of,
 )
 from models.sources import checkpoint_named, folder_of_answers
-from storage.files import UserError
-from training import parallel
+from storage.files import UserError, locked, read_json, write_json
 from training.config import SETTINGS, Config
 from training.handover import divergence
 from training.judge import evaluate, examples_of
+from training.parallel import pick_device, precision
 from training.steps import Batches, adamw, averaged, get_lr, update_average
 
 FITTED_ON = 16  # windows, or rows, on which a head's number is chosen
@@ -77,24 +76,19 @@ def fit(model, cut, data):
     cut.fitting = False
 
 
-def train_on(model, teacher, cut, data, c, path, progress):
+def train_on(model, teacher, cut, data, c, progress):
     """Train a model that is cut for c.max_steps steps, as the run of the settings c was trained. Returns the
-    model that is to be judged: the average of its weights (average.py), if c has one.
-
-    path: both on disk, written every c.eval_interval steps; if they are there, training goes on from them.
+    model that is to be judged: the average of its weights, if c has one.
     """
     device = next(model.parameters()).device
     batches = Batches(data, model.config.block_size, c.batch_size, 1, c.seed, True, device)
-    autocast, _ = parallel.precision(c.dtype, device.type)
+    autocast, _ = precision(c.dtype, device.type)
     average = averaged(model, c.average_decay)
     optimizer = adamw(list(model.parameters()), c)
-    begun = go_on_from(path, model, average, optimizer)
-    progress.update(begun)
     with attending(model, cut):
         model.train()
-        for step in range(begun, c.max_steps):
-            # weights change, and what a level keeps
-            cut.fitting = step % c.constraint_interval == 0 or step == begun
+        for step in range(c.max_steps):
+            cut.fitting = step % c.constraint_interval == 0  # weights change, and what a level keeps
             for group in optimizer.param_groups:
                 group["lr"] = get_lr(step, c)
             [(x, y, _)] = batches.at(step)
@@ -107,29 +101,12 @@ def train_on(model, teacher, cut, data, c, path, progress):
             torch.nn.utils.clip_grad_norm_(model.parameters(), c.grad_clip or math.inf)
             optimizer.step()
             optimizer.zero_grad()
-            if c.average_decay:
-                update_average(average, model, c.average_decay)
+            update_average(average, model, c.average_decay)
             progress.update()
-            if (step + 1) % c.eval_interval == 0 or step + 1 == c.max_steps:
-                if not loss.isfinite():
-                    raise UserError(f"the loss is {loss.item()} at step {step} of {path}, which is left as "
-                                    "it was. Leave this rule or budget away: --rules=..., --budgets=...")
-                save_checkpoint(path, checkpoint_of(average, trained=model.state_dict(), step=step + 1,
-                                                    optimizer=optimizer.state_dict()))
-    average.eval()
-    fit(average, cut, data)
-    return average
-
-
-def go_on_from(path, model, average, optimizer):
-    """Load what an earlier command has left at path, if anything. Returns how many steps were done."""
-    if not os.path.exists(path):
-        return 0
-    checkpoint = read_checkpoint(path)
-    load_weights(average, checkpoint["model"], path)
-    load_weights(model, checkpoint["trained"], path)
-    optimizer.load_state_dict(checkpoint["optimizer"])
-    return checkpoint["step"]
+    if not loss.isfinite():
+        raise UserError(f"the loss is {loss.item()} after training on. Leave this rule or budget away: "
+                        "--rules=..., --budgets=...")
+    return average.eval()
 
 
 def judged(model, cut, data, c):
@@ -173,6 +150,41 @@ def size_of_circuits(model, cut, pairs, metric):
 
 
 # ------------------------------------------------------------------------------------------------------------
+# The table: {'parent', 'parent_loss': nats, 'steps', 'rows'}. A row is {'rule', 'budget', 'loss': nats,
+# 'edges': open, per head and token, 'above_parent': nats, and for each task the edges of its circuit}
+
+
+def place_of(folder, steps):
+    """Where the table of a run's folder is. steps: how many were trained on."""
+    return os.path.join(folder, f"baselines-{steps}.json" if steps else "baselines.json")
+
+
+def read_rows(place):
+    """{(rule, budget): row} of what earlier commands have left."""
+    rows = read_json(place)["rows"] if os.path.exists(place) else []
+    return {(row["rule"], row["budget"]): row for row in rows}
+
+
+def keep(place, about, row):
+    """Put a row into the table, in the place of an earlier one of its name."""
+    with locked(os.path.dirname(place)):  # another command may add rows, side by side
+        rows = read_rows(place) | {(row["rule"], row["budget"]): row}
+        write_json(place, about | {"rows": list(rows.values())})
+
+
+def heading(tasks):
+    circuits = "".join(f"  {task:>9}" for task in tasks)
+    return f"{'rule':10} {'budget':>7}  {'edges per head and token':>24}  {'nats above parent':>17}{circuits}"
+
+
+def line_of(row, tasks):
+    """A row as text."""
+    budget = "" if row["budget"] is None else f"{row['budget']:g}"
+    sizes = "".join("          -" if row[task] is None else f"  {row[task]:9.1f}" for task in tasks)
+    return f"{row['rule']:10} {budget:>7}  {row['edges']:24.2f}  {row['above_parent']:17.4f}{sizes}"
+
+
+# ------------------------------------------------------------------------------------------------------------
 # The command
 
 
@@ -190,13 +202,8 @@ def chosen(options):
     for rule in rules:
         if rule not in RULES:
             raise UserError(f"there is no rule {rule!r}. There are {', '.join(RULES)}")
-    if "entmax" in rules:
-        try:
-            import entmax  # noqa: F401
-        except ImportError as error:
-            others = ",".join(rule for rule in rules if rule != "entmax")
-            without = f". Or leave it away: --rules={others}" if others else ""
-            raise UserError(f"the rule entmax needs: pip install entmax{without}") from error
+    if "entmax" in rules and not importlib.util.find_spec("entmax"):
+        raise UserError("the rule entmax needs: pip install entmax. Or name others: --rules=top-k,threshold")
     try:
         budgets = [float(word) for word in options.budgets.split(",")]
     except ValueError:
@@ -206,57 +213,61 @@ def chosen(options):
     return rules, budgets, [task for task in options.tasks.split(",") if task]
 
 
-def models_and_data(folder, tasks):
-    """(checkpoint, gated model, its Config, data, {task: (pairs, metric)}) of a gated run."""
-    path = checkpoint_named(folder)
-    checkpoint = read_checkpoint(path)
-    if not checkpoint["model_args"].get("gated") or "lora" in checkpoint:
-        raise UserError(f"{folder} is no gated run whose weights are all trained: baselines start from the "
-                        "parent of one")
-    c = Config(**{key: value for key, value in checkpoint["config"].items() if key in SETTINGS})
-    tokens = vocabulary(tokenizer_of(checkpoint), checkpoint["model_args"]["vocab_size"])
-    room = checkpoint["model_args"]["block_size"]
-    posed = {}
-    for task in tasks:
-        _, pairs, metric = prompts(task, 64, 1, tokens, room)
-        posed[task] = pairs, metric
-    data = prepare_data.load(c.dataset)
-    return checkpoint, load_checkpoint(path), c, data, posed
+def questions(task, checkpoint, dense):
+    """(the prompts that the parent knows, metric) of a task."""
+    shape = checkpoint["model_args"]
+    tokens = vocabulary(tokenizer_of(checkpoint), shape["vocab_size"])
+    _, pairs, metric = prompts(task, 64, 1, tokens, shape["block_size"])
+    return prompt_circuits.known_to([dense], pairs, metric, "zero"), metric
 
 
 def run(options, settings):
     """`analyze.py baselines`."""
     rules, budgets, tasks = chosen(options)
     folder = options.run.rstrip("/")
-    checkpoint, gated, c, data, posed = models_and_data(folder, tasks)
-    c, parent = replace(c, max_steps=options.steps), checkpoint["parent"]
-    device = parallel.pick_device("auto")
-    dense, gated = load_parent(checkpoint).to(device).eval(), gated.to(device).eval()
+    path = checkpoint_named(folder)
+    checkpoint = read_checkpoint(path)
+    if not checkpoint["model_args"].get("gated") or "lora" in checkpoint:
+        raise UserError(f"{folder} is no gated run whose weights are all trained: baselines start from the "
+                        "parent of one")
+    c = Config(**{key: value for key, value in checkpoint["config"].items() if key in SETTINGS})
+    c, data, device = replace(c, max_steps=options.steps), prepare_data.load(c.dataset), pick_device("auto")
+    dense = load_parent(checkpoint, device).eval()
+    posed = {task: questions(task, checkpoint, dense) for task in tasks}
     whole = judged(dense, None, data, c)
-    table = Table(folder_of_answers(folder), parent, whole["loss"], options.steps, tasks)
-    posed = {task: (prompt_circuits.known_to([dense], pairs, metric, "zero"), metric)
-             for task, (pairs, metric) in posed.items()}
+    place = place_of(folder_of_answers(folder), options.steps)
+    about = {"parent": checkpoint["parent"], "parent_loss": whole["loss"], "steps": options.steps}
+    rows, trained = read_rows(place), os.path.splitext(place)[0]
+    ways = [("the parent", None), ("the gate", None), *((rule, k) for rule in rules for k in budgets)]
 
-    def row_of(rule, k, model, cut, numbers):
-        """numbers: what `judged` returns, and what else is to be kept."""
-        circuits = {task: size_of_circuits(model, cut, *question) for task, question in posed.items()}
-        return {"rule": rule, "budget": k, **numbers, **circuits}
+    def model_of(rule, k):
+        """(model, RuleAttention, or None for the model's own gates), trained on, if it is to be."""
+        if k is None:
+            return (dense if rule == "the parent" else load_checkpoint(path, device).eval()), None
+        kept = os.path.join(trained, f"{rule}-{k:g}.pt")
+        is_kept, cut = options.steps and os.path.exists(kept), RuleAttention(rule, k)
+        model = (load_checkpoint(kept, device) if is_kept else load_parent(checkpoint, device)).eval()
+        if options.steps and not is_kept:
+            model = train_on(model, dense, cut, data, c, progress)
+            os.makedirs(trained, exist_ok=True)
+            save_checkpoint(kept, checkpoint_of(model))
+        fit(model, cut, data)
+        return model, cut
 
     print(f"{folder}: the parent's held-out loss is {whole['loss']:.4f}\n{heading(tasks)}", flush=True)
-    if not table.has("the parent", None):
-        table.add(row_of("the parent", None, dense, None, whole))
-    if not table.has("the gate", None, step=checkpoint["step"]):  # it may have been trained on since
-        numbers = judged(gated, None, data, c) | {"step": checkpoint["step"]}
-        table.add(row_of("the gate", None, gated, None, numbers))
-    ways = [(rule, k) for rule in rules for k in budgets]
-    with tqdm(total=len(ways) * options.steps, leave=False, disable=None) as progress:
+    with tqdm(total=len(rules) * len(budgets) * options.steps, leave=False, disable=None) as progress:
         for rule, k in ways:
-            if table.has(rule, k):
-                progress.update(options.steps)
-                continue
-            model, cut = load_checkpoint(parent).to(device).eval(), RuleAttention(rule, k)
-            fit(model, cut, data)
-            if options.steps:
-                model = train_on(model, dense, cut, data, c, table.model_path(rule, k), progress)
-            table.add(row_of(rule, k, model, cut, judged(model, cut, data, c)))
-    print(f"the same as numbers: {table.place}")
+            row = rows.get((rule, k), {})
+            if rule == "the gate" and row.get("step") != checkpoint["step"]:
+                row = {}  # the run has been trained on since
+            missing = [task for task in tasks if task not in row]
+            if not row or missing:
+                model, cut = model_of(rule, k)
+                row = row or {"rule": rule, "budget": k} | judged(model, cut, data, c)
+                row["above_parent"] = row["loss"] - whole["loss"]
+                if rule == "the gate":
+                    row["step"] = checkpoint["step"]
+                row |= {task: size_of_circuits(model, cut, *posed[task]) for task in missing}
+                keep(place, about, row)
+            tqdm.write(line_of(row, tasks))
+    print(f"the same as numbers: {place}")

@@ -109,12 +109,8 @@ def from_status(key):
 
 
 def row_of(T, share, way, measured, memory, forward_ms=None, mfu=None):
-    """One line of the table and of bench.json.
-
-    share      of open edges; None for a whole model
-    measured   torch's Measurement
-    memory     in bytes, or None
-    mfu        None where no data sheet is known
+    """One line of the table and of bench.json. share: of open edges, None for a whole model; measured:
+    torch's Measurement; memory: bytes, or None; mfu: None where no data sheet is known.
     """
     return {"T": T, "open": share, "way": way, "forward_ms": forward_ms, "ms": 1000 * measured.median,
             "quartiles_ms": [1000 * seconds for seconds in np.percentile(measured.times, (25, 75))],
@@ -366,13 +362,11 @@ def run(options, settings):
     options.dtype = options.dtype or ("bfloat16" if on_gpu else "float32")
     title += f", B={options.B}" + ("" if options.model else f" H={options.H} D={options.D} {options.dtype}")
     print(title)
-    rows = []
     if options.model:
         rows = whole_model(options, device, options.model)
     else:
-        for T in options.lengths or (options.T,):
-            for share in options.open:
-                rows += attention(options, device, int(T), share)
+        rows = [row for T in options.lengths or (options.T,) for share in options.open
+                for row in attention(options, device, int(T), share)]
     show(rows)
     os.makedirs(FOLDER, exist_ok=True)
     write_json(os.path.join(FOLDER, "bench.json"), {"machine": title, "rows": rows})

@@ -21,7 +21,7 @@ import os
 
 from matplotlib import pyplot as plt
 
-from analysis.baselines_table import place_of
+from analysis.baselines import place_of, read_rows
 from analysis.figures import GREY, save
 from analysis.rules import RULES
 from analysis.seeds import aligned
@@ -64,26 +64,18 @@ def point_of(folder, controls):
     edges, loss, dense = report["edges"], report["sparse"]["val_loss"], report["dense"]["val_loss"]
     steps = config["max_steps"]
     tokens, heads = len(edges["by_distance"]), sum(map(len, edges["per_head"]))
-    others = place_of(folder, steps)
     parent = from_here(report["parent"], folder, report["run"])
     control = controls.get((parent, steps))
     return {
-        "run": folder,
-        "seed": report["seed"],
-        "parent": parent,
-        "steps": steps,
-        "slack": config["loss_slack"],
-        "met": report["meets_target"],
-        "parent_loss": dense,
-        "above_parent": loss - dense,
+        "run": folder, "seed": report["seed"], "parent": parent, "steps": steps,
+        "slack": config["loss_slack"], "met": report["meets_target"],
+        "parent_loss": dense, "above_parent": loss - dense,
         "control_gain": None if control is None else dense - control,
         "above_control": None if control is None else loss - control,
-        "percent": 100 * edges["fraction"],
-        "per_token": edges["open"] / tokens,
-        "per_head_and_token": edges["open"] / tokens / heads,
-        "context": tokens,
+        "percent": 100 * edges["fraction"], "per_token": edges["open"] / tokens,
+        "per_head_and_token": edges["open"] / tokens / heads, "context": tokens,
         "lambda": lambda_of(folder, config),
-        "other_rules": read_json(others)["rows"] if os.path.exists(others) else [],
+        "other_rules": list(read_rows(place_of(folder, steps)).values()),
     }
 
 
@@ -105,18 +97,11 @@ def table(points):
              "a head, token", "lambda, second half"]]
     for p in points:
         low, high, inside = p["lambda"].values()
-        rows.append([
-            p["run"],
-            f"{p['steps']:,}",
-            f"{p['slack']:g}",
-            "met" if p["met"] else "MISSED",
-            f"{p['above_parent']:+.4f}",
-            "-" if p["above_control"] is None else f"{p['above_control']:+.4f}",
-            f"{p['percent']:.2f} %",
-            f"{p['per_token']:.1f}",
-            f"{p['per_head_and_token']:.2f}",
-            f"{low:.2g} to {high:.2g}" + ("" if inside else " AT A BOUND"),
-        ])
+        above_control = "-" if p["above_control"] is None else f"{p['above_control']:+.4f}"
+        rows.append([p["run"], f"{p['steps']:,}", f"{p['slack']:g}", "met" if p["met"] else "MISSED",
+                     f"{p['above_parent']:+.4f}", above_control, f"{p['percent']:.2f} %",
+                     f"{p['per_token']:.1f}", f"{p['per_head_and_token']:.2f}",
+                     f"{low:.2g} to {high:.2g}" + ("" if inside else " AT A BOUND")])
     lines = [aligned(rows)]
     gains = {(p["parent"], p["steps"]): p["control_gain"] for p in points if p["control_gain"] is not None}
     for (parent, steps), gain in gains.items():
@@ -155,13 +140,10 @@ def draw(path, points):
     ax.axvline(0, color=GREY, lw=1, zorder=0)
     some = any(p["control_gain"] is not None for p in points)
     with_controls = "; dotted: what the parent would have gained without gates" if some else ""
-    has_logarithm = all(p["per_head_and_token"] > 0 for p in points)
-    ax.set(yscale="log" if has_logarithm else "linear", xlabel="held-out loss above the parent's (nats)",
-           ylabel="open edges per head and token",
+    y = [p["per_head_and_token"] for p in points]
+    ax.set(yscale="log", ylim=(max(1e-3, min(y) / 3), max(1e-2, max(y) * 3)),  # close points look close
+           xlabel="held-out loss above the parent's (nats)", ylabel="open edges per head and token",
            title="What sparsity costs" + with_controls)
-    if has_logarithm:  # a decade at least, so that close points look close
-        y = [p["per_head_and_token"] for p in points]
-        ax.set_ylim(min(y) / 3, max(y) * 3)
     share = 100 * 2 / (points[0]["context"] + 1)  # percent of the edges that one edge per head and token is
     right = ax.secondary_yaxis("right", functions=(lambda y: y * share, lambda y: y / share))
     right.set_ylabel(f"% open at a context of {points[0]['context']}")

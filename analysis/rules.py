@@ -9,7 +9,6 @@ does, so attention is written once here, and whatever looks at gates can look at
 """
 
 import math
-from typing import Callable, NamedTuple
 
 import torch
 
@@ -18,24 +17,15 @@ from gate import Gates, shared_among_heads
 HALVINGS = 30  # of the interval in which the number of entmax is looked for
 
 
-class Rule(NamedTuple):
-    """level(scores, k, layer): what a layer's heads need to know, once; weights(scores, level): what they
-    attend to.
-    """
-
-    level: Callable
-    weights: Callable
-
-
 def softmax_of(scores, kept):
-    """Softmax over the kept; a row of which nothing is kept is 0."""
+    """Softmax over the kept causal pairs; a row of which nothing is kept is 0."""
     return scores.masked_fill(~kept, -math.inf).softmax(-1).nan_to_num()
 
 
 def largest(scores, k):
     """Top-k. k is rounded."""
     k = min(max(1, round(k)), scores.shape[-1])
-    return softmax_of(scores, (scores >= scores.topk(k, dim=-1).values[..., -1:]) & causal(scores))
+    return softmax_of(scores, scores >= scores.topk(k, dim=-1).values[..., -1:])
 
 
 def thresholds(scores, k, layer):
@@ -65,7 +55,7 @@ def recent(scores, k):
     distance = position[:, None] - position
     window = distance < max(1, round(k) - 1)
     sink = (position == 0) & (round(k) > 1)
-    return softmax_of(scores, (window | sink) & causal(scores))
+    return softmax_of(scores, window | sink)
 
 
 def drawn(scores, k, layer):
@@ -98,14 +88,13 @@ def causal(scores):
     return torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
 
 
-RULES = {
-    "top-k": Rule(lambda scores, k, layer: k, largest),
-    "threshold": Rule(thresholds, above),
-    "shared": Rule(shared_threshold, above),
-    "window": Rule(lambda scores, k, layer: k, recent),
-    "entmax": Rule(scales, entmax_of),
-    "random": Rule(drawn, lambda scores, kept: softmax_of(scores, kept[:, :scores.shape[2], :scores.shape[3]]
-                                                          & causal(scores))),
+RULES = {  # name: (level, weights)
+    "top-k": (lambda scores, k, layer: k, largest),
+    "threshold": (thresholds, above),
+    "shared": (shared_threshold, above),
+    "window": (lambda scores, k, layer: k, recent),
+    "entmax": (scales, entmax_of),
+    "random": (drawn, lambda scores, kept: softmax_of(scores, kept[:, :scores.shape[2], :scores.shape[3]])),
 }
 
 
@@ -116,7 +105,8 @@ class RuleAttention:
     """
 
     def __init__(self, rule, k):
-        self.rule, self.k, self.levels, self.fitting = RULES[rule], k, {}, True
+        self.level, self.weights = RULES[rule]
+        self.k, self.levels, self.fitting = k, {}, True
 
     def __call__(self, layer, original, q, k, v, keep=None, return_gates=False, **of_the_gate):
         """As `gate.gated_attention`, of which it knows keep and return_gates."""
@@ -126,8 +116,8 @@ class RuleAttention:
         scores = scores.masked_fill(~causal(scores), -math.inf)
         if self.fitting:
             with torch.no_grad():
-                self.levels[layer] = self.rule.level(scores.detach(), self.k, layer)
-        weights = self.rule.weights(scores, self.levels[layer])
+                self.levels[layer] = self.level(scores.detach(), self.k, layer)
+        weights = self.weights(scores, self.levels[layer])
         gates = (weights > 0).to(weights.dtype) * (1 if keep is None else keep)
         y = (gates * weights).to(v.dtype) @ v
         return y, q.new_ones(()), Gates(gates, weights) if return_gates else None

@@ -14,7 +14,6 @@ Notable:
 - Everything is computed anew for every token: a cache of keys and values would hide the method.
 """
 
-import contextlib
 import os
 import shutil
 import sys
@@ -101,7 +100,7 @@ def add_arguments(parser):
 
 
 def run(options, settings):
-    """`analyze.py sample`."""
+    """`analyze.py sample`: the prompt and what the model writes behind it; with --edges a line a token."""
     if options.tokens < 1 or options.temperature < 0 or options.top_k < 1:
         raise UserError("--tokens and --top_k must be at least 1, --temperature at least 0")
     path = checkpoint_named(options.run)
@@ -115,23 +114,18 @@ def run(options, settings):
                         f"(trained on: {name}). Choose a run on text, such as out/stdlib")
     tokens = text.tokenizer(name)
     device = parallel.pick_device(options.device)
-    write(model_of(checkpoint, path, device), tokens, options, device)
-
-
-def write(model, tokens, options, device):
-    """Print the prompt and what the model writes behind it; with options.edges, a line for every token."""
+    model = model_of(checkpoint, path, device)
     if options.edges:
         print(f"{paint('read', READ)} by some head of some layer before it chose "
               f"{paint('the next token', NEW)}; the number counts the edges of all heads")
     torch.manual_seed(options.seed)
-    ids = list(tokens.encode(options.prompt.encode("utf-8", "surrogateescape"))) or [tokens.separator]
-    start = len(ids)
-    idx = torch.tensor([[int(i) for i in ids]], device=device)
-    new = generate(model, idx, options.tokens, options.temperature, options.top_k, tokens.vocab_size)
-    with contextlib.suppress(KeyboardInterrupt):  # Ctrl-C: enough
-        for token, read in new:
-            if options.edges:
-                print(edges_line(ids, token, read, tokens, shutil.get_terminal_size().columns))
-            ids.append(token)
+    ids = [int(i) for i in tokens.encode(options.prompt.encode("utf-8", "surrogateescape"))]
+    ids, new = ids or [tokens.separator], []
+    idx = torch.tensor([ids], device=device)
+    for token, read in generate(model, idx, options.tokens, options.temperature, options.top_k,
+                                tokens.vocab_size):
+        if options.edges:
+            print(edges_line(ids + new, token, read, tokens, shutil.get_terminal_size().columns))
+        new.append(token)
     if not options.edges:
-        print(options.prompt + tokens.decode(ids[start:]))
+        print(options.prompt + tokens.decode(new))

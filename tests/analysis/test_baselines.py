@@ -1,8 +1,6 @@
 """Other ways to cut edges: every rule against its definition, row by row; the command from end to end."""
 
-import json
 import math
-import os
 
 import pytest
 import torch
@@ -13,13 +11,12 @@ import analyze
 import prepare_data
 from analysis import baselines
 from analysis.baselines import fit, judged, size_of_circuits, train_on
-from analysis.baselines_table import Table
 from analysis.rules import RULES, RuleAttention
 from circuits.attention_edges import attending
 from circuits.tasks import LOGIT
 from helpers import SMALL, call, run
 from model import GPT, GPTConfig
-from models.checkpoint import load_checkpoint, read_checkpoint
+from models.checkpoint import read_checkpoint, save_checkpoint
 from storage.files import UserError, read_json
 from training.config import Config
 from training.judge import evaluate
@@ -72,8 +69,9 @@ def entmax_by_bisection(z):
 @pytest.mark.parametrize("rule", RULES)
 def test_a_rule_is_what_its_definition_says(rule):
     scores, k = some_scores(), 3
-    level = RULES[rule].level(scores, k, 0)
-    weights = RULES[rule].weights(scores, level)
+    level_of, weights_of = RULES[rule]
+    level = level_of(scores, k, 0)
+    weights = weights_of(scores, level)
     for b, h, i, row in rows(scores):
         torch.testing.assert_close(weights[b, h, i, :i + 1], expected(rule, level, h, i, row), atol=1e-5,
                                    rtol=1e-4)
@@ -84,13 +82,15 @@ def test_a_rule_is_what_its_definition_says(rule):
 def test_a_budget_below_one_edge_or_above_is_met_on_average(rule):
     torch.manual_seed(0)
     scores = torch.randn(16, 8, 64, 64).masked_fill(~torch.ones(64, 64, dtype=torch.bool).tril(), -math.inf)
+    level, weights_of = RULES[rule]
     for k in (0.5, 2.0) if rule != "entmax" else (2.0, 6.0):  # 1.5-entmax keeps one edge at least
-        weights = RULES[rule].weights(scores, RULES[rule].level(scores, k, 0))
+        weights = weights_of(scores, level(scores, k, 0))
         assert (weights > 0).float().sum(-1).mean().item() == pytest.approx(k, rel=0.05)
 
 
 def test_random_edges_are_others_in_every_layer_and_the_same_every_time():
-    first, again, other = (RULES["random"].level(some_scores(), 2, layer) for layer in (0, 0, 1))
+    level, _ = RULES["random"]
+    first, again, other = (level(some_scores(), 2, layer) for layer in (0, 0, 1))
     assert torch.equal(first, again) and not torch.equal(first, other)
     assert not first.triu(1).any()
 
@@ -98,7 +98,7 @@ def test_random_edges_are_others_in_every_layer_and_the_same_every_time():
 def test_the_window_at_one_edge_is_the_position_itself_and_from_two_on_has_the_sink():
     scores = some_scores()
     for k, reads in ((1, {11}), (2, {0, 11}), (4, {0, 9, 10, 11})):
-        weights = RULES["window"].weights(scores, k)
+        weights = RULES["window"][1](scores, k)
         assert set(weights[0, 0, 11].nonzero().flatten().tolist()) == reads
 
 
@@ -162,51 +162,23 @@ def test_training_on_brings_the_loss_down_at_the_same_budget(counting):
     model, cut = random_gpt(), RuleAttention("threshold", 1.5)
     fit(model, cut, data)
     before = judged(model, cut, data, c)["loss"]
-    model = train_on(model, dense, cut, data, c, "model.pt", tqdm(disable=True))
+    model = train_on(model, dense, cut, data, c, tqdm(disable=True))
+    fit(model, cut, data)
     after = judged(model, cut, data, c)
     assert after["loss"] < before - 0.5
     assert after["edges"] == pytest.approx(1.5, rel=0.15)
 
 
-def test_training_that_was_stopped_ends_as_if_it_had_not_been(counting):
-    """In the middle, from a file of its own; and a model that is done is only read."""
+def test_training_on_that_leaves_the_numbers_is_named(counting):
     data, dense = prepare_data.load("count"), random_gpt()
-    c = settings_of_training(eval_interval=20, average_decay=0.9)
-
-    class Stop(Exception):
-        pass
-
-    class Stopping(tqdm):
-        def update(self, n=1):
-            super().update(n)
-            if self.n == 47:
-                raise Stop
-
-    def trained(path, progress):
-        model, cut = random_gpt(), RuleAttention("threshold", 1.5)
-        model = train_on(model, dense, cut, data, c, path, progress)
-        return torch.cat([p.flatten() for p in model.parameters()]), cut.levels[1]
-
-    expected = trained("whole.pt", tqdm(disable=True))
-    with open(os.devnull, "w") as nowhere, pytest.raises(Stop):
-        trained("stopped.pt", Stopping(file=nowhere))
-    assert torch.load("stopped.pt", weights_only=True)["step"] == 40
-    for path in ("stopped.pt", "whole.pt"):
-        for found, wanted in zip(trained(path, tqdm(disable=True)), expected, strict=True):
-            assert torch.equal(found, wanted)
+    c = settings_of_training(learning_rate=1e30, max_steps=5)
+    with pytest.raises(UserError, match="the loss is nan after training on. Leave this rule"):
+        train_on(random_gpt(), dense, RuleAttention("window", 2), data, c, tqdm(disable=True))
 
 
-def test_training_on_that_leaves_the_numbers_stops_and_saves_nothing(counting):
-    data, dense, c = prepare_data.load("count"), random_gpt(), settings_of_training(learning_rate=1e30)
-    model, cut = random_gpt(), RuleAttention("window", 2)
-    with pytest.raises(UserError, match="the loss is nan at step 19 of model.pt.* Leave this rule"):
-        train_on(model, dense, cut, data, c, "model.pt", tqdm(disable=True))
-    assert not os.path.exists("model.pt")
-
-
-@pytest.mark.parametrize("warmup_steps", [0, 7])
-def test_the_learning_rate_is_that_of_the_loop(counting, monkeypatch, warmup_steps):
-    c, rates, real = settings_of_training(warmup_steps=warmup_steps, min_lr=1e-4), [], torch.optim.AdamW.step
+def test_the_learning_rate_is_that_of_the_loop(counting, monkeypatch):
+    c, rates = settings_of_training(warmup_steps=3, max_steps=8, min_lr=1e-4), []
+    real = torch.optim.AdamW.step
 
     def watched(optimizer):
         rates.append(optimizer.param_groups[0]["lr"])
@@ -214,10 +186,8 @@ def test_the_learning_rate_is_that_of_the_loop(counting, monkeypatch, warmup_ste
 
     monkeypatch.setattr(torch.optim.AdamW, "step", watched)
     data, progress = prepare_data.load("count"), tqdm(disable=True)
-    train_on(random_gpt(), random_gpt(), RuleAttention("top-k", 2), data, c, "model.pt", progress)
-    assert len(rates) == c.max_steps
-    for step, rate in enumerate(rates):
-        assert rate == pytest.approx(get_lr(step, c))
+    train_on(random_gpt(), random_gpt(), RuleAttention("top-k", 2), data, c, progress)
+    assert rates == pytest.approx([get_lr(step, c) for step in range(c.max_steps)])
 
 
 def test_the_average_is_what_is_judged(counting):
@@ -227,23 +197,10 @@ def test_the_average_is_what_is_judged(counting):
     for decay in (0.0, 0.9):
         c = settings_of_training(max_steps=1, warmup_steps=0, average_decay=decay)
         cut = RuleAttention("top-k", 2)
-        model = train_on(random_gpt(), dense, cut, data, c, f"{decay}.pt", tqdm(disable=True))
+        model = train_on(random_gpt(), dense, cut, data, c, tqdm(disable=True))
         found[decay] = [p - was for p, was in zip(model.parameters(), start.parameters(), strict=True)]
     for one, averaged in zip(found[0.0], found[0.9], strict=True):
         torch.testing.assert_close(averaged, 0.1 * one, atol=1e-6, rtol=1e-3)
-
-
-def test_the_table_of_another_parent_is_left_alone(counting):
-    run("sparse.py")
-    command = ["baselines", "out/sparse", "--budgets=2", "--rules=window"]
-    call(analyze.main, *command)
-    with open("out/sparse/baselines.json") as f:
-        found = json.load(f)
-    for key, value in (("parent", "out/other/best.pt"), ("parent_loss", found["parent_loss"] + 0.1)):
-        with open("out/sparse/baselines.json", "w") as f:
-            json.dump(found | {key: value}, f)
-        done = call(analyze.main, *command)
-        assert done.returncode == 1 and "baselines.json is of another parent" in done.stderr
 
 
 def test_the_circuit_of_a_model_that_is_cut_is_found():
@@ -256,67 +213,43 @@ def test_the_circuit_of_a_model_that_is_cut_is_found():
     assert size_of_circuits(model, cut, PLANTED, LOGIT) == 2
 
 
-def test_the_command_from_end_to_end(counting):
-    run("sparse.py", distill_weight=1.0)
+def test_the_command_from_end_to_end(counting_parent, monkeypatch):
+    run("sparse.py", distill_weight=1.0, max_steps=20)
     assert call(analyze.main, "report", "out/sparse").returncode == 0
     command = ["baselines", "out/sparse", "--budgets=2", "--steps=3"]
     done = call(analyze.main, *command)
     assert done.returncode == 0, done.stderr
     for rule in ("the gate", *RULES):
         assert rule in done.stdout + done.stderr
-    with open("out/sparse/baselines-3.json") as f:
-        found = json.load(f)
+    found, report = read_json("out/sparse/baselines-3.json"), read_json("out/sparse/report.json")
     assert [row["rule"] for row in found["rows"]] == ["the parent", "the gate", *RULES]
-    with open("out/sparse/report.json") as f:
-        report = json.load(f)
     assert found["rows"][1]["loss"] == pytest.approx(report["sparse"]["val_loss"], rel=1e-5)
     assert found["rows"][0]["above_parent"] == 0
     assert found["rows"][0]["edges"] == 4.5  # of 8 positions: (1 + ... + 8) / 8
     assert found["parent_loss"] == pytest.approx(report["dense"]["val_loss"], rel=1e-5)
-    assert read_checkpoint("out/sparse/baselines-3/top-k-2.pt")["step"] == 3
-    assert load_checkpoint("out/sparse/best.pt").config.gated
 
-
-def test_what_stands_in_the_table_is_not_trained_again(counting, monkeypatch):
-    run("sparse.py")
-    command = ["baselines", "out/sparse", "--budgets=2", "--steps=3"]
-    call(analyze.main, *command, "--rules=top-k")
+    # what stands in the table is not trained again; other budgets are added
     trained = []
-
-    def count(model, teacher, cut, *others):
-        trained.append(cut.rule)
-        fit(model, cut, others[0])
-        return model
-
-    monkeypatch.setattr(baselines, "train_on", count)
-    done = call(analyze.main, *command, "--rules=top-k,threshold")
-    assert done.returncode in (0, None), done.stderr
-    assert trained == [RULES["threshold"]] and "top-k" in done.stdout + done.stderr
-    with open("out/sparse/baselines-3.json") as f:
-        names = [row["rule"] for row in json.load(f)["rows"]]
-    assert names == ["the parent", "the gate", "top-k", "threshold"]
+    monkeypatch.setattr(baselines, "train_on", lambda model, *others: trained.append(others[1].k) or model)
+    done = call(analyze.main, *command[:2], "--budgets=2,1", "--steps=3", "--rules=top-k")
+    assert done.returncode == 0 and trained == [1] and done.stdout.count("top-k") == 2, done.stderr
+    assert read_json("out/sparse/baselines-3.json")["rows"][:-1] == found["rows"]
 
 
-def test_commands_side_by_side_keep_each_others_rows(workplace):
-    (workplace / "out").mkdir()
-    one, two = (Table("out", "parent", 1.0, 0, []) for _ in range(2))
-    for table, rule in ((one, "top-k"), (two, "window"), (one, "entmax")):
-        table.add({"rule": rule, "budget": 2, "loss": 1.5, "edges": 2.0})
-    assert [row["rule"] for row in read_json(two.place)["rows"]] == ["top-k", "window", "entmax"]
-
-
-def test_a_row_keeps_its_tasks_unless_the_run_was_trained_on(workplace):
-    (workplace / "out").mkdir()
-    table = Table("out", "parent", 1.0, 0, ["quote"])
-    row = {"rule": "the gate", "budget": None, "loss": 1.5, "edges": 2.0, "step": 5}
-    table.add(row | {"quote": 3.0})
-    other = Table("out", "parent", 1.0, 0, ["bracket"])
-    assert not other.has("the gate", None, step=5)
-    other.add(row | {"bracket": 4.0})
-    table = Table("out", "parent", 1.0, 0, ["quote", "bracket"])
-    assert table.has("the gate", None, step=5) and not table.has("the gate", None, step=9)
-    table.add(row | {"step": 9, "quote": 2.0, "bracket": 2.0})
-    assert [found["step"] for found in read_json(table.place)["rows"]] == [9]
+def test_another_command_adds_tasks_and_judges_a_run_again_that_was_trained_on(counting_parent, monkeypatch):
+    run("sparse.py", max_steps=5)
+    monkeypatch.setattr(baselines, "questions", lambda task, *others: task)
+    monkeypatch.setattr(baselines, "size_of_circuits", lambda model, cut, *task: float(len(task)))
+    command, place = ["baselines", "out/sparse", "--budgets=2", "--rules=window"], "out/sparse/baselines.json"
+    call(analyze.main, *command, "--tasks=quote")
+    before = read_json(place)["rows"]
+    call(analyze.main, *command, "--tasks=bracket")
+    assert read_json(place)["rows"] == [row | {"bracket": 7.0} for row in before]
+    checkpoint = read_checkpoint("out/sparse/best.pt")
+    save_checkpoint("out/sparse/best.pt", checkpoint | {"step": 99})
+    call(analyze.main, *command)
+    parent, window, gate = sorted(read_json(place)["rows"], key=lambda row: "step" in row)
+    assert gate["step"] == 99 and "quote" not in gate and parent["quote"] == window["quote"] == 5.0
 
 
 @pytest.mark.parametrize("words, answer", [

@@ -14,7 +14,7 @@ import torch
 
 import analysis
 import analyze
-from analysis import report
+from analysis import benchmark
 from helpers import theirs
 from model import GPT, GPTConfig
 from models import lora
@@ -145,8 +145,7 @@ def test_dense_beside_sparse(workplace, tasks, capsys):
     assert table == harness.benchmark(models, text.tokenizer("bytes"), "mine", 20, tasks)
 
 
-@pytest.mark.slow
-def test_of_a_run_with_adapters_both_are_one_model(workplace, tasks, monkeypatch):
+def test_of_a_run_with_adapters_both_are_one_model(workplace):
     """An OLMo of half precision with adapters, the commonest run. It is loaded once, as it was judged.
 
     Dense is the same model, adapters and gates switched off.
@@ -169,20 +168,13 @@ def test_of_a_run_with_adapters_both_are_one_model(workplace, tasks, monkeypatch
     checkpoint = checkpoint_of(model, data={"tokenizer": "bytes"}, parent="dense.pt", lora=adapters,
                                base="dense.pt", base_fingerprint=base, config={"base_dtype": "bfloat16"})
     save_checkpoint("out/sparse/best.pt", checkpoint)
-    loaded, real = [], report.model_of
-
-    def noted(*inputs, **options):
-        loaded.append(real(*inputs, **options))
-        return loaded[-1]
-
-    monkeypatch.setattr(report, "model_of", noted)
-    analyze.main(["benchmark", "out/sparse", "--tasks=mine", f"--include={tasks}"])
-    dtypes = {p.dtype for name, p in loaded[0].named_parameters() if "lora" not in name}
-    assert dtypes == {torch.bfloat16} and len(loaded) == 1
-    table = read_json("out/sparse/benchmark-mine.json")
-    dense = load_checkpoint("dense.pt").bfloat16()
-    wanted = harness.benchmark({"dense": lambda: dense}, text.tokenizer("bytes"), "mine", None, tasks)
-    assert table["acc"]["dense"] == wanted["mine"]["acc"]["dense"]
+    models = benchmark.models_to_compare(read_checkpoint("out/sparse/best.pt"), "out/sparse/best.pt")
+    dense, sparse = models["dense"](), models["sparse"]()
+    assert isinstance(dense, lora.Base) and dense.model is sparse
+    assert {p.dtype for name, p in sparse.named_parameters() if "lora" not in name} == {torch.bfloat16}
+    x = torch.randint(0, 256, (2, 64))
+    wanted = load_checkpoint("dense.pt").bfloat16()(x)[0]
+    assert torch.equal(dense(x)[0], wanted) and not torch.equal(sparse(x)[0], wanted)
 
 
 def test_a_missing_harness_and_a_run_without_text_are_named(workplace, monkeypatch):
