@@ -206,7 +206,7 @@ def train_one(c, given, runs, place):  # noqa: C901, the script as a whole, from
             measured = []
             for i, (x, y, weight) in enumerate(batches.at(step)):
                 if network is not model:  # DDP averages gradients after the last micro-batch alone
-                    network.require_backward_grad_sync = i == batches.per_process - 1
+                    network.require_backward_grad_sync = i == len(batches.dealt) - 1
                 with autocast():
                     logits, loss, density = network(x, y, gates=gates,
                                                     linear_penalty=step < c.linear_penalty_steps)
@@ -215,7 +215,7 @@ def train_one(c, given, runs, place):  # noqa: C901, the script as a whole, from
                     if c.gated:
                         teaching = weight * distillation(c.distill_weight, dense, x, y, logits)
                         objective = geco.objective(loss + teaching, density)
-                (objective / batches.per_process).backward()  # DDP and FSDP average over the processes
+                (objective / len(batches.dealt)).backward()  # DDP and FSDP average over the processes
                 measured.append(torch.stack([loss, density, objective]).detach().float())
 
             # --- 3. step ------------------------------------------------------------------------------------

@@ -158,23 +158,20 @@ def evaluation(loss, accuracy=0.5, **correct):
     return {split: {"loss": loss, "correct": n, "accuracy": accuracy} for split, n in correct.items()}
 
 
-def test_a_model_with_fewer_right_answers_does_not_meet_the_target():
-    dense, text = evaluation(1.0, train=10, val=5), evaluation(1.0, None, train=0, val=0)
-    for meets, loss, train, val in ((True, 1.1, 10, 5), (False, 1.2, 10, 5), (False, 0.9, 9, 5),
-                                    (False, 0.9, 10, 4)):
-        assert meets_target(evaluation(loss, train=train, val=val), dense, 1.1) == meets
-    assert meets_target(evaluation(1.1, None, train=0, val=0), text, 1.1)
-
-
-def test_the_closest_evaluation_is_told_by_what_was_counted_for_all():
-    """Where held-out answers are lost the training rows are not counted: that must not look closer than a few
-    training answers lost.
+def test_how_far_a_model_is_from_its_target_is_told_by_what_was_counted_for_all():
+    """The target is met with no fewer right answers, and no larger loss. Where held-out answers are lost the
+    training rows are not counted: that must not look closer than a few training answers lost.
     """
     dense = evaluation(1.0, val=5, train=10)
     met, in_training, too_large, held_out = (
         distance_from_target(one, dense, 1.1)
-        for one in (dense, evaluation(1.0, val=5, train=7), evaluation(1.2, val=5), evaluation(1.0, val=4)))
+        for one in (evaluation(1.1, val=5, train=10), evaluation(0.9, val=5, train=7), evaluation(1.2, val=5),
+                    evaluation(0.9, val=4)))
     assert met < in_training < too_large < held_out and not any(met)
+    assert meets_target(evaluation(1.1, val=5, train=10), dense, 1.1)
+    assert not meets_target(evaluation(0.9, val=5, train=9), dense, 1.1)
+    text = evaluation(1.0, None, val=0)
+    assert meets_target(text, text, 1.1) and not meets_target(text, text, 0.9)
 
 
 def test_learning_rate_warms_up_and_falls_to_its_minimum():

@@ -20,6 +20,7 @@ steps. The paper judges the trained weights themselves: average_decay = 0.
 """
 
 import copy
+import functools
 import math
 
 import numpy as np
@@ -41,7 +42,8 @@ class Batches:
     def __init__(self, data, context, batch_size, micro_batches, seed, child, device):
         self.data, self.context, self.device = data, context, device
         self.batch_size, self.micro_batches, self.seed, self.child = batch_size, micro_batches, seed, child
-        self.per_process = micro_batches // parallel.world()
+        # this process's micro-batches
+        self.dealt = range(parallel.rank(), micro_batches, parallel.world())
 
     def indices(self, step):
         """Which examples a step trains on: (batch_size,) rows, or first positions of windows of a stream."""
@@ -49,17 +51,23 @@ class Batches:
             0, self.data.starts("train", self.context), self.batch_size
         )
 
+    @functools.lru_cache(maxsize=1)  # the constraint is measured on what is trained on next
+    def examples(self, step):
+        """Inputs and targets of the whole step, lists of (B, T) by micro-batch, and how many targets each
+        asks: a process knows what the others ask without hearing from them.
+        """
+        x, y = (np.split(tokens, self.micro_batches)
+                for tokens in self.data.batch("train", self.indices(step), self.context))
+        return x, y, [int((targets != -1).sum()) for targets in y]
+
     def at(self, step):
         """Yield this process's micro-batches of a step: inputs and targets, (B, T) each, and the weight of
         its loss; before each, torch's generator is seeded for it alone.
 
         The mean of weight * loss over all micro-batches is the mean over all targets of the step.
         """
-        # the whole step: a process knows what the others ask without hearing from them
-        x, y = (np.split(tokens, self.micro_batches)
-                for tokens in self.data.batch("train", self.indices(step), self.context))
-        asked = [int((targets != -1).sum()) for targets in y]
-        for micro in range(parallel.rank(), self.micro_batches, parallel.world()):
+        x, y, asked = self.examples(step)
+        for micro in self.dealt:
             weight = asked[micro] * self.micro_batches / max(1, sum(asked))
             # 2^32 / golden ratio: no two steps or micro-batches meet
             torch.manual_seed(self.seed * 1_000_003 + step + 2_654_435_769 * micro)

@@ -203,7 +203,7 @@ def run_it(**given):
 
 def test_a_run_with_adapters_on_an_olmo_from_hugging_face(olmo, capsys):
     last, lines = run_it(out_dir="out/lora")
-    assert "2,048 of them trained" in capsys.readouterr().out  # 4 layers, 2 matrices, 2 (64 + 64) each
+    assert "2,048 weights to train" in capsys.readouterr().out  # 4 layers, 2 matrices, 2 (64 + 64) each
     assert set(last["model"]) == {f"model.layers.{i}.self_attn.{name}_proj.lora_{ab}" for i in range(4)
                                   for name in "qk" for ab in "ab"}
     assert last["base"] == "hf"
