@@ -210,9 +210,9 @@ class GPT(nn.Module):
         x = self.transformer.wte(idx) + self.transformer.wpe(torch.arange(T, device=idx.device))  # (B, T, C)
         x = self.transformer.drop(x)
         gates = gates or ("sample" if self.training else "threshold")
-        densities, own = [], by_layer(self.config, keep, idx.device)
+        densities, options = [], by_layer(self.config, keep, idx.device)
         for layer, block in enumerate(self.blocks):
-            x, density, shown = block(x, **own[layer], return_gates=record is not None, gates=gates,
+            x, density, shown = block(x, **options[layer], return_gates=record is not None, gates=gates,
                                       linear_penalty=linear_penalty, impl=self.attention_impl)
             densities.append(density)
             if record is not None:

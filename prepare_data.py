@@ -9,7 +9,8 @@
     python prepare_data.py shakespeare                tiny Shakespeare, 1 MB, by URL
     python prepare_data.py openwebtext --processes=8  what GPT-2 was trained on, rebuilt: 9 billion tokens;
                                                       90 GB of disk; needs `datasets`
-    python prepare_data.py fineweb --shards=10        ready GPT-2 tokens, 100 million (200 MB) a shard, by URL
+    python prepare_data.py fineweb --shards=10        ready GPT-2 tokens, 100 million (200 MB) a shard; needs
+                                                      `huggingface_hub`
     python prepare_data.py dolma --shards=2           a sample of OLMo's training data: 103 files of 160 MB
                                                       and about 90 million tokens; needs `datasets`
 
