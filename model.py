@@ -24,7 +24,6 @@ Notable:
 """
 
 import math
-import os
 import re
 from dataclasses import dataclass
 
@@ -34,7 +33,7 @@ from torch.nn import functional as F
 
 from fast.attention import attention
 from gate import GateConfig
-from storage.download import download, hub, sha256_of_hub
+from storage.download import hub_file
 from storage.files import UserError
 
 
@@ -145,10 +144,8 @@ class GPT(nn.Module):
     def __init__(self, config):
         super().__init__()
         if config.n_embd % config.n_head:
-            raise ValueError(
-                f"n_embd={config.n_embd} must be a multiple of n_head={config.n_head}: the heads share the "
-                "width"
-            )
+            raise ValueError(f"n_embd={config.n_embd} must be a multiple of n_head={config.n_head}: the "
+                             "heads share the width")
         self.config = config
         self.transformer = nn.ModuleDict(dict(
             wte=nn.Embedding(config.vocab_size, config.n_embd),
@@ -163,11 +160,8 @@ class GPT(nn.Module):
         # the residual stream
         for name, p in self.named_parameters():
             if p.dim() == 2:
-                nn.init.normal_(
-                    p,
-                    std=config.init_std
-                    / (math.sqrt(2 * config.n_layer) if name.endswith("c_proj.weight") else 1),
-                )
+                writes = name.endswith("c_proj.weight")
+                nn.init.normal_(p, std=config.init_std / (math.sqrt(2 * config.n_layer) if writes else 1))
             elif name.endswith("bias"):
                 nn.init.zeros_(p)
 
@@ -211,24 +205,20 @@ class GPT(nn.Module):
         """
         B, T = idx.shape
         if T > self.config.block_size:
-            raise ValueError(
-                f"a context of {T} tokens does not fit into this model's block_size of "
-                f"{self.config.block_size}"
-            )
+            raise ValueError(f"a context of {T} tokens does not fit into this model's block_size of "
+                             f"{self.config.block_size}")
         x = self.transformer.wte(idx) + self.transformer.wpe(torch.arange(T, device=idx.device))  # (B, T, C)
         x = self.transformer.drop(x)
         gates = gates or ("sample" if self.training else "threshold")
-        densities, own = [], by_layer(self.config, keep, idx.device)
+        densities, options = [], by_layer(self.config, keep, idx.device)
         for layer, block in enumerate(self.blocks):
-            x, density, shown = block(x, **own[layer], return_gates=record is not None, gates=gates,
+            x, density, shown = block(x, **options[layer], return_gates=record is not None, gates=gates,
                                       linear_penalty=linear_penalty, impl=self.attention_impl)
             densities.append(density)
             if record is not None:
                 record(layer, shown)
         logits = self.lm_head(self.transformer.ln_f(x))  # (B, T, V)
-        loss = None
-        if targets is not None:
-            loss = cross_entropy(logits, targets)
+        loss = None if targets is None else cross_entropy(logits, targets)
         return logits, loss, torch.stack(densities).mean()
 
     @classmethod
@@ -251,10 +241,9 @@ class GPT(nn.Module):
         """Of a layer's heads, what v reads, (H, D, C), and what they write, (H, C, D), with the scale of
         LayerNorm folded in: for induction.py.
         """
-        block, H, C = self.blocks[layer], self.config.n_head, self.config.n_embd
-        return (block.attn.c_attn.weight[2 * C :] * block.ln_1.weight).view(
-            H, -1, C
-        ), block.attn.c_proj.weight.view(C, H, -1).transpose(0, 1)
+        attn, H, C = self.attentions[layer], self.config.n_head, self.config.n_embd
+        values = attn.c_attn.weight[2 * C:] * self.blocks[layer].ln_1.weight
+        return values.view(H, -1, C), attn.c_proj.weight.view(C, H, -1).transpose(0, 1)
 
     def embeddings(self):
         """The input embedding (V, C), and the output embedding (V, C) with the scale of the last LayerNorm
@@ -269,13 +258,11 @@ class GPT(nn.Module):
         6 for every weight that multiplies (the input embeddings only look up), and 12 C T per layer for
         scores and values.
         """
-        embeddings = self.transformer.wpe.weight.numel() + (
-            0 if self.config.tied else self.transformer.wte.weight.numel()
-        )
-        return (
-            6 * (sum(p.numel() for p in self.parameters()) - embeddings)
-            + 12 * self.config.n_layer * self.config.n_embd * context
-        )
+        c, looked_up = self.config, self.transformer.wpe.weight.numel()
+        if not c.tied:
+            looked_up += self.transformer.wte.weight.numel()
+        multiplied = sum(p.numel() for p in self.parameters()) - looked_up
+        return 6 * multiplied + 12 * c.n_layer * c.n_embd * context
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -287,26 +274,23 @@ class GPT(nn.Module):
 # Names are the same otherwise (nanoGPT took them over), but for a prefix `transformer.` that their files
 # lack, a tied lm_head that is not stored twice, and the causal mask, which old files hold as `attn.bias`.
 
-# As the organisation openai-community hosts them. Size in bytes; sha256 of the one that several public
-# sources confirm; of the others the hub's own word counts
+# As the organisation openai-community hosts them. The sha256 of the one that several public sources confirm;
+# of the others the hub's own word counts
 PRETRAINED = {
-    "gpt2": {"size": 548118077, "sha256": "7c5d3f4b8b76583b422fcb9189ad6c89d5d97a094541ce8932dce3ecabde1421"},
-    "gpt2-medium": {"size": 1520013706, "sha256": None},
-    "gpt2-large": {"size": 3247202234, "sha256": None},
-    "gpt2-xl": {"size": 6431878936, "sha256": None},
+    "gpt2": "7c5d3f4b8b76583b422fcb9189ad6c89d5d97a094541ce8932dce3ecabde1421",
+    "gpt2-medium": None,
+    "gpt2-large": None,
+    "gpt2-xl": None,
 }
 CONV1D = re.compile(r"(attn\.c_attn|attn\.c_proj|mlp\.c_fc|mlp\.c_proj)\.weight$")
 MASK = re.compile(r"\.attn\.(masked_)?bias$")
 
 
 def openai_checkpoint(name):
-    """{'model', 'model_args'} of one of OpenAI's models, downloaded once into torch's cache (TORCH_HOME) and
-    checked. Raises UserError.
+    """{'model', 'model_args'} of one of OpenAI's models, downloaded once into huggingface_hub's cache
+    (HF_HOME) and checked. Raises UserError.
     """
-    known = PRETRAINED[name]
-    url = f"{hub()}/openai-community/{name}/resolve/main/pytorch_model.bin"
-    path = os.path.join(torch.hub.get_dir(), "checkpoints", f"openai-community-{name}.bin")
-    download(url, path, known["sha256"] or sha256_of_hub(url, path), known["size"])
+    path = hub_file(f"openai-community/{name}", "pytorch_model.bin", PRETRAINED[name])
     return from_openai(torch.load(path, map_location="cpu", weights_only=True), name)
 
 
@@ -316,31 +300,25 @@ def from_openai(tensors, source, **args):
     source is named in errors. args: model_args that the tensors do not tell. Raises UserError if they are no
     GPT-2's.
     """
-    state = {
-        name.removeprefix("transformer."): tensor for name, tensor in tensors.items() if not MASK.search(name)
-    }
+    state = {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()
+             if not MASK.search(name)}
     if "wte.weight" not in state or "wpe.weight" not in state:
-        raise UserError(
-            f"{source} holds no GPT-2: wte.weight or wpe.weight is missing. It has "
-            f"{', '.join(list(tensors)[:3])}, ..."
-        )
-    state = {
-        name: tensor.t().contiguous() if CONV1D.search(name) else tensor for name, tensor in state.items()
-    }
-    vocab_size, n_embd = state["wte.weight"].shape
-    lm_head = state.pop("lm_head.weight", state["wte.weight"])
-    layers = {int(name.split(".")[1]) for name in state if name.startswith("h.")}
+        raise UserError(f"{source} holds no GPT-2: wte.weight or wpe.weight is missing. It has "
+                        f"{', '.join(list(tensors)[:3])}, ...")
+    state = {name: tensor.t().contiguous() if CONV1D.search(name) else tensor
+             for name, tensor in state.items()}
+    embedding = state["wte.weight"]
+    lm_head = state.pop("lm_head.weight", embedding)
+    vocab_size, n_embd = embedding.shape
     found = {
-        "n_layer": len(layers),
+        "n_layer": len({name.split(".")[1] for name in state if name.startswith("h.")}),
         "n_head": max(1, n_embd // 64),  # every GPT-2 has heads of width 64
         "n_embd": n_embd,
-        "block_size": state["wpe.weight"].shape[0],
+        "block_size": len(state["wpe.weight"]),
         "vocab_size": vocab_size,
         "bias": True,
         "gelu": "tanh",
-        "tied": torch.equal(lm_head, state["wte.weight"]),
+        "tied": torch.equal(lm_head, embedding),
     }
-    model = {f"transformer.{name}": tensor.float() for name, tensor in state.items()} | {
-        "lm_head.weight": lm_head.float()
-    }
-    return {"model": model, "model_args": found | args}
+    model = {f"transformer.{name}": tensor.float() for name, tensor in state.items()}
+    return {"model": model | {"lm_head.weight": lm_head.float()}, "model_args": found | args}

@@ -9,7 +9,8 @@
     python prepare_data.py shakespeare                tiny Shakespeare, 1 MB, by URL
     python prepare_data.py openwebtext --processes=8  what GPT-2 was trained on, rebuilt: 9 billion tokens;
                                                       90 GB of disk; needs `datasets`
-    python prepare_data.py fineweb --shards=10        ready GPT-2 tokens, 100 million (200 MB) a shard, by URL
+    python prepare_data.py fineweb --shards=10        ready GPT-2 tokens, 100 million (200 MB) a shard; needs
+                                                      `huggingface_hub`
     python prepare_data.py dolma --shards=2           a sample of OLMo's training data: 103 files of 160 MB
                                                       and about 90 million tokens; needs `datasets`
 
@@ -21,6 +22,7 @@ Notable: a split is made once, always the same, and never overlaps.
 
 import argparse
 import os
+import re
 import sys
 
 import numpy as np
@@ -33,50 +35,46 @@ from storage.download import download
 from storage.files import UserError, locked, take_every_sign, typed
 
 
-def how_to_make(name):
-    """The command that makes dataset `name`."""
-    if name in OFFLINE:
-        base, options = OFFLINE[name]
-    else:
-        base, _, tokenizer = name.partition("-")
-        options = {"tokenizer": tokenizer} if tokenizer else {}
-    flags = [f"--{flag}={value}" for flag, value in options.items()]
-    return typed("python", "prepare_data.py", base, *flags)
-
-
-def load(name, root="data"):
+def load(name):
     """Open dataset `name`, a dataset.Dataset; one that can be made offline is made on first use.
 
     Raises UserError if it is unknown or damaged.
     """
-    folder = os.path.join(root, name)
-    description = os.path.join(folder, "meta.json")
-    require(name, root)
-    if not os.path.exists(description):
+    require(name)
+    folder = os.path.join("data", name)
+    if not is_made(name):
         with locked(folder):
-            if not os.path.exists(description):  # no other process has made it while we waited
+            if not is_made(name):  # no other process has made it while we waited
                 print(f"making {folder} ...")
-                base, options = OFFLINE[name]
-                make(base, folder, **options)
+                options = command_line().parse_args(OFFLINE[name])
+                DATASETS[options.name][0](folder, options)
     return open_dataset(folder, how_to_make(name))
 
 
-def require(name, root="data"):
+def is_made(name):
+    return os.path.exists(os.path.join("data", name, "meta.json"))
+
+
+def require(name):
     """Raise UserError if dataset `name` neither is there nor can be made without network."""
-    if name not in OFFLINE and not os.path.exists(os.path.join(root, name, "meta.json")):
-        raise UserError(f"there is no dataset {os.path.join(root, name)}. {advice(name)}")
+    if name not in OFFLINE and not is_made(name):
+        known = name.partition("-")[0] in DATASETS
+        advice = f"Make it: {how_to_make(name)}" if known else (
+            f"Datasets that can be made: {', '.join(DATASETS)}, for instance: {how_to_make('addition')}. "
+            "One of your own: docs/data.md")
+        raise UserError(f"there is no dataset data/{name}. {advice}")
 
 
-def advice(name):
-    """What to type for a dataset that is not there."""
-    if name.partition("-")[0] in DATASETS:
-        return f"Make it: {how_to_make(name)}"
-    return f"Datasets that can be made: {', '.join(DATASETS)}, for instance: {how_to_make('addition')}. " \
-           "One of your own: docs/data.md"
+def how_to_make(name):
+    """The command that makes dataset `name`."""
+    base, _, tokenizer = name.partition("-")
+    words = OFFLINE.get(name) or [base, *([f"--tokenizer={tokenizer}"] if tokenizer else [])]
+    return typed("python", "prepare_data.py", *words)
 
 
 # ------------------------------------------------------------------------------------------------------------
 # addition: `5 3 + 2 1 = ? ? ? ? ?` -> `0 0 0 7 4`
+
 
 def make_addition(folder, options):
     """Pairs shuffled by a fixed seed, four fifths to train on, one fifth held out, no pair in both.
@@ -129,8 +127,6 @@ def make_python(folder, options):
 
 def make_text(folder, options):
     """The files given with --file."""
-    if not options.file:
-        raise UserError("text needs your files: python prepare_data.py text --file=A.txt --file=B.txt")
     command = typed("python", "prepare_data.py", *sys.argv[1:])
     if os.path.exists(os.path.join(folder, "meta.json")):
         before = open_dataset(folder, command).meta.get("made_by", "not made by this command")
@@ -156,32 +152,44 @@ def make_openwebtext(folder, options):
 
 
 def make_fineweb(folder, options):
-    shards = os.path.join(folder, "shards")
-    write_dataset(folder, **corpora.fineweb(shards, options.shards, options.tokenizer))
+    write_dataset(folder, **corpora.fineweb(options.shards))
 
 
 def make_dolma(folder, options):
-    shards = os.path.join(os.path.dirname(folder), "dolma", "shards")  # one, whatever the tokenizer
+    shards = os.path.join("data", "dolma", "shards")  # one, whatever the tokenizer
     write_dataset(folder, **corpora.dolma(shards, options.shards, options.tokenizer, options.processes))
 
 
+# ------------------------------------------------------------------------------------------------------------
+# the command line
+
+# {dataset: (what makes it, the options that it takes)}
 DATASETS = {
-    "addition": make_addition,
-    "stdlib": make_stdlib,
-    "python": make_python,
-    "text": make_text,
-    "shakespeare": make_shakespeare,
-    "openwebtext": make_openwebtext,
-    "fineweb": make_fineweb,
-    "dolma": make_dolma,
+    "addition": (make_addition, ["--digits"]),
+    "stdlib": (make_stdlib, ["--tokenizer"]),
+    "python": (make_python, ["--tokenizer"]),
+    "text": (make_text, ["--tokenizer", "--file", "--as"]),
+    "shakespeare": (make_shakespeare, ["--tokenizer"]),
+    "openwebtext": (make_openwebtext, ["--tokenizer", "--processes"]),
+    "fineweb": (make_fineweb, ["--shards"]),
+    "dolma": (make_dolma, ["--tokenizer", "--shards", "--processes"]),
 }
-MOST_DIGITS = 4
-# Those that need no network: train.py makes them on first use. {name: (dataset, options of `make`)}
-OFFLINE = {"addition": ("addition", {}),
-           "stdlib": ("stdlib", {}),
-           "python": ("python", {}),
-           "stdlib-gpt2": ("stdlib", {"tokenizer": "gpt2"})}
-OFFLINE |= {f"addition{d}": ("addition", {"digits": d}) for d in range(1, MOST_DIGITS + 1) if d != 2}
+OPTIONS = {
+    "--digits": {"type": int, "choices": range(1, 5), "help": "of each of the two numbers; 2"},
+    "--tokenizer": {"choices": text.TOKENIZERS, "help": "bytes; of openwebtext gpt2, of dolma olmo"},
+    "--file": {"action": "append", "required": True, "type": os.path.expanduser,
+               "help": "one document; give it as often as you like"},
+    "--as": {"dest": "called", "metavar": "NAME", "help": "the dataset is data/NAME, not data/text"},
+    "--shards": {"type": int, "choices": range(1, 104), "default": 10, "metavar": "N",
+                 "help": "how many of the 103 files; 10"},
+    "--processes": {"type": int, "default": os.cpu_count(), "help": "how many encode at once"},
+}
+# made for this tokenizer, and named without it; others for bytes
+STANDARD = {"openwebtext": "gpt2", "dolma": "olmo"}
+# those that need no network, and what to type for them: train.py makes them on first use
+OFFLINE = {"addition": ["addition"], "stdlib": ["stdlib"], "python": ["python"],
+           "stdlib-gpt2": ["stdlib", "--tokenizer=gpt2"],
+           **{f"addition{digits}": ["addition", f"--digits={digits}"] for digits in (1, 3, 4)}}
 # what was made for a dataset: a config, and what must be said beside it
 MADE_FOR = {"addition": "config/addition.py", "addition3": "config/addition3.py",
             "stdlib": "config/stdlib.py", "python": "config/python.py", "stdlib-gpt2": "config/gpt2_smoke.py",
@@ -189,54 +197,31 @@ MADE_FOR = {"addition": "config/addition.py", "addition3": "config/addition3.py"
             "dolma": "config/olmo_1b.py",
             "dolma-olmo2": "config/olmo_1b.py --init_from=allenai/OLMo-2-0425-1B --dataset=dolma-olmo2 "
                            "--out_dir=out/olmo2_1b"}
-# made for this tokenizer, and named without it; others for bytes
-STANDARD = {"openwebtext": "gpt2", "fineweb": "gpt2", "dolma": "olmo"}
-
-
-def make(name, folder, file=(), tokenizer="bytes", shards=10, processes=4, digits=2):
-    """Make dataset `name` in folder. The options are those of the command line."""
-    DATASETS[name](folder, argparse.Namespace(file=file, tokenizer=tokenizer, shards=shards,
-                                              processes=processes, digits=digits))
 
 
 def command_line():
     """The parser of `python prepare_data.py`."""
-    parser = argparse.ArgumentParser(
-        prog="prepare_data.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("name", choices=DATASETS)
-    parser.add_argument("--digits", type=int, help=f"of addition: of each number, 1 to {MOST_DIGITS}; 2")
-    parser.add_argument("--tokenizer", choices=text.TOKENIZERS,
-                        help="of a text; bytes, but gpt2 for openwebtext and fineweb, olmo for dolma")
-    parser.add_argument("--file", action="append", default=[], type=os.path.expanduser,
-                        help="of text: a file, one document; give it as often as you like")
-    parser.add_argument("--as", dest="called", metavar="NAME",
-                        help="of text: the dataset is data/NAME; text. A second one wants another name")
-    parser.add_argument("--shards", type=int, help="of fineweb and dolma: how many of their 103 files; 10")
-    parser.add_argument("--processes", type=int, default=os.cpu_count(),
-                        help="of openwebtext and dolma: how many encode at once")
+    parser = argparse.ArgumentParser(prog="prepare_data.py", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    names = parser.add_subparsers(dest="name", required=True, metavar="NAME")
+    for name, (_, options) in DATASETS.items():
+        of_dataset = names.add_parser(name)
+        for option in options:
+            of_dataset.add_argument(option, **OPTIONS[option])
+        of_dataset.set_defaults(digits=2, called=None, tokenizer=STANDARD.get(name, "bytes"))
     return parser
 
 
-TAKERS = {"digits": ("addition",), "shards": ("fineweb", "dolma"), "file": ("text",), "called": ("text",),
-          "tokenizer": set(DATASETS) - {"addition"}}
-
-
-def refuse_what_does_not_fit(options):
-    """Raise UserError where the options contradict the dataset or are out of range; None: not given."""
-    for flag, takers in TAKERS.items():
-        given = getattr(options, flag) not in (None, [])
-        if given and options.name not in takers:
-            raise UserError(f"{options.name} takes no --{'as' if flag == 'called' else flag}")
-    if options.digits is not None and not 1 <= options.digits <= MOST_DIGITS:
-        raise UserError(f"--digits must be 1 to {MOST_DIGITS}, the digits of each of the two numbers")
-    if options.shards is not None and not 1 <= options.shards <= 103:
-        raise UserError("--shards must be 1 to 103")
-    taken = {*DATASETS, *OFFLINE, "", ".", "..", "~"}
-    if options.called in taken or "/" in (options.called or ""):
+def name_of(options):
+    """What the dataset that the command line asks for is called: addition3, dolma-olmo2, hamlet."""
+    if options.called in {*DATASETS, *OFFLINE} or re.search("^[.~]|/", options.called or ""):
         raise UserError(f"--as={options.called} is no name for a dataset of yours. Choose another")
-    if options.processes < 1:
-        raise UserError("--processes must be at least 1")
+    name = options.called or options.name
+    if options.digits != 2:
+        name += str(options.digits)
+    if options.tokenizer != STANDARD.get(options.name, "bytes"):
+        name += f"-{options.tokenizer}"
+    return name
 
 
 def what_next(name, data):
@@ -256,17 +241,10 @@ def what_next(name, data):
 def main(arguments):
     options = command_line().parse_args(arguments)
     try:
-        refuse_what_does_not_fit(options)
-        standard = STANDARD.get(options.name, "bytes")
-        name = options.called or options.name
-        if options.digits not in (None, 2):
-            name += str(options.digits)
-        if options.tokenizer not in (None, standard):
-            name += f"-{options.tokenizer}"
+        name = name_of(options)
         folder = os.path.join("data", name)
         with locked(folder):
-            make(options.name, folder, options.file, options.tokenizer or standard, options.shards or 10,
-                 options.processes, options.digits or 2)
+            DATASETS[options.name][0](folder, options)
         data = load(name)
     except (UserError, OSError) as error:
         sys.exit(f"error: {error}")

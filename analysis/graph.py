@@ -27,8 +27,7 @@ from features.influence import (
 )
 from features.transcoder import Transcoder
 from model import GPT
-from models.checkpoint import is_of, model_of, read_checkpoint
-from models.sound import is_finite
+from models.checkpoint import is_finite, is_of, model_of, read_checkpoint
 from models.sources import checkpoint_named, folder_of_answers
 from storage.files import UserError, typed, write_json
 

@@ -22,8 +22,7 @@ from tqdm import tqdm
 import prepare_data
 from features.transcoder import Transcoder, quality, read_and_written
 from model import GPT
-from models.checkpoint import fingerprint, is_of, model_of, read_checkpoint, save_checkpoint
-from models.sound import is_finite
+from models.checkpoint import fingerprint, is_finite, is_of, model_of, read_checkpoint, save_checkpoint
 from models.sources import checkpoint_named, folder_of_answers
 from storage.files import UserError, read_json, write_json
 from training import parallel

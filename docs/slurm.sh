@@ -11,7 +11,7 @@
 # SIGTERM, three minutes before the time is up: the run saves and ends; the same job, submitted again, goes on from there.
 set -euo pipefail
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=150  # else torchrun kills after 30 seconds, perhaps within a step or an evaluation
-export TORCH_HOME="$PWD/data/torch" HF_HOME="$PWD/data/huggingface"  # process 0 downloads, all nodes read
+export HF_HOME="$PWD/data/huggingface"  # process 0 downloads, all nodes read
 first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 srun torchrun --nnodes="$SLURM_NNODES" --nproc_per_node=8 --rdzv_backend=c10d --rdzv_id="$SLURM_JOB_ID" \
     --rdzv_endpoint="$first:29500" train.py "${@:-config/gpt2.py}"

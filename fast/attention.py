@@ -19,6 +19,7 @@ import importlib.util
 import os
 
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
 from gate import GATES, gated_attention, shared_among_heads
@@ -134,16 +135,8 @@ def computed_by(impl):
 
 
 @torch.library.custom_op("sparse_attention::forward", mutates_args=())
-def forward(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    bias: torch.Tensor,
-    seed: torch.Tensor | None,
-    temperature: float,
-    linear_penalty: bool,
-    impl: str,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def forward(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, seed: Tensor | None, temperature: float,
+            linear_penalty: bool, impl: str) -> tuple[Tensor, Tensor, Tensor]:
     """q, k, v (B, H, T, D); bias (H,).
 
     Returns y (B, H, T, D); the penalty's sum over the causal pairs of every head (B H); lse (B, H, T).
@@ -158,34 +151,19 @@ def forward(
 def _(q, k, v, bias, seed, temperature, linear_penalty, impl):
     B, H, T, _ = q.shape
     exact = torch.promote_types(q.dtype, torch.float32)
-    return (
-        torch.empty_like(v, memory_format=torch.contiguous_format),
-        q.new_empty(B * H, dtype=exact),
-        q.new_empty(B, H, T, dtype=exact),
-    )
+    return (torch.empty_like(v, memory_format=torch.contiguous_format), q.new_empty(B * H, dtype=exact),
+            q.new_empty(B, H, T, dtype=exact))
 
 
 @torch.library.custom_op("sparse_attention::backward", mutates_args=())
-def backward(
-    dy: torch.Tensor,
-    dpenalty: torch.Tensor,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    bias: torch.Tensor,
-    seed: torch.Tensor | None,
-    y: torch.Tensor,
-    lse: torch.Tensor,
-    temperature: float,
-    linear_penalty: bool,
-    impl: str,
-) -> list[torch.Tensor]:
+def backward(dy: Tensor, dpenalty: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Tensor,
+             seed: Tensor | None, y: Tensor, lse: Tensor, temperature: float, linear_penalty: bool,
+             impl: str) -> list[Tensor]:
     """The gradients of `forward`'s y and penalty. Returns dq, dk, dv."""
     module, options = computed_by(impl)
     with torch.autocast(q.device.type, enabled=False):
-        return module.backward(
-            dy, dpenalty, q, k, v, bias, seed, y, lse, temperature, linear_penalty, **options
-        )
+        return module.backward(dy, dpenalty, q, k, v, bias, seed, y, lse, temperature, linear_penalty,
+                               **options)
 
 
 @backward.register_fake

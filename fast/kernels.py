@@ -264,9 +264,11 @@ def ready(q, k, v, bias, seed):
     return tensors, numbers, {"D": D, "WIDTH": max(16, triton.next_power_of_2(D)), "NOISE": seed is not None}
 
 
-def launch(kernel, D, dtype):
+def launch(kernel, D, dtype, tile=None):
     """ROWS and COLUMNS of a kernel's tile, and options of its launch: what was fastest on an H100
     (docs/gpu.md), of those that fit into the registers and shared memory of small GPUs, too.
+
+    tile: (ROWS, COLUMNS), powers of two from 16; None chooses.
     """
     if dtype == torch.float32:
         rows = columns = 16 if kernel is not forward_kernel and D > 64 else 32
@@ -277,31 +279,25 @@ def launch(kernel, D, dtype):
         rows, columns, stages = 64, 32, 3
     else:
         rows, columns, stages = 32, 64, 3 if D <= 64 else 2
+    rows, columns = tile or (rows, columns)
     return {"ROWS": rows, "COLUMNS": columns, "num_warps": 4, "num_stages": stages}
-
-
-def launch_for(kernel, q, tile):
-    """`launch` for queries q (B, H, T, D), with another tile (ROWS, COLUMNS) if there is one."""
-    return launch(kernel, q.shape[-1], q.dtype) | ({"ROWS": tile[0], "COLUMNS": tile[1]} if tile else {})
 
 
 def forward(q, k, v, bias, seed, temperature, linear_penalty, tile=None):
     """q, k, v (B, H, T, D); bias (H,); seed (2,) of the noise, or None.
 
-    Returns y (B, H, T, D), the penalty's sum per head (B H), lse (B, H, T). tile: (ROWS, COLUMNS), powers of
-    two from 16; None chooses.
+    Returns y (B, H, T, D), the penalty's sum per head (B H), lse (B, H, T). tile: see `launch`.
     """
     (q, k, v, bias, seed), numbers, options = ready(q, k, v, bias, seed)
     B, H, T, D = q.shape
-    options |= launch_for(forward_kernel, q, tile)
+    options |= launch(forward_kernel, D, q.dtype, tile)
     tiles = triton.cdiv(T, options["ROWS"])
     y = torch.empty_like(v, memory_format=torch.contiguous_format)
     lse = q.new_empty(B, H, T, dtype=torch.float32)
     penalty = q.new_empty(B * H, tiles, dtype=torch.float32)
     with torch.cuda.device_of(q):  # the kernel runs where q is, which need not be the current GPU
-        forward_kernel[(B * H, tiles)](
-            q, k, v, y, lse, penalty, bias, seed, *numbers, **options, LINEAR=linear_penalty
-        )
+        forward_kernel[(B * H, tiles)](q, k, v, y, lse, penalty, bias, seed, *numbers, **options,
+                                       LINEAR=linear_penalty)
     return y, penalty.sum(1), lse
 
 
@@ -312,7 +308,7 @@ def backward(dy, dpenalty, q, k, v, bias, seed, y, lse, temperature, linear_pena
     dy, dpenalty, delta = dy.contiguous(), dpenalty.contiguous(), torch.empty_like(lse)
     dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
     options |= {"TEMPERATURE": temperature, "LINEAR": linear_penalty}
-    of_dq, of_dkdv = (options | launch_for(kernel, q, tile) for kernel in (dq_kernel, dkdv_kernel))
+    of_dq, of_dkdv = (options | launch(kernel, D, q.dtype, tile) for kernel in (dq_kernel, dkdv_kernel))
     shared = lse, delta, dpenalty, bias, seed, *numbers
     with torch.cuda.device_of(q):
         dq_kernel[(B * H, triton.cdiv(T, of_dq["ROWS"]))](q, k, v, y, dy, dq, *shared, **of_dq)

@@ -55,9 +55,8 @@ def strips(heads, T):
     for i in range(0, T, ROWS):
         end = min(i + ROWS, T)
         keys = min(math.ceil(end / quarter) * quarter, T)
-        together = max(
-            n for n in range(1, heads + 1) if heads % n == 0 and (n == 1 or n * ROWS * keys <= STRIP)
-        )
+        most = max(1, STRIP // (ROWS * keys))
+        together = max(n for n in range(1, heads + 1) if heads % n == 0 and n <= most)
         for h in range(0, heads, together):
             yield slice(h, h + together), slice(i, end), slice(keys)
 
@@ -88,9 +87,8 @@ def forward_strip(q, k, v, bias, position, rows, columns, linear_penalty):
     return (noisy > 0).to(p.dtype) * p @ v, lse, penalty.sum((1, 2))  # a product, so that a NaN is seen
 
 
-def backward_strip(
-    dy, dpenalty, q, k, v, bias, position, rows, columns, lse, delta, temperature, linear_penalty
-):
+def backward_strip(dy, dpenalty, q, k, v, bias, position, rows, columns, lse, delta, temperature,
+                   linear_penalty):
     """Gradients of what `forward_strip` returns: of q, and this strip's share of those of k and v.
 
     delta (heads, queries, 1), dpenalty (heads).
@@ -128,13 +126,8 @@ def prepare(q, k, v, bias, seed):
     B, H, T, D = q.shape
     exact = torch.promote_types(q.dtype, torch.float32)
     q, k, v = (x.reshape(B * H, T, D).to(exact).contiguous() for x in (q, k, v))
-    return (
-        q / math.sqrt(D),
-        k,
-        v,
-        bias.to(exact).repeat(B),
-        *((None, None) if seed is None else edge_codes(seed, B * H, T)),
-    )
+    codes = (None, None) if seed is None else edge_codes(seed, B * H, T)
+    return q / math.sqrt(D), k, v, bias.to(exact).repeat(B), *codes
 
 
 def forward(q, k, v, bias, seed, temperature, linear_penalty, fuse=False):
@@ -148,9 +141,8 @@ def forward(q, k, v, bias, seed, temperature, linear_penalty, fuse=False):
     strip, position = compiled(forward_strip) if fuse else forward_strip, torch.arange(T)
     for h, i, j in strips(B * H, T):
         noise = (None, None) if rows is None else (rows[h, i], columns[h, j])
-        y[h, i], lse[h, i], part = strip(
-            q[h, i], k[h, j], v[h, j], bias[h], position[i], *noise, linear_penalty
-        )
+        y[h, i], lse[h, i], part = strip(q[h, i], k[h, j], v[h, j], bias[h], position[i], *noise,
+                                         linear_penalty)
         penalty[h] += part
     return y.view(B, H, T, D).to(dtype), penalty, lse.view(B, H, T)
 

@@ -1,6 +1,6 @@
 """Models as files, and models other than GPT-2.
 
-1. checkpoint.py   a model on disk, in and out, whoever wrote it; sound.py: is it what it says?
+1. checkpoint.py   a model on disk, in and out, whoever wrote it
    sources.py      which checkpoint a name means
 2. huggingface.py  what transformers wrote, GPT-2 among it
 3. olmo.py         OLMo with the same gates; olmo_files.py: its files on Hugging Face

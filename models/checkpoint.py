@@ -11,8 +11,8 @@ Notable:
 - A file is written under a temporary name, flushed, then renamed: whatever happens, the path holds the old
   one or the new one, whole.
 - `torch.load(weights_only=True)`: a file is data, not a program.
-- A model is built on torch's meta device, without memory, and filled tensor by tensor: the peak is the model
-  and one tensor.
+- A model is built on torch's meta device, without memory, compared with the tensors, then filled one by one:
+  every tensor that is missing, extra or of another shape is named, and the peak is the model and one tensor.
 - nanoGPT can load our 'model', but its own GPTConfig does not know our further model_args.
 """
 
@@ -25,7 +25,8 @@ from torch.overrides import TorchFunctionMode
 
 from gate import GateConfig
 from model import GPT, GPTConfig
-from models import huggingface, lora, olmo, olmo_files, sound
+from models import huggingface, lora, olmo, olmo_files
+from models.huggingface import unwrapped
 from models.sources import config_for, from_here, is_elsewhere
 from storage.files import UserError, replacing
 
@@ -33,9 +34,7 @@ from storage.files import UserError, replacing
 def save_checkpoint(path, checkpoint):
     """Write a dict of tensors and plain values to path, whole or not at all.
 
-    Written to a temporary name first, flushed to the disk, then renamed: whatever happens, the path holds
-    either the old file or the new one. Raises UserError, the old file untouched, if the disk is full or the
-    folder not writable.
+    Raises UserError, the old file untouched, if the disk is full or the folder not writable.
     """
     try:
         with replacing(path) as temporary, open(temporary, "wb") as f:
@@ -44,7 +43,7 @@ def save_checkpoint(path, checkpoint):
             os.fsync(f.fileno())
     except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
         raise UserError(f"cannot write {path}: {error}. What it held before is untouched. "
-                              "Free some space, or choose another place") from error
+                        "Free some space, or choose another place") from error
 
 
 def read_checkpoint(path):
@@ -59,71 +58,100 @@ def read_checkpoint(path):
         return huggingface.read(path)
     if not os.path.exists(path):
         raise UserError(f"there is no checkpoint {path}. Train one first: python train.py {config_for(path)}")
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    # zip and pickle errors of many types: most mean that the file is not what it should be
-    except Exception as error:
-        wrong = (
-            f"({type(error).__name__}): it is truncated or not a checkpoint at all. "
-            "If it is a run's, move its folder away and start the run again"
-        )
-        raise UserError(f"{path} cannot be read {huggingface.cause_of(error) or wrong}") from error
-    missing = {"model", "model_args"} - set(checkpoint if isinstance(checkpoint, dict) else ())
-    if not missing and not (isinstance(checkpoint["model"], dict | None)
-                            and isinstance(checkpoint["model_args"], dict)):
-        missing = {"dictionary of model and model_args"}
-    if missing:
-        raise UserError(
-            f"{path} is no checkpoint of this project or of nanoGPT: it has no "
-            f"{' and no '.join(sorted(missing))}. To make one of a model: {huggingface.SAVE_ANEW}"
-        )
+    checkpoint = huggingface.read_file(path)
+    if not isinstance(checkpoint, dict) or not {"model", "model_args"} <= set(checkpoint):
+        raise UserError(f"{path} is no checkpoint of this project or of nanoGPT: it has no model and no "
+                        f"model_args. To make one of a model: {huggingface.SAVE_ANEW}")
     return as_seen_from_here(checkpoint, path)
 
 
 def as_seen_from_here(checkpoint, path):
     """A checkpoint that was read from path; in it the models that it names, where they lie seen from here.
     """
-    named = [key for key in ("parent", "reference", "base") if checkpoint.get(key)]
-    out_dir = (checkpoint.get("config") or {}).get("out_dir") if named else None
-    for key in named if out_dir else ():
-        checkpoint[key] = from_here(checkpoint[key], os.path.dirname(path), out_dir)
+    out_dir = (checkpoint.get("config") or {}).get("out_dir")
+    for key in ("parent", "reference", "base"):
+        if out_dir and checkpoint.get(key):
+            checkpoint[key] = from_here(checkpoint[key], os.path.dirname(path), out_dir)
     if "gate_bias" in checkpoint:  # export.py's, beside model_args that nanoGPT understands
         ours = huggingface.gate_of(checkpoint) | {"gelu": checkpoint.get("gelu", "none")}
         checkpoint["model_args"] = checkpoint["model_args"] | ours
     return checkpoint
 
 
+# ------------------------------------------------------------------------------------------------------------
+# Is it the same model?
+
 # of model_args: what changes no number that a model computes; block_size is the shape of a GPT's positions
 IDLE = ("gate_temperature", "dropout", "init_std", "block_size")
 
 
-def fingerprint(checkpoint, whole=True):
+def fingerprint(checkpoint):
     """Tells checkpoints of one name apart: sha256 of all that a model computes with, tensor by tensor, in
     alphabetical order (1 GB a second); None of a sharded run that has not ended.
-
-    whole: False is the fingerprint of before, of the first numbers of all tensors; see `is_of`.
     """
-    tensors = checkpoint["model"]
+    tensors, args = checkpoint["model"], checkpoint["model_args"]
     if tensors is None:
         return None
-    args = checkpoint["model_args"]
     idle = (*IDLE, *(() if args.get("gated") else (f.name for f in fields(GateConfig))))
     computed = sorted(f"{key}={value!r}" for key, value in args.items() if key not in idle)
-    digest = hashlib.sha256(repr(computed).encode() if whole else b"")
+    digest = hashlib.sha256(repr(computed).encode())
     for name in sorted(tensors):
         tensor = tensors[name]
-        if whole:
-            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        numbers = tensor.flatten() if whole else tensor.flatten()[:1024]
-        digest.update(numbers.contiguous().view(torch.uint8).numpy())
-    return ("whole-" if whole else "") + digest.hexdigest()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.flatten().contiguous().view(torch.uint8).numpy())
+    return "whole-" + digest.hexdigest()
 
 
 def is_of(known, checkpoint):
-    """Is `known`, which somebody wrote down, the fingerprint of this checkpoint? Files from before all
-    numbers took part hold one of the beginnings.
+    """Is `known`, which somebody wrote down, the fingerprint of this checkpoint?"""
+    return known == fingerprint(checkpoint)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# From a checkpoint to a model
+
+
+def stored_names(state):
+    """{name in the model: name in state}, but for the causal mask of old nanoGPT checkpoints."""
+    names = {unwrapped(name): name for name in state}
+    return {plain: name for plain, name in names.items() if not plain.endswith(".attn.bias")}
+
+
+def require_fit(model, state, path, names=None):
+    """Raise UserError, naming every missing, extra or wrongly shaped tensor of state. model may be empty.
+
+    names: what state must hold, no less and no more; everything but LoRA adapters if left out. A matrix that
+    serves twice (tied) may be there once.
     """
-    return known == fingerprint(checkpoint, whole=str(known).startswith("whole-"))
+    expected, adapters, stored = model.state_dict(), lora.state_of(model), stored_names(state)
+    names = [name for name in expected if name not in adapters] if names is None else names
+    once = dict(model.named_parameters())  # a tied one under its first name alone
+    wrong = [f"{name} is missing" for name in names if name not in stored and name in once]
+    wrong += [f"{name} is extra" for name in stored if name not in names]
+    for name in names:
+        found = shape_in(state, stored[name]) if name in stored else None
+        if found not in (None, tuple(expected[name].shape)):
+            wrong.append(f"{name} is {found}, the model's is {tuple(expected[name].shape)}")
+    complain(wrong, path)
+
+
+def shape_in(state, name):
+    """The shape of a tensor in state, or what is there instead."""
+    if hasattr(state, "shape"):  # huggingface.LazyTensors, on the disk
+        return tuple(state.shape(name))
+    return tuple(state[name].shape) if torch.is_tensor(state[name]) else f"a {type(state[name]).__name__}"
+
+
+def is_finite(tensor):
+    """No NaN and no infinite number? Piece by piece, so that a large tensor needs little more memory."""
+    return all(piece.isfinite().all() for piece in tensor.flatten().split(1 << 20))
+
+
+def complain(wrong, path):
+    """Raise UserError if there is anything in the list."""
+    if wrong:
+        shown = "; ".join(wrong[:5]) + (f"; and {len(wrong) - 5} more" if len(wrong) > 5 else "")
+        raise UserError(f"{path} does not fit the model: {shown}")
 
 
 def copy_into(target, tensor):
@@ -135,9 +163,8 @@ def copy_into(target, tensor):
         from torch.distributed.tensor import distribute_tensor
 
         # everybody has read it: nothing to send
-        tensor = distribute_tensor(
-            tensor.to(target.device), target.device_mesh, target.placements, src_data_rank=None
-        )
+        tensor = distribute_tensor(tensor.to(target.device), target.device_mesh, target.placements,
+                                   src_data_rank=None)
     target.copy_(tensor)
 
 
@@ -148,14 +175,14 @@ def load_weights(model, state, path="the checkpoint", names=None):
     names: what it must hold, no less and no more; everything but LoRA adapters if left out. Raises UserError
     naming every tensor that is missing, extra, of another shape, or not finite.
     """
-    sound.require_fit(model, state, path, names)
-    own, wrong = model.state_dict(), []
-    for name, stored in sound.stored_names(state).items():
+    require_fit(model, state, path, names)
+    targets, wrong = model.state_dict(), []
+    for name, stored in stored_names(state).items():
         tensor = state[stored]  # read from the disk here, if the mapping does
-        if not sound.is_finite(tensor):
+        if not is_finite(tensor):
             wrong.append(f"{name} holds NaN or infinite numbers")
-        copy_into(own[name], tensor)
-    sound.complain(wrong, path)
+        copy_into(targets[name], tensor)
+    complain(wrong, path)
 
 
 class Uninitialised(TorchFunctionMode):
@@ -169,14 +196,35 @@ class Uninitialised(TorchFunctionMode):
         return function(*args, **(kwargs or {}))
 
 
-def classes_of(args):
-    """(model class, config class) for model_args."""
-    return (olmo.OLMo, olmo.OLMoConfig) if args.get("architecture") == "olmo" else (GPT, GPTConfig)
+def empty_model(checkpoint, path, **overrides):
+    """The model that a checkpoint's model_args describe, on the meta device: shapes without memory."""
+    args = {**checkpoint["model_args"], **overrides}
+    for ablation in ("gate_on_weights", "renormalise"):  # of commits up to 09dc135
+        if args.pop(ablation, False):
+            raise UserError(f"{path} was trained with {ablation}, which this version no longer computes")
+    is_olmo = args.get("architecture") == "olmo"
+    model_class, config_class = (olmo.OLMo, olmo.OLMoConfig) if is_olmo else (GPT, GPTConfig)
+    unknown = sorted(set(args) - {f.name for f in fields(config_class)})
+    if unknown:
+        raise UserError(f"{path} holds another architecture: its model_args have {', '.join(unknown)}, which "
+                        f"{config_class.__name__} does not know")
+    if "gated" not in checkpoint["model_args"] and not is_olmo:  # a checkpoint of nanoGPT
+        args = {"gelu": "none", "tied": is_tied(checkpoint["model"])} | args
+    try:
+        with torch.device("meta"), Uninitialised():
+            return model_class(config_class(**args))
+    except (ValueError, TypeError, RuntimeError, ZeroDivisionError) as error:  # sizes that make no model
+        raise UserError(f"{path}: its model_args make no model: {error}") from error
 
 
-def model_of(
-    checkpoint, path, device="cpu", prepare=lambda model: model, merged=True, **overrides
-):
+def is_tied(state):
+    """Are a GPT-2's output and input embedding one matrix? A fork of nanoGPT's may have untied them."""
+    stored = stored_names(state)
+    pair = [state[stored[name]] for name in ("lm_head.weight", "transformer.wte.weight") if name in stored]
+    return len(pair) < 2 or torch.equal(*pair)
+
+
+def model_of(checkpoint, path, device="cpu", prepare=lambda model: model, merged=True, **overrides):
     """The model in a checkpoint's dict, in evaluation mode. overrides change its config, e.g. gated=False to
     run it dense.
 
@@ -188,38 +236,20 @@ def model_of(
 
     Raises UserError if the architecture is unknown or the weights do not fit it.
     """
-    if checkpoint["model"] is None:
+    state = checkpoint["model"]
+    if state is None:
         raise UserError(f"{path} is of a sharded run of an earlier version that has not ended: its weights "
                         "lie in parts beside it. Use its best.pt")
     if "lora" in checkpoint:
         return adapted_model_of(checkpoint, path, device, prepare, merged, **overrides)
-    args = {**checkpoint["model_args"], **overrides}
-    for ablation in ("gate_on_weights", "renormalise"):  # of commits up to 09dc135
-        if args.pop(ablation, False):
-            raise UserError(f"{path} was trained with {ablation}, which this version no longer computes")
-    model_class, config_class = classes_of(args)
-    unknown = sorted(set(args) - {f.name for f in fields(config_class)})
-    if unknown:
-        raise UserError(
-            f"{path} holds another architecture: its model_args have {', '.join(unknown)}, which "
-            f"{config_class.__name__} does not know"
-        )
-    if "gated" not in checkpoint["model_args"] and model_class is GPT:
-        args.setdefault("gelu", "none")  # a checkpoint of nanoGPT
-        args["tied"] = args["tied"] if "tied" in args else sound.is_tied(checkpoint["model"])
-    sound.require_args(args, config_class, checkpoint["model"], path)
-    try:
-        with torch.device("meta"), Uninitialised():  # no memory yet: what comes below is the only copy
-            model = model_class(config_class(**args))
-    except ValueError as error:  # sizes that do not fit together
-        raise UserError(f"{path}: {error}") from error
+    model = empty_model(checkpoint, path, **overrides)
     prepare(model)
-    sound.require_fit(model, checkpoint["model"], path)
+    require_fit(model, state, path)  # before anything takes memory
     model.to_empty(device=device).tie()
     for layer in lora.adapters_of(model).values():
         for name, tensor in layer.initial().items():
             copy_into(getattr(layer, name).data, tensor)
-    load_weights(model, checkpoint["model"], path)
+    load_weights(model, state, path)
     return model.eval()
 
 
@@ -229,19 +259,24 @@ def adapted_model_of(checkpoint, path, device, prepare, merged, **overrides):
     if not is_of(checkpoint["base_fingerprint"], base):
         raise UserError(f"{path} holds adapters for {checkpoint['base']}, which holds other weights now than "
                         "when they were trained. Put the old file back")
-    sound.require_adapters(checkpoint, base, path)
-    # merge before anything is cut
-    early, late = (lambda model: model, prepare) if merged else (prepare, lambda model: model)
-    model = model_of(base, checkpoint["base"], device,
-                     lambda model: early(lora.add(model, **checkpoint["lora"])),
+
+    def with_adapters(model):
+        model = lora.add(model, **checkpoint["lora"])
+        return model if merged else prepare(model)
+
+    model = model_of(base, checkpoint["base"], device, with_adapters,
                      **{**checkpoint["model_args"], **overrides})
     load_weights(model, checkpoint["model"], path, names=lora.state_of(model))
-    return late(lora.merge(model) if merged else model)
+    return prepare(lora.merge(model)) if merged else model  # merge before anything is cut
 
 
 def load_checkpoint(path, device="cpu", **overrides):
     """The model saved at path: `read_checkpoint`, then `model_of`."""
     return model_of(read_checkpoint(path), path, device, **overrides)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# What a checkpoint says of others
 
 
 def read_named(checkpoint, key):
@@ -282,6 +317,21 @@ def tokenizer_of(checkpoint):
     return "gpt2" if vocab_size in huggingface.GPT2_SIZES else None
 
 
+def require_tokenizer(checkpoint, path, tokenizer):
+    """Raise UserError if the model in a checkpoint is known to have been trained with another tokenizer than
+    the one of that name.
+    """
+    trained_with = tokenizer_of(checkpoint)
+    if trained_with not in (None, tokenizer):
+        raise UserError(f"{path} was trained on tokens of {trained_with!r}, the data has those of "
+                        f"{tokenizer!r}: the same numbers mean other words. Choose a dataset that belongs to "
+                        "it (prepare_data.py takes --tokenizer), or start from another model")
+
+
+# ------------------------------------------------------------------------------------------------------------
+# From a model to a checkpoint
+
+
 def state_to_save(model):
     """The tensors that a checkpoint of `model` holds: all, or of a model with LoRA adapters these alone."""
     return lora.state_of(model) or model.state_dict()
@@ -294,18 +344,8 @@ def checkpoint_of(model, **more):
     return {"model": state_to_save(model), "model_args": asdict(model.config), **more}
 
 
-def require_tokenizer(checkpoint, path, tokenizer):
-    """Raise UserError if the model in a checkpoint is known to have been trained with another tokenizer than
-    the one of that name.
-    """
-    trained_with = tokenizer_of(checkpoint)
-    if trained_with not in (None, tokenizer):
-        raise UserError(
-            f"{path} was trained on tokens of {trained_with!r}, the data has those of {tokenizer!r}: the "
-            "same numbers mean other words. "
-            "Choose a dataset that belongs to it (prepare_data.py takes --tokenizer), or start from another "
-            "model"
-        )
+SHAPE = ("n_layer", "n_head", "n_embd", "block_size")  # of every architecture
+SHAPE_OF_GPT = ("dropout", "gelu")
 
 
 def new_model(c, vocab_size, gate_settings):
@@ -313,41 +353,16 @@ def new_model(c, vocab_size, gate_settings):
 
     gate_settings: the fields of gate.GateConfig.
     """
-    same = {
-        key: getattr(c, key) for key in ("n_layer", "n_head", "n_embd", "block_size", "init_std")
-    } | gate_settings
+    shared = {key: getattr(c, key) for key in (*SHAPE, "init_std")} | gate_settings
     if c.architecture == "gpt2":
-        return GPT(
-            GPTConfig(
-                vocab_size=vocab_size,
-                dropout=c.dropout,
-                gelu=c.gelu,
-                **same,
-            )
-        )
-    return olmo.OLMo(
-        olmo.OLMoConfig(
-            vocab_size=vocab_size,
-            generation=2 if c.architecture == "olmo2" else 1,
-            n_kv_head=c.n_head,
-            n_hidden=4 * c.n_embd,
-            **same,
-        )
-    )
+        shared |= {key: getattr(c, key) for key in SHAPE_OF_GPT}
+        return GPT(GPTConfig(vocab_size=vocab_size, **shared))
+    return olmo.OLMo(olmo.OLMoConfig(vocab_size=vocab_size, generation=2 if c.architecture == "olmo2" else 1,
+                                     n_kv_head=c.n_head, n_hidden=4 * c.n_embd, **shared))
 
 
 def shape_of(config):
     """The shape of a model that is there already, in the words of training.config.SHAPE."""
     architecture = "gpt2" if isinstance(config, GPTConfig) else "olmo2" if config.generation == 2 else "olmo"
-    return {
-        key: getattr(config, key)
-        for key in (
-            "n_layer",
-            "n_head",
-            "n_embd",
-            "block_size",
-            "dropout",
-            "gelu",
-        )
-        if hasattr(config, key)
-    } | {"architecture": architecture}
+    names = [name for name in (*SHAPE, *SHAPE_OF_GPT) if hasattr(config, name)]
+    return {name: getattr(config, name) for name in names} | {"architecture": architecture}

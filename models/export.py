@@ -15,9 +15,8 @@ shows the few lines for each package, and tests prove them.
 """
 
 import os
-from dataclasses import asdict, fields
+from dataclasses import asdict
 
-from gate import GateConfig
 from models import huggingface, olmo, olmo_files
 from models.checkpoint import load_checkpoint, save_checkpoint
 from models.sources import checkpoint_named
@@ -55,36 +54,11 @@ def nanogpt(model):
     if not c.tied:
         raise UserError("nanoGPT ties the embeddings always, and this model was made with tied=False")
     if c.gelu == "tanh":
-        print(
-            "note: nanoGPT computes the exact GELU and this model GPT-2's approximation, so its logits will "
-            "differ from the third digit on"
-        )
-    args = {
-        key: getattr(c, key)
-        for key in ("n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size", "dropout")
-    }
-    gate_bias = c.gate_bias if c.gated else None
-    return {"model": model.state_dict(), "model_args": args, "gate_bias": gate_bias, "gelu": c.gelu}
-
-
-def refuse_what_would_be_lost(model, run):
-    """Raise UserError if model has a gate that no file of another package has a place for."""
-    config = type(model.config)(vocab_size=model.config.vocab_size)
-    lost = [f.name for f in fields(GateConfig) if f.name not in KNOWN_OF_GATE
-            and getattr(model.config, f.name) != getattr(config, f.name)]
-    lost += [name for name in model.state_dict() if name.split(".")[-2] not in KNOWN_MODULES]
-    if lost:
-        raise UserError(f"{run} has {', '.join(lost[:5])}, for which other packages have no place: exported "
-                        "it would be another model. Take its numbers along by hand, or teach export.py")
-
-
-# gate_temperature is training's alone
-KNOWN_OF_GATE = ("gated", "gate_bias", "gate_temperature")
-KNOWN_MODULES = (
-    "wte", "wpe", "ln_1", "ln_2", "ln_f", "c_attn", "c_proj", "c_fc", "lm_head",  # GPT-2
-    "embed_tokens", "norm", "q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm",  # OLMo
-    "gate_proj", "up_proj", "down_proj", "post_attention_layernorm", "post_feedforward_layernorm",
-)
+        print("note: nanoGPT computes the exact GELU and this model GPT-2's approximation, so its logits "
+              "will differ from the third digit on")
+    names = ("n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size", "dropout")
+    return {"model": model.state_dict(), "model_args": {name: getattr(c, name) for name in names},
+            "gate_bias": c.gate_bias if c.gated else None, "gelu": c.gelu}
 
 
 def export(run, kind, path):
@@ -96,17 +70,11 @@ def export(run, kind, path):
         raise UserError(f"{path} exists already. Choose another name, or delete it first")
     model = load_checkpoint(checkpoint_named(run))
     is_olmo = isinstance(model, olmo.OLMo)
-    refuse_what_would_be_lost(model, run)
     if is_olmo and kind != "hf":
-        raise UserError(
-            f"{kind} knows GPT-2's format only, and {run} is an OLMo. Export --to hf: TransformerLens' "
-            "bridge wraps that"
-        )
+        raise UserError(f"{kind} knows GPT-2's format only, and {run} is an OLMo. Export --to hf: "
+                        "TransformerLens' bridge wraps that")
     if kind == "hf":
-        try:
-            (olmo_files if is_olmo else huggingface).write(path, model.state_dict(), asdict(model.config))
-        except OSError as error:
-            raise UserError(str(error)) from error
+        (olmo_files if is_olmo else huggingface).write(path, model.state_dict(), asdict(model.config))
     else:
         save_checkpoint(path, {"transformer_lens": transformer_lens, "nanogpt": nanogpt}[kind](model))
 

@@ -15,8 +15,6 @@ from collections.abc import Mapping
 import torch
 
 from model import CONV1D, PRETRAINED, from_openai, openai_checkpoint
-from models.sound import unwrapped
-from storage.download import hub
 from storage.files import UserError, json_of, read_json, replacing
 
 # vocabularies of GPT-2's: with a few tokens more, such as a pad token, or padded; 50,280 is OLMo's
@@ -34,11 +32,17 @@ FIXED = {
     "layer_norm_epsilon": 1e-5,
     "add_cross_attention": False,
 }
-
-
+WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
+# what torch.compile, DDP, FSDP and recomputation put into names, in front and in the middle
+WRAPPERS = {"_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 # what transformers itself leaves aside when it loads a language model: angles of the rotations, and the head
 # of a classifier
 LEFT_ASIDE = re.compile(r"(rotary_emb\.inv_freq|(^|\.)score\.weight)$")
+
+
+def unwrapped(name):
+    """A tensor's name without WRAPPERS."""
+    return ".".join(part for part in name.split(".") if part not in WRAPPERS)
 
 
 def leave_aside(tensors, source):
@@ -50,66 +54,45 @@ def leave_aside(tensors, source):
 
 def is_huggingface(path):
     """Does `path` name one of OpenAI's models, or a folder or file that transformers wrote?"""
-    return (
-        path in PRETRAINED
-        or path.endswith((".safetensors", ".bin"))
-        or os.path.exists(os.path.join(path, "config.json"))
-        and any(os.path.exists(os.path.join(path, name)) for name in WEIGHTS)
-    )
-
-
-WEIGHTS = (
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "pytorch_model.bin",
-    "pytorch_model.bin.index.json",
-)
+    is_folder = os.path.exists(os.path.join(path, "config.json")) and any(
+        os.path.exists(os.path.join(path, name)) for name in WEIGHTS)
+    return path in PRETRAINED or path.endswith((".safetensors", ".bin")) or is_folder
 
 
 def read(source):
     """A checkpoint as nanoGPT lays it out, {'model', 'model_args'}, from OpenAI's name, a folder of
-    transformers, or a file of one.
-
-    An OpenAI name is downloaded once into torch's cache (TORCH_HOME) and checked. Raises UserError.
+    transformers, or a file of one. Raises UserError.
     """
     if source in PRETRAINED:
         return openai_checkpoint(source)
     folder = source if os.path.isdir(source) else os.path.dirname(source)
-    theirs = {}
-    if os.path.exists(os.path.join(folder, "config.json")):
-        theirs = read_json(os.path.join(folder, "config.json"))
+    config = os.path.join(folder, "config.json")
+    theirs = read_json(config) if os.path.exists(config) else {}
     if not os.path.isdir(source):
-        return convert(read_tensors(source), theirs, source)
-    name = next(name for name in WEIGHTS if os.path.exists(os.path.join(folder, name)))
-    files = [name]
-    if name.endswith(".index.json"):  # several files, and one that says what is where
-        files = sorted(set(files_of_index(os.path.join(folder, name)).values()))
-    tensors = {}
-    for file in files:
-        tensors |= read_tensors(os.path.join(folder, file))
-    return convert(tensors, theirs, source)
+        tensors = read_file(source)
+    elif any(os.path.exists(os.path.join(folder, name)) for name in WEIGHTS[:2]):
+        tensors = LazyTensors(folder)
+    else:
+        tensors = read_file(os.path.join(folder, WEIGHTS[2]))
+    return convert({unwrapped(name): tensors[name] for name in tensors}, theirs, source)
 
 
 def fetch(name, patterns):
     """The local folder of a model on Hugging Face ('allenai/OLMo-1B-hf') with the files whose names fit
     patterns, downloaded once into huggingface_hub's cache (HF_HOME).
     """
-    hub()  # before that package is imported
     try:
         from huggingface_hub import snapshot_download
     except ImportError as error:
-        raise UserError(
-            f"{name} is downloaded through a package that is not installed: pip install -r "
-            "requirements-olmo.txt"
-        ) from error
+        raise UserError(f"{name} is downloaded through a package that is not installed: pip install -r "
+                        "requirements-olmo.txt") from error
     try:
         return snapshot_download(name, allow_patterns=patterns)
     except Exception as error:  # of many types, by three packages
-        raise UserError(
-            f"{name} cannot be downloaded ({type(error).__name__}: {str(error).partition(chr(10))[0]}). The "
-            "same command goes on where this one stopped. "
-            "Without network here, bring the folder by hand and give its path instead of the name"
-        ) from error
+        raise UserError(f"{name} cannot be downloaded ({type(error).__name__}: "
+                        f"{str(error).partition(chr(10))[0]}). The same command goes on where this one "
+                        "stopped. Without network here, bring the folder by hand and give its path instead "
+                        "of the name") from error
 
 
 class LazyTensors(Mapping):
@@ -131,10 +114,8 @@ class LazyTensors(Mapping):
         lost = [f"{name} in {file}" for name, file in promised.items() if name not in self.place]
         leave_aside(self.place, folder)
         if lost:
-            raise UserError(
-                f"{folder}: {lost[0]} is missing, and {len(lost) - 1} more that the index promises. Bring "
-                "the folder again"
-            )
+            raise UserError(f"{folder}: {lost[0]} is missing, and {len(lost) - 1} more that the index "
+                            "promises. Bring the folder again")
 
     def opened(self, path):
         if not os.path.exists(path):
@@ -143,10 +124,8 @@ class LazyTensors(Mapping):
         try:
             return load(path, framework="pt")
         except Exception as error:
-            raise UserError(
-                f"{path} cannot be read ({type(error).__name__}): it is truncated or damaged. Delete it and "
-                "bring it again"
-            ) from error
+            raise UserError(f"{path} cannot be read ({type(error).__name__}): it is truncated or damaged. "
+                            "Delete it and bring it again") from error
 
     def alias(self, name, other):
         """A second name for a tensor, unless it is stored under both."""
@@ -175,27 +154,21 @@ class LazyTensors(Mapping):
 def files_of_index(path):
     """{tensor: file beside the index} of a .index.json. Raises UserError if it leads out of its folder."""
     place = read_json(path).get("weight_map", {})
-    if not isinstance(place, dict):
-        raise UserError(f"{path} is damaged: its weight_map is no dictionary")
     for name, file in place.items():
-        if not isinstance(file, str) or os.path.basename(file) != file:
+        if os.path.basename(str(file)) != file:
             raise UserError(f"{path} says that {name} is in {file!r}, which is no file beside it")
     return place
 
 
-def read_tensors(path):
-    """{name: tensor} of a .bin or .safetensors file."""
+def read_file(path):
+    """What torch.save or safetensors wrote: tensors and plain values. Raises UserError."""
     if not os.path.exists(path):
         raise UserError(f"there is no {path}")
-    is_safetensors = path.endswith(".safetensors")
-    load_file = safetensors().torch.load_file if is_safetensors else None
+    load_file = safetensors().torch.load_file if path.endswith(".safetensors") else None
     try:
-        if is_safetensors:
-            return load_file(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # of many types: most mean that the file is not what it should be
-        damaged = f"({type(error).__name__}): it is truncated or damaged. Delete it and bring it again"
-        raise UserError(f"{path} cannot be read {cause_of(error) or damaged}") from error
+        return load_file(path) if load_file else torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # zip and pickle errors of many types
+        raise UserError(f"{path} cannot be read {cause_of(error)}") from error
 
 
 SAVE_ANEW = ('torch.save({"model": model.state_dict(), "model_args": {"n_layer": 12, "n_head": 12, '
@@ -204,7 +177,7 @@ SAVE_ANEW = ('torch.save({"model": model.state_dict(), "model_args": {"n_layer":
 
 
 def cause_of(error):
-    """Why a file could not be read, in brackets, if the file itself may be sound; else None."""
+    """Why a file could not be read: most errors mean that it is not what it should be."""
     says = str(error)  # torch raises RuntimeErrors
     held = re.search(r"GLOBAL [\w.]+(?= w)|TorchScript", says)
     if held:
@@ -213,8 +186,10 @@ def cause_of(error):
                 f"it: {SAVE_ANEW}")
     if isinstance(error, MemoryError) or "allocate memory" in says or "not enough memory" in says:
         return "(there is not enough memory for it)"
-    is_cause = isinstance(error, OSError) and error.errno != errno.EINVAL  # what torch says of half a file
-    return f"({error})" if is_cause else None
+    if isinstance(error, OSError) and error.errno != errno.EINVAL:  # what torch says of half a file
+        return f"({error})"
+    return (f"({type(error).__name__}): it is truncated or damaged. Bring it again; if it is a run's, move "
+            "the run's folder away and start the run again")
 
 
 def gate_of(theirs):
@@ -224,8 +199,7 @@ def gate_of(theirs):
 
 
 def convert(tensors, theirs, source):
-    """Their tensors and config (a dict, may be empty) -> {'model', 'model_args'}."""
-    tensors = {unwrapped(name): tensor for name, tensor in tensors.items()}
+    """Their tensors and config (dicts, the latter may be empty) -> {'model', 'model_args'}."""
     leave_aside(tensors, source)
     different = [f"{key}={theirs[key]!r}" for key, value in FIXED.items() if theirs.get(key, value) != value]
     activation = theirs.get("activation_function", "gelu_new")
@@ -250,23 +224,17 @@ def write(folder, state, args):
             if name.endswith(".weight") and (CONV1D.search(name) or ".ln_" in name):
                 biases[name.replace(".weight", ".bias")] = torch.zeros(weight.shape[0])
         state = state | biases
-    tensors = {
-        name: tensor.t().contiguous() if CONV1D.search(name) else tensor.contiguous()
-        for name, tensor in state.items()
-        if not (args["tied"] and name == "lm_head.weight")
-    }
+    tensors = {name: tensor.t().contiguous() if CONV1D.search(name) else tensor.contiguous()
+               for name, tensor in state.items() if not (args["tied"] and name == "lm_head.weight")}
     config = FIXED | {
         "architectures": ["GPT2LMHeadModel"],
         "vocab_size": args["vocab_size"],
         "n_positions": args["block_size"],
-        "n_embd": args["n_embd"],
-        "n_layer": args["n_layer"],
-        "n_head": args["n_head"],
+        **{key: args[key] for key in ("n_embd", "n_layer", "n_head")},
         "tie_word_embeddings": args["tied"],
         **dict.fromkeys(("bos_token_id", "eos_token_id"), END_OF_TEXT.get(args["vocab_size"])),
         "activation_function": ACTIVATION[args["gelu"]],
-        "resid_pdrop": args["dropout"],
-        "embd_pdrop": args["dropout"],
+        **dict.fromkeys(("resid_pdrop", "embd_pdrop"), args["dropout"]),
         "attn_pdrop": 0.0,
     }
     if args["gated"]:
@@ -286,9 +254,8 @@ def write_folder(folder, tensors, config):
             with open(config_at, "w", encoding="utf-8") as f:
                 f.write(json_of(config, settings, indent=1))
     except Exception as error:  # safetensors has errors of its own, for a full disk too
-        raise UserError(
-            f"cannot write {weights}: {error}. Free some space, or choose another place"
-        ) from error
+        raise UserError(f"cannot write {weights}: {error}. Free some space, or choose another place"
+                        ) from error
 
 
 def safetensors():
@@ -296,7 +263,6 @@ def safetensors():
     try:
         import safetensors.torch
     except ImportError as error:
-        raise UserError(
-            "files of the kind .safetensors need a package that is not installed: pip install safetensors"
-        ) from error
+        raise UserError("files of the kind .safetensors need a package that is not installed: "
+                        "pip install safetensors") from error
     return safetensors

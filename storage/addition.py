@@ -41,16 +41,9 @@ def answers_for(digits):
 
 
 def addition_task(meta):
-    """The AdditionTask (digits, answers) of the dataset that meta.json describes, or None if it does not add.
-
-    Datasets made before meta.json had a `task` are known by their symbols and their 11 tokens a row.
-    """
-    task = meta.get("task")
-    if task:
-        return AdditionTask(task["digits"], task["answers"]) if task["name"] == "addition" else None
-    adds = meta["kind"] == "rows" and meta.get("vocab") == list(ADDITION_TOKENS)
-    old = AdditionTask()
-    return old if adds and meta["shape"]["train"][2] == old.length else None
+    """The AdditionTask of the dataset that meta.json describes, or None if it does not add."""
+    task = meta.get("task", {})
+    return AdditionTask(task["digits"], task["answers"]) if task.get("name") == "addition" else None
 
 
 def addition_rows(a, b, digits=2, answers=5):

@@ -12,25 +12,26 @@ Each function returns what `dataset.write_dataset` takes: {'train', 'val'}, iter
 ids, and the description.
 
 Notable: `datasets` does the parallel work and caches what is finished, so a run that was stopped goes on from
-there; it is imported only here. Files that come by URL are resumed, too (download.py). Nobody could run these
-three on the real thing where this was built: tests run them on small files on localhost.
+there; it is imported only here. Nobody could run these three on the real thing where this was built: tests
+run them on small files on localhost.
 """
 
+import functools
 import gzip
 import json
 import os
+import zlib
 
 import numpy as np
 from tqdm import tqdm
 
 from storage import text
-from storage.download import download, hub
+from storage.download import download, hub_file
 from storage.files import UserError
 
 
 def the_package_datasets(name):
     """`datasets`, imported only where it is needed."""
-    hub()
     try:
         import datasets
     except ImportError as error:
@@ -44,13 +45,11 @@ def encode(source, tokenizer, processes, held_out):
     held_out: share of the documents.
     """
     tokens = text.tokenizer(tokenizer)  # an error now rather than in a worker after an hour
-    encoded = source.map(_encode_row, fn_kwargs={"tokenizer": tokenizer, "held_out": held_out},
+    encoded = source.map(encode_row, fn_kwargs={"tokenizer": tokenizer, "held_out": held_out},
                          remove_columns=source.column_names, num_proc=processes, desc="encoding")
     is_held_out = np.asarray(encoded.with_format("numpy")["held_out"][:])
-    sides = {
-        "train": encoded.select(np.flatnonzero(~is_held_out)),
-        "val": encoded.select(np.flatnonzero(is_held_out)),
-    }
+    sides = {"train": encoded.select(np.flatnonzero(~is_held_out)),
+             "val": encoded.select(np.flatnonzero(is_held_out))}
 
     def parts(split):
         rows = sides[split].select_columns("ids").with_format("numpy")
@@ -58,28 +57,18 @@ def encode(source, tokenizer, processes, held_out):
         for i in tqdm(firsts, desc=f"writing {split}", unit="thousand documents", disable=None):
             yield np.concatenate(list(rows[i:i + 1000]["ids"]))
 
-    return {
-        "train": parts("train"),
-        "val": parts("val"),
-        "kind": "stream",
-        "vocab_size": tokens.vocab_size,
-        "tokenizer": tokens.name,
-        "documents": {split: len(side) for split, side in sides.items()},
-    }
+    return {"train": parts("train"), "val": parts("val"), "kind": "stream", "vocab_size": tokens.vocab_size,
+            "tokenizer": tokens.name, "documents": {split: len(side) for split, side in sides.items()}}
 
 
-def _encode_row(row, tokenizer, held_out):
-    """One document, in a worker process, which builds its tokenizer once."""
-    if tokenizer not in _tokenizers:
-        _tokenizers[tokenizer] = text.tokenizer(tokenizer)
+def encode_row(row, tokenizer, held_out):
+    """One document, in a worker process."""
     document = row["text"].encode()
-    return {
-        "ids": text.encode_document(document, _tokenizers[tokenizer]),
-        "held_out": text.is_held_out(document, held_out),
-    }
+    return {"ids": text.encode_document(document, tokenizer_of_this_process(tokenizer)),
+            "held_out": text.is_held_out(document, held_out)}
 
 
-_tokenizers = {}
+tokenizer_of_this_process = functools.cache(text.tokenizer)
 OPENWEBTEXT = "Skylion007/openwebtext"
 OPENWEBTEXT_DOCUMENTS = 8_013_769
 
@@ -94,18 +83,12 @@ def openwebtext(tokenizer, processes):
             raise
         # The repository is a loading script, which `datasets` has refused to run since version 4; Hugging
         # Face's own conversion holds the same rows
-        source = datasets.load_dataset(
-            OPENWEBTEXT, revision="refs/convert/parquet", split="train", num_proc=processes
-        )
+        source = datasets.load_dataset(OPENWEBTEXT, revision="refs/convert/parquet", split="train",
+                                       num_proc=processes)
     if len(source) != OPENWEBTEXT_DOCUMENTS:
-        print(
-            f"note: this copy of OpenWebText has {len(source):,} documents; the whole is "
-            f"{OPENWEBTEXT_DOCUMENTS:,}"
-        )
+        print(f"note: this copy of OpenWebText has {len(source):,} documents; the whole is "
+              f"{OPENWEBTEXT_DOCUMENTS:,}")
     return encode(source, tokenizer, processes, held_out=0.0005)
-
-
-DOLMA = "https://huggingface.co/datasets/allenai/dolma/raw/main/urls/v1_6-sample.txt"
 
 
 def dolma(folder, shards, tokenizer, processes):
@@ -115,79 +98,50 @@ def dolma(folder, shards, tokenizer, processes):
     """
     datasets = the_package_datasets("dolma")
     text.tokenizer(tokenizer)  # an error now rather than after the downloads
-    with open(download(DOLMA, os.path.join(folder, "urls.txt")), encoding="utf-8") as f:
+    with open(hub_file("allenai/dolma", "urls/v1_6-sample.txt", repo_type="dataset"), encoding="utf-8") as f:
         urls = f.read().split()[:shards]
     paths = [download(url, os.path.join(folder, os.path.basename(url))) for url in urls]
-    workers = min(processes, len(paths))
-    try:
-        source = datasets.Dataset.from_generator(
-            _dolma_documents, gen_kwargs={"paths": paths}, num_proc=workers if workers > 1 else None
-        )
-    except datasets.exceptions.DatasetGenerationError as error:
-        # of another process it is the whole traceback
-        lines = [line for line in str(error.__cause__ or error).splitlines() if line.strip('" ')]
-        ours = [line.partition("UserError: ")[2] for line in lines if "UserError: " in line]
-        raise UserError((ours + lines[-1:])[0]) from error
+    for path in paths:
+        require_whole(path)
+    source = datasets.Dataset.from_generator(dolma_documents, gen_kwargs={"paths": paths},
+                                             num_proc=min(processes, len(paths)))
     return encode(source, tokenizer, processes, held_out=0.005)
 
 
-def _dolma_documents(paths):
+def require_whole(path):
+    """Raise UserError unless a .gz file can be read to its end, where its own checksum stands."""
+    try:
+        with gzip.open(path) as f:
+            while f.read(1 << 20):
+                pass
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(f"{path} is damaged ({error}). Delete it and type the same command again") from error
+
+
+def dolma_documents(paths):
     for path in paths:
-        try:
-            with gzip.open(path, "rt", encoding="utf-8") as f:
-                for line in f:
-                    yield {"text": json.loads(line)["text"]}
-        except (OSError, EOFError, ValueError, KeyError) as error:
-            raise UserError(
-                f"{path} is no file of Dolma, or a damaged one ({type(error).__name__}). Delete it and type "
-                "the same command again"
-            ) from error
+        with gzip.open(path, "rt", encoding="utf-8") as f:
+            for line in f:
+                yield {"text": json.loads(line)["text"]}
 
 
-FINEWEB = "https://huggingface.co/datasets/kjj0/fineweb10B-gpt2/resolve/main/fineweb_{}_{:06d}.bin"
 ENDOFTEXT = 50256
 
 
-def fineweb_tokens(path):
+def fineweb_tokens(split, number):
     """The tokens of one of modded-nanogpt's files: 256 int32 (magic number, version, number of tokens,
     zeros), then uint16 tokens.
     """
-    header = np.fromfile(path, dtype="<i4", count=256)
-    if (
-        len(header) < 256
-        or header[0] != 20240520
-        or header[1] != 1
-        or os.path.getsize(path) != 1024 + 2 * int(header[2])
-    ):
-        raise UserError(
-            f"{path} is no shard of fineweb10B-gpt2, or a damaged one. Delete it and type the same command "
-            "again"
-        )
+    path = hub_file("kjj0/fineweb10B-gpt2", f"fineweb_{split}_{number:06d}.bin", repo_type="dataset")
     return np.memmap(path, dtype="<u2", mode="r", offset=1024)
 
 
-def fineweb(folder, shards, tokenizer):
+def fineweb(shards):
     """The first `shards` training files; the file of validation is held out."""
-    if tokenizer != "gpt2":
-        raise UserError(
-            "fineweb comes in GPT-2's tokens already: python prepare_data.py fineweb --tokenizer=gpt2"
-        )
-    paths = [download(FINEWEB.format(*shard), os.path.join(folder, "fineweb_{}_{:06d}.bin".format(*shard)))
-             for shard in [("val", 0)] + [("train", i) for i in range(1, shards + 1)]]
-    first = fineweb_tokens(paths[1])
+    val = fineweb_tokens("val", 0)
+    first, *others = [fineweb_tokens("train", number) for number in range(1, shards + 1)]
     # A document starts with <|endoftext|>. The first shard begins in the middle of one, the last of the
     # held-out ones: leave its rest away
     begin = int(np.flatnonzero(first == ENDOFTEXT)[0])
-
-    def train():
-        yield first[begin:]
-        for path in tqdm(paths[2:], desc="writing train", unit="shard", disable=None):
-            yield fineweb_tokens(path)
-
-    return {
-        "train": train(),
-        "val": np.asarray(fineweb_tokens(paths[0])),
-        "kind": "stream",
-        "vocab_size": 50257,
-        "tokenizer": "gpt2",
-    }
+    train = tqdm([first[begin:], *others], desc="writing train", unit="shard", disable=None)
+    return {"train": train, "val": val, "kind": "stream", "vocab_size": 50257, "tokenizer": "gpt2"}

@@ -16,16 +16,15 @@ Notable: files are written under a temporary name and renamed, meta.json last, s
 meta.json is whole.
 """
 
-import contextlib
 import hashlib
-import json
+import math
 import os
 from dataclasses import dataclass
 
 import numpy as np
 
 from storage.addition import IGNORE
-from storage.files import UserError, replacing, sha256, write_json
+from storage.files import UserError, read_json, replacing, sha256, write_json
 from storage.text import dtype_for
 
 
@@ -40,8 +39,7 @@ class Dataset:
     remedy: str  # the command that makes it again
 
     def require_same(self, sha256, run):
-        """Raise UserError unless these are the files, {split: sha256}, that a run was trained and judged on.
-        """
+        """Raise UserError unless a run was trained and judged on these files. sha256: of its, by split."""
         if sha256 != self.meta["sha256"]:
             raise UserError(f"data/{self.name} is not the data that {run} was trained and judged on: the "
                             "two could not be compared. Put the old data back")
@@ -52,7 +50,7 @@ class Dataset:
         indices (B,): rows of the split, or the first positions of windows of block_size tokens in a stream.
         Raises UserError if a token is not in the vocabulary.
         """
-        data = self.train if split == "train" else self.val
+        data = getattr(self, split)
         if self.meta["kind"] == "rows":
             x, y = np.moveaxis(data[indices].astype(np.int64), 1, 0)
             y[y == IGNORE] = -1
@@ -67,7 +65,7 @@ class Dataset:
 
     def starts(self, split, block_size):
         """How many examples there are: every index in range(starts) is one that `batch` can read."""
-        data = self.train if split == "train" else self.val
+        data = getattr(self, split)
         if self.meta["kind"] == "rows":
             return len(data)
         if len(data) <= block_size:
@@ -79,38 +77,22 @@ class Dataset:
 def open_dataset(folder, remedy):
     """The Dataset in a folder. remedy: the command that makes it again, unless meta.json knows a better one.
 
-    Raises UserError if it is incomplete, of the wrong size or, for files up to 64 MB, of the wrong sha256, or
-    if it asks nothing.
+    Raises UserError if it is incomplete, of the wrong size or, for files up to 64 MB, of the wrong sha256.
     """
-    again = f"Delete {folder} and make it again: "
-    try:
-        with open(os.path.join(folder, "meta.json"), encoding="utf-8") as f:
-            meta = json.load(f)
-        dtype = dtype_for(meta["vocab_size"])
-        sizes = {split: dtype.itemsize * int(np.prod(meta["shape"][split])) for split in ("train", "val")}
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{folder}/meta.json is damaged. {again}{remedy}") from error
+    meta = read_json(os.path.join(folder, "meta.json"))
     remedy = meta.get("made_by", remedy)
-    splits = {}
+    again = f"Delete {folder} and make it again: {remedy}"
+    dtype, splits = dtype_for(meta["vocab_size"]), {}
     for split in ("train", "val"):
-        path = os.path.join(folder, f"{split}.bin")
+        path, shape = os.path.join(folder, f"{split}.bin"), tuple(meta["shape"][split])
+        whole = dtype.itemsize * math.prod(shape)
         size = os.path.getsize(path) if os.path.exists(path) else 0
-        if size != sizes[split]:
-            raise UserError(f"{path} has {size} bytes instead of {sizes[split]}: it is truncated. "
-                            f"{again}{remedy}")
+        if size != whole:
+            raise UserError(f"{path} has {size} bytes instead of {whole}: it is truncated. {again}")
         if size <= 1 << 26 and sha256(path) != meta["sha256"][split]:
-            raise UserError(f"{path} has changed since it was made (wrong sha256). {again}{remedy}")
-        if not size or not asks(data := np.memmap(path, dtype, "r", shape=tuple(meta["shape"][split]))):
-            raise UserError(f"{path} asks nothing: no model can be trained or judged on it. {again}{remedy}")
-        splits[split] = data
+            raise UserError(f"{path} has changed since it was made (wrong sha256). {again}")
+        splits[split] = np.memmap(path, dtype, "r", shape=shape)
     return Dataset(os.path.basename(folder), meta, **splits, remedy=remedy)
-
-
-def asks(data):
-    """Is anything asked in a split? Reads no further than to the first target."""
-    if data.ndim == 1:
-        return len(data) > 1
-    return any((data[i:i + 1000, 1] != IGNORE).any() for i in range(0, len(data), 1000))
 
 
 def write_dataset(folder, train, val, **meta):
@@ -127,52 +109,45 @@ def write_dataset(folder, train, val, **meta):
         raise UserError(f"{folder}: vocab_size={vocab_size} is too large for rows, in which {IGNORE} stands "
                         f"where nothing is asked. Make it {IGNORE} or less")
     os.makedirs(folder, exist_ok=True)
-    paths = {split: os.path.join(folder, f"{split}.bin") for split in ("train", "val")}
     meta |= {"vocab_size": vocab_size, "shape": {}, "sha256": {}}
-    description = os.path.join(folder, "meta.json")
-    with contextlib.ExitStack() as stack:  # at its end both take their places
-        for (split, path), data in zip(paths.items(), (train, val)):
-            blocks = as_stored(data, f"{folder}: {split}", kind, vocab_size)
-            try:
-                temporary = stack.enter_context(replacing(path))
-                meta["shape"][split], meta["sha256"][split] = write_tokens(temporary, blocks)
-            except OSError as error:
-                raise UserError(f"cannot write {path}: {error}. Free some space and type the same command "
-                                "again") from error
-        if os.path.exists(description):
-            os.remove(description)  # from here on the old dataset is not whole
-    write_json(description, meta)
+    train_bin, val_bin, description = (os.path.join(folder, name)
+                                       for name in ("train.bin", "val.bin", "meta.json"))
+    try:
+        with replacing(train_bin) as train_at, replacing(val_bin) as val_at:
+            for split, data, path in (("train", train, train_at), ("val", val, val_at)):
+                blocks = as_stored(data, f"{folder}: {split}", kind, vocab_size)
+                meta["shape"][split], meta["sha256"][split] = write_tokens(path, blocks)
+            if os.path.exists(description):
+                os.remove(description)  # from here on the old dataset is not whole
+        write_json(description, meta)
+    except OSError as error:
+        raise UserError(f"cannot write {folder}: {error}. Free some space and type the same command "
+                        "again") from error
 
 
 def as_stored(data, where, kind, vocab_size):
-    """An array, or an iterator of arrays, in blocks of about a million tokens, as they are stored.
+    """An array, or an iterator of arrays, array by array as they are stored.
 
-    Raises UserError at the first token that would not be read back as it was given or is not in the
-    vocabulary, and at the end if nothing is asked.
+    Raises UserError at the first token that is not in the vocabulary, and at the end if nothing is asked.
     """
-    rows, dtype, targets = kind == "rows", dtype_for(vocab_size), 0
-    mark = f", and {IGNORE} (storage.addition.IGNORE) where a target is not asked" if rows else ""
+    is_rows, asked = kind == "rows", 0
     for part in [data] if isinstance(data, np.ndarray) else data:
         part = np.asarray(part)
-        fits = part.ndim == 3 and part.shape[1] == 2 if rows else part.ndim == 1
-        if not fits or part.dtype.kind not in "iuf":
+        fits = part.ndim == 3 and part.shape[1] == 2 if is_rows else part.ndim == 1
+        if not fits or part.dtype.kind not in "iu":
             raise UserError(f"{where} is of {part.dtype} and of shape {part.shape}. kind={kind!r} wants a "
-                            f"numpy array of token ids of shape {'(N, 2, T)' if rows else '(N,)'}")
-        step = 1 + (1 << 20) // (1 + part[:1].size)
-        for i in range(0, len(part), step):
-            block = part[i:i + step]
-            with np.errstate(invalid="ignore"):  # nan, found in the next line
-                stored = block.astype(dtype)
-            right = (stored == block) & (stored < vocab_size)
-            if rows:
-                right[:, 1] |= block[:, 1] == IGNORE
-            if not right.all():
-                raise UserError(f"{where} holds {block[~right][0]}. Token ids are whole numbers from 0 to "
-                                f"vocab_size - 1 = {vocab_size - 1}{mark}. Change the data or vocab_size")
-            targets += np.count_nonzero(stored[:, 1] != IGNORE) if rows else len(stored)
-            yield stored
-    if targets < (1 if rows else 2):  # the first token of a stream is no target
-        needed = f"a row with a target that is not {IGNORE}" if rows else "two tokens or more"
+                            f"numpy array of integers of shape {'(N, 2, T)' if is_rows else '(N,)'}")
+        right = (part >= 0) & (part < vocab_size)
+        if is_rows:
+            right[:, 1] |= part[:, 1] == IGNORE
+        if not right.all():
+            mark = f", and {IGNORE} (storage.addition.IGNORE) where a target is not asked" if is_rows else ""
+            raise UserError(f"{where} holds {part[~right][0]}. Token ids go from 0 to vocab_size - 1 = "
+                            f"{vocab_size - 1}{mark}. Change the data or vocab_size")
+        asked += np.count_nonzero(part[:, 1] != IGNORE) if is_rows else len(part)
+        yield part.astype(dtype_for(vocab_size))
+    if asked < (1 if is_rows else 2):  # the first token of a stream is no target
+        needed = f"a row with a target that is not {IGNORE}" if is_rows else "two tokens or more"
         raise UserError(f"{where} asks nothing: no model can be trained or judged on it. Give it {needed}")
 
 

@@ -61,15 +61,10 @@ def installed(names):
 
 def files_of(distribution):
     """[(path in the package, bytes)] of its Python source."""
-    found = []
-    for path in sorted(distribution.files or [], key=str):
-        if path.suffix != ".py" or ".." in path.parts:
-            continue
-        place = path.locate()
-        if os.path.isfile(place) and os.path.getsize(place) <= LARGEST:
-            with open(place, "rb") as f:
-                found.append((str(path), f.read()))
-    return found
+    paths = sorted(distribution.files or [], key=str)
+    places = [(str(path), path.locate()) for path in paths if path.suffix == ".py" and ".." not in path.parts]
+    return [(path, place.read_bytes()) for path, place in places
+            if place.is_file() and place.stat().st_size <= LARGEST]
 
 
 def shingles(content):

@@ -20,7 +20,7 @@ from typing import Callable, NamedTuple
 
 import numpy as np
 
-from storage.download import hub
+from storage.download import hub_file
 from storage.files import UserError
 
 # ------------------------------------------------------------------------------------------------------------
@@ -38,7 +38,6 @@ class Tokenizer(NamedTuple):
 TOKENIZERS = ("bytes", "gpt2", "olmo", "olmo2")
 # whose tokenizer.json it is; all models of a generation share it
 OLMO = {"olmo": "allenai/OLMo-1B-hf", "olmo2": "allenai/OLMo-2-0425-1B"}
-ENDOFTEXT = "<|endoftext|>"
 
 
 def tokenizer(name):
@@ -47,64 +46,45 @@ def tokenizer(name):
     Raises UserError if there is none such, or its vocabulary cannot be fetched.
     """
     if name == "bytes":
-        return Tokenizer(
-            name,
-            256,
-            0,
-            lambda text: np.frombuffer(text, dtype=np.uint8),
-            lambda ids: bytes(ids).decode("utf-8", errors="replace"),
-        )
-    if name not in TOKENIZERS:
-        raise UserError(f"there is no tokenizer {name!r}: it is one of {', '.join(TOKENIZERS)}")
+        return Tokenizer(name, 256, 0, encode=lambda text: np.frombuffer(text, dtype=np.uint8),
+                         decode=lambda ids: bytes(ids).decode("utf-8", errors="replace"))
+    if name == "gpt2":
+        return gpt2_tokenizer()
     if name in OLMO:
         return olmo_tokenizer(name)
+    raise UserError(f"there is no tokenizer {name!r}: it is one of {', '.join(TOKENIZERS)}")
+
+
+def gpt2_tokenizer():
+    """OpenAI's, through the package that they wrote for it, imported only here: it is slow to import."""
     try:
-        import tiktoken  # here, because it is slow to import and bytes need it not
+        import tiktoken
 
         bpe = tiktoken.get_encoding("gpt2")
     except Exception as error:  # no network, a proxy, a damaged cache: errors of many packages
-        raise UserError(
-            f"OpenAI's vocabulary for --tokenizer=gpt2 cannot be fetched ({type(error).__name__}). tiktoken "
-            "downloads it once and keeps it in the folder "
-            "that the environment variable TIKTOKEN_CACHE_DIR names: copy that folder from a machine that "
-            "has it, "
-            "or make data of bytes: python prepare_data.py NAME --tokenizer=bytes"
-        ) from error
-    return Tokenizer(
-        name,
-        bpe.n_vocab,
-        bpe.eot_token,
-        lambda text: bpe.encode_ordinary(text.decode("utf-8", errors="replace")),
-        lambda ids: bpe.decode(list(ids)),
-    )
+        raise UserError("OpenAI's vocabulary for --tokenizer=gpt2 cannot be fetched "
+                        f"({type(error).__name__}). tiktoken downloads it once and keeps it in the folder "
+                        "that the environment variable TIKTOKEN_CACHE_DIR names: copy that folder from a "
+                        "machine that has it, or make data of bytes: python prepare_data.py NAME "
+                        "--tokenizer=bytes") from error
+    return Tokenizer("gpt2", bpe.n_vocab, bpe.eot_token,
+                     encode=lambda text: bpe.encode_ordinary(text.decode("utf-8", errors="replace")),
+                     decode=lambda ids: bpe.decode(list(ids)))
 
 
 def olmo_tokenizer(name):
     """OLMo's, through the packages that Hugging Face wrote for it, imported only here."""
-    hub()
     try:
         import tokenizers
-        from huggingface_hub import hf_hub_download
     except ImportError as error:
-        raise UserError(
-            f"--tokenizer={name} needs packages that are not installed: pip install -r requirements-olmo.txt"
-        ) from error
-    try:
-        bpe = tokenizers.Tokenizer.from_file(hf_hub_download(OLMO[name], "tokenizer.json"))
-    except Exception as error:  # of many types, by three packages
-        raise UserError(
-            f"the vocabulary of {OLMO[name]} cannot be fetched ({type(error).__name__}). huggingface_hub "
-            "downloads it once and keeps it in the folder "
-            "that the environment variable HF_HOME names: copy that folder from a machine that has it"
-        ) from error
+        raise UserError(f"--tokenizer={name} needs packages that are not installed: "
+                        "pip install -r requirements-olmo.txt") from error
+    bpe = tokenizers.Tokenizer.from_file(hub_file(OLMO[name], "tokenizer.json"))
     bpe.encode_special_tokens = True  # '<|endoftext|>' in a text is text, as with GPT-2's encode_ordinary
     return Tokenizer(
-        name,
-        bpe.get_vocab_size(),
-        bpe.token_to_id(ENDOFTEXT),
-        lambda text: bpe.encode(text.decode("utf-8", errors="replace"), add_special_tokens=False).ids,
-        lambda ids: bpe.decode([int(i) for i in ids], skip_special_tokens=False),
-    )
+        name, bpe.get_vocab_size(), bpe.token_to_id("<|endoftext|>"),
+        encode=lambda text: bpe.encode(text.decode("utf-8", errors="replace"), add_special_tokens=False).ids,
+        decode=lambda ids: bpe.decode([int(i) for i in ids], skip_special_tokens=False))
 
 
 def dtype_for(vocab_size):
@@ -142,10 +122,8 @@ def pieces(ids, tokens):
     """How each token looks in one line, a list of strings: line ends, tabs and document marks are shown as
     signs.
     """
-    return [
-        tokens.decode([i]).replace("\n", "↵").replace("\t", "→").replace("\r", "←").replace("\0", "∎")
-        for i in ids
-    ]
+    signs = str.maketrans("\n\t\r\0", "↵→←∎")
+    return [tokens.decode([i]).translate(signs) for i in ids]
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -162,10 +140,8 @@ def stdlib_documents():
     """
     root = sysconfig.get_path("stdlib")
     for folder, folders, files in os.walk(root):
-        folders[:] = sorted(
-            set(folders)
-            - {"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings", "__pycache__"}
-        )
+        folders[:] = sorted(set(folders) - {"site-packages", "dist-packages", "test", "tests", "idle_test",
+                                            "encodings", "__pycache__"})
         for name in sorted(files):
             if name.endswith(".py"):
                 with open(os.path.join(folder, name), "rb") as f:
@@ -183,9 +159,8 @@ def file_documents(paths):
         if is_blank(content):
             raise UserError(f"--file={path} is empty")
         if b"\0" in content:
-            raise UserError(
-                f"--file={path} holds zero bytes: it is no text, or text in UTF-16. Save it as UTF-8"
-            )
+            raise UserError(f"--file={path} holds zero bytes: it is no text, or text in UTF-16. Save it as "
+                            "UTF-8")
         yield content
 
 
@@ -224,9 +199,8 @@ def split(documents, share=0.1):
     A single document is cut once, by `place_to_cut`; so is one beside which all others are too small to judge
     a model on. Raises UserError if there is no text.
     """
-    documents = sorted(
-        {text for text in documents if not is_blank(text)}, key=lambda text: hashlib.sha256(text).digest()
-    )
+    documents = sorted({text for text in documents if not is_blank(text)},
+                       key=lambda text: hashlib.sha256(text).digest())
     if not documents:
         raise UserError("there is no text to make a dataset of")
     wanted, held, train, val = share * sum(map(len, documents)), 0, [], []

@@ -44,7 +44,7 @@ def workplace(tmp_path, monkeypatch):
 
 class Server:
     """Serves ./served on localhost, with ranges, and with the headers that Hugging Face's client wants to
-    see; cut_after: bytes after which the line breaks; corrupt: one bit is wrong.
+    see; cut_after: bytes after which the line breaks once; corrupt: one bit is wrong.
     """
 
     def __init__(self, root):
@@ -73,7 +73,7 @@ class Server:
                 self.send_header("X-Repo-Commit", "0" * 40)
                 self.end_headers()
                 if body:
-                    self.wfile.write(content[begin:server.cut_after])
+                    self.wfile.write(content[begin:None if begin else server.cut_after])
 
             def log_message(self, *arguments):
                 """Quiet."""
@@ -92,6 +92,17 @@ def server(workplace):
     yield server
     server.http.shutdown()
     server.http.server_close()
+
+
+@pytest.fixture
+def hub(workplace, server, monkeypatch):
+    """The folder that is served where huggingface_hub looks for Hugging Face, and an empty cache."""
+    constants = pytest.importorskip("huggingface_hub.constants", reason="see tests/requirements.txt")
+    for name, value in {"HUGGINGFACE_CO_URL_TEMPLATE": server.url + "/{repo_id}/resolve/main/{filename}",
+                        "HF_HUB_CACHE": str(workplace / "hub"), "HF_HUB_OFFLINE": False}.items():
+        monkeypatch.setattr(constants, name, value)
+    (workplace / "served").mkdir()
+    return workplace / "served"
 
 
 def make_echo():

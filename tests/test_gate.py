@@ -34,9 +34,8 @@ def edge_by_edge(q, k, v, bias, temperature, noise, linear, dy, ddensity):
     for b in range(B):
         for h in range(H):
             for i in range(T):
-                a = [
-                    sum(q[b, h, i, d] * k[b, h, j, d] for d in range(D)) / math.sqrt(D) for j in range(i + 1)
-                ]
+                a = [sum(q[b, h, i, d] * k[b, h, j, d] for d in range(D)) / math.sqrt(D)
+                     for j in range(i + 1)]
                 top = max(a)
                 z = sum(math.exp(x - top) for x in a)
                 p = [math.exp(x - top) / z for x in a]
@@ -86,10 +85,9 @@ def test_gradcheck_where_the_function_is_smooth():
     assert torch.autograd.gradcheck(lambda *qkv: gated_attention(*qkv, 90.0)[0], (q, k, v))
     assert torch.autograd.gradcheck(lambda *qkv: gated_attention(*qkv, dense=True)[0], (q, k, v))
     # the penalty is smooth everywhere
-    assert torch.autograd.gradcheck(lambda q, k: gated_attention(q, k, v, 0.5)[1], (q, k))
-    assert torch.autograd.gradcheck(
-        lambda q, k: gated_attention(q, k, v, 0.5, linear_penalty=True)[1], (q, k)
-    )
+    for linear in (False, True):
+        assert torch.autograd.gradcheck(
+            lambda q, k, linear=linear: gated_attention(q, k, v, 0.5, linear_penalty=linear)[1], (q, k))
 
 
 def test_a_bias_that_opens_everything_is_ordinary_attention():
@@ -147,26 +145,6 @@ def test_noise_is_logistic_finite_and_different_every_time():
     assert not torch.equal(n[:10], logistic_noise((10,)))
 
 
-def test_temperature_changes_gradients_and_no_value():
-    q, k, v = qkv()
-    noise = logistic_noise((2, 2, 5, 5)).double()
-    y1, _, _ = gated_attention(q, k, v, 1.0, 1.0, "sample", noise=noise)
-    y2, _, _ = gated_attention(q, k, v, 1.0, 0.3, "sample", noise=noise)
-    assert torch.equal(y1, y2)
-    g1, g2 = torch.autograd.grad(y1.sum(), q, retain_graph=True)[0], torch.autograd.grad(y2.sum(), q)[0]
-    assert not torch.allclose(g1, g2)
-
-
-def test_the_linear_penalty_pulls_at_wide_open_edges():
-    q, k, v = qkv(B=1, H=1, T=1)
-    pulls = {}
-    for linear in (False, True):
-        s = torch.tensor(20.0, requires_grad=True)
-        gated_attention(q, k, v, s - (q * k).sum() / math.sqrt(3), linear_penalty=linear)[1].backward()
-        pulls[linear] = s.grad.item()
-    assert pulls[True] == 0.25 and pulls[False] < 1e-8
-
-
 def test_half_precision_keeps_its_type_and_comes_close():
     q, k, v = (t.detach().float() for t in qkv(D=16))
     exact = gated_attention(q, k, v, 1e4)[0]
@@ -200,18 +178,6 @@ def test_under_autocast_the_scores_stay_exact_and_the_output_has_the_values_type
     assert density.float() == exact_density
     assert y.dtype == fast.dtype == torch.bfloat16
     assert (y.float() - expected).abs().max() < 0.05 and (fast.float() - expected).abs().max() < 0.05
-
-
-def test_thresholds_are_samples_without_noise():
-    q, k, v = qkv(T=8)
-    zeros = torch.zeros(2, 2, 8, 8, dtype=torch.float64)
-    found = []
-    for how, noise in (("threshold", None), ("sample", zeros)):
-        y, density, _ = gated_attention(q, k, v, 0.3, gates=how, noise=noise)
-        found.append((y, density, *torch.autograd.grad(y.square().sum() + density, (q, k, v))))
-    assert all(torch.equal(a, b) for a, b in zip(*found))
-    with torch.no_grad():  # where no gradient is wanted, none is prepared
-        assert torch.equal(gated_attention(q, k, v, 0.3)[0], found[0][0])
 
 
 @pytest.mark.parametrize("shape", [(8, 8), (3, 6, 6), (2, 2, 6), (4, 3, 6, 6)])

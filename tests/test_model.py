@@ -20,12 +20,9 @@ def test_names_and_shapes_are_nanogpts():
              "attn.c_attn.bias": (48,), "attn.c_proj.weight": (16, 16), "attn.c_proj.bias": (16,),
              "ln_2.weight": (16,), "ln_2.bias": (16,), "mlp.c_fc.weight": (64, 16), "mlp.c_fc.bias": (64,),
              "mlp.c_proj.weight": (16, 64), "mlp.c_proj.bias": (16,)}
-    expected = {
-        "transformer.wte.weight": (11, 16),
-        "transformer.wpe.weight": (8, 16),
-        "transformer.ln_f.weight": (16,),
-        "transformer.ln_f.bias": (16,),
-    } | {f"transformer.h.{i}.{n}": s for i in range(2) for n, s in layer.items()}
+    expected = {"transformer.wte.weight": (11, 16), "transformer.wpe.weight": (8, 16),
+                "transformer.ln_f.weight": (16,), "transformer.ln_f.bias": (16,)}
+    expected |= {f"transformer.h.{i}.{name}": shape for i in range(2) for name, shape in layer.items()}
     assert shapes == expected  # lm_head is wte
     assert "lm_head.weight" in tiny().state_dict()
     assert "lm_head.weight" in dict(tiny(tied=False).named_parameters())
@@ -63,14 +60,11 @@ def test_forward_by_hand():
     x = w["transformer.wte.weight"][idx] + w["transformer.wpe.weight"]
     for i in range(2):
         h = f"transformer.h.{i}."
-        q, k, v = (norm(x, h + "ln_1") @ w[h + "attn.c_attn.weight"].T + w[h + "attn.c_attn.bias"]).split(
-            16, -1
-        )
-        heads = []
+        qkv = norm(x, h + "ln_1") @ w[h + "attn.c_attn.weight"].T + w[h + "attn.c_attn.bias"]
+        q, k, v = qkv.split(16, -1)
+        heads, future = [], torch.full((8, 8), -torch.inf).triu(1)
         for head in (slice(0, 8), slice(8, 16)):
-            a = q[..., head] @ k[..., head].transpose(1, 2) / math.sqrt(8) + torch.full(
-                (8, 8), -torch.inf
-            ).triu(1)
+            a = q[..., head] @ k[..., head].transpose(1, 2) / math.sqrt(8) + future
             heads.append(a.softmax(-1) @ v[..., head])
         x = x + torch.cat(heads, -1) @ w[h + "attn.c_proj.weight"].T + w[h + "attn.c_proj.bias"]
         z = norm(x, h + "ln_2") @ w[h + "mlp.c_fc.weight"].T + w[h + "mlp.c_fc.bias"]

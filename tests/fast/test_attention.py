@@ -52,10 +52,8 @@ def fast(impl, q, k, v, dy, bias, seed, temperature, linear, dpenalty=7.0):
     (B, H, T, _), seed = q.shape, None if seed is None else seed.to(to)
     y, penalty, _ = op.forward(q, k, v, bias.to(to), seed, temperature, linear, impl)
     density = penalty.sum() / (B * H * T * (T + 1) / 2)
-    return [
-        x.cpu()
-        for x in (y, density, *torch.autograd.grad((y * dy.to(to)).sum() + dpenalty * density, (q, k, v)))
-    ]
+    gradients = torch.autograd.grad((y * dy.to(to)).sum() + dpenalty * density, (q, k, v))
+    return [x.cpu() for x in (y, density, *gradients)]
 
 
 def agree(ours, theirs, tolerance):
@@ -75,33 +73,24 @@ def test_values_and_gradients_agree_with_the_plain_formula(impl, noise, temperat
           plain(*inputs, bias, seed, temperature, linear), 1e-5)
 
 
-@pytest.mark.parametrize("D", [32, 64, 128])
-@pytest.mark.parametrize("T", [1, 16, 129])
+@pytest.mark.parametrize("T, D", [(1, 64), (16, 128), (129, 32), (100, 72)])
 @pytest.mark.parametrize("impl", ["tiled", "triton"])
 def test_widths_and_lengths(impl, T, D):
     inputs, bias, seed = make(1, 2, T, D, torch.float32), torch.tensor([1.0, -1.0]), new_seed()
-    agree(fast(impl, *inputs, bias, seed, 1.0, False), plain(*inputs, bias, seed, 1.0, False),
-          1e-5)
+    agree(fast(impl, *inputs, bias, seed, 1.0, False), plain(*inputs, bias, seed, 1.0, False), 1e-5)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("impl", ["tiled", "triton"])
-@hypothesis.settings(
-    max_examples=12, deadline=None, derandomize=True, suppress_health_check=list(hypothesis.HealthCheck)
-)
-@hypothesis.given(
-    B=strategies.integers(1, 3),
-    H=strategies.integers(1, 4),
-    T=strategies.integers(1, 100),
-    D=strategies.integers(1, 72),
-    option=strategies.sampled_from(OPTIONS),
-    bias=strategies.floats(-8, 8),
-    seed=strategies.lists(strategies.integers(0, 2**31 - 2), min_size=2, max_size=2),
-)
-def test_any_shape(impl, B, H, T, D, option, bias, seed):
+@hypothesis.settings(max_examples=12, deadline=None, derandomize=True,
+                     suppress_health_check=list(hypothesis.HealthCheck))
+@hypothesis.given(B=strategies.integers(1, 3), H=strategies.integers(1, 4), T=strategies.integers(1, 100),
+                  D=strategies.integers(1, 72), option=strategies.sampled_from(OPTIONS),
+                  bias=strategies.floats(-8, 8))
+def test_any_shape(impl, B, H, T, D, option, bias):
     noise, temperature, linear = option
     inputs, bias = make(B, H, T, D, torch.float32), torch.full((H,), bias)
-    seed = torch.tensor(seed) if noise else None
+    seed = new_seed() if noise else None
     agree(fast(impl, *inputs, bias, seed, temperature, linear),
           plain(*inputs, bias, seed, temperature, linear), 3e-5)
 
@@ -124,12 +113,10 @@ def test_heads_without_an_open_edge_rows_with_one_and_scores_that_are_huge(impl)
     assert (y[:, 0] == 0).all() and (y[:, 1, D:] == 0).all() and (y[:, 1, :D] != 0).any(-1).all()
 
 
-@pytest.mark.parametrize(
-    "impl, dtype",
-    [("tiled", torch.bfloat16), ("tiled", torch.float16), ("triton", torch.float16)]
-    # Triton's interpreter is numpy, which has no bfloat16
-    + [("triton", torch.bfloat16)] * GPU,
-)
+@pytest.mark.parametrize("impl, dtype", [
+    ("tiled", torch.bfloat16), ("tiled", torch.float16), ("triton", torch.float16),
+    *[("triton", torch.bfloat16)] * GPU,  # Triton's interpreter is numpy, which has no bfloat16
+])
 @pytest.mark.parametrize("bias", [2.0, -4.0])
 def test_half_precision_stays_within_its_rounding(impl, dtype, bias):
     """Against the formula in float64 on the same rounded inputs: no gate may flip, and errors are those of
@@ -147,9 +134,8 @@ def test_half_precision_does_not_lose_what_many_small_weights_say_together():
     q, k, v, dy = make(1, 1, 256, 32, torch.float16)
     q[..., 0], k[..., 0], k[:, :, 0, 0], v[:, :, 0] = 6.0, 0.0, 11.5 * 32**0.5 / 6, 0.0
     bias = torch.full((1,), 40.0)
-    ours, theirs = fast("triton", q, k, v, dy, bias, None, 1.0, False, 0.0), plain(
-        q, k, v, dy, bias, None, 1.0, False, 0.0
-    )
+    ours = fast("triton", q, k, v, dy, bias, None, 1.0, False, 0.0)
+    theirs = plain(q, k, v, dy, bias, None, 1.0, False, 0.0)
     for a, b in zip(ours[2:], theirs[2:]):
         assert (a.double() - b).norm() < 0.02 * b.norm()
 
@@ -183,7 +169,7 @@ def test_tiles_of_any_size_give_the_same():
 def test_two_runs_give_the_same_bits():
     """Nothing races: every sum is one program's. On a GPU this would show an atomic addition."""
     for impl in ("tiled", "triton"):
-        inputs, seed = make(2, 2, 150, 32, torch.float32), new_seed()
+        inputs, seed = make(1, 2, 100, 16, torch.float32), new_seed()
         first, second = (fast(impl, *inputs, torch.zeros(2), seed, 1.0, False) for _ in range(2))
         assert all(torch.equal(a, b) for a, b in zip(first, second)), impl
 
@@ -210,9 +196,8 @@ def test_torch_accepts_the_operators_on_views_of_a_projection_as_in_model_py(imp
 def test_inside_a_compiled_model_without_a_graph_break_under_autocast_and_checkpointing(impl):
     torch._dynamo.reset()
     device = DEVICE[impl]
-    model = GPT(
-        GPTConfig(block_size=70, vocab_size=20, n_layer=1, n_head=2, n_embd=32, gated=True, gate_bias=0.5)
-    ).to(device)
+    model = GPT(GPTConfig(block_size=70, vocab_size=20, n_layer=1, n_head=2, n_embd=32, gated=True,
+                          gate_bias=0.5)).to(device)
     model.attention_impl = impl
     x = torch.randint(0, 20, (2, 70), device=device)
 
@@ -259,23 +244,26 @@ def test_the_strips_cover_every_pair_once():
         assert len(shapes) <= 5, shapes
 
 
-def test_the_choice_and_its_errors(monkeypatch):
+@pytest.mark.parametrize("arguments, chosen", [
+    (("auto", "cuda", 1024, 64, torch.bfloat16), "triton"),
+    (("auto", "cuda", 1024, 64, torch.float64), "plain"),
+    (("auto", "cuda", 1024, 256), "plain"),
+    (("auto", "cuda", 11, 64), "plain"),
+    (("auto", "cpu", 128, 8), "tiled"),
+    (("auto", "cpu", 11, 16), "plain"),
+    (("auto", "mps", 128, 8), "plain"),
+    (("plain", "cuda", 1024, 64), "plain"),
+    (("triton", "cpu", 128, 64), "needs a GPU"),
+    (("tiled", "cuda", 1024, 64), "'tiled' is for CPUs; on cuda use 'auto'"),
+    (("fast", "cpu", 128, 64), "not 'fast'"),
+])
+def test_the_choice_and_its_errors(monkeypatch, arguments, chosen):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    for dtype in (torch.bfloat16, torch.float32):
-        assert choose_impl("auto", "cuda", 1024, 64, dtype) == "triton"
-    assert choose_impl("auto", "cuda", 1024, 64, torch.float64) == "plain"
-    assert choose_impl("auto", "cuda", 1024, 256) == "plain"
-    assert choose_impl("auto", "cuda", 11, 64) == "plain"
-    assert choose_impl("auto", "cpu", 128, 8) == "tiled"
-    assert choose_impl("auto", "cpu", 11, 16) == "plain"
-    assert choose_impl("auto", "mps", 128, 8) == "plain"
-    assert choose_impl("plain", "cuda", 1024, 64) == "plain"
-    with pytest.raises(ValueError, match="needs a GPU"):
-        choose_impl("triton", "cpu", 128, 64)
-    with pytest.raises(ValueError, match="'tiled' is for CPUs; on cuda use 'auto'"):
-        choose_impl("tiled", "cuda", 1024, 64)
-    with pytest.raises(ValueError, match="not 'fast'"):
-        choose_impl("fast", "cpu", 128, 64)
+    if " " not in chosen:
+        assert choose_impl(*arguments) == chosen
+    else:
+        with pytest.raises(ValueError, match=chosen):
+            choose_impl(*arguments)
 
 
 def test_what_the_fast_forms_cannot_do_is_done_by_the_formula():
@@ -290,12 +278,8 @@ def test_what_the_fast_forms_cannot_do_is_done_by_the_formula():
     torch.testing.assert_close(attention(q, k, v, bias, impl="tiled")[0],
                                attention(q, k, v, bias, impl="plain")[0])
     learned = torch.zeros(2, 1, 1, dtype=torch.float64, requires_grad=True)
-    assert (
-        torch.autograd.grad(attention(q, k, v, learned, gates="sample", impl="tiled")[1], learned)[0]
-        .abs()
-        .max()
-        > 0
-    )
+    density = attention(q, k, v, learned, gates="sample", impl="tiled")[1]
+    assert torch.autograd.grad(density, learned)[0].any()
     for bias in (torch.tensor(0.3), torch.tensor([0.3, -0.2])[:, None, None]):
         torch.testing.assert_close(attention(q, k, v, bias, impl="tiled")[0],
                                    attention(q, k, v, bias, impl="plain")[0])
@@ -355,11 +339,8 @@ def check(kernel, capability, dtype, width, noise, linear):
     # pointers and strides are multiples of 16, as in a real call: that enables pipelining
     aligned = [i for i, name in enumerate(names) if types[name].startswith("*") or name[1:2] == "_"]
     source = triton.compiler.ASTSource(
-        fn=kernel,
-        signature=types,
-        constexprs={(names.index(name),): value for name, value in constants.items()},
-        attrs={(i,): [["tt.divisibility", 16]] for i in aligned},
-    )
+        fn=kernel, signature=types, attrs={(i,): [["tt.divisibility", 16]] for i in aligned},
+        constexprs={(names.index(name),): value for name, value in constants.items()})
     code = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     assert len(code.asm["cubin"]) > 0
     assert code.metadata.shared <= LIMITS[capability], (kernel, dtype, width, code.metadata.shared)
@@ -407,10 +388,3 @@ def test_a_nan_is_seen(impl, which):
 def test_an_empty_batch_has_an_empty_answer():
     q = torch.randn(0, 2, 70, 16)
     assert attention(q, q, q, impl="tiled")[0].shape == q.shape
-
-
-@pytest.mark.skipif(GPU, reason="is about Triton's interpreter")
-def test_bfloat16_in_tritons_interpreter_is_refused():
-    q = torch.randn(1, 2, 70, 16, dtype=torch.bfloat16)
-    with pytest.raises(ValueError, match="needs a GPU.*bfloat16"):
-        attention(q, q, q, impl="triton")

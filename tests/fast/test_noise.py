@@ -54,11 +54,9 @@ def test_every_value_is_equally_likely_and_every_bit_fair(u):
         assert abs(((values >> bit) & 1).double().mean().item() - 0.5) < 5 * 0.5 / len(values) ** 0.5, bit
 
 
-@pytest.mark.parametrize(
-    "down, right", [(0, 1), (1, 0), (1, 1), (0, 2), (2, 0), (0, 64), (64, 0), (128, 128), (256, 0)]
-)
-def test_neighbours_along_rows_columns_and_diagonals_are_independent(u, down, right):
-    assert standard_deviations(u[:, down:, right:], u[:, :T - down, :T - right]) < 5
+def test_neighbours_along_rows_columns_and_diagonals_are_independent(u):
+    for down, right in ((0, 1), (1, 0), (1, 1), (0, 2), (2, 0), (0, 64), (64, 0), (128, 128), (256, 0)):
+        assert standard_deviations(u[:, down:, right:], u[:, :T - down, :T - right]) < 5, (down, right)
 
 
 def test_corners_of_rectangles_are_independent(u):

@@ -3,7 +3,6 @@
 import argparse
 import contextlib
 import errno
-import hashlib
 import os
 
 import pytest
@@ -15,7 +14,6 @@ from models.checkpoint import (
     Uninitialised,
     checkpoint_of,
     fingerprint,
-    is_of,
     load_checkpoint,
     load_parent,
     load_weights,
@@ -49,20 +47,11 @@ def test_checkpoint_round_trip(workplace):
     assert not load_checkpoint("c.pt", gated=False).config.gated
 
 
-def before_all_numbers_took_part(found):
-    """The fingerprint that older runs wrote down."""
-    digest = hashlib.sha256()
-    for _, tensor in sorted(found["model"].items()):
-        digest.update(tensor.flatten()[:1024].contiguous().view(torch.uint8).numpy())
-    return digest.hexdigest()
-
-
-@pytest.mark.parametrize("written_down", [fingerprint, before_all_numbers_took_part])
-def test_a_parent_that_was_trained_on_is_no_parent_any_more(workplace, written_down):
+def test_a_parent_that_was_trained_on_is_no_parent_any_more(workplace):
     parent = tiny(n_embd=64)
     save_checkpoint("parent.pt", checkpoint_of(parent))
     child = {"parent": "parent.pt", "reference": "parent.pt",
-             "reference_fingerprint": written_down(read_checkpoint("parent.pt"))}
+             "reference_fingerprint": fingerprint(read_checkpoint("parent.pt"))}
     assert torch.equal(load_parent(child).state_dict()["lm_head.weight"], parent.lm_head.weight)
     parent.lm_head.weight.data += 1
     save_checkpoint("parent.pt", checkpoint_of(parent))
@@ -100,17 +89,15 @@ def test_what_only_training_uses_is_not_in_the_fingerprint():
     known = fingerprint(checkpoint_of(model))
     for key, value in {"gate_bias": 1.0, "gate_temperature": 2.0, "dropout": 0.5, "init_std": 0.1}.items():
         setattr(model.config, key, value)
-    assert is_of(known, checkpoint_of(model))
+    assert fingerprint(checkpoint_of(model)) == known
     model.config.gated = True
     gated = fingerprint(checkpoint_of(model))
     model.config.gate_bias = 2.0
     assert len({known, gated, fingerprint(checkpoint_of(model))}) == 3
 
 
-@pytest.mark.parametrize("wrapped", [
-    "_orig_mod.{}", "module._orig_mod.{}", "_orig_mod.module.{}", "module.module.{}",
-    "{}"  # and a block compiled by itself, as others do
-])
+# and a block compiled by itself, as others do
+@pytest.mark.parametrize("wrapped", ["module._orig_mod.{}", "_orig_mod.module.{}", "{}"])
 def test_the_names_that_compile_and_ddp_leave_in_any_order_load(wrapped):
     m, again = tiny(), tiny()
     state = {wrapped.format(name.replace("h.1.", "h.1._orig_mod.")): t for name, t in m.state_dict().items()}
@@ -144,16 +131,14 @@ def test_the_two_embeddings_of_an_untied_fork_of_nanogpt_stay_two(workplace):
     assert torch.equal(load_checkpoint("c.pt")(idx)[0], model.eval()(idx)[0])
 
 
-@pytest.mark.parametrize("name", ["c.pt", "pytorch_model.bin"])
 @pytest.mark.parametrize("held, content", [
     ("argparse.Namespace", {"model": {}, "model_args": argparse.Namespace(n_layer=2)}),
     ("model.GPT", tiny()),
-    ("model.GPT", {"model": tiny(), "model_args": {}}),
-], ids=["config object", "module", "module in a dictionary"])
-def test_a_file_with_an_object_says_which_and_how_to_save_it_anew(workplace, name, held, content):
-    torch.save(content, name)
-    with pytest.raises(UserError, match=f"{name} cannot be read .it holds an object, {held}") as refused:
-        read_checkpoint(name)
+], ids=["config object", "module"])
+def test_a_file_with_an_object_says_which_and_how_to_save_it_anew(workplace, held, content):
+    torch.save(content, "c.pt")
+    with pytest.raises(UserError, match=f"c.pt cannot be read .it holds an object, {held}") as refused:
+        read_checkpoint("c.pt")
     assert 'torch.save({"model": model.state_dict(), "model_args": ' in str(refused.value)
     assert "truncated" not in str(refused.value)
 
@@ -221,11 +206,13 @@ def test_too_little_memory_is_not_called_a_damaged_file(workplace, monkeypatch):
 
 @pytest.mark.parametrize("name, message", [
     ("gone.pt", "no checkpoint gone.pt"),
-    ("cut.pt", "cut.pt cannot be read"),
+    ("cut.pt", "cut.pt cannot be read .*truncated"),
     ("other.pt", "no model and no model_args. To make one of a model: torch.save"),
     ("new.pt", "n_expert"),
-    ("renamed.pt", r"ln_f.bias is missing; extra is extra; lm_head.weight is \(3, 3\), the model's is "
-                   r"\(11, 16\)"),
+    ("renamed.pt", r"ln_f.bias is missing; extra is extra; transformer.ln_f.weight is a str, the model's is "
+                   r"\(16,\); lm_head.weight is \(3, 3\), the model's is \(11, 16\)"),
+    ("sizes.pt", "sizes.pt: its model_args make no model: .*multiple of n_head=3"),
+    ("nan.pt", "ln_f.weight holds NaN"),
 ])
 def test_bad_checkpoints_are_named(workplace, name, message):
     good = checkpoint_of(tiny())
@@ -234,8 +221,11 @@ def test_bad_checkpoints_are_named(workplace, name, message):
     (workplace / "cut.pt").write_bytes(content[:len(content) // 2])
     torch.save({"weights": 1}, "other.pt")
     save_checkpoint("new.pt", {"model": {}, "model_args": {"n_expert": 8}})
+    save_checkpoint("sizes.pt", good | {"model_args": good["model_args"] | {"n_head": 3}})
+    save_checkpoint("nan.pt", good | {"model": good["model"] | {
+        "transformer.ln_f.weight": torch.full((16,), torch.nan)}})
     good["model"]["extra"] = good["model"].pop("transformer.ln_f.bias")
-    good["model"]["lm_head.weight"] = torch.zeros(3, 3)
+    good["model"] |= {"lm_head.weight": torch.zeros(3, 3), "transformer.ln_f.weight": "ones"}
     save_checkpoint("renamed.pt", good)
     with pytest.raises(UserError, match=message):
         load_checkpoint(name)
@@ -280,44 +270,3 @@ def test_whose_tokens_a_foreign_model_reads_is_told_by_its_vocabulary(vocab_size
         message = f"x was trained on tokens of '{tokenizer}', the data has those of '{name}'"
         with contextlib.nullcontext() if right else pytest.raises(UserError, match=message):
             require_tokenizer({"model_args": args}, "x", name)
-
-
-CRAFTED = [
-    ("model_args a list", {"model_args": []}),
-    ("model a string", {"model": "weights"}),
-    ("vocab_size", {"vocab_size": -1}),
-    ("n_head", {"n_head": 0}),
-    ("n_head", {"n_head": "4"}),
-    ("n_head=3", {"n_head": 3}),
-    ("block_size", {"block_size": 10**12}),
-    ("wpe.weight", {"block_size": 10**6}),
-    ("n_layer=100000", {"n_layer": 100_000}),
-    ("gate_bias", {"gate_bias": [[1.0]]}),
-    ("gate_bias", {"gate_bias": float("nan")}),
-    ("tied", {"tied": "no"}),
-    ("ln_f.weight is a str", {"transformer.ln_f.weight": "ones"}),
-    ("ln_f.weight is torch.sparse_coo", {"transformer.ln_f.weight": torch.ones(16).to_sparse()}),
-    ("ln_f.weight is torch.strided of torch.int64", {"transformer.ln_f.weight": torch.ones(16).long()}),
-    ("ln_f.weight holds NaN", {"transformer.ln_f.weight": torch.full((16,), float("nan"))}),
-    ("adapters make no sense", {"lora": [1], "base": "c.pt"}),
-    ("has adapters itself", {"lora": {"rank": 1, "alpha": 1.0, "targets": "q_proj"}, "base": "bad.pt"}),
-]
-
-
-@pytest.mark.parametrize("words, change", CRAFTED)
-def test_a_crafted_checkpoint_is_refused_at_once(workplace, words, change):
-    crafted = checkpoint_of(tiny(gated=True))
-    save_checkpoint("c.pt", crafted)
-    for key, value in change.items():
-        for place in (crafted["model_args"], crafted["model"]):
-            if key in place:
-                place[key] = value
-                break
-        else:
-            crafted[key] = value
-    if "base" in change:
-        crafted["base_fingerprint"] = checkpoint.fingerprint(crafted)
-    save_checkpoint("bad.pt", crafted)
-    expected = "dictionary" if words.startswith("model") else words
-    with pytest.raises(UserError, match=f"bad.pt.*{expected}"):
-        load_checkpoint("bad.pt")

@@ -12,7 +12,7 @@ import torch
 import analyze
 from conftest import REPOSITORY
 from model import GPT, GPTConfig
-from models import checkpoint, export
+from models import export
 from models.checkpoint import checkpoint_of, load_checkpoint, save_checkpoint
 from models.olmo import OLMo, OLMoConfig
 from storage.files import UserError
@@ -171,32 +171,9 @@ def test_mistakes_are_named(workplace, monkeypatch):
     save_checkpoint("ours.pt", checkpoint_of(random_model()))
     os.makedirs("config")
     (workplace / "config/mine.py").touch()
-    for kind, path in (
-        ("hf", "ours.pt"),
-        ("hf", "config"),
-        ("nanogpt", "ours.pt"),
-        ("transformer_lens", "config"),
-    ):
+    for kind, path in (("hf", "config"), ("nanogpt", "ours.pt")):
         with pytest.raises(UserError, match=f"{path} exists already. Choose another name"):
             export.export("ours.pt", kind, path)
     monkeypatch.setitem(sys.modules, "safetensors.torch", None)
     with pytest.raises(UserError, match="pip install safetensors"):
         export.export("ours.pt", "hf", "hf")
-
-
-def test_a_gate_that_the_file_cannot_hold_is_not_lost_silently(workplace, monkeypatch):
-    class Scaled(GPT):
-        """Somebody's gate, with a parameter of its own."""
-
-        def __init__(self, config):
-            super().__init__(config)
-            for block in self.blocks:
-                block.attn.gate_scale = torch.nn.Parameter(torch.ones(1))
-
-    monkeypatch.setattr(checkpoint, "GPT", Scaled)
-    config = GPTConfig(block_size=8, vocab_size=11, n_layer=1, n_head=2, n_embd=16, gated=True)
-    save_checkpoint("scaled.pt", checkpoint_of(Scaled(config)))
-    for kind in ("hf", "transformer_lens", "nanogpt"):
-        with pytest.raises(UserError, match="transformer.h.0.attn.gate_scale, for which other packages"):
-            export.export("scaled.pt", kind, "elsewhere")
-    assert not os.path.exists("elsewhere")

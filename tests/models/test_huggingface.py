@@ -2,6 +2,7 @@
 downloads are whole or refused.
 """
 
+import hashlib
 import json
 import os
 
@@ -19,8 +20,6 @@ from models.checkpoint import (
     save_checkpoint,
     tokenizer_of,
 )
-from storage import corpora, text
-from storage.download import hub as hub_of
 from storage.files import UserError
 
 transformers = pytest.importorskip("transformers", reason="pip install -r tests/requirements.txt")
@@ -43,9 +42,8 @@ def assert_same_logits(ours, model, T=12):
     assert (ours(idx)[0] - model(idx).logits).abs().max() < 1e-4
 
 
-@pytest.mark.parametrize("settings", [{}, {"activation_function": "gelu"}, {"tie_word_embeddings": False},
-                                      {"n_head": 4}])
-@pytest.mark.parametrize("shards", [False, True])
+@pytest.mark.parametrize("settings, shards", [({}, True), ({"activation_function": "gelu"}, False),
+                                              ({"tie_word_embeddings": False, "n_head": 4}, True)])
 def test_a_tiny_model_of_transformers_gives_its_logits(workplace, settings, shards):
     model = theirs(**TINY | settings)
     model.save_pretrained("hf", **({"max_shard_size": "50KB"} if shards else {}))
@@ -55,17 +53,6 @@ def test_a_tiny_model_of_transformers_gives_its_logits(workplace, settings, shar
     assert_same_logits(ours, model)
     gated = load_checkpoint("hf", gated=True, gate_bias=50.0)  # all edges open
     assert_same_logits(gated, model)
-
-
-@pytest.mark.slow
-def test_the_full_124M_gives_its_logits_also_as_shards(workplace):
-    model = theirs()
-    model.save_pretrained("hf", max_shard_size="100MB")
-    assert os.path.exists("hf/model.safetensors.index.json")
-    ours = load_checkpoint("hf")
-    assert sum(p.numel() for p in ours.parameters()) == 124_439_808
-    assert tokenizer_of(read_checkpoint("hf")) == "gpt2"
-    assert_same_logits(ours, model, T=64)
 
 
 def bin_file(path, model, prefix=""):
@@ -78,7 +65,7 @@ def bin_file(path, model, prefix=""):
     torch.save(state, path)
 
 
-@pytest.mark.parametrize("prefix", ["", "transformer.", "module._orig_mod.transformer."])
+@pytest.mark.parametrize("prefix", ["", "module._orig_mod.transformer."])
 def test_pytorch_model_bin_alone_and_in_a_folder(workplace, prefix):
     model = theirs(**TINY | {"n_head": 1})
     model.save_pretrained("hf")
@@ -113,7 +100,6 @@ def test_wrong_files_are_named(workplace):
           r"c_fc.weight is \(4, 3\), the model's is \(128, 32\)")
     fails({"a": torch.zeros(3)}, "holds no GPT-2: wte.weight")
     fails(state, "model_type='llama'", model_type="llama")
-    fails(state, "scale_attn_by_inverse_layer_idx=True", scale_attn_by_inverse_layer_idx=True)
     fails(state, "activation_function='relu'", activation_function="relu")
     with open("bad/config.json", "w") as f:
         f.write("{")
@@ -143,71 +129,28 @@ def test_a_missing_safetensors_package_says_what_to_install(workplace, monkeypat
 
 
 @pytest.fixture
-def hub(workplace, monkeypatch, server):
-    """A localhost that hosts a tiny gpt2 where Hugging Face hosts the real one, and an empty cache."""
-    folder = workplace / "served" / "openai-community" / "gpt2" / "resolve" / "main"
+def served(hub, monkeypatch):
+    """A tiny gpt2 where Hugging Face hosts the real one."""
+    folder = hub / "openai-community/gpt2/resolve/main"
     folder.mkdir(parents=True)
     model = theirs(**TINY | {"n_embd": 64, "n_head": 1})
     bin_file(folder / "pytorch_model.bin", model)
-    monkeypatch.setenv("HF_ENDPOINT", server.url)
-    monkeypatch.setenv("TORCH_HOME", str(workplace / "cache"))
     content = (folder / "pytorch_model.bin").read_bytes()
-    monkeypatch.setitem(PRETRAINED, "gpt2", {"size": len(content), "sha256": server.sha256(content)})
-    return model, server, workplace / "cache" / "hub" / "checkpoints" / "openai-community-gpt2.bin"
+    monkeypatch.setitem(PRETRAINED, "gpt2", hashlib.sha256(content).hexdigest())
+    return model
 
 
-def test_openais_name_is_downloaded_once_and_loaded(hub):
-    model, server, cached = hub
-    assert_same_logits(GPT.from_pretrained("gpt2"), model)
-    asked = len(server.requests)
-    assert asked == 1 and cached.exists()
+def test_openais_name_is_downloaded_and_loaded(served, monkeypatch):
+    assert_same_logits(GPT.from_pretrained("gpt2"), served)
+    assert_same_logits(load_checkpoint("gpt2", gated=True, gate_bias=50.0), served)
     with pytest.raises(UserError, match="OpenAI's models are gpt2, .*not gpt3"):
         GPT.from_pretrained("gpt3")
-    assert_same_logits(load_checkpoint("gpt2", gated=True, gate_bias=50.0), model)
-    assert len(server.requests) == asked  # from the cache
-
-
-def test_without_a_pinned_sha256_the_hubs_own_word_counts(hub, workplace, monkeypatch):
-    model, server, cached = hub
-    known = PRETRAINED["gpt2"]
-    monkeypatch.setitem(PRETRAINED, "gpt2", {"size": known["size"], "sha256": None})
-    with pytest.raises(UserError, match="raw/main/pytorch_model.bin: .*404.* states the sha256"):
-        GPT.from_pretrained("gpt2")
-    pointer = workplace / "served" / "openai-community" / "gpt2" / "raw" / "main"
-    pointer.mkdir(parents=True)
-    said = f"version https://git-lfs.github.com/spec/v1\noid sha256:{known['sha256']}\nsize {known['size']}\n"
-    (pointer / "pytorch_model.bin").write_text(said.replace(known["sha256"], "0" * 64))
-    with pytest.raises(UserError, match="wrong sha256.*it is deleted"):
-        GPT.from_pretrained("gpt2")
-    os.remove(f"{cached}.sha256")
-    (pointer / "pytorch_model.bin").write_text(said)
-    assert_same_logits(GPT.from_pretrained("gpt2"), model)
-    asked = len(server.requests)
-    assert_same_logits(GPT.from_pretrained("gpt2"), model)
-    assert len(server.requests) == asked  # both are kept
-
-
-def test_what_changed_in_the_cache_is_refused(hub):
-    _, _, cached = hub
-    GPT.from_pretrained("gpt2")
-    content = bytearray(cached.read_bytes())
-    content[-100] ^= 1
-    cached.write_bytes(content)
-    with pytest.raises(UserError, match="is not the file that was downloaded .wrong sha256"):
+    monkeypatch.setitem(PRETRAINED, "gpt2", "0" * 64)
+    with pytest.raises(UserError, match="wrong sha256"):
         GPT.from_pretrained("gpt2")
 
 
-def test_an_address_of_the_hub_that_is_none_is_named(workplace, monkeypatch):
-    monkeypatch.setenv("HF_ENDPOINT", "hf.example")
-    for fetch in (lambda: GPT.from_pretrained("gpt2"), lambda: huggingface.fetch("allenai/OLMo-1B-hf", "*"),
-                  lambda: text.tokenizer("olmo"), lambda: corpora.the_package_datasets("dolma")):
-        with pytest.raises(UserError, match="HF_ENDPOINT=hf.example is no address. Write it with https://"):
-            fetch()
-    monkeypatch.setenv("HF_ENDPOINT", "")  # which other packages do not take for none
-    assert hub_of() == "https://huggingface.co" and "HF_ENDPOINT" not in os.environ
-
-
-@pytest.mark.parametrize("where", ["../elsewhere.safetensors", "/etc/passwd", 3])
+@pytest.mark.parametrize("where", ["../elsewhere.safetensors", 3])
 def test_an_index_that_leads_out_of_its_folder_is_refused(workplace, where):
     theirs(**TINY).save_pretrained("hf")
     os.rename("hf/model.safetensors", "elsewhere.safetensors")
@@ -215,22 +158,6 @@ def test_an_index_that_leads_out_of_its_folder_is_refused(workplace, where):
         json.dump({"weight_map": {"transformer.wte.weight": where}}, f)
     with pytest.raises(UserError, match="no file beside it"):
         load_checkpoint("hf")
-
-
-def test_a_download_that_broke_goes_on_and_a_corrupted_one_is_refused(hub):
-    model, server, cached = hub
-    server.cut_after = 50_000
-    with pytest.raises(UserError,
-                       match="50000 of .* bytes came before the line broke. The same command goes on"):
-        GPT.from_pretrained("gpt2")
-    server.cut_after = None
-    assert_same_logits(GPT.from_pretrained("gpt2"), model)
-    assert server.requests[-1]["Range"] == "bytes=50000-"
-    cached.unlink()
-    server.corrupt = True
-    with pytest.raises(UserError, match="wrong sha256.*it is deleted"):
-        GPT.from_pretrained("gpt2")
-    assert not cached.exists() and not os.path.exists(f"{cached}.part")
 
 
 @pytest.mark.parametrize("settings", [{}, {"bias": False}, {"tied": False}, {"gelu": "none"}])
