@@ -69,6 +69,7 @@ def measure(calls, device, repeats):
     for name, call in tqdm(calls.items(), desc="compile", leave=False, disable=None):
         try:
             call()
+            call()  # after the first one memory is not at its usual level
             memory[name] = peak_memory(call, device)
         except torch.OutOfMemoryError:
             print(f"{name}: out of memory")
