@@ -28,7 +28,7 @@ SETTINGS = ["--dataset=count", "--n_layer=2", "--n_head=2", "--n_embd=16", "--bl
             "--batch_size=16", "--learning_rate=3e-3", "--eval_interval=1", "--eval_batch_size=7",
             "--eval_batches=5", "--warmup_steps=2", "--max_steps=10", "--dropout=0.1", "--device=cpu"]
 GATED = ["--init_from=out/dense", "--gated=True", "--distill_weight=0.5", "--constraint_paired=True",
-         "--open_above=0.02", "--linear_penalty_steps=5", "--attention_impl=tiled"]
+         "--open_above=0.02", "--linear_penalty_steps=5", "--lambda_max=8", "--attention_impl=tiled"]
 
 
 @pytest.mark.parametrize("compiled", ["off", pytest.param("on", marks=pytest.mark.slow)])
