@@ -94,7 +94,8 @@ def headline(report, config, metrics):
 def headline_of_gated(report, config, metrics):
     """What `headline` says of a gated run."""
     run, step, end = report["run"], metrics[-1]["step"], config["max_steps"]
-    so_far = "" if step >= end else f" so far (step {step} of {end})"
+    stalled = config["patience"] and step - report["step"] >= config["patience"]  # at its end, then, if it met
+    so_far = "" if step >= end or stalled else f" so far (step {step} of {end})"
     edges = f"{report['edges']['open']:.2f} of {report['edges']['total']} edges open"
     if report["meets_target"]:
         return f"{run} meets its target{so_far}: {edges}{right(report['sparse'])}"

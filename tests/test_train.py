@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 import torch
 
+import analyze
 import prepare_data
 from conftest import make_echo
-from helpers import launch, metrics, parameters, run, same, unequal_rows
+from helpers import call, launch, metrics, parameters, run, same, unequal_rows
 from model import GPT
 from models.checkpoint import load_checkpoint, load_parent, read_checkpoint
 from storage.addition import IGNORE
@@ -71,6 +72,7 @@ def test_a_run_that_wins_nothing_for_a_while_stops_and_is_finished(found, monkey
     assert best["step"] == min(passing, key=lambda m: (m["open"], m["val_loss"]))["step"]
     run("sparse.py", **options)  # the same command finds nothing left to do
     assert "is finished" in capsys.readouterr().out and metrics("out/patient") == lines
+    assert "so far" not in call(analyze.main, "report", "out/patient").stdout
 
 
 def test_only_an_evaluation_that_can_become_the_best_counts_all_rows(found):
