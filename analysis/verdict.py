@@ -94,7 +94,7 @@ def headline(report, config, metrics):
 def headline_of_gated(report, config, metrics):
     """What `headline` says of a gated run."""
     run, step, end = report["run"], metrics[-1]["step"], config["max_steps"]
-    stalled = config["patience"] and step - report["step"] >= config["patience"]  # at its end, then, if it met
+    stalled = config["patience"] and step - report["step"] >= config["patience"]  # if it met its target
     so_far = "" if step >= end or stalled else f" so far (step {step} of {end})"
     edges = f"{report['edges']['open']:.2f} of {report['edges']['total']} edges open"
     if report["meets_target"]:
