@@ -265,8 +265,8 @@ def ready(q, k, v, bias, seed):
 
 
 def launch(kernel, D, dtype, tile=None):
-    """ROWS and COLUMNS of a kernel's tile, and options of its launch: what was fastest on an H100,
-    of up to 22 choices a kernel at T = 1,024 and 4,096, of those that fit into the registers and shared memory of small GPUs, too.
+    """ROWS and COLUMNS of a kernel's tile, and options of its launch: what was fastest on an H100, of up
+    to 22 choices a kernel at T = 1,024 and 4,096 that fit into small GPUs' registers and shared memory, too.
 
     tile: (ROWS, COLUMNS), powers of two from 16; None chooses.
     """

@@ -166,9 +166,9 @@ class DivergenceInParts(torch.autograd.Function):
         asked = targets.flatten() != -1
         weights = asked / asked.sum().clamp(min=1)  # (B T)
         gradient, total = torch.empty_like(logits, memory_format=torch.contiguous_format), 0.0
-        for here, student, teacher, weight in zip(*(
-                x.split(max(1, DivergenceInParts.ELEMENTS // V))
-                for x in (gradient.view(-1, V), logits.reshape(-1, V), teacher_logits.reshape(-1, V), weights))):
+        rows = gradient.view(-1, V), logits.reshape(-1, V), teacher_logits.reshape(-1, V), weights
+        parts = (x.split(max(1, DivergenceInParts.ELEMENTS // V)) for x in rows)
+        for here, student, teacher, weight in zip(*parts):
             student, teacher = student.float().log_softmax(-1), teacher.float().log_softmax(-1)
             total += F.kl_div(student, teacher, reduction="none", log_target=True).sum(-1) @ weight
             here.copy_(student.exp_().sub_(teacher.exp_()).mul_(weight[:, None]))
