@@ -79,15 +79,12 @@ def forward_strip(q, k, v, bias, position, rows, columns, linear_penalty):
     Returns y, lse (heads, queries, 1), the penalty's sum (heads).
     """
     a, s, noisy = strip_gates(q, k, bias, position, rows, columns)
-    highest = a.amax(-1, keepdim=True)
-    p = (a - highest).exp()  # once for every edge: what it sums to is divided by later
-    total = p.sum(-1, keepdim=True)
-    lse = highest + total.log()
+    lse = a.logsumexp(-1, keepdim=True)
+    p = (a - lse).exp()
     penalty = s.sigmoid()
     if linear_penalty:
         penalty = torch.where(s > 0, 0.5 + s / 4, penalty)
-    # gates and weights multiplied, so that a NaN is seen
-    return (noisy > 0).to(p.dtype) * p @ v / total, lse, penalty.sum((1, 2))
+    return (noisy > 0).to(p.dtype) * p @ v, lse, penalty.sum((1, 2))  # a product, so that a NaN is seen
 
 
 def backward_strip(dy, dpenalty, q, k, v, bias, position, rows, columns, lse, delta, temperature,
@@ -101,13 +98,10 @@ def backward_strip(dy, dpenalty, q, k, v, bias, position, rows, columns, lse, de
     gate = (noisy > 0).to(p.dtype)
     dv = (gate * p).transpose(-2, -1) @ dy
     w = dy @ v.transpose(-2, -1)
+    soft = (noisy / temperature).sigmoid()
+    through = gate + soft * (1 - soft) / temperature
     share = s.sigmoid()
     slope = share * (1 - share)
-    if rows is None and temperature == 1:  # a threshold's straight-through gradient is the penalty's
-        through = gate + slope
-    else:
-        soft = (noisy / temperature).sigmoid()
-        through = gate + soft * (1 - soft) / temperature
     if linear_penalty:
         slope = torch.where(s > 0, 0.25, slope)
     e = p * (through * w - delta) + dpenalty[:, None, None] * slope

@@ -55,7 +55,7 @@ PEAK_FLOPS = {
 WIDE = 512
 # channels times tokens of a forward pass, below which a second thread on a CPU costs more than it brings: on
 # a machine with something else to do OpenMP's threads wait for each other, spinning (docs/speed.md)
-SMALL = 2**15
+SMALL = 2**16
 ALL_THREADS = torch.get_num_threads()
 
 

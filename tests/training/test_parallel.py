@@ -109,6 +109,16 @@ def test_the_compiler_is_tried_once_a_command_and_never_where_nothing_is_compile
     assert len([function for function in tried if "can_compile" in function.__qualname__]) == 1
 
 
+def test_a_small_model_takes_one_thread_unless_told_otherwise(monkeypatch):
+    monkeypatch.setattr(parallel, "ALL_THREADS", 2)
+    for told, tokens, expected in ((None, 1024, 1), (None, 2048, 2), ("2", 1024, 7)):
+        monkeypatch.setenv("OMP_NUM_THREADS", told) if told else monkeypatch.delenv("OMP_NUM_THREADS", False)
+        chosen = [7]
+        monkeypatch.setattr(torch, "set_num_threads", chosen.append)
+        parallel.set_threads("cpu", 64, tokens)
+        assert chosen[-1] == expected
+
+
 def test_settings_in_words(monkeypatch):
     for dtype in ("bfloat16", "float32"):
         context, name = parallel.precision(dtype, "cpu", 64)
