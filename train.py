@@ -248,11 +248,13 @@ def train_one(c, given, runs, place):  # noqa: C901, the script as a whole, from
 
 
 def how_to_compute(c, model, dense, T, device):
-    """Precision, attention, compilation: (a function that returns the autocast context, is the model
+    """Precision, threads, attention, compilation: (a function that returns the autocast context, is the model
     compiled?, all of it in words). Compiles model and dense, in place, where that pays.
     """
     sharded, config = parallel.is_sharded(c.parallel), model.config
-    autocast, dtype = parallel.precision(c.dtype, device, cache=not (sharded or c.recompute_activations))
+    autocast, dtype = parallel.precision(c.dtype, device, config.n_embd,
+                                         cache=not (sharded or c.recompute_activations))
+    parallel.set_threads(device, config.n_embd, micro_batch_size(c, parallel.world()) * T)
     model.attention_impl = c.attention_impl
     impl = "dense"
     if c.gated:

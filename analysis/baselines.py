@@ -82,7 +82,7 @@ def train_on(model, teacher, cut, data, c, progress):
     """
     device = next(model.parameters()).device
     batches = Batches(data, model.config.block_size, c.batch_size, 1, c.seed, True, device)
-    autocast, _ = precision(c.dtype, device.type)
+    autocast, _ = precision(c.dtype, device.type, model.config.n_embd)
     average = averaged(model, c.average_decay)
     optimizer = adamw(list(model.parameters()), c)
     with attending(model, cut):

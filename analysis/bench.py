@@ -198,7 +198,7 @@ def training_steps(options, device, name):
     """
     config = GPTConfig(**SHAPES[name])
     x = torch.randint(0, config.vocab_size, (options.B, config.block_size), device=device)
-    autocast, _ = parallel.precision("auto", device)
+    autocast, _ = parallel.precision("auto", device, config.n_embd)
 
     def built(gated, impl):
         model = GPT(GPTConfig(**SHAPES[name], gated=gated)).to(device)

@@ -26,7 +26,7 @@ Notable:
   threshold. e and A p are rounded to the inputs' type for their products, as in flash attention. float16
   needs a loss scaler, or the penalty's gradient underflows; bfloat16 needs none.
 - Every tile is computed whole, open edges or none. Branches that left out the products of dead tiles were
-  compiled wrongly on an H100: in float32 dv was noise (torch 2.11, Triton 3.6; docs/gpu.md).
+  compiled wrongly on an H100: in float32 dv was noise (torch 2.11, Triton 3.6; docs/speed.md).
 - Widths that are no power of two are padded inside the kernel. Queries beyond the end of the text are zeros:
   what is computed for them is finite, meets zeros, and is not stored.
 - TRITON_INTERPRET=1 runs all of it on a CPU (tests/fast/test_attention.py).
@@ -265,8 +265,8 @@ def ready(q, k, v, bias, seed):
 
 
 def launch(kernel, D, dtype, tile=None):
-    """ROWS and COLUMNS of a kernel's tile, and options of its launch: what was fastest on an H100
-    (docs/gpu.md), of those that fit into the registers and shared memory of small GPUs, too.
+    """ROWS and COLUMNS of a kernel's tile, and options of its launch: what was fastest on an H100, of up
+    to 22 choices a kernel at T = 1,024 and 4,096 that fit into small GPUs' registers and shared memory, too.
 
     tile: (ROWS, COLUMNS), powers of two from 16; None chooses.
     """

@@ -50,6 +50,13 @@ PEAK_FLOPS = {
     "4090": 165e12,
     "3090": 71e12,
 }
+# channels. On an EPYC with AVX512_BF16 bfloat16 is 5 times faster at 576, and 2.4 times slower at 64; between
+# the two nobody has measured
+WIDE = 512
+# channels times tokens of a forward pass, below which a second thread on a CPU costs more than it brings: on
+# a machine with something else to do OpenMP's threads wait for each other, spinning (docs/speed.md)
+SMALL = 2**16
+ALL_THREADS = torch.get_num_threads()
 
 
 def lost_another(error):
@@ -83,22 +90,32 @@ def pick_device(name):
     return name
 
 
-def precision(name, device, cache=True):
+def precision(name, device, width, cache=True):
     """A function that returns the autocast context for the setting 'auto', 'float32' or 'bfloat16'; and the
-    choice in words.
+    choice in words. width: channels of the model.
 
-    'auto' is bfloat16 where the hardware multiplies it natively: GPUs since Ampere, CPUs with AMX (Intel's
-    since 2023); else float32. cache=False: autocast does not keep its bfloat16 copies of the weights until
-    the context ends. There is no float16: its gradients underflow without a loss scaler.
+    'auto' is bfloat16 where it is faster, else float32: on GPUs since Ampere; on CPUs with AMX (Intel's since
+    2023); and of a wide model on CPUs with AVX512_BF16 (AMD's since Zen 4), which a narrow one slows down.
+    cache=False: autocast does not keep its bfloat16 copies of the weights until the context ends. There is
+    no float16: its gradients underflow without a loss scaler.
     """
     kind = device.split(":")[0]
     if name == "auto":
-        native = (kind == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-                  or kind == "cpu" and torch.cpu._is_amx_tile_supported())
-        name = "bfloat16" if native else "float32"
+        faster = (kind == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+                  or kind == "cpu" and (torch.cpu._is_amx_tile_supported()
+                                        or torch.cpu._is_avx512_bf16_supported() and width >= WIDE))
+        name = "bfloat16" if faster else "float32"
     autocast = functools.partial(torch.autocast, kind, dtype=torch.bfloat16, enabled=name == "bfloat16",
                                  cache_enabled=cache)
     return autocast, name
+
+
+def set_threads(device, width, tokens):
+    """Give a small model one thread, a larger one what torch found; what OMP_NUM_THREADS or torchrun say,
+    wins. width: channels; tokens: of a forward pass.
+    """
+    if device == "cpu" and "OMP_NUM_THREADS" not in os.environ:  # which torchrun sets
+        torch.set_num_threads(1 if width * tokens <= SMALL else ALL_THREADS)
 
 
 def attention(setting, device, context=64, width=1, dtype=torch.float32):

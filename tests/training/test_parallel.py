@@ -109,12 +109,27 @@ def test_the_compiler_is_tried_once_a_command_and_never_where_nothing_is_compile
     assert len([function for function in tried if "can_compile" in function.__qualname__]) == 1
 
 
+def test_a_small_model_takes_one_thread_unless_told_otherwise(monkeypatch):
+    monkeypatch.setattr(parallel, "ALL_THREADS", 2)
+    for told, tokens, expected in ((None, 1024, 1), (None, 2048, 2), ("2", 1024, 7)):
+        monkeypatch.setenv("OMP_NUM_THREADS", told) if told else monkeypatch.delenv("OMP_NUM_THREADS", False)
+        chosen = [7]
+        monkeypatch.setattr(torch, "set_num_threads", chosen.append)
+        parallel.set_threads("cpu", 64, tokens)
+        assert chosen[-1] == expected
+
+
 def test_settings_in_words(monkeypatch):
     for dtype in ("bfloat16", "float32"):
-        context, name = parallel.precision(dtype, "cpu")
+        context, name = parallel.precision(dtype, "cpu", 64)
         with context():
             assert name == dtype and (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == getattr(torch, dtype)
-    assert parallel.precision("auto", "mps")[1] == "float32"
+    assert parallel.precision("auto", "mps", 64)[1] == "float32"
+    for amx, avx512, width, expected in ((True, False, 64, "bfloat16"), (False, True, 768, "bfloat16"),
+                                         (False, True, 64, "float32"), (False, False, 768, "float32")):
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda amx=amx: amx)
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda avx512=avx512: avx512)
+        assert parallel.precision("auto", "cpu", width)[1] == expected
     assert parallel.all_reduce_sum([1.5, 2], torch.device("mps")) == [1.5, 2.0]  # which has no doubles
     monkeypatch.setattr(parallel, "can_compile", lambda setting, device: True)
     assert parallel.compiles("auto", "cuda:0", False)
