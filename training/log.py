@@ -175,18 +175,19 @@ class StepLog:
         with open(self.path, encoding="utf-8", newline="") as f:
             return list(csv.DictReader(f))
 
-    def text_of(self, rows, header):
+    def text_of(self, rows, columns, header):
         text = io.StringIO(newline="")
-        writer = csv.DictWriter(text, self.columns, restval="")
-        if header and self.columns:
+        writer = csv.DictWriter(text, columns, restval="")
+        if header and columns:
             writer.writeheader()
         writer.writerows(rows)
         return text.getvalue()
 
     def rewrite(self, rows):
         """The whole file anew, with a column for everything that one of the rows has."""
-        self.columns = list(dict.fromkeys(name for row in rows for name in row))
-        write_whole(self.path, self.text_of(rows, header=True).encode())
+        columns = list(dict.fromkeys(name for row in rows for name in row))
+        write_whole(self.path, self.text_of(rows, columns, header=True).encode())
+        self.columns = columns  # now, for a file that could not be written has none
 
     def write(self, step, **values):
         self.waiting.append({"step": step, **values})
@@ -196,7 +197,7 @@ class StepLog:
         if not self.waiting:
             return
         if {name for row in self.waiting for name in row} <= set(self.columns):
-            append(self.path, self.text_of(self.waiting, header=False))
+            append(self.path, self.text_of(self.waiting, self.columns, header=False))
         else:  # a new file, or a quantity more than before
             self.rewrite((self.rows() if self.columns else []) + self.waiting)
         self.waiting = []

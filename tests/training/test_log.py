@@ -1,6 +1,7 @@
 """steps.csv: a row a step, in order, whatever stops the run; a column more for a quantity more."""
 
 import pandas
+import pytest
 
 from helpers import metrics, run
 from training.log import StepLog
@@ -52,3 +53,16 @@ def test_a_quantity_that_only_some_steps_have_is_a_column(workplace):
     log.flush()
     assert pandas.read_csv("steps.csv")["extra"].tolist()[1] == 2.0
     assert open("steps.csv").read().splitlines() == ["step,loss,extra", "0,1.0,", "1,0.5,2.0", "2,0.25,"]
+
+
+def test_a_file_that_could_not_be_written_gets_its_header_later(workplace, monkeypatch):
+    def full(path, content):
+        raise OSError("no space left")
+
+    log = StepLog("steps.csv", 0)
+    log.write(0, loss=1.0)
+    with monkeypatch.context() as patch, pytest.raises(OSError):
+        patch.setattr("training.log.write_whole", full)
+        log.flush()
+    log.flush()  # what the end of the run does
+    assert open("steps.csv").read().splitlines() == ["step,loss", "0,1.0"]
