@@ -137,8 +137,8 @@ def test_a_parent_that_was_still_learning_is_named_first():
     # another evaluation of that run may have met it
     (report(400, 3, 0.0004, run="out/x/last.pt"), CONFIG, lines(FLAT),
      "out/x/last.pt misses its target: 12.40 of", ""),
-    (dense_report(), DENSE, lines(FALLING), "out/x was STILL LEARNING at its end: held-out loss 0.5000, 90 of "
-     "100 answers right. The loss fell by 0.2 nats",
+    (dense_report(), DENSE, lines(FALLING), "out/x was STILL LEARNING at its end: held-out loss 0.5000, 90 "
+     "of 100 answers right. The loss fell by 0.2 nats",
      "python train.py --init_from=resume --out_dir=out/x --max_steps=800"),
     (dense_report(), DENSE, lines(FLAT), "out/x has settled", ""),
     (dense_report(), CONFIG, lines(FLAT), "out/x has settled", ""),
