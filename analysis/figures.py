@@ -35,7 +35,7 @@ def save(figure, path):
         picture.save(temporary, format="png", optimize=True)
 
 
-def draw_streams(ax, tokens, answers, n_layer):
+def draw_streams(ax, tokens, answers, n_layer, size=11):
     """The ground of a flow picture: one vertical line per token, its name below, what the model answers
     above.
     """
@@ -43,7 +43,7 @@ def draw_streams(ax, tokens, answers, n_layer):
     ax.vlines(range(T), 0, n_layer, color=GREY, lw=0.6, zorder=0)
     for i, (token, answer) in enumerate(zip(tokens, answers)):
         ax.text(i, -0.18, token, ha="center", va="top", fontsize=11, family="monospace")
-        ax.text(i, n_layer + 0.15, answer, ha="center", va="bottom", fontsize=11, family="monospace",
+        ax.text(i, n_layer + 0.15, answer, ha="center", va="bottom", fontsize=size, family="monospace",
                 weight="bold")
     ax.set(xlim=(-0.7, T - 0.3), ylim=(-0.75, n_layer + 0.75), xticks=[], yticks=np.arange(n_layer) + 0.5)
     ax.set_yticklabels([f"layer {layer}" for layer in range(n_layer)], fontsize=9)

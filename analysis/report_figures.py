@@ -36,7 +36,8 @@ def draw(result, config, metrics, checkpoint, model, data):
         task = addition_task(data.meta)
         if task:
             pictures.append(("attention_flow.png", attention_flow, model, checkpoint, task, label))
-            pictures.append(("flow.gif", lambda _: flow.film(run, task, model.config, config["max_steps"])))
+            film = run, task, model.config.n_layer, config["max_steps"]
+            pictures.append(("flow.gif", lambda path: flow.film(*film)))
         elif data.meta["kind"] == "stream":
             pictures.append(("gallery.png", gallery, model, checkpoint, data, edges["per_head"], label))
     for name, picture, *arguments in pictures:

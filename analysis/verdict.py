@@ -41,6 +41,10 @@ class Learning(NamedTuple):
     fall: float
     noise: float  # a fall of this size can be luck
 
+    @property
+    def is_falling(self):
+        return self.fall > max(self.noise, SETTLED)
+
 
 def learning(metrics):
     """Learning at the end of a run, of the lines of metrics.jsonl; None if there are too few to tell."""
@@ -53,20 +57,12 @@ def learning(metrics):
     return Learning(losses[0] - losses[-1], 2 * statistics.stdev(changes))
 
 
-def is_falling(metrics):
-    """Did the held-out loss fall in the last quarter, by more than noise? False also where none can tell."""
-    found = learning(metrics)
-    return found is not None and found.fall > max(found.noise, SETTLED)
-
-
-def has_cooled(metrics, config):
-    """Has a run's learning rate come down to its end? config: of config.json."""
-    return metrics[-1]["step"] >= config["max_steps"] and config["min_lr"] < COOLED * config["learning_rate"]
-
-
 def still_learning(metrics, config):
     """Did a run end before its held-out loss had settled? False also where nobody can tell."""
-    return is_falling(metrics) and not has_cooled(metrics, config)
+    moved = learning(metrics)
+    has_cooled = (metrics[-1]["step"] >= config["max_steps"]
+                  and config["min_lr"] < COOLED * config["learning_rate"])
+    return moved is not None and moved.is_falling and not has_cooled
 
 
 class Parent(NamedTuple):
@@ -75,6 +71,11 @@ class Parent(NamedTuple):
     folder: str
     config: dict  # of config.json
     metrics: list  # lines of metrics.jsonl
+
+
+def is_one_checkpoint(report):
+    """Is this the report of a file that somebody named, which says nothing of its run as a whole?"""
+    return report["run"].endswith(".pt")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -86,13 +87,8 @@ def headline(report, config, metrics):
 
     report: that of report.py so far; config: of config.json; metrics: lines of metrics.jsonl.
     """
-    if report["sparse"]:
-        return headline_of_gated(report, config, metrics)
-    return headline_of_dense(report, config, metrics)
-
-
-def headline_of_gated(report, config, metrics):
-    """What `headline` says of a gated run."""
+    if not report["sparse"]:
+        return headline_of_dense(report, config, metrics)
     run, step, end = report["run"], metrics[-1]["step"], config["max_steps"]
     stalled = config["patience"] and step - report["step"] >= config["patience"]  # if it met its target
     so_far = "" if step >= end or stalled else f" so far (step {step} of {end})"
@@ -107,19 +103,11 @@ def headline_of_gated(report, config, metrics):
             f"{edges}, {distance_in_words(report)}. Table and pictures show that one")
 
 
-def is_one_checkpoint(report):
-    """Is this the report of a file that somebody named, which says nothing of its run as a whole?"""
-    return report["run"].endswith(".pt")
-
-
 def distance_in_words(report):
     """`3 answers lost, 0.0004 nats too many`: what the closest evaluation of a gated run lacks."""
-    words = []
-    if report["closest"]["answers_lost"]:
-        words.append(f"{report['closest']['answers_lost']:,} answers lost")
-    nats = report["closest"]["nats_too_many"]
-    words.append(f"{nats:.2g} nats too many" if nats else "its loss within the target")
-    return ", ".join(words)
+    lost, nats = report["closest"]["answers_lost"], report["closest"]["nats_too_many"]
+    words = [f"{lost:,} answers lost"] if lost else []
+    return ", ".join([*words, f"{nats:.2g} nats too many" if nats else "its loss within the target"])
 
 
 def right(judged):
@@ -131,25 +119,21 @@ def right(judged):
 
 def headline_of_dense(report, config, metrics):
     """What `headline` says of a dense run."""
-    run, loss, wanted = report["run"], report["dense"]["val_loss"], config["ready_loss"]
-    state = f"held-out loss {loss:.4f}{right(report['dense'])}"
+    run, wanted, moved = report["run"], config["ready_loss"], learning(metrics)
+    state = f"held-out loss {report['dense']['val_loss']:.4f}{right(report['dense'])}"
     if wanted:
-        if report["ready"]:
-            return f"{run} is ready to be a parent: {state}; ready_loss is {wanted:g}"
-        return f"NOT READY: {run} is no parent yet: {state}; ready_loss is {wanted:g}"
-    found = learning(metrics)
-    if found is None:
+        what = "is ready to be a parent" if report["ready"] else "is no parent yet"
+        return f"{'' if report['ready'] else 'NOT READY: '}{run} {what}: {state}; ready_loss is {wanted:g}"
+    if moved is None:
         return f"{run}: {state}; too few evaluations to tell whether it was still learning"
     if still_learning(metrics, config):
-        return (f"{run} was STILL LEARNING at its end: {state}. The loss fell by {found.fall:.2g} nats in "
-                f"the last quarter of the run, where noise explains {found.noise:.1g}")
-    if is_falling(metrics):
-        return (
-            f"{run}: {state}, at the end of its learning rate. What more steps would have brought, only a "
-            "control can tell: docs/text.md"
-        )
-    moved = f"{abs(found.fall):.1g} nats"
-    return f"{run} has settled: {state}. The loss moved by {moved} in the last quarter of the run"
+        return (f"{run} was STILL LEARNING at its end: {state}. The loss fell by {moved.fall:.2g} nats in "
+                f"the last quarter of the run, where noise explains {moved.noise:.1g}")
+    if moved.is_falling:
+        return (f"{run}: {state}, at the end of its learning rate. What more steps would have brought, only "
+                "a control can tell: docs/text.md")
+    return (f"{run} has settled: {state}. The loss moved by {abs(moved.fall):.1g} nats in the last quarter "
+            "of the run")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -158,27 +142,23 @@ def headline_of_dense(report, config, metrics):
 
 def advice(report, config, metrics, parent=None):
     """What to do about a run that is not what it was to become: a list of sentences, each with what to type;
-    empty if there is nothing to do.
-
-    parent: of a gated run its Parent, or None.
+    empty if there is nothing to do. parent: of a gated run its Parent, or None.
     """
-    run, longer = report["run"], 2 * config["max_steps"]
+    run, is_at_end = report["run"], metrics[-1]["step"] >= config["max_steps"]
     if is_one_checkpoint(report):
         return []
     if report["sparse"]:
         if report["meets_target"]:
             return remarks_on_met(report, config, metrics, parent)
-        if metrics[-1]["step"] < config["max_steps"]:
+        if not is_at_end:
             return [f"It is not at its end. To go on: {train_on(run)}"]
-        return advice_for_missed(report, config, metrics, parent)
+        return unfinished(parent, run) + advice_for_missed(report, config, metrics)
     if config["ready_loss"] and not report["ready"]:
-        steps = config["max_steps"] if metrics[-1]["step"] < config["max_steps"] else longer
-        return [f"No child can start from it. Train it on: {train_on(run, steps)}"]
+        return ["No child can start from it. Train it on: "
+                + train_on(run, config["max_steps"] * (2 if is_at_end else 1))]
     if not config["ready_loss"] and still_learning(metrics, config):
-        return [
-            f"A child that keeps its loss keeps that of an unfinished model. Train it on: "
-            f"{train_on(run, longer)}"
-        ]
+        return ["A child that keeps its loss keeps that of an unfinished model. Train it on: "
+                + train_on(run, 2 * config["max_steps"])]
     return []
 
 
@@ -212,64 +192,49 @@ def remarks_on_met(report, config, metrics, parent):
     return remarks
 
 
-def advice_for_missed(report, config, metrics, parent):
+def advice_for_missed(report, config, metrics):
     """The advice for a gated run that came to its end and never met its target: by cause."""
-    run = report["run"]
-    sentences = unfinished(parent, run)
-    if not report["closest"]["nats_too_many"] and config["loss_slack"]:
-        return [
-            *sentences,
-            "Answers were lost while the loss was met, so the slack is too wide: the same command with "
-            f"--loss_slack={config['loss_slack'] / 3:.1g} "
-            f"--constraint_scale={config['constraint_scale'] / 3:.1g} {typed(f'--out_dir={run}-tight')}",
-        ]
+    def again(name, **changed):
+        flags = [f"--{key}={value if isinstance(value, int) else format(value, '.4g')}"
+                 for key, value in changed.items()]
+        return " ".join(["the same command with", *flags, typed(f"--out_dir={report['run']}-{name}")])
+
+    slack, steps = config["loss_slack"], 2 * config["max_steps"]
+    if not report["closest"]["nats_too_many"] and slack:
+        tight = {key: float(f"{config[key] / 3:.1g}") for key in ("loss_slack", "constraint_scale")}
+        return ["Answers were lost while the loss was met, so the slack is too wide: "
+                + again("tight", **tight)]
     higher = better_lambda_init(config, metrics)
     if higher:
-        return [
-            *sentences,
-            f"Lambda began too low, at {config['lambda_init']:g}, and was on its way up for most of the run: "
-            "meanwhile edges went that it needs. The same command with "
-            f"--lambda_init={higher:.4g} {typed(f'--out_dir={run}-higher')}, or with more steps: "
-            f"--max_steps={2 * config['max_steps']} {typed(f'--out_dir={run}-longer')}",
-        ]
+        return [f"Lambda began too low, at {config['lambda_init']:g}, and was on its way up for most of the "
+                f"run: meanwhile edges went that it needs. So {again('higher', lambda_init=higher)}, or with "
+                f"more steps: {again('longer', max_steps=steps)}"]
     if was_lost_late(report, config, metrics):
-        return [
-            *sentences,
-            f"It was closest at step {report['step']} and lost that again: an edge that it needs was shut "
-            f"for good. Smaller steps and a higher floor take more care: the same command with "
-            f"{smaller_steps_and_higher_floor(config)} {typed(f'--out_dir={run}-careful')}",
-        ]
-    at_cap = is_at_cap_throughout(config, metrics)
-    found = learning(metrics)
+        return [f"It was closest at step {report['step']} and lost that again: an edge that it needs was "
+                "shut for good. Smaller steps and a higher floor take more care: "
+                + again("careful", **smaller_steps_and_higher_floor(config))]
+    at_cap, moved, sentences = is_at_cap_throughout(config, metrics), learning(metrics), []
     if at_cap:
         sentences.append("Lambda stood at its cap throughout, so edges went faster than training could "
-                         f"repair: the same command with --lambda_max={3 * config['lambda_max']:g} "
-                         + typed(f"--out_dir={run}-slower"))
-    if found and found.fall > found.noise:
-        twice = [f"--{key}={2 * config[key]}" for key in ("max_steps", "noise_free_steps") if config[key]]
-        sentences.append("Its loss was still falling at the end, so more time may do: the same command with "
-                         f"{' '.join(twice)} {typed(f'--out_dir={run}-longer')}")
+                         "repair: " + again("slower", lambda_max=3 * config["lambda_max"]))
+    if moved and moved.fall > moved.noise:
+        twice = {key: 2 * config[key] for key in ("max_steps", "noise_free_steps") if config[key]}
+        sentences.append("Its loss was still falling at the end, so more time may do: "
+                         + again("longer", **twice))
     elif not at_cap:
-        sentences.append(
-            "Its loss came no closer at the end, and lambda was not at its cap throughout: the target is "
-            "tighter than this training can meet. "
-            f"Allow more loss: the same command with --loss_slack={3 * config['loss_slack'] or 0.01:g} "
-            + typed(f"--out_dir={run}-loose")
-        )
+        sentences.append("Its loss came no closer at the end, and lambda was not at its cap throughout: the "
+                         "target is tighter than this training can meet. Allow more loss: "
+                         + again("loose", loss_slack=3 * slack or 0.01))
     return sentences
 
 
 def smaller_steps_and_higher_floor(config):
-    """Flags that halve the learning rate, at its end as well, and double lambda's floor, below which it can
-    neither start nor end.
-    """
-    floor = 2 * config["lambda_min"]
-    flags = [f"--learning_rate={config['learning_rate'] / 2:g}", f"--lambda_min={floor:g}"]
-    if config["min_lr"] > config["learning_rate"] / 2:
-        flags.append(f"--min_lr={config['learning_rate'] / 2:g}")
-    flags += [f"--{key}={floor:g}" for key in ("lambda_init", "lambda_max")
-              if 0 < config[key] < floor]
-    return " ".join(flags)
+    """{setting: value}: half the learning rate, twice lambda's floor, and what would lie beyond these."""
+    rate, floor = config["learning_rate"] / 2, 2 * config["lambda_min"]
+    limits = {"min_lr": min(config["min_lr"], rate), "lambda_init": max(config["lambda_init"], floor),
+              "lambda_max": max(config["lambda_max"], floor)}
+    return {"learning_rate": rate, "lambda_min": floor} | {
+        key: value for key, value in limits.items() if value != config[key]}
 
 
 def was_lost_late(report, config, metrics):
@@ -277,10 +242,10 @@ def was_lost_late(report, config, metrics):
 
     By held-out loss, or by answers (one in a hundred).
     """
-    closest = next((m for m in metrics if m["step"] == report["step"]), None)
-    if closest is None or closest["step"] > 0.75 * metrics[-1]["step"]:
-        return False
     last, target = metrics[-1], report["target_loss"]
+    closest = next((m for m in metrics if m["step"] == report["step"]), last)
+    if closest["step"] > 0.75 * last["step"]:
+        return False
     if last["accuracy"] is not None and closest["accuracy"] - last["accuracy"] > 0.01:
         return True
     return last["val_loss"] - target > 2 * max(closest["val_loss"] - target, config["loss_slack"])

@@ -181,3 +181,38 @@ def echo_parent(workplace, echo_runs):
 @pytest.fixture
 def counting_parent(workplace, counting_runs):
     return shutil.copytree(counting_runs, workplace, dirs_exist_ok=True)
+
+
+@pytest.fixture(scope="session")
+def untrained_runs(tmp_path_factory):
+    """Runs with random weights, no more than their best.pt: sums (with a transcoder), its parent sums_dense,
+    heads (two a layer) and three (digits), all of addition; text, of bytes; other, whose tokens are no words.
+    """
+    import prepare_data
+    from helpers import keep_run, keep_transcoder, random_gpt
+
+    folder = tmp_path_factory.mktemp("untrained")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        nothing = np.zeros(99, np.uint16)
+        for name in ("text", "other"):
+            prepare_data.write_dataset(f"data/{name}", nothing, nothing, kind="stream", vocab_size=13)
+        prepare_data.load("addition")
+        prepare_data.load("addition3")
+        shapes = {"sums_dense": {"gated": False}, "heads": {"n_head": 2}, "three": {"block_size": 13},
+                  "text": {"block_size": 64, "vocab_size": 256}}
+        data = {"three": ("addition3", "addition3"), "text": ("text", "bytes"), "other": ("other", "other")}
+        for name in ("sums", "sums_dense", "heads", "three", "text", "other"):
+            model = random_gpt(**{"block_size": 11, "vocab_size": 13, "gated": True, "gate_bias": -0.5}
+                               | shapes.get(name, {}))
+            dataset, tokenizer = data.get(name, ("addition", "addition"))
+            keep_run(name, model, data={"dataset": dataset, "tokenizer": tokenizer},
+                     parent="out/sums_dense/best.pt", config={"out_dir": f"out/{name}"})
+        keep_transcoder("sums", 2, 8, 12)
+    return folder
+
+
+@pytest.fixture
+def models_to_ask(untrained_runs, monkeypatch):
+    """The folder of `untrained_runs` as the current one, for tests that change nothing there."""
+    monkeypatch.chdir(untrained_runs)

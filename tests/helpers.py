@@ -21,7 +21,9 @@ import analyze
 import prepare_data
 import train as train_file
 from analysis import seeds
-from models.checkpoint import fingerprint, read_checkpoint
+from features.transcoder import Transcoder
+from model import GPT, GPTConfig
+from models.checkpoint import checkpoint_of, fingerprint, read_checkpoint, save_checkpoint
 from storage.addition import IGNORE
 from storage.files import REPOSITORY
 from train import train
@@ -219,6 +221,26 @@ def unequal_rows():
             "--distill_weight=0.5"]
 
 
+def randomized(model, std=0.5):
+    """The model with weights so large that some of its edges open and others do not, in evaluation mode."""
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=std)
+    return model.eval()
+
+
+def random_gpt(seed=1, std=0.5, **shape):
+    """A GPT of 2 layers and random weights; of the gated ones about half of the edges open."""
+    torch.manual_seed(seed)
+    return randomized(GPT(GPTConfig(**{"n_layer": 2, "n_head": 1, "n_embd": 8} | shape)), std)
+
+
+def keep_run(name, model, **more):
+    """A run's folder out/<name> with nothing but its best.pt; returns that file's path."""
+    os.makedirs(f"out/{name}", exist_ok=True)
+    save_checkpoint(f"out/{name}/best.pt", checkpoint_of(model, **more))
+    return f"out/{name}/best.pt"
+
+
 def theirs(kind, **settings):
     """A random OlmoForCausalLM, Olmo2ForCausalLM, ...
 
@@ -247,6 +269,17 @@ def trained(coder, path):
     """The file of a Transcoder that has been trained, to its end, for the checkpoint at path."""
     return {"model": coder.state_dict(), "model_args": coder.shape, "of": fingerprint(read_checkpoint(path)),
             "step": 1, "settings": {"steps": 1}}
+
+
+def keep_transcoder(run, L, C, F, name="transcoder", decoder=1.0):
+    """A random Transcoder for the run out/<run>, kept there; returns it. decoder: how large its decoders are,
+    so that features matter, and pruning leaves some.
+    """
+    coder = Transcoder(L, C, F)
+    torch.nn.init.normal_(coder.b_enc, std=0.5)
+    torch.nn.init.normal_(coder.decoder, std=decoder)
+    save_checkpoint(f"out/{run}/{name}.pt", trained(coder, f"out/{run}/best.pt"))
+    return coder.eval()
 
 
 @contextlib.contextmanager

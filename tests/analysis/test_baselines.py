@@ -14,8 +14,7 @@ from analysis.baselines import fit, judged, size_of_circuits, train_on
 from analysis.rules import RULES, RuleAttention
 from circuits.attention_edges import attending
 from circuits.tasks import LOGIT
-from helpers import SMALL, call, run
-from model import GPT, GPTConfig
+from helpers import SMALL, call, random_gpt, run
 from models.checkpoint import read_checkpoint, save_checkpoint
 from storage.files import UserError, read_json
 from training.config import Config
@@ -102,16 +101,12 @@ def test_the_window_at_one_edge_is_the_position_itself_and_from_two_on_has_the_s
         assert set(weights[0, 0, 11].nonzero().flatten().tolist()) == reads
 
 
-def random_gpt(**settings):
-    torch.manual_seed(1)
-    model = GPT(GPTConfig(block_size=T, vocab_size=10, n_layer=2, n_head=2, n_embd=16, **settings)).eval()
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.4)
-    return model
+def random_model(**settings):
+    return random_gpt(std=0.4, block_size=T, vocab_size=10, n_head=2, n_embd=16, **settings)
 
 
 def test_with_room_for_all_edges_nothing_changes():
-    model, x = random_gpt(), torch.randint(0, 10, (4, T))
+    model, x = random_model(), torch.randint(0, 10, (4, T))
     for rule in ("top-k", "threshold", "window"):
         cut = RuleAttention(rule, T)
         with attending(model, cut), torch.no_grad():
@@ -119,25 +114,20 @@ def test_with_room_for_all_edges_nothing_changes():
         torch.testing.assert_close(logits, model(x)[0], atol=1e-5, rtol=1e-5)
 
 
-def test_the_gate_is_counted_as_the_judge_counts_it(counting):
-    model, data = random_gpt(gated=True, gate_bias=0.3), prepare_data.load("count")
-    c = Config(eval_batch_size=50, eval_batches=1)
-    per_query = evaluate(model, data, "val", 50, 1)["open"] / (2 * 2 * T)
-    assert judged(model, None, data, c)["edges"] == pytest.approx(per_query)
-    assert 0 < per_query < T / 2
-
-
-def test_a_rule_is_counted_as_the_judge_counts_it(counting):
+def test_gates_and_rules_are_counted_as_the_judge_counts_them(counting):
     """The window of 2 has 1 edge at the first position and 2 at all others; who is dense stays so."""
-    model, data, cut = random_gpt(), prepare_data.load("count"), RuleAttention("window", 2)
-    found = judged(model, cut, data, Config(eval_batch_size=50, eval_batches=1))
-    assert found["edges"] == pytest.approx((2 * T - 1) / T)
-    assert not model.config.gated
+    gated, dense, data = random_model(gated=True, gate_bias=0.3), random_model(), prepare_data.load("count")
+    c = Config(eval_batch_size=50, eval_batches=1)
+    per_query = evaluate(gated, data, "val", 50, 1)["open"] / (2 * 2 * T)
+    assert judged(gated, None, data, c)["edges"] == pytest.approx(per_query)
+    assert 0 < per_query < T / 2
+    found = judged(dense, RuleAttention("window", 2), data, c)
+    assert found["edges"] == pytest.approx((2 * T - 1) / T) and not dense.config.gated
 
 
 def test_one_stand_in_may_lie_in_another():
     """The circuit of a model that is cut: the inner one calls the outer one, and leaves it in place."""
-    model, x, calls = random_gpt(), torch.zeros(1, T, dtype=torch.long), []
+    model, x, calls = random_model(), torch.zeros(1, T, dtype=torch.long), []
 
     def inner(layer, original, q, k, v, **options):
         calls.append(layer)
@@ -158,8 +148,8 @@ def settings_of_training(**more):
 
 
 def test_training_on_brings_the_loss_down_at_the_same_budget(counting):
-    data, dense, c = prepare_data.load("count"), random_gpt(), settings_of_training()
-    model, cut = random_gpt(), RuleAttention("threshold", 1.5)
+    data, dense, c = prepare_data.load("count"), random_model(), settings_of_training()
+    model, cut = random_model(), RuleAttention("threshold", 1.5)
     fit(model, cut, data)
     before = judged(model, cut, data, c)["loss"]
     model = train_on(model, dense, cut, data, c, tqdm(disable=True))
@@ -170,10 +160,10 @@ def test_training_on_brings_the_loss_down_at_the_same_budget(counting):
 
 
 def test_training_on_that_leaves_the_numbers_is_named(counting):
-    data, dense = prepare_data.load("count"), random_gpt()
+    data, dense = prepare_data.load("count"), random_model()
     c = settings_of_training(learning_rate=1e30, max_steps=5)
     with pytest.raises(UserError, match="the loss is nan after training on. Leave this rule"):
-        train_on(random_gpt(), dense, RuleAttention("window", 2), data, c, tqdm(disable=True))
+        train_on(random_model(), dense, RuleAttention("window", 2), data, c, tqdm(disable=True))
 
 
 def test_the_learning_rate_is_that_of_the_loop(counting, monkeypatch):
@@ -186,18 +176,18 @@ def test_the_learning_rate_is_that_of_the_loop(counting, monkeypatch):
 
     monkeypatch.setattr(torch.optim.AdamW, "step", watched)
     data, progress = prepare_data.load("count"), tqdm(disable=True)
-    train_on(random_gpt(), random_gpt(), RuleAttention("top-k", 2), data, c, progress)
+    train_on(random_model(), random_model(), RuleAttention("top-k", 2), data, c, progress)
     assert rates == pytest.approx([get_lr(step, c) for step in range(c.max_steps)])
 
 
 def test_the_average_is_what_is_judged(counting):
     """Far behind its model after one step, as a decay of 0.9 says."""
-    data, dense, start = prepare_data.load("count"), random_gpt(), random_gpt()
+    data, dense, start = prepare_data.load("count"), random_model(), random_model()
     found = {}
     for decay in (0.0, 0.9):
         c = settings_of_training(max_steps=1, warmup_steps=0, average_decay=decay)
         cut = RuleAttention("top-k", 2)
-        model = train_on(random_gpt(), dense, cut, data, c, tqdm(disable=True))
+        model = train_on(random_model(), dense, cut, data, c, tqdm(disable=True))
         found[decay] = [p - was for p, was in zip(model.parameters(), start.parameters(), strict=True)]
     for one, averaged in zip(found[0.0], found[0.9], strict=True):
         torch.testing.assert_close(averaged, 0.1 * one, atol=1e-6, rtol=1e-3)
@@ -250,14 +240,3 @@ def test_another_command_adds_tasks_and_judges_a_run_again_that_was_trained_on(c
     call(analyze.main, *command)
     parent, window, gate = sorted(read_json(place)["rows"], key=lambda row: "step" in row)
     assert gate["step"] == 99 and "quote" not in gate and parent["quote"] == window["quote"] == 5.0
-
-
-@pytest.mark.parametrize("words, answer", [
-    (["out/sparse", "--rules=topk"], "there is no rule 'topk'"),
-    (["out/sparse", "--budgets=x"], "--budgets are numbers above 0"),
-    (["out/sparse", "--budgets=1,nan"], "--budgets are numbers above 0"),
-    (["out/none"], "there is no checkpoint out/none"),
-])
-def test_mistakes_are_answered(workplace, words, answer):
-    done = call(analyze.main, "baselines", *words)
-    assert done.returncode == 1 and answer in done.stderr

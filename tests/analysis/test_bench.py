@@ -80,9 +80,3 @@ def test_the_steps_of_a_model_count_what_they_compute(tiny, capsys):
     assert flop["tiny, dense"] == flop["tiny, tiled"] == 3 / 4 * flop["tiny, tiled, taught"] > 0
     bench.show(rows)
     assert "graph breaks: none" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("flag", ["--open=x", "--open=0", "--open=nan", "--lengths=64,"])
-def test_numbers_that_are_none_are_named(flag):
-    done = call(analyze.main, "bench", flag, "--device=cpu")
-    assert done.returncode == 1 and "write numbers above 0" in done.stderr

@@ -83,7 +83,6 @@ def test_lambda_is_looked_at_in_the_second_half_alone(workplace, values, inside)
 
 @pytest.mark.parametrize("words, answer", [
     (["out/dense"], "out/dense is a dense run"),
-    (["out/none"], "out/none has no report yet"),
     (["out/wide/best.pt"], "none of out/wide/best.pt is a run's folder"),
     (["out/wide", "--controls", "out/dense"], "out/dense is no control"),
 ])

@@ -1,13 +1,15 @@
-"""The command `graph` over many graphs: what it says of an edge is in the score, and the plots are the
-features'; transcoders of equal quality are compared, and what is printed is what the graphs say.
+"""The command `graph`: what it prints is the graph's, and the file is one that others can open; what it says
+of an edge is in the score, and the plots are the features'; transcoders of equal quality are compared.
 """
 
 import glob
 import json
 import os
 import re
+import shutil
 import statistics
 
+import jsonschema
 import numpy as np
 import pytest
 import torch
@@ -16,37 +18,149 @@ import analyze
 import prepare_data
 from analysis import graphs
 from analysis.explain import run_sums
-from analysis.graph import summary
+from analysis.graph import name_of, parts_of_link, summary
 from analysis.graphs import differences, edge_to_explain, operand_grids
-from features.attribution_graph import Node, graph_of
-from features.transcoder import Transcoder, read_and_written
-from helpers import call, trained
-from model import GPT, GPTConfig
-from models.checkpoint import checkpoint_of, load_checkpoint, read_checkpoint, save_checkpoint
-from storage.addition import ADDITION_TOKENS, AdditionTask, addition_rows, token_names
-from storage.files import UserError
+from features.attribution_graph import Node, graph_of, shares_of
+from features.influence import NODES, attention_edges_of, heads_of, n80, pruned
+from features.transcoder import read_and_written
+from helpers import call, keep_run, keep_transcoder, random_gpt, trained
+from model import GPTConfig
+from models.checkpoint import load_checkpoint, read_checkpoint, save_checkpoint
+from storage.addition import AdditionTask, addition_rows, token_names
+from storage.files import UserError, read_json
 
+BYTES = {"dataset": "stdlib", "tokenizer": "bytes", "sha256": {}}
+PROMPT = "x = (1"
+SCHEMA = os.path.join(os.path.dirname(__file__), "graph-schema.json")
 TASK = AdditionTask(2)
 NAMES = token_names(TASK)
-L, F = 2, 20
+GATED = {"gated": True, "gate_bias": 0.1, "n_embd": 16}
+QUALITY = {"dense": {"a": (0.80, 4.0), "b": (0.90, 9.0)}, "sparse": {"a": (0.70, 9.1), "b": (0.81, 20.0)}}
+COMMAND = ["graph", "out/sparse", "--name=a,b", "--tasks=quote", "--n=2"]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """Random models with random transcoders: out/bytes; out/sums, which adds; and out/dense and out/sparse,
+    of bytes, which close every quote and have two transcoders each.
+    """
+    place = tmp_path_factory.mktemp("graphs")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(place)
+        model = random_gpt(0, block_size=16, vocab_size=256, n_head=2, **GATED)
+        keep_run("bytes", model, data=BYTES)
+        coder = keep_transcoder("bytes", 2, 16, 20)
+        torch.save(graph_of(model, coder, torch.tensor(list(PROMPT.encode()))), "graph.pt")
+        data = {"dataset": "addition", "sha256": prepare_data.load("addition").meta["sha256"]}
+        keep_run("sums", random_gpt(0, block_size=11, vocab_size=13, **GATED), data=data)
+        keep_transcoder("sums", 2, 16, 20, decoder=0.2)
+        for run, settings in (("dense", GATED | {"gated": False}), ("sparse", GATED)):
+            model = random_gpt(0, block_size=64, vocab_size=256, n_head=2, **settings)
+            with torch.no_grad():
+                model.lm_head.weight[ord('"')] += 3 * model.transformer.ln_f.bias
+            keep_run(run, model, data=BYTES, parent="out/dense/best.pt")
+            for name, (explained, l0) in QUALITY[run].items():
+                keep_transcoder(run, 2, 16, 20, name, decoder=0.2)
+                quality = {"explained": explained, "l0": l0, "kl": 0.1, "agrees": 0.5}
+                (place / f"out/{run}/{name}.json").write_text(json.dumps(quality))
+    return place
 
 
 @pytest.fixture
-def adding(workplace):
-    """out/run, a random gated model that adds, and its random transcoder."""
-    torch.manual_seed(0)
-    model = GPT(GPTConfig(block_size=TASK.length, vocab_size=len(ADDITION_TOKENS), n_layer=L, n_head=1,
-                          n_embd=16, gated=True, gate_bias=0.1)).eval()
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.5)
-    coder = Transcoder(L, 16, F)
-    torch.nn.init.normal_(coder.b_enc, std=0.5)
-    data = prepare_data.load("addition")
-    (workplace / "out" / "run").mkdir(parents=True)
-    about = {"dataset": "addition", "sha256": data.meta["sha256"]}
-    save_checkpoint("out/run/best.pt", checkpoint_of(model, data=about))
-    save_checkpoint("out/run/transcoder.pt", trained(coder, "out/run/best.pt"))
-    return model, coder.eval()
+def here(place, monkeypatch):
+    monkeypatch.chdir(place)
+
+
+def graph_at(run, *words):
+    done = call(analyze.main, "graph", run, *words)
+    assert done.returncode in (0, None), done.stderr
+    return done.stdout
+
+
+# ------------------------------------------------------------------------------------------------------------
+# one prompt
+
+
+@pytest.fixture
+def made(here):
+    """(the model of out/bytes, the graph of PROMPT)."""
+    return load_checkpoint("out/bytes/best.pt").eval(), torch.load("graph.pt", weights_only=False)
+
+
+def test_what_is_printed_and_written_is_the_graphs(made):
+    """And every link has its ends."""
+    _, graph = made
+    said = graph_at("out/bytes", f"--prompt={PROMPT}")
+    heads, edges = heads_of(graph), attention_edges_of(graph)
+    assert f"{n80(heads)} of 4 heads, {n80(edges)} of {int((edges > 0).sum())} attention edges" in said
+    nodes, links = pruned(graph)
+    assert f"{int(nodes.sum())} of " in said and f"{int(links.sum())} links" in said
+    best = int(heads.argmax())
+    assert f"heads: {best // 2}.{best % 2} {100 * heads.max() / heads.sum():.0f} %" in said
+
+    [path] = glob.glob("out/bytes/graph-x-1-*.json")
+    found = read_json(path)
+    jsonschema.validate(found, read_json(SCHEMA))
+    assert found["metadata"]["prompt_tokens"] and found["metadata"]["schema_version"] == 1
+    ids = [node["node_id"] for node in found["nodes"]]
+    assert len(set(ids)) == len(ids)
+    for link in found["links"]:
+        assert link["source"] in ids and link["target"] in ids
+        assert all(0 < share <= 1 for _, _, share in link["heads"])
+    # what a page that prunes by it shows: all of a graph that was pruned to that share, and tokens
+    features = [node for node in found["nodes"] if node["feature_type"] == "cross layer transcoder"]
+    assert all(node["influence"] <= NODES + 0.05 for node in features)
+    logits = [node for node in found["nodes"] if node["feature_type"] == "logit"]
+    assert len(logits) == len(graph.chances) and all("(p=" in node["clerp"] for node in logits)
+    assert sum(node["is_target_logit"] for node in logits) == 1
+    layer, number, position = map(int, features[0]["node_id"].split("_"))
+    assert features[0]["feature"] == (layer + number) * (layer + number + 1) // 2 + number
+    assert features[0]["ctx_idx"] == position and features[0]["layer"] == str(layer)
+
+
+def test_every_prompt_answer_and_transcoder_has_a_file_of_its_own():
+    assert name_of("36+28", "", "transcoder") == "graph-36-28"
+    assert name_of("36+28", "s1", "small") == "graph-36-28-small-s1"
+    texts = ["x = (1", "x = [1", "x_1", "(", ")", ""]
+    assert len({name_of(text, "", "transcoder") for text in texts}) == len(texts)
+
+
+def test_what_a_link_says_of_heads_is_its_own(made):
+    """The share of the link itself: what goes through the heads, beside what is direct."""
+    model, graph = made
+    last = len(graph.targets) - 1
+    for t, s in ((0, int(graph.edges[0].abs().argmax())), (last, 3), (last, len(graph.sources) - 1)):
+        shares = shares_of(model, graph, t, s)
+        whole = shares.abs().sum() + (graph.edges[t, s] - shares.sum()).abs()
+        heads, direct = parts_of_link(model, graph, t, s)
+        assert direct == pytest.approx(((graph.edges[t, s] - shares.sum()).abs() / whole).item(), abs=1e-6)
+        for layer, head, share in heads:
+            assert share == pytest.approx((shares[layer, head].abs() / whole).item(), abs=1e-6)
+
+
+@pytest.mark.parametrize("value, said", [
+    (float("nan"), "out/bad/transcoder.pt holds NaN or infinite numbers. Delete it"),
+    (1e30, "this transcoder makes NaN or infinite numbers of the prompt"),
+    (None, "was trained for other weights"),
+])
+def test_a_transcoder_that_left_the_numbers_or_is_of_other_weights_has_no_graph(here, value, said):
+    shutil.copytree("out/bytes", "out/bad", dirs_exist_ok=True, ignore=shutil.ignore_patterns("graph-*"))
+    coder = graphs.read_transcoder("out/bytes", "transcoder", read_checkpoint("out/bytes/best.pt"))
+    if value is None:
+        checkpoint = read_checkpoint("out/bad/best.pt")
+        checkpoint["model"]["lm_head.weight"].add_(1)
+        save_checkpoint("out/bad/best.pt", checkpoint)
+    else:
+        coder.encoder.data.fill_(value)
+        coder.decoder.data.mul_(1e30)
+        save_checkpoint("out/bad/transcoder.pt", trained(coder, "out/bad/best.pt"))
+    done = call(analyze.main, "graph", "out/bad", f"--prompt={PROMPT}")
+    assert done.returncode == 1 and said in done.stderr
+    assert done.stdout == "" and not glob.glob("out/bad/graph-*")
+
+
+# ------------------------------------------------------------------------------------------------------------
+# what opens an edge
 
 
 def test_differences_are_of_means_over_sums_and_both_sides_add_up():
@@ -67,15 +181,14 @@ def test_an_edge_is_the_one_that_is_named_or_the_one_nearest_to_a_half():
     assert edge_to_explain(f"0.{NAMES[8]}.{NAMES[0]}", is_open, config, TASK) == (0, 0, 8, 0)
     with pytest.raises(UserError, match="is open on 0 % of the sums"):
         edge_to_explain(f"1.{NAMES[8]}.{NAMES[0]}", is_open, config, TASK)
-    with pytest.raises(UserError, match="--opens=1.s2 names no edge: write layer.query.key, such as"):
-        edge_to_explain("1.s2", is_open, config, TASK)
     with pytest.raises(UserError, match="every edge of this model is always open, or never"):
         edge_to_explain("", is_open[..., :1], config, TASK)
 
 
 @torch.no_grad()
-def test_operand_plots_have_a_feature_of_every_sum(adding):
-    model, coder = adding
+def test_operand_plots_have_a_feature_of_every_sum(here):
+    model = load_checkpoint("out/sums/best.pt").eval()
+    coder = graphs.read_transcoder("out/sums", "transcoder", read_checkpoint("out/sums/best.pt"))
     nodes = [Node("feature", 1, 5, 3), Node("feature", 0, 7, 11)]
     grids = operand_grids(model, coder, TASK, nodes)
     assert grids.shape == (2, 100, 100) and (grids > 0).any()
@@ -87,124 +200,58 @@ def test_operand_plots_have_a_feature_of_every_sum(adding):
             assert grid[a, b] == pytest.approx(expected, abs=1e-5)
 
 
-def named(model, layer):
-    """The name of an edge of a layer that opens on some sums."""
+@pytest.mark.parametrize("layer", [0, 1])
+def test_what_is_printed_adds_up_to_the_difference_of_the_score(here, layer):
+    model = load_checkpoint("out/sums/best.pt").eval()
     _, is_open = run_sums(model, TASK, *np.divmod(np.arange(0, 10_000, 100), 100))
     shares = is_open[layer, 0].mean(-1)
     query, key = np.argwhere((shares > 0.2) & (shares < 0.8))[0]
-    return f"--opens={layer}.0.{NAMES[query]}.{NAMES[key]}"
-
-
-@pytest.mark.parametrize("layer", [0, 1])
-def test_what_is_printed_adds_up_to_the_difference_of_the_score(adding, workplace, layer):
-    done = call(analyze.main, "graph", "out/run", "--n=6", named(adding[0], layer))
-    assert ("feature 0." in done.stdout) == (layer == 1)
-    assert done.returncode in (0, None), done.stderr
-    total = float(re.search(r"(-?[\d.]+) more than on the others", done.stdout)[1])
-    for block in done.stdout.split("\n\n")[1:]:
+    said = graph_at("out/sums", "--n=6", f"--opens={layer}.0.{NAMES[query]}.{NAMES[key]}")
+    assert ("feature 0." in said) == (layer == 1)
+    total = float(re.search(r"(-?[\d.]+) more than on the others", said)[1])
+    for block in said.split("\n\n")[1:]:
         added = [float(line.split()[0]) for line in block.splitlines()[1:] if re.match(r" *[+-]\d", line)]
         assert sum(added) == pytest.approx(total, abs=0.05)
-    [place] = glob.glob("out/run/opens-*.json")
-    with open(place) as f:
-        found = json.load(f)
+    [path] = glob.glob(f"out/sums/opens-{layer}*.json")
+    found = read_json(path)
     assert 0 < found["open_on"] < 10_000 and len(found["edge"]) == 4
     assert sum(row[1] - row[2] for row in found["key"]) == pytest.approx(total, abs=0.01)
-    assert os.stat(place.replace(".json", ".png")).st_size > (10_000 if layer else 2_000)
+    assert os.stat(path.replace(".json", ".png")).st_size > (10_000 if layer else 2_000)
 
 
-@pytest.mark.parametrize("words, answer", [
-    (["--opens=2"], "--opens=2 names no edge: write layer.query.key"),
-    (["--opens=9.s1.="], "--opens=9.s1.=: the model's layers are 0 to 1"),
-    (["--n=1"], "--n must be at least 2"),
-    (["--name=other"], "has no other.pt. Train one first: python analyze.py transcode")])
-def test_mistakes_about_an_edge_are_answered(adding, words, answer):
-    done = call(analyze.main, "graph", "out/run", "--opens", *words)
-    assert done.returncode == 1 and answer in done.stderr, done.stderr
-
-
+# ------------------------------------------------------------------------------------------------------------
 # how large graphs are
 
 
-BYTES = {"dataset": "stdlib", "tokenizer": "bytes", "sha256": {}}
-QUALITY = {"dense": {"a": (0.80, 4.0), "b": (0.90, 9.0)}, "sparse": {"a": (0.70, 9.1), "b": (0.81, 20.0)}}
-COMMAND = ["graph", "out/sparse", "--name=a,b", "--tasks=quote", "--n=2"]
-
-
-@pytest.fixture
-def pair(workplace):
-    """out/dense and out/sparse, random but for closing every quote, with two random transcoders each."""
-    torch.manual_seed(0)
-    for run, settings in (("dense", {"gated": False}), ("sparse", {"gated": True, "gate_bias": 0.1})):
-        model = GPT(GPTConfig(block_size=64, vocab_size=256, n_layer=2, n_head=2, n_embd=16, **settings))
-        for parameter in model.parameters():
-            torch.nn.init.normal_(parameter, std=0.5)
-        with torch.no_grad():
-            model.lm_head.weight[ord('"')] += 3 * model.transformer.ln_f.bias
-        place = workplace / "out" / run
-        place.mkdir(parents=True)
-        path = str(place / "best.pt")
-        save_checkpoint(path, checkpoint_of(model, data=BYTES) | {"parent": "out/dense/best.pt"})
-        for name, (explained, l0) in QUALITY[run].items():
-            coder = Transcoder(2, 16, 20)
-            torch.nn.init.normal_(coder.b_enc, std=0.5)
-            save_checkpoint(str(place / f"{name}.pt"), trained(coder, path))
-            quality = {"explained": explained, "l0": l0, "kl": 0.1, "agrees": 0.5}
-            (place / f"{name}.json").write_text(json.dumps(quality))
-
-
-def test_transcoders_of_equal_quality_are_compared(pair):
-    done = call(analyze.main, *COMMAND)
-    assert done.returncode in (0, None), done.stderr
-    with open("out/sparse/n80-quote.json") as f:
-        found = json.load(f)
+def test_transcoders_of_equal_quality_are_compared_by_means_over_prompts(here):
+    """And prompts of one's own are asked, too."""
+    said = graph_at(*COMMAND[1:])
+    found = read_json("out/sparse/n80-quote.json")
     chosen = {by: [found[by][kind]["transcoder"] for kind in ("dense", "sparse")] for by in graphs.MATCHED}
     assert chosen == {"l0": ["b", "a"], "explained": ["a", "b"]}
     assert found["prompts"] == 2 and set(found["untrained"]) == {"dense", "sparse"}
-    assert f"{found['l0']['sparse']['heads_80']:.1f} heads for 80 %" in done.stdout
-
-
-def test_means_are_those_of_the_prompts(pair):
-    call(analyze.main, *COMMAND)
-    with open("out/sparse/n80-quote.json") as f:
-        found = json.load(f)["explained"]["sparse"]
-    models = graphs.models_of("out/sparse")
-    model, checkpoint = load_checkpoint("out/sparse/best.pt").eval(), read_checkpoint("out/sparse/best.pt")
+    assert f"{found['l0']['sparse']['heads_80']:.1f} heads for 80 %" in said
+    found, models = found["explained"]["sparse"], graphs.models_of("out/sparse")
+    *_, checkpoint, model = models["sparse"]
     coder = graphs.read_transcoder("out/sparse", "b", checkpoint)
     asked = graphs.prompts_of(["quote"], models, 2)
     assert [chr(answer) for *_, answer in asked] == ['"', '"']
     one_by_one = [summary(graph_of(model, coder, *one)) for one in asked]
     for key in (*graphs.SIZES, "replacement"):
         assert found[key] == pytest.approx(statistics.mean(one[key] for one in one_by_one))
+    own = graphs.prompts_of(["quote"], models, 2, ["x = (1", "if a"], "out/sparse")[2:]
+    assert [bytes(tokens.tolist()) for tokens, *_ in own] == [b"x = (1", b"if a"]
 
 
-def test_prompts_of_ones_own_are_asked_too(pair):
-    done = call(analyze.main, *COMMAND, "--prompt=x = (1", "--prompt=if a")
-    assert done.returncode in (0, None), done.stderr
-    assert "out/sparse, 4 prompts of quote, x = (1, if a" in done.stdout
-
-
-def test_several_runs_make_a_range(pair):
-    done = call(analyze.main, "graph", "out/sparse", "out/sparse", "--name=a", "--tasks=quote", "--n=1")
-    assert done.returncode in (0, None), done.stderr
-    assert "2 runs, dense against sparse, mean (range):" in done.stdout
-    with open("out/sparse/n80-quote.json") as f:
-        found = json.load(f)["l0"]
+def test_several_runs_make_a_range(here):
+    said = graph_at("out/sparse", "out/sparse", "--name=a", "--tasks=quote", "--n=1")
+    assert "2 runs, dense against sparse, mean (range):" in said
+    found = read_json("out/sparse/n80-quote.json")["l0"]
     ratio = found["dense"]["heads_80"] / found["sparse"]["heads_80"]
-    assert f"{ratio:.1f}x fewer ({ratio:.1f} to {ratio:.1f})" in done.stdout
+    assert f"{ratio:.1f}x fewer ({ratio:.1f} to {ratio:.1f})" in said
 
 
-def test_mistakes_about_sizes_are_answered(pair):
-    for words, answer in ((["out/dense", "--tasks=quote"], "out/dense is a dense run: --tasks compares"),
-                          (["out/sparse", "--tasks=quote", "--name=c"], "has no c.pt. Train one first"),
-                          (["out/sparse", "--tasks=qote", "--name=a"], "there is no task 'qote'"),
-                          (["out/sparse", "--tasks=quote", "--n=0"], "--n must be at least 1"),
-                          (["out/sparse"], "say what to explain: --prompt=..., --opens or --tasks=..."),
-                          (["out/sparse", "out/dense", "--opens"], "several runs are compared with --tasks")):
-        done = call(analyze.main, "graph", *words)
-        assert done.returncode == 1 and answer in done.stderr, (words, done.stderr)
-
-
-def test_a_prompt_counts_if_both_models_answer_it_right(pair, monkeypatch):
+def test_a_prompt_counts_if_both_models_answer_it_right(here, monkeypatch):
     choices = iter([ord('"'), ord("x")] * 99)
     monkeypatch.setattr(graphs, "first_choice", lambda model, tokens, position: next(choices))
     done = call(analyze.main, *COMMAND)

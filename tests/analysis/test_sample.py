@@ -1,8 +1,5 @@
 """Text from a model, and what every token read."""
 
-import os
-import re
-
 import pytest
 import torch
 
@@ -13,7 +10,6 @@ from model import GPT, GPTConfig
 from models.checkpoint import checkpoint_of, save_checkpoint
 from storage import text
 
-BYTES = {"dataset": "stdlib", "tokenizer": "bytes", "sha256": {}}
 SMALL = {"block_size": 8, "vocab_size": 256, "n_layer": 2, "n_head": 2, "n_embd": 16, "gated": True,
          "gate_bias": 0.0}
 
@@ -79,22 +75,15 @@ def test_the_line_of_edges_fits_and_marks(monkeypatch):
     assert piped == "de[f][!]  3 edges, 1 further left"
 
 
-@pytest.fixture
-def run(workplace):
-    os.makedirs("out/run")
-    save_checkpoint("out/run/best.pt", checkpoint_of(random_model(), data=BYTES))
-    return "out/run"
-
-
-def test_command_line(run, capsys):
-    flags = ["--prompt=def f(", "--tokens=5", "--device=cpu"]
-    done = call(analyze.main, "sample", run, *flags)
+def test_command_line(models_to_ask):
+    command = ["sample", "out/text", "--prompt=def f(", "--tokens=5", "--device=cpu"]
+    done = call(analyze.main, *command)
     assert done.returncode == 0 and done.stdout.startswith("def f("), done.stderr
-    assert call(analyze.main, "sample", run, *flags).stdout == done.stdout  # a seed
-    done = call(analyze.main, "sample", run, *flags, "--edges")
+    assert call(analyze.main, *command).stdout == done.stdout  # a seed
+    done = call(analyze.main, *command, "--edges")
     assert done.stdout.count(" edges\n") == 5 and sample.NEW not in done.stdout  # no colours into a pipe
     # what is no UTF-8 on a command line Python takes for halves of surrogate pairs
-    done = call(analyze.main, "sample", run, "--prompt=a\udcff", "--tokens=1")
+    done = call(analyze.main, "sample", "out/text", "--prompt=a\udcff", "--tokens=1")
     assert done.stdout.startswith("a\udcff"), done.stderr
 
 
@@ -106,17 +95,3 @@ def test_a_gpt2_with_a_pad_token_writes_gpt2s_tokens(workplace, monkeypatch):
     monkeypatch.setattr(text, "tokenizer", lambda name: asked.append(name) or tokenizer("bytes"))
     done = call(analyze.main, "sample", "padded.pt", "--tokens=3", "--device=cpu")
     assert done.returncode == 0 and asked == ["gpt2"], done.stderr
-
-
-def test_mistakes_are_named(run):
-    save_checkpoint("sums.pt", checkpoint_of(random_model(), data=BYTES | {"tokenizer": "addition"}))
-    mistakes = [(["out/none"], "there is no out/none. A run on text: python train.py config/stdlib.py"),
-                (["out"], "no best.pt or last.pt in out"),
-                (["sums.pt"], "does not write text .*trained on: addition"),
-                ([run, "--tokens=0"], "--tokens and --top_k must be at least 1"),
-                ([run, "--seed=-1"], "it must be from 0 to a million"),
-                ([run, "--top_k=99999999999999999999"], "--top_k=9+: it must be a finite number"),
-                ([run, "--device=cuda:9"], "device=cuda:9")]
-    for arguments, message in mistakes:
-        done = call(analyze.main, "sample", *arguments)
-        assert done.returncode == 1 and re.search(message, done.stderr)

@@ -18,9 +18,8 @@ from test_view import (  # noqa: F401
 from analysis import questions
 from features.attribution_graph import graph_of, why_open
 from features.influence import pruned
-from features.transcoder import Transcoder
-from helpers import trained
-from models.checkpoint import checkpoint_of, load_checkpoint, read_checkpoint, save_checkpoint
+from helpers import keep_run, keep_transcoder
+from models.checkpoint import load_checkpoint, read_checkpoint, save_checkpoint
 from storage.addition import AdditionTask
 from view import features as view_features
 from view.data import rounded
@@ -32,15 +31,11 @@ PROMPT = "36+28"
 @pytest.fixture(scope="module")
 def featured_page(place):  # noqa: F811
     """The page of out/featured, whose parent out/dense has no transcoder."""
-    folder = place / "out" / "featured"
-    folder.mkdir()
-    path = str(folder / "best.pt")
-    save_checkpoint(path, checkpoint_of(gpt(**GATED), data=ADDS, parent="out/dense/best.pt"))
-    torch.manual_seed(5)
-    coder = Transcoder(2, 8, 12)
-    torch.nn.init.normal_(coder.b_enc, std=0.5)
-    torch.nn.init.normal_(coder.decoder, std=1.0)
-    save_checkpoint(str(folder / "transcoder.pt"), trained(coder, path))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(place)
+        keep_run("featured", gpt(**GATED), data=ADDS, parent="out/dense/best.pt")
+        torch.manual_seed(5)
+        keep_transcoder("featured", 2, 8, 12)
     return page_at(place, "featured", PROMPT)
 
 
@@ -78,13 +73,12 @@ def test_what_makes_a_score_adds_up_to_it(found):
 
 
 def test_a_transcoder_of_other_weights_is_left_away_with_a_word(place, featured_page, capsys):  # noqa: F811
-    other = place / "out" / "other_features"
-    other.mkdir()
-    torch.manual_seed(9)
-    save_checkpoint(str(other / "best.pt"), checkpoint_of(gpt(gated=True, gate_bias=0.3), data=ADDS))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(place)
+        keep_run("other", gpt(gated=True, gate_bias=0.3), data=ADDS)
     parts = read_checkpoint(str(featured_page.parent / "transcoder.pt"))
-    save_checkpoint(str(other / "transcoder.pt"), parts | {"of": "another"})
-    page = page_at(place, "other_features", PROMPT)
+    save_checkpoint(str(place / "out/other/transcoder.pt"), parts | {"of": "another"})
+    page = page_at(place, "other", PROMPT)
     assert "was trained for other weights" in capsys.readouterr().out
     assert "features" not in data_in(page)["prompts"][0]["models"]["sparse"]
 
