@@ -62,10 +62,6 @@ from training.steps import Batches, adamw, averaged, get_lr, update_average
 FITTED_ON = 16  # windows, or rows, on which a head's number is chosen
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Training on, and judging
-
-
 def fit(model, cut, data):
     """Choose the levels on training text, and keep them."""
     T = model.config.block_size
@@ -123,12 +119,9 @@ def judged(model, cut, data, c):
 def standing_in(model, cut):
     """`attending(model, cut)`, and the model is called gated, so that its edges are counted. Nothing of None.
     """
-    if cut is None:
-        yield
-        return
-    was, model.config.gated = model.config.gated, True
+    was, model.config.gated = model.config.gated, model.config.gated or cut is not None
     try:
-        with attending(model, cut):
+        with attending(model, cut) if cut else contextlib.nullcontext():
             yield
     finally:
         model.config.gated = was
@@ -172,20 +165,11 @@ def keep(place, about, row):
         write_json(place, about | {"rows": list(rows.values())})
 
 
-def heading(tasks):
-    circuits = "".join(f"  {task:>9}" for task in tasks)
-    return f"{'rule':10} {'budget':>7}  {'edges per head and token':>24}  {'nats above parent':>17}{circuits}"
-
-
 def line_of(row, tasks):
     """A row as text."""
     budget = "" if row["budget"] is None else f"{row['budget']:g}"
     sizes = "".join("          -" if row[task] is None else f"  {row[task]:9.1f}" for task in tasks)
     return f"{row['rule']:10} {budget:>7}  {row['edges']:24.2f}  {row['above_parent']:17.4f}{sizes}"
-
-
-# ------------------------------------------------------------------------------------------------------------
-# The command
 
 
 def add_arguments(parser):
@@ -254,7 +238,9 @@ def run(options, settings):
         fit(model, cut, data)
         return model, cut
 
-    print(f"{folder}: the parent's held-out loss is {whole['loss']:.4f}\n{heading(tasks)}", flush=True)
+    print(f"{folder}: the parent's held-out loss is {whole['loss']:.4f}\n{'rule':10} {'budget':>7}  "
+          f"{'edges per head and token':>24}  {'nats above parent':>17}"
+          + "".join(f"  {task:>9}" for task in tasks), flush=True)
     with tqdm(total=len(rules) * len(budgets) * options.steps, leave=False, disable=None) as progress:
         for rule, k in ways:
             row = rows.get((rule, k), {})

@@ -6,8 +6,6 @@
     python analyze.py bench --lengths                  T from 128 to 8192: table and chart
     python analyze.py bench --model=text               a training step of a whole model: dense, gated, taught
                                                        by a dense one. Of 4 layers, 128 bytes; or --model=gpt2
-    python analyze.py bench --circuit                  attention edges of 64 prompts of 20 tokens in
-                                                       a GPT-2 124M (random weights)
 
 torch.utils.benchmark measures: a time is the median of --repeats measurements, with the quartiles behind it.
 Calls that are compared take turns, so that a noisy machine is noisy for all. Memory is what a call needs
@@ -30,7 +28,6 @@ import functools
 import math
 import os
 import sys
-import time
 
 import numpy as np
 import torch
@@ -40,8 +37,6 @@ from torch.nn import functional as F
 from torch.utils.benchmark import Measurement, Timer
 from tqdm import tqdm
 
-from circuits.attention_edges import curves, integrated_scores, prepared
-from circuits.tasks import LOGIT, Pair
 from fast import attention as fast_attention
 from fast.attention import choose_impl
 from model import GPT, GPTConfig
@@ -245,26 +240,6 @@ def whole_model(options, device, name):
             for way, (measured, memory) in found.items()]
 
 
-def circuits(device):
-    """Time and memory of attention edges, scores and circuits of every prompt: 64 prompts of 20 tokens in a
-    model of GPT-2's size with random weights.
-    """
-    torch.manual_seed(0)
-    model = GPT(GPTConfig(**SHAPES["gpt2"])).to(device).eval()
-    prompts = torch.randint(0, 50000, (2, 64, 20)).tolist()
-    pairs = [Pair(clean, other, [19], [[1]], [[2]]) for clean, other in zip(*prompts)]
-
-    def attention_edges():
-        for batch in tqdm(list(prepared(model, pairs, "zero")), leave=False, disable=None):
-            curves(model, batch, LOGIT, integrated_scores(model, batch, LOGIT).abs())
-
-    began = time.perf_counter()
-    memory = peak_memory(attention_edges, device)
-    beyond = "" if memory is None else f", {memory / 1e9:.2f} GB beyond the model"
-    print("30,240 attention edges a prompt, 64 prompts: scores and circuits of 40 sizes: "
-          f"{time.perf_counter() - began:.1f} s{beyond}")
-
-
 # ------------------------------------------------------------------------------------------------------------
 # Table and chart
 
@@ -339,7 +314,6 @@ def add_arguments(parser):
     parser.add_argument("--lengths", type=numbers, nargs="?", const=(128, 256, 512, 1024, 2048, 4096, 8192),
                         help="lengths T for a table and a chart; alone: 128 to 8192")
     parser.add_argument("--model", choices=SHAPES, help="a whole model's training step")
-    parser.add_argument("--circuit", action="store_true", help="attention edges of a GPT-2 124M")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--most_memory", type=float, default=8.0,
                         help="GB: lengths and models for which the plain formula would need more "
@@ -354,9 +328,6 @@ def run(options, settings):
     if on_gpu:
         torch.cuda.set_device(device if ":" in device else 0)
         title = f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}"
-    if options.circuit:
-        print(title)
-        return circuits(device)
     torch._inductor.config.fallback_random = True  # torch's own generator in compiled code, as in train.py
     torch._dynamo.config.recompile_limit = 64  # many lengths; at 8 torch would give up compiling, silently
     options.B = options.B or (8 if on_gpu else 2)

@@ -20,11 +20,14 @@ def explanation(path, tokens, n_layer, edges, title):
     edges: a list of dicts with layer, head, query, key, share (of prompts on which it is open, 0 to 1) and
     text (its line). At its end unions of edges, which have no layer: of these the text alone.
     """
-    figure, (left, right) = plt.subplots(
-        1, 2, figsize=(12, max(4.2, 0.5 * len(edges) + 1.4)), width_ratios=[6, 7], layout="constrained"
-    )
+    figure, (left, right) = plt.subplots(1, 2, figsize=(12, max(4.2, 0.5 * len(edges) + 1.4)),
+                                         width_ratios=[6, 7], layout="constrained")
     draw_streams(left, tokens, [""] * len(tokens), n_layer)
+    right.axis("off")
+    right.set(xlim=(0, 1), ylim=(len(edges) + 0.5, -0.5))
     for number, edge in enumerate(edges, 1):
+        start = f"{number:2d}" if "layer" in edge else "  "
+        right.text(0, number - 0.5, f"{start}  {edge['text']}", fontsize=8.5, family="monospace", va="center")
         if "layer" not in edge:
             continue
         always = edge["share"] == 1
@@ -35,13 +38,6 @@ def explanation(path, tokens, n_layer, edges, title):
         left.text(x[0] + at * (x[1] - x[0]), y[0] + at, number, fontsize=9, ha="center", va="center",
                   zorder=2, bbox=dict(boxstyle="circle,pad=0.15", fc="white", ec=GREY))
     left.set_title("solid: open on every sum; dashed: on some", fontsize=10)
-    right.axis("off")
-    right.set(xlim=(0, 1), ylim=(len(edges) + 0.5, -0.5))
-    for number, edge in enumerate(edges, 1):
-        start = f"{number:2d}" if "layer" in edge else "  "
-        right.text(
-            0, number - 0.5, f"{start}  {edge['text']}", fontsize=8.5, family="monospace", va="center"
-        )
     figure.suptitle(title, fontsize=12)
     save(figure, path)
 
@@ -123,9 +119,7 @@ def in_logarithms(ax):
     """A logarithmic axis of counts, with plain numbers."""
     ax.set_xscale("log")
     ax.xaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 5)))
-    ax.xaxis.set_major_formatter(
-        matplotlib.ticker.FuncFormatter(lambda n, _: f"{n:.0f}" if n < 1000 else f"{n / 1000:.0f}k")
-    )
+    ax.xaxis.set_major_formatter(lambda n, _: f"{n:.0f}" if n < 1000 else f"{n / 1000:.0f}k")
     ax.xaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
 
 
@@ -136,55 +130,38 @@ def circuit_graph(path, names, n_head, edges, title, most=60):
     q, k, v or ''. Only the strongest `most` are drawn, and the title says so.
     """
     shown = sorted(edges, key=lambda edge: -abs(edge[3]))[:most]
-    used = sorted({end for edge in shown for end in edge[:2]})
-    rows = {}
-    for node in used:  # embedding; per layer heads, then the MLP; output
-        layer, place = divmod(node - 1, n_head + 1)
-        rows.setdefault(
-            -1.0 if node == 0 else 1e9 if node == len(names) - 1 else layer + 0.5 * (place == n_head), []
-        ).append(node)
+    output, rows = len(names) - 1, {}
+    for node in sorted({end for edge in shown for end in edge[:2]}):
+        layer, place = divmod(node - 1, n_head + 1)  # embedding; per layer heads, then the MLP; output
+        height = -1.0 if node == 0 else 1e9 if node == output else layer + 0.5 * (place == n_head)
+        rows.setdefault(height, []).append(node)
     position, widest = {}, max(2.0, max(map(len, rows.values())) / 2)
-    for height, row in enumerate(rows[key] for key in sorted(rows)):
-        for i, node in enumerate(row):
+    for height, key in enumerate(sorted(rows)):
+        for i, node in enumerate(rows[key]):
             # MLPs stand on the right, so that edges past them stay visible
-            aside = node > 0 and (node - 1) % (n_head + 1) == n_head and node < len(names) - 1
-            position[node] = (widest if aside else ((i + 0.5) / len(row) - 0.5) * 2 * widest), height
+            aside = 0 < node < output and (node - 1) % (n_head + 1) == n_head
+            position[node] = (widest if aside else ((i + 0.5) / len(rows[key]) - 0.5) * 2 * widest), height
     figure, ax = plt.subplots(figsize=(3 + 2.1 * widest, max(3.5, 0.9 * len(rows))), layout="constrained")
-    colors, largest = (
-        {"q": "tab:blue", "k": "tab:green", "v": "tab:red", "": "0.4"},
-        max(abs(edge[3]) for edge in shown),
-    )
+    colors = {"q": "tab:blue", "k": "tab:green", "v": "tab:red", "": "0.4"}
+    largest = max(abs(edge[3]) for edge in shown)
     for start, end, part, score in shown:
         (x0, y0), (x1, y1) = position[start], position[end]
-        ax.annotate(
-            "",
-            (x1, y1 - 0.14),
-            (x0, y0 + 0.14),
-            arrowprops={
-                "arrowstyle": "-|>",
-                "color": colors[part],
-                "lw": 0.8 + 3 * abs(score) / largest,
-                "alpha": 0.75,
-                "shrinkA": 0,
-                "shrinkB": 0,
-                "connectionstyle": f"arc3,rad={0.0 if abs(x1 - x0) > 0.1 or y1 - y0 < 1.5 else 0.2}",
-            },
-        )
+        bend = 0.0 if abs(x1 - x0) > 0.1 or y1 - y0 < 1.5 else 0.2
+        ax.annotate("", (x1, y1 - 0.14), (x0, y0 + 0.14), arrowprops={
+            "arrowstyle": "-|>", "color": colors[part], "lw": 0.8 + 3 * abs(score) / largest, "alpha": 0.75,
+            "shrinkA": 0, "shrinkB": 0, "connectionstyle": f"arc3,rad={bend}"})
     for node, (x, y) in position.items():
         ax.text(x, y, names[node], ha="center", va="center", fontsize=9,
                 bbox={"boxstyle": "round,pad=0.25", "fc": "white", "ec": "0.5"}, zorder=3)
     for part, color in colors.items():
-        ax.plot(
-            [], [], color=color, lw=2, label=f"read as {part}" if part else "read by an MLP or the output"
-        )
+        words = f"read as {part}" if part else "read by an MLP or the output"
+        ax.plot([], [], color=color, lw=2, label=words)
     ax.plot([], [], " ", label="thicker: larger |score|")
     ax.set(xlim=(-widest - 0.1, widest + 0.6), ylim=(-0.5, len(rows) - 0.5))
     ax.axis("off")
     ax.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
-    ax.set_title(
-        title + (f"; the strongest {most} of {len(edges)} are drawn" if len(edges) > most else ""),
-        fontsize=10,
-    )
+    some = f"; the strongest {most} of {len(edges)} are drawn" if len(edges) > most else ""
+    ax.set_title(title + some, fontsize=10)
     save(figure, path)
 
 

@@ -44,19 +44,11 @@ MOST_DENSE = 10  # edges that are listed of a dense model and one sum, the stron
 CHUNK = 500  # sums that go through the model at once
 
 
-# ------------------------------------------------------------------------------------------------------------
-# the sums
-
-
 def population(data, task):
     """The sums to count on, a (N,) and b (N,): all 10,000 of two digits, else the dataset's."""
     if task.digits == 2:
         return np.divmod(np.arange(10_000), 100)
     return addition_pairs(np.concatenate([data.train, data.val]), task.digits)
-
-
-# ------------------------------------------------------------------------------------------------------------
-# counting
 
 
 @torch.inference_mode()
@@ -68,8 +60,7 @@ def run_sums(model, task, a, b, keep=None):
     """
     rows = torch.from_numpy(addition_rows(a, b, *task).astype(np.int64))
     device = next(model.parameters()).device
-    layers = [[] for _ in model.blocks]
-    right = []
+    layers, right = [[] for _ in model.blocks], []
 
     def remember(layer, gates):
         layers[layer].append(gates.open.bool().cpu())
@@ -152,21 +143,18 @@ def algorithm(edges, intact, task):
     """
     carries = [carry_words(place, task.digits) for place in range(task.digits)]
     needed = [edge for edge in edges if edge["accuracy_when_shut"]["sum"] < intact["sum"]]
-    needed_words = [edge["condition"].removeprefix("unless ") for edge in needed if edge["condition"]]
-    if any(words in carries for words in needed_words):
+    words = [edge["condition"].removeprefix("unless ") for edge in needed if edge["condition"]]
+    if set(words) & set(carries):
         return "carry edge"
-    if any("carry" in words for words in needed_words):
+    if "carry" in " ".join(words):
         return "carry merged with another condition"
-    conditional = [edge for edge in edges if edge["share"] < 1]
     if not edges:
         return "no edges"
-    if not conditional:
+    if all(edge["share"] == 1 for edge in edges):
         return "always-open edges only"
-    if not any(edge["share"] < 1 for edge in needed):
+    if all(edge["share"] == 1 for edge in needed):
         return "always-open edges, and others that nothing needs"
-    if any(needed_words):
-        return "other conditional edge"
-    return "conditional edges without a readable condition"
+    return "other conditional edge" if words else "conditional edges without a readable condition"
 
 
 def summary(edges, unions, intact, task, sums):
@@ -207,24 +195,19 @@ def when(edge):
 def damage(edge, intact, task, n_head=1):
     """What goes wrong when an edge is shut, in words: the places of the answer that lose at least one sum."""
     shut = edge["accuracy_when_shut"]["digits"]
-    lost = []
-    for place, now, before in zip(reversed(PLACES[:len(shut)]), shut, intact["digits"]):
-        if now < before:
-            lost.append(f"{place} {100 * now:.1f} %")
+    lost = [f"{place} {100 * now:.1f} %" for place, now, before
+            in zip(reversed(PLACES[:len(shut)]), shut, intact["digits"]) if now < before]
     words = "accuracy when shut: " + ", ".join(lost) if lost else "nothing breaks"
     if edge["twin"]:
         words += f"; instead opens {edge_name(edge['twin'], task, n_head)}"
     return words
 
 
-def circuit_in_words(edges, intact, task, n_head=None):
+def circuit_in_words(edges, intact, task, n_head):
     """One numbered line for every edge, then one for every union: where it is, when it opens, what it is for.
 
-    edges: edges and unions; they and intact are what `explain` returns. n_head: of the model; left out, as
-    many as the edges need.
+    edges: edges and unions; they and intact are what `explain` returns. n_head: of the model.
     """
-    if n_head is None:
-        n_head = 1 + max((edge.get("head", 0) for edge in edges), default=0)
     lines = []
     for number, edge in enumerate(edges, 1):
         start = f"{number:3d}" if "layer" in edge else "   "
@@ -347,23 +330,19 @@ def explain_run(run):
     a, b = population(data, task)
     edges, unions, intact = explain(model, task, a, b)
     found = summary(edges, unions, intact, task, len(a))
-    folder = folder_of_answers(run)
-    write_json(os.path.join(folder, "explain.json"), found)
+    path = os.path.join(folder_of_answers(run), "explain")
+    write_json(path + ".json", found)
 
     right = f"{100 * intact['sum']:.2f} % of them right"
     title = f"{run}: {found['open']:.2f} open edges, the mean of all {len(a):,} sums; {right}"
-    print(f"{title}\n{legend(task)}")
-    for line in circuit_in_words(edges + unions, intact, task, model.config.n_head):
-        print(line)
-    print(f"algorithm: {found['algorithm']}")
+    print(title, legend(task), *circuit_in_words(edges + unions, intact, task, model.config.n_head),
+          f"algorithm: {found['algorithm']}", sep="\n")
 
-    drawn = []
-    for edge in edges + unions:
-        name = edge_name(edge, task, model.config.n_head)
-        lines = [name, when(edge), damage(edge, intact, task, model.config.n_head)]
-        drawn.append({**edge, "text": "\n    ".join(lines)})
-    path = os.path.join(folder, "explain.png")
-    draw_or_say(path, circuit_figures.explanation, token_names(task), model.config.n_layer, drawn, title)
+    drawn = [edge | {"text": "\n    ".join([edge_name(edge, task, model.config.n_head), when(edge),
+                                             damage(edge, intact, task, model.config.n_head)])}
+             for edge in edges + unions]
+    draw_or_say(path + ".png", circuit_figures.explanation, token_names(task), model.config.n_layer, drawn,
+                title)
 
 
 def add_arguments(parser):

@@ -76,11 +76,8 @@ def attention_flow(path, columns, rows):
             ax.set_title(title if r == 0 else "", fontsize=12)
             ax.set_xlabel(f"{np.count_nonzero(weights)} open edges", fontsize=9)
         axes[r, 0].set_ylabel(label, fontsize=12)
-    figure.suptitle(
-        "A line runs from the token that is read to the token that reads it; its opacity is the attention "
-        "weight",
-        fontsize=10,
-    )
+    figure.suptitle("A line runs from the token that is read to the token that reads it; its opacity is the "
+                    "attention weight", fontsize=10)
     save(figure, path)
 
 
@@ -90,18 +87,19 @@ def training(path, metrics, kept_step=None, bounds=()):
     kept_step: of best.pt, or closest.pt; bounds: lambda's floor and cap.
     """
     gated = "lambda" in metrics[0]
+    kept = next((m for m in metrics if m["step"] == kept_step and kept_step), None)
     figure, axes = plt.subplots(3 if gated else 1, 1, figsize=(7, 8 if gated else 3.4), sharex=True,
                                 squeeze=False, layout="constrained")
     axes = axes[:, 0]
     draw_loss(axes[0], metrics, gated)
     if gated:
-        draw_open_edges(axes[1], metrics, kept_step)
+        draw_open_edges(axes[1], metrics, kept)
         draw_lambda(axes[2], metrics, bounds)
         for ax in axes[1:]:
             ax.legend(fontsize=8)
     # above the axes: every corner inside may hold a curve
     axes[0].legend(fontsize=8, loc="lower left", bbox_to_anchor=(0, 1), ncols=2)
-    figure.suptitle(became(metrics, kept_step) if gated else "", fontsize=11)
+    figure.suptitle(became(kept) if gated else "", fontsize=11)
     for ax in axes:
         logarithmic_if_wide(ax)
         ax.grid(alpha=0.3)
@@ -109,13 +107,12 @@ def training(path, metrics, kept_step=None, bounds=()):
     save(figure, path)
 
 
-def became(metrics, kept_step):
-    """What became of a gated run, in a headline."""
-    for m in metrics:
-        if m["step"] == kept_step and kept_step > 0:
-            edges = f"{m['open']:.2f} open edges at step {kept_step}"
-            return f"target met: {edges}" if m["passes"] else f"target MISSED; closest: {edges}"
-    return "no evaluation kept yet"
+def became(kept):
+    """What became of a gated run, in a headline. kept: its line of metrics.jsonl, or None."""
+    if not kept:
+        return "no evaluation kept yet"
+    what = "target met" if kept["passes"] else "target MISSED; closest"
+    return f"{what}: {kept['open']:.2f} open edges at step {kept['step']}"
 
 
 def curve(ax, metrics, key, label, scale=1.0, **style):
@@ -139,16 +136,15 @@ def draw_loss(ax, metrics, gated):
     ax.set(ylabel="loss (nats)")
 
 
-def draw_open_edges(ax, metrics, kept_step):
+def draw_open_edges(ax, metrics, kept):
     """Open edges, in percent: where the target was met, and which checkpoint was kept."""
     curve(ax, metrics, "fraction", "all evaluations", 100, color="tab:blue")
     passed = [(m["step"], 100 * m["fraction"]) for m in metrics if m["passes"]]
     ax.plot(*zip(*passed) if passed else ([], []), "o", ms=4, color="tab:green", label="meets the target")
-    for m in metrics:
-        if m["step"] == kept_step and kept_step > 0:
-            what, color = ("kept", "tab:red") if m["passes"] else ("target missed; closest", "tab:orange")
-            ax.plot(kept_step, 100 * m["fraction"], "*", ms=14, color=color,
-                    label=f"{what}: step {kept_step}, {m['open']:.2f} edges")
+    if kept:
+        what, color = ("kept", "tab:red") if kept["passes"] else ("target missed; closest", "tab:orange")
+        ax.plot(kept["step"], 100 * kept["fraction"], "*", ms=14, color=color,
+                label=f"{what}: step {kept['step']}, {kept['open']:.2f} edges")
     ax.set(ylabel="open edges (%)")
 
 
@@ -178,9 +174,6 @@ def open_by_head(path, per_head):
     """
     fractions = np.array(per_head)
     n_layer, H = fractions.shape
-    if H == 1:
-        open_by_layer(path, fractions[:, 0])
-        return
     figure, ax = plt.subplots(figsize=(2.8 + 0.75 * H, 1.4 + 0.5 * n_layer), layout="constrained")
     image = ax.imshow(np.ma.masked_equal(fractions, 0), cmap="viridis_r", aspect="auto", origin="lower",
                       norm=matplotlib.colors.LogNorm(vmin=1e-4, vmax=1))
@@ -191,18 +184,7 @@ def open_by_head(path, per_head):
             color = "white" if value > 0.05 else "black"
             ax.text(head, layer, words, ha="center", va="center", fontsize=8, color=color)
     ax.set(xlabel="head", ylabel="layer", xticks=range(H), yticks=range(n_layer), title="open edges")
-    bar = figure.colorbar(image, ax=ax, ticks=[1e-4, 1e-3, 1e-2, 1e-1, 1])
-    bar.ax.set_yticklabels(["0.01 %", "0.1 %", "1 %", "10 %", "100 %"], fontsize=8)
-    save(figure, path)
-
-
-def open_by_layer(path, fractions):
-    """The same where every layer has one head: a bar for each. fractions (n_layer,)."""
-    figure, ax = plt.subplots(figsize=(5, 1.4 + 0.4 * len(fractions)), layout="constrained")
-    bars = ax.barh(range(len(fractions)), 100 * fractions, color="tab:blue")
-    ax.bar_label(bars, [f" {100 * value:.3g} %" if value else " off" for value in fractions], fontsize=8)
-    ax.set(xlabel="open edges (%)", ylabel="layer", yticks=range(len(fractions)))
-    ax.margins(x=0.15)
+    figure.colorbar(image, ax=ax, format=lambda value, _: f"{100 * value:g} %").ax.tick_params(labelsize=8)
     save(figure, path)
 
 
@@ -246,9 +228,8 @@ def gallery(path, titles, tokens, rows, what="The busiest heads of the sparse mo
     T, columns = len(tokens), max(1, len(titles))
     tokens = [token.replace(" ", "·").replace("$", r"\$") for token in tokens]  # $ would begin a formula
     rotation = 90 if max(map(len, tokens)) > 1 else 0
-    figure, axes = plt.subplots(
-        len(rows), columns, figsize=(4.2 * columns, 4.4 * len(rows)), squeeze=False, layout="constrained"
-    )
+    figure, axes = plt.subplots(len(rows), columns, figsize=(4.2 * columns, 4.4 * len(rows)), squeeze=False,
+                                layout="constrained")
     for r, (label, maps) in enumerate(rows):
         for c, weights in enumerate(maps):
             ax = axes[r, c]
@@ -262,10 +243,6 @@ def gallery(path, titles, tokens, rows, what="The busiest heads of the sparse mo
     for ax in axes[-1]:
         ax.set_xlabel("the token that is read", fontsize=9)
     figure.get_layout_engine().set(rect=(0, 0, 1, 0.96))
-    figure.suptitle(
-        f"{what}; white: nothing is read (sparse: the edge is shut). Darker: more attention, square-root "
-        "scale",
-        fontsize=11,
-        y=0.99,
-    )
+    figure.suptitle(f"{what}; white: nothing is read (sparse: the edge is shut). Darker: more attention, "
+                    "square-root scale", fontsize=11, y=0.99)
     save(figure, path)

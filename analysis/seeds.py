@@ -33,15 +33,7 @@ from analysis.verdict import distance_in_words
 from models.checkpoint import read_checkpoint
 from models.sources import from_here
 from storage.files import REPOSITORY, UserError, read_json, write_json
-from training.config import (
-    FREE,
-    PASSED_ON,
-    SHAPE,
-    Config,
-    check_together,
-    make_config,
-    parse_command_line,
-)
+from training.config import FREE, PASSED_ON, SHAPE, Config, check_together, make_config, parse_command_line
 from training.folder import read_metrics, settings_of
 from training.judge import MISSED, is_at_end
 
@@ -70,10 +62,6 @@ def changes(c):
     }
 
 
-# ------------------------------------------------------------------------------------------------------------
-# What has to be run
-
-
 def parse_seeds(words):
     """`21-23,5` -> [21, 22, 23, 5]. Raises UserError."""
     found = []
@@ -88,10 +76,7 @@ def parse_seeds(words):
 
 
 def read_settings(path, flags):
-    """['--key=value', ...] -> {setting: value} for train.py, checked. path: the config file.
-
-    Raises UserError.
-    """
+    """['--key=value', ...] -> {setting: value} for train.py, checked. path: the config file."""
     other, settings = parse_command_line(flags)
     if other:
         raise UserError(f"seeds takes one config file, not both {path} and {other}")
@@ -133,18 +118,17 @@ def runs_for(path, settings, seed):
 
     One, unless a parent must be told of its shape. Raises UserError where settings contradict each other.
     """
+    def some(names):
+        return {key: value for key, value in settings.items() if key in names}
+
     config, _ = make_config(path, settings)
     check_together(config)
-    ours = dict(settings)
-    runs = []
-    of_parent = {key: value for key, value in settings.items() if key in OF_PARENT}
+    child, runs, of_parent = settings, [], some(OF_PARENT)
     if of_parent and config.init_from.endswith(".py"):
         parent = folder_for(config.init_from, of_parent, seed)
-        passed_on = {key: value for key, value in settings.items() if key in PASSED_ON}
-        runs.append((config.init_from, of_parent | passed_on | {"seed": seed, "out_dir": parent}))
-        ours = {key: value for key, value in settings.items() if key not in SHAPE} | {"init_from": parent}
-    runs.append((path, ours | {"seed": seed, "out_dir": folder_for(path, settings, seed)}))
-    return runs
+        runs.append((config.init_from, of_parent | some(PASSED_ON) | {"seed": seed, "out_dir": parent}))
+        child = some(settings.keys() - SHAPE) | {"init_from": parent}
+    return [*runs, (path, child | {"seed": seed, "out_dir": folder_for(path, settings, seed)})]
 
 
 def is_finished(path, settings):
@@ -204,15 +188,11 @@ def train_seed(path, settings, seed, options):
         with open(folder + ".log", "a", encoding="utf-8") as log:
             status = subprocess.run(command, stdout=log, stderr=log, env=environment).returncode
         if status not in (0, MISSED):
-            return {"seed": seed, "run": folder, "met": False, "failed": last_line(folder + ".log")}
+            with open(folder + ".log", encoding="utf-8", errors="replace") as log:
+                said = log.read().split("\n")
+            last = next((line.strip() for line in reversed(said) if line.strip()), "it said nothing")
+            return {"seed": seed, "run": folder, "met": False, "failed": last}
     return row_of(folder, seed)
-
-
-def last_line(path):
-    """The last line of a log that says something."""
-    with open(path, encoding="utf-8", errors="replace") as f:
-        lines = [line.strip() for line in f if line.strip()]
-    return lines[-1] if lines else "it said nothing"
 
 
 def row_of(run, seed):
@@ -227,18 +207,12 @@ def row_of(run, seed):
     parent = from_here(report["parent"], run, report["run"]) if report["parent"] else ""
     parents = os.path.join(os.path.dirname(parent), "metrics.jsonl")
     return {
-        "seed": seed,
-        "run": run,
-        "met": report["meets_target"] and report["ready"] is not False,
-        "failed": None,
-        "loss": judged["val_loss"],
+        "seed": seed, "run": run, "met": report["meets_target"] and report["ready"] is not False,
+        "failed": None, "loss": judged["val_loss"],
         "parent_loss": report["dense"]["val_loss"] if report["sparse"] else None,
         "parent_steps": read_metrics(parents)[-1]["step"] if os.path.exists(parents) else None,
-        "open": report["edges"]["open"],
-        "total": report["edges"]["total"],
-        "correct": judged["correct"],
-        "examples": judged["examples"],
-        "seconds": report["seconds"],
+        "open": report["edges"]["open"], "total": report["edges"]["total"],
+        "correct": judged["correct"], "examples": judged["examples"], "seconds": report["seconds"],
         "closest": f"step {report['step']}: {distance_in_words(report)}" if report["closest"] else None,
     }
 
@@ -297,21 +271,14 @@ def line_of(name, settings, rows):
 
 def table_of_changes(lines):
     """The lines as text."""
-    rows = [["change", "met", "open edges", "nats above the parent"]]
-    for line in lines:
-        rows.append([line["change"], f"{line['met']} of {line['of']}", spread(line["open"], ".1f"),
-                     spread(line["above"], "+.4f")])
-    return aligned(rows)
-
-
-# ------------------------------------------------------------------------------------------------------------
-# The command
+    return aligned([["change", "met", "open edges", "nats above the parent"],
+                    *[[line["change"], f"{line['met']} of {line['of']}", spread(line["open"], ".1f"),
+                       spread(line["above"], "+.4f")] for line in lines]])
 
 
 def add_arguments(parser):
-    parser.add_argument(
-        "config", metavar="CONFIG", help="a config file; behind it any setting of train.py, --key=value"
-    )
+    parser.add_argument("config", metavar="CONFIG",
+                        help="a config file; behind it any setting of train.py, --key=value")
     parser.add_argument("--seeds", default="1-3", help="numbers and ranges: 21-40 or 1,5,9")
     parser.add_argument("--threads", type=int, default=1, help="of each process")
     parser.add_argument("--jobs", type=int, default=1, help="processes at a time")

@@ -178,7 +178,7 @@ def test_a_carry_that_two_layers_share_is_found_in_their_union(monkeypatch):
     assert union["accuracy_when_shut"]["digits"] == [1.0, 1.0, 1.0, 0.55, 1.0]
     found = summary(edges, unions, intact, TWO, 10_000)
     assert (found["algorithm"], found["unions"], found["open"]) == ("carry edge", unions, 0.45)
-    assert circuit_in_words(edges + unions, intact, TWO)[2] == (
+    assert circuit_in_words(edges + unions, intact, TWO, 1)[2] == (
         f"     edges 1 and 2 as one  s1 reads =, open on 4500 sums: {UNITS}: 100.0 % of sums (constant guess "
         "55.0 %); accuracy when shut: tens 55.0 %")
 
@@ -253,12 +253,12 @@ def test_words():
 
 
 def test_a_circuit_in_words_is_one_numbered_line_an_edge():
-    lines = circuit_in_words([an_edge(UNITS), an_edge(shut=INTACT, share=1.0)], INTACT, TWO)
+    lines = circuit_in_words([an_edge(UNITS), an_edge(shut=INTACT, share=1.0)], INTACT, TWO, 1)
     assert lines == [
         f"  1  layer 1  s2 reads s4, open on 4500 sums: {UNITS}: 98.7 % of sums (constant guess 55.0 %); "
         "accuracy when shut: hundreds 95.0 %, tens 55.0 %",
         "  2  layer 1  s2 reads s4, open on 10000 sums: always; nothing breaks"]
-    assert circuit_in_words([ALWAYS], INTACT, TWO, n_head=2)[0].startswith("  1  layer 1 head 0  s2 reads s4")
+    assert circuit_in_words([ALWAYS], INTACT, TWO, 2)[0].startswith("  1  layer 1 head 0  s2 reads s4")
 
 
 # one sum
