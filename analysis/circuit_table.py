@@ -19,24 +19,16 @@ def number(x):
     return f"{x:.1f}" if x < 100 else f"{x:,.0f}"
 
 
-def times_fewer(dense, sparse):
-    """`2.3x`, or `-` where one of the two is not known."""
-    return f"{dense / sparse:.1f}x" if dense and sparse else "-"
-
-
 def row(label, dense, sparse, with_ratio=True):
     """One line of the table. dense, sparse: numbers or None."""
-    ratio = times_fewer(dense, sparse) if with_ratio else ""
+    ratio = (f"{dense / sparse:.1f}x" if dense and sparse else "-") if with_ratio else ""
     return f"{label:58} {number(dense):>9} {number(sparse):>9} {ratio:>8}".rstrip()
 
 
 def table(result):
     """The table as text."""
-    lines = [
-        f"{result['task']}, {result['metric']}; {result['pairs']} pairs to rank, {result['pairs_to_test']} "
-        "others to test",
-        f"{'':58} {'dense':>9} {'sparse':>9} {'fewer':>8}",
-    ]
+    lines = [f"{result['task']}, {result['metric']}; {result['pairs']} pairs to rank, "
+             f"{result['pairs_to_test']} others to test", f"{'':58} {'dense':>9} {'sparse':>9} {'fewer':>8}"]
     for key in ("clean", "corrupted"):
         metrics = [f"{result[model]['metric'][key]:9.2f}" for model in ("dense", "sparse")]
         lines.append(f"{'the metric, ' + key:58} {' '.join(metrics)}")
@@ -100,20 +92,21 @@ def controls(result):
     grains = [(f"attention edges, {ABLATED[ablation]}", found)
               for ablation, found in result["attention_edges"].items() if "dense" in found]
     grains.append(("component edges", result))
+    def in_percent(label, shares):
+        return f"    {label:54} {100 * shares[0]:9.0f} {100 * shares[1]:9.0f}"
+
     for name, found in grains:
+        models = [found[model] for model in ("dense", "sparse")]
         lines.append(f"  {name}")
-        for control in found["dense"]["controls"]:
-            label = control
-            if control.startswith("another"):
-                label = f"the circuit of {result['another']}"
-            shares = [100 * found[model]["controls"][control] for model in ("dense", "sparse")]
-            lines.append(f"    {label:54} {shares[0]:9.0f} {shares[1]:9.0f}")
-        if "nonsense" in found["dense"]:
-            reached = [100 * found[model]["nonsense"] for model in ("dense", "sparse")]
-            label = "prompts on which as few edges say a nonsense answer, %"
-            lines.append(f"    {label:54} {reached[0]:9.0f} {reached[1]:9.0f}")
-        chance = [found[model]["untrained"] for model in ("dense", "sparse")]
-        lines.append(row("    an untrained model of the shape: its circuit", *chance, with_ratio=False))
+        for control in models[0]["controls"]:
+            another = f"the circuit of {result['another']}"
+            lines.append(in_percent(another if control.startswith("another") else control,
+                                    [model["controls"][control] for model in models]))
+        if "nonsense" in models[0]:
+            lines.append(in_percent("prompts on which as few edges say a nonsense answer, %",
+                                    [model["nonsense"] for model in models]))
+        lines.append(row("    an untrained model of the shape: its circuit",
+                         *[model["untrained"] for model in models], with_ratio=False))
     return lines
 
 

@@ -38,8 +38,7 @@ def read_report(folder):
     """report.json of a run. Raises UserError."""
     path = os.path.join(folder, "report.json")
     if not os.path.exists(path):
-        raise UserError(f"{folder} has no report yet: "
-                        + typed("python", "analyze.py", "report", folder))
+        raise UserError(f"{folder} has no report yet: {typed('python', 'analyze.py', 'report', folder)}")
     return read_json(path)
 
 

@@ -15,16 +15,7 @@ import torch
 
 from analysis.questions import questions_of
 from features.attribution_graph import graph_of, shares_of
-from features.influence import (
-    NODES,
-    attention_edges_of,
-    heads_of,
-    influence_of,
-    n80,
-    pruned,
-    scores,
-    square,
-)
+from features.influence import NODES, attention_edges_of, heads_of, influence_of, n80, pruned, scores, square
 from features.transcoder import Transcoder
 from model import GPT
 from models.checkpoint import is_finite, is_of, model_of, read_checkpoint
@@ -115,11 +106,6 @@ def summary(graph):
             "attention_edges": int((edges > 0).sum()), **scores(graph)}
 
 
-def strongest(heads, most):
-    """[[layer, head, share of all heads]] of the strongest heads, (L, H); those that carry something."""
-    return largest(heads / heads.sum().clamp(min=1e-30), most, 0)
-
-
 def largest(shares, most, least):
     """[[layer, head, share]] of the `most` largest above `least`, of shares (L, H)."""
     best = shares.flatten().topk(min(most, shares.numel()))
@@ -194,10 +180,6 @@ def as_json(model, graph, found, question, word, run, name):
             "nodes": written, "links": connections}
 
 
-# ------------------------------------------------------------------------------------------------------------
-# one prompt
-
-
 def write_graph(run, prompt, at, name):
     """Print what made a run answer a prompt, and write its graph. at: which answer; name: of a transcoder."""
     path = checkpoint_named(run)
@@ -238,11 +220,11 @@ def lines_of(graph, found, question, word):
              f"replacement score {found['replacement']:.2f}, completeness {found['completeness']:.2f}",
              f"80 % of what heads carry: {found['heads_80']} of {found['all_heads']} heads, "
              f"{found['attention_edges_80']} of {found['attention_edges']} attention edges"]
-    heads = strongest(torch.tensor(found["heads"]), SHOWN)
-    named = [f"{layer}.{head} {100 * share:.0f} %" for layer, head, share in heads]
-    lines.append("heads: " + ", ".join(named))
-    lines.append(f"what speaks for {label(graph.targets[first], question, word)}, and against it, most:")
+    heads = torch.tensor(found["heads"])
+    named = [f"{layer}.{head} {100 * share:.0f} %"
+             for layer, head, share in largest(heads / heads.sum().clamp(min=1e-30), SHOWN, 0)]
+    lines += ["heads: " + ", ".join(named),
+              f"what speaks for {label(graph.targets[first], question, word)}, and against it, most:"]
     edge = graph.edges[first]
-    for s in edge.abs().topk(min(SHOWN, len(edge))).indices.tolist():
-        lines.append(f"  {edge[s]:+8.3f}  {label(graph.sources[s], question, word)}")
-    return lines
+    return lines + [f"  {edge[s]:+8.3f}  {label(graph.sources[s], question, word)}"
+                    for s in edge.abs().topk(min(SHOWN, len(edge))).indices.tolist()]

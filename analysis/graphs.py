@@ -38,6 +38,7 @@ Notable: in our measurements the controls' sizes are nearly those of the answer.
 model's attention is at work on a prompt, and not how much of it one answer needs: that asks `circuit`.
 """
 
+import functools
 import itertools
 import math
 import os
@@ -188,8 +189,8 @@ def lines_of_edge(title, opens, table):
              "head's bias"]
     for side, rows in table.items():
         lines += ["", f"{'open - shut':>12}  {'open':>8}  {'shut':>8}  what stands at the {side}"]
-        for words, where_open, where_shut in rows[:SHOWN]:
-            lines.append(f"{where_open - where_shut:+12.2f}  {where_open:+8.2f}  {where_shut:+8.2f}  {words}")
+        lines += [f"{where_open - where_shut:+12.2f}  {where_open:+8.2f}  {where_shut:+8.2f}  {words}"
+                  for words, where_open, where_shut in rows[:SHOWN]]
         rest = sum(row[1] - row[2] for row in rows[SHOWN:])
         lines.append(f"{rest:+12.2f}  all others, {max(0, len(rows) - SHOWN):,}")
     return lines
@@ -307,23 +308,21 @@ def compare(run, models, coders, matched, tasks, n, own):
     'untrained': likewise}. coders: of `transcoders_of`; matched: {by: `closest`}; own: prompts.
     """
     asked = prompts_of(tasks, models, n, own, run)
-    result, measured = {"run": run, "tasks": tasks + own, "prompts": len(asked)}, {}
     shortest = min(len(tokens) for tokens, *_ in asked)
     batch = torch.stack([tokens[:shortest] for tokens, *_ in asked])
     with tqdm(desc=run, unit="graph", leave=False, disable=None) as progress:
-        for by, pair in matched.items():
-            result[by] = {}
-            for (kind, (*_, model)), name in zip(models.items(), pair):
-                coder, quality = coders[kind][name]
-                if (kind, name) not in measured:
-                    measured[kind, name] = measure(model, coder, asked, progress)
-                known = {key: quality.get(key) for key in (*MATCHED, "kl_where_asked", "agrees_where_asked")}
-                result[by][kind] = {"transcoder": name, **known, **measured[kind, name]}
-        result["untrained"] = {}
-        for (kind, (*_, model)), name in zip(models.items(), matched["l0"]):
-            like, _ = coders[kind][name]
-            result["untrained"][kind] = measure(model, untrained(model, batch, like), asked, progress)
-    return result
+        @functools.cache  # both ways of matching may choose one transcoder
+        def measured(kind, name):
+            coder, quality = coders[kind][name]
+            known = {key: quality.get(key) for key in (*MATCHED, "kl_where_asked", "agrees_where_asked")}
+            return {"transcoder": name} | known | measure(models[kind][-1], coder, asked, progress)
+
+        result = {by: {kind: measured(kind, name) for kind, name in zip(models, pair)}
+                  for by, pair in matched.items()}
+        result["untrained"] = {
+            kind: measure(models[kind][-1], untrained(models[kind][-1], batch, coders[kind][name][0]), asked,
+                          progress) for kind, name in zip(models, matched["l0"])}
+    return {"run": run, "tasks": tasks + own, "prompts": len(asked)} | result
 
 
 def compare_runs(runs, options):
@@ -387,10 +386,6 @@ def lines_of_runs(results):
                          f"{statistics.mean(fewer):.1f}x fewer ({min(fewer):.1f} to {max(fewer):.1f}); "
                          f"nonsense {nonsense:.1f}x, an untrained transcoder {control:.1f}x")
     return lines
-
-
-# ------------------------------------------------------------------------------------------------------------
-# the command
 
 
 def add_arguments(parser):

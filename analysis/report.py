@@ -79,15 +79,10 @@ def report(run):
     data.require_same(checkpoint["data"]["sha256"], run)
     judged = evaluate_splits(model, data, config["eval_batch_size"], config["eval_batches"])
 
-    gated = model.config.gated
+    gated, took = model.config.gated, metrics[-1]["seconds"]
     parent = parent_of(checkpoint) if gated else None
-    seconds = {"dense": metrics[-1]["seconds"], "sparse": None}
-    if gated:
-        seconds = {"dense": parent and parent.metrics[-1]["seconds"], "sparse": metrics[-1]["seconds"]}
     result = {
-        "run": run,
-        "seed": config["seed"],
-        "step": checkpoint["step"],
+        "run": run, "seed": config["seed"], "step": checkpoint["step"],
         "text": text_seen(config["dataset"], data.meta),
         "meets_target": not gated or has_met(checkpoint, path, judged),
         "dense": summary(checkpoint["dense"] if gated else judged),
@@ -99,7 +94,8 @@ def report(run):
         "still_learning": None if gated else verdict.still_learning(metrics, config),
         "edges": {key: judged["val"][key] for key in COUNTED},
         "heads_off": sum(fraction == 0 for layer in judged["val"]["per_head"] for fraction in layer),
-        "seconds": seconds,
+        "seconds": {"dense": (parent and parent.metrics[-1]["seconds"]) if gated else took,
+                    "sparse": took if gated else None},
     }
     if not result["meets_target"]:
         dense, target = checkpoint["dense"], checkpoint["target_loss"]
@@ -127,22 +123,16 @@ def text_seen(name, meta):
     """Which text a run saw, in words; None if it saw rows. meta: the dataset's meta.json."""
     if meta["kind"] != "stream":
         return None
-    words = name
-    if "python" in meta:
-        words += f", Python {meta['python']}"
-    if "packages" in meta:
-        words += f", {len(meta['packages'])} packages"
-    return words
+    python = f", Python {meta['python']}" if "python" in meta else ""
+    return name + python + (f", {len(meta['packages'])} packages" if "packages" in meta else "")
 
 
 def has_met(checkpoint, path, judged):
     """Does a gated run's checkpoint meet its target? Those kept for it say so by their name."""
-    if checkpoint["step"] == 0:
+    name = os.path.basename(path)
+    if checkpoint["step"] == 0 or name == "closest.pt":
         return False  # nobody's result is the untrained start
-    by_name = {"best.pt": True, "closest.pt": False}.get(os.path.basename(path))
-    if by_name is None:
-        return meets_target(judged, checkpoint["dense"], checkpoint["target_loss"])
-    return by_name
+    return name == "best.pt" or meets_target(judged, checkpoint["dense"], checkpoint["target_loss"])
 
 
 def summary(judged):
@@ -152,12 +142,9 @@ def summary(judged):
     """
     splits = judged.values()
     rows = judged["val"]["accuracy"] is not None
-    return {
-        "val_loss": judged["val"]["loss"],
-        "accuracy": judged["val"]["accuracy"],
-        "correct": sum(s["correct"] for s in splits) if rows else None,
-        "examples": sum(s["examples"] for s in splits),
-    }
+    return {"val_loss": judged["val"]["loss"], "accuracy": judged["val"]["accuracy"],
+            "correct": sum(s["correct"] for s in splits) if rows else None,
+            "examples": sum(s["examples"] for s in splits)}
 
 
 def cells(r):
@@ -200,14 +187,9 @@ def table(reports):
 
 def print_reports(reports):
     """What becomes of every run first, then the table, then what to do."""
-    for r in reports:
-        print(r["headline"])
-    print(table(reports))
-    for line in advice_of(reports):
-        print(line)
-    print(f"report.json and figures are in {', '.join(folder_of_answers(r['run']) for r in reports)}")
-    for line in pages_of(reports):
-        print(line)
+    folders = ", ".join(folder_of_answers(r["run"]) for r in reports)
+    print(*[r["headline"] for r in reports], table(reports), *advice_of(reports),
+          f"report.json and figures are in {folders}", *pages_of(reports), sep="\n")
 
 
 def pages_of(reports):
@@ -218,8 +200,8 @@ def pages_of(reports):
         if os.path.exists(page):
             lines.append(f"a page to look into {r['run']}, in any browser: {page}")
         elif r["sparse"]:
-            command = typed("python", "analyze.py", "view", r["run"])
-            lines.append(f"a page to look into it, in any browser: {command}")
+            lines.append("a page to look into it, in any browser: "
+                         + typed("python", "analyze.py", "view", r["run"]))
     return lines
 
 

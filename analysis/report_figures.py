@@ -25,9 +25,7 @@ def draw(result, config, metrics, checkpoint, model, data):
     result: the report; model: that of the checkpoint, which is drawn.
     """
     run, edges = folder_of_answers(result["run"]), result["edges"]
-    bounds = ()
-    if config["gated"]:
-        bounds = config["lambda_min"], config["lambda_max"]
+    bounds = (config["lambda_min"], config["lambda_max"]) if config["gated"] else ()
     pictures = [("training.png", figures.training, metrics, checkpoint["step"], bounds)]
     if model.config.gated and checkpoint["step"]:  # else all edges are open
         pictures.append(("gates.png", figures.open_by_head, edges["per_head"]))
@@ -120,10 +118,9 @@ def pieces_of(tokens, name):
     """
     if name == "addition":
         return symbols(tokens)
-    if name not in text.TOKENIZERS:
-        return [str(token) for token in tokens]
     try:
-        return text.pieces(tokens, text.tokenizer(name))
+        if name in text.TOKENIZERS:
+            return text.pieces(tokens, text.tokenizer(name))
     except UserError as error:  # no network: a report needs no vocabulary for anything else
         print(f"gallery.png shows the numbers of tokens, not their words: {error}")
-        return [str(token) for token in tokens]
+    return [str(token) for token in tokens]
