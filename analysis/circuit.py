@@ -57,12 +57,9 @@ def two_models(dense_run, sparse_run):
 
 def kept_edges(graph, found):
     """The circuit as a list of (from, to, as q, k or v, score), components by their number."""
-    readers = graph.reader_names
-    kept = []
-    for writer, reader in found.sparse.circuit.nonzero().tolist():
-        role = readers[reader].rpartition(" ")[2] if "." in readers[reader] else ""
-        kept.append((writer, graph.owner[reader].item(), role, found.sparse.scores[writer, reader].item()))
-    return kept
+    roles = [name.rpartition(" ")[2] if "." in name else "" for name in graph.reader_names]
+    return [(writer, graph.owner[reader].item(), roles[reader], found.sparse.scores[writer, reader].item())
+            for writer, reader in found.sparse.circuit.nonzero().tolist()]
 
 
 def strongest_heads(graph, kept):
@@ -124,9 +121,8 @@ def draw_prompt(found, models, tokenizer, folder):
         weights = torch.stack([layer.weights[0] for layer in terms_of(model, prompt)])
         rows.append((name, (weights * kept).cpu().numpy()))
     path = os.path.join(folder, f"circuit-{task}-edges.png")
-    circuit_figures.prompt_circuits(
-        path, pieces_of(found.pair.clean, tokenizer), rows,
-        f"{task}: the attention edges within 10 % of the effect on one prompt, all others cut")
+    title = f"{task}: the attention edges within 10 % of the effect on one prompt, all others cut"
+    circuit_figures.prompt_circuits(path, pieces_of(found.pair.clean, tokenizer), rows, title)
     return [path]
 
 

@@ -61,9 +61,8 @@ def point_of(folder, controls):
     if not report["sparse"]:
         raise UserError(f"{folder} is a dense run. Controls go behind --controls")
     edges, loss, dense = report["edges"], report["sparse"]["val_loss"], report["dense"]["val_loss"]
-    steps = config["max_steps"]
     tokens, heads = len(edges["by_distance"]), sum(map(len, edges["per_head"]))
-    parent = from_here(report["parent"], folder, report["run"])
+    parent, steps = from_here(report["parent"], folder, report["run"]), config["max_steps"]
     control = controls.get((parent, steps))
     return {
         "run": folder, "seed": report["seed"], "parent": parent, "steps": steps,
@@ -85,8 +84,7 @@ def controls_of(folders):
         report, parent = read_report(folder), read_checkpoint(checkpoint_named(folder))["parent"]
         if report["sparse"] or not parent:
             raise UserError(f"{folder} is no control: a dense run that was trained on from a parent")
-        steps = settings_of(folder)["max_steps"]
-        found[parent, steps] = report["dense"]["val_loss"]
+        found[parent, settings_of(folder)["max_steps"]] = report["dense"]["val_loss"]
     return found
 
 
@@ -112,9 +110,8 @@ def draw_line(ax, points, color, label):
     """Runs of one parent and length. Left of 0 a dotted line says what their control gains."""
     x, y = [p["above_parent"] for p in points], [p["per_head_and_token"] for p in points]
     ax.plot(x, y, "-", color=color, lw=1, label=label)
-    for p in points:
-        ax.plot(p["above_parent"], p["per_head_and_token"], "o", color=color,
-                mfc=color if p["met"] else "white")
+    for p, *at in zip(points, x, y):
+        ax.plot(*at, "o", color=color, mfc=color if p["met"] else "white")
         for row in p["other_rules"]:
             if row["rule"] in MARKS:
                 ax.plot(row["above_parent"], row["edges"], MARKS[row["rule"]], ms=6, color=color)

@@ -42,15 +42,14 @@ class Harness(TemplateLM):
 
         In nats; it is said if the model would have said it, token by token the likeliest.
         """
-        found = [None] * len(requests)
+        found = {}
         # alike lengths share a batch; the largest first
         order = sorted(range(len(requests)), key=lambda i: -len(requests[i][1] + requests[i][2]))
         firsts = range(0, len(order), self.batch_size)
         for first in tqdm(firsts, desc="answers", disable=disable_tqdm or None):
             batch = order[first:first + self.batch_size]
-            for i, answer in zip(batch, self.score_batch([requests[i] for i in batch])):
-                found[i] = answer
-        return found
+            found |= zip(batch, self.score_batch([requests[i] for i in batch]))
+        return [found[i] for i in range(len(requests))]
 
     def score_batch(self, requests):
         """What `_loglikelihood_tokens` returns, of requests that share one batch, the longest first."""
@@ -66,9 +65,8 @@ class Harness(TemplateLM):
             # of an answer longer than the context its end
             wanted = torch.tensor(continuation[-len(ids) + 1:], device=device)
             score = score[len(ids) - 1 - len(wanted):len(ids) - 1]  # (answer's tokens, V)
-            likelihood = score.gather(-1, wanted[:, None]).sum().item()
-            said = bool((score.argmax(-1) == wanted).all())
-            answers.append((likelihood, said))
+            answers.append((score.gather(-1, wanted[:, None]).sum().item(),
+                            bool((score.argmax(-1) == wanted).all())))
         return answers
 
     def loglikelihood_rolling(self, requests, disable_tqdm=False):
@@ -96,10 +94,9 @@ def benchmark(models, tokens, tasks, limit=None, include=None):
                                         task_manager=manager, bootstrap_iters=1000)
         for task, scores in found["results"].items():
             for metric in ("acc", "acc_norm"):
-                if f"{metric},none" not in scores:
-                    continue
-                of_models = table.setdefault(task, {}).setdefault(metric, {})
-                of_models[name] = [scores[f"{metric},none"], scores[f"{metric}_stderr,none"]]
+                if f"{metric},none" in scores:
+                    of_models = table.setdefault(task, {}).setdefault(metric, {})
+                    of_models[name] = [scores[f"{metric},none"], scores[f"{metric}_stderr,none"]]
     return table
 
 

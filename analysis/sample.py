@@ -43,13 +43,8 @@ def generate(model, idx, tokens, temperature=0.8, top_k=50, vocab_size=None):
     """
     model.eval()
     for _ in range(tokens):
-        idx = idx[:, -model.config.block_size:]
-        read = []
-
-        def note(layer, gates):
-            read.append(gates.open[0, :, -1] > 0)
-
-        logits, _, _ = model(idx, record=note)
+        idx, read = idx[:, -model.config.block_size:], []
+        logits, _, _ = model(idx, record=lambda layer, gates: read.append(gates.open[0, :, -1] > 0))
         logits = logits[0, -1, :vocab_size].float()
         if temperature > 1e-6:
             lowest = logits.topk(min(top_k, len(logits))).values[-1]
@@ -74,15 +69,10 @@ def edges_line(context, new, read, tokens, width):
     brackets = 0 if sys.stdout.isatty() else 2
     room = width - len(chosen) - brackets - len("  99999 edges, 9999 further left")
     first = len(shown)  # of the tokens in the line
-    while first > 0:
-        needed = len(shown[first - 1]) + brackets * seen[first - 1]
-        if room < needed:
-            break
-        room -= needed
+    while first > 0 and (room := room - len(shown[first - 1]) - brackets * seen[first - 1]) >= 0:
         first -= 1
-    line = ""
-    for piece, was_read in zip(shown[first:], seen[first:]):
-        line += paint(piece, READ) if was_read else piece
+    line = "".join(paint(piece, READ) if was_read else piece
+                   for piece, was_read in zip(shown[first:], seen[first:]))
     further = f", {sum(seen[:first])} further left" if any(seen[:first]) else ""
     return f"{line}{paint(chosen, NEW)}  {int(read.sum())} edges{further}"
 

@@ -76,8 +76,8 @@ def train(coder, x, y, options, start, save):
         optimizer.step()
         saves = (step + 1) % SAVED == 0 or step + 1 == options.steps
         if not loss.isfinite() or saves and not all(map(is_finite, coder.parameters())):
-            left_the_numbers(f"training left the numbers at step {step}, squared error {error.item():g}",
-                             options)
+            what = f"training left the numbers at step {step}, squared error {error.item():g}"
+            raise left_the_numbers(what, options)
         if step % 50 == 0:
             steps.set_postfix_str(f"squared error {error.item():.3g}")
         if saves:
@@ -85,9 +85,9 @@ def train(coder, x, y, options, start, save):
 
 
 def left_the_numbers(what, options):
-    """Raise UserError. what: is no finite number."""
-    raise UserError(f"{what}: this becomes no transcoder of {options.run}. Try smaller steps, "
-                    f"--lr={min(options.lr / 3, 1e-3):.1g}, and --name=ANOTHER")
+    """The UserError of what is no finite number."""
+    return UserError(f"{what}: this becomes no transcoder of {options.run}. Try smaller steps, "
+                     f"--lr={min(options.lr / 3, 1e-3):.1g}, and --name=ANOTHER")
 
 
 def add_arguments(parser):
@@ -163,8 +163,8 @@ def run(options, settings):
         train(coder, x, y, options, start, save)
     found = quality(model, coder.eval(), batches_of(data, "val", T, JUDGED * T))
     if not math.isfinite(found["explained"] + found["kl_where_asked"]):
-        left_the_numbers(f"{place} explains {found['explained']} of the variance, KL "
-                         f"{found['kl_where_asked']}", options)
+        raise left_the_numbers(f"{place} explains {found['explained']} of the variance, KL "
+                               f"{found['kl_where_asked']}", options)
     found |= {"run": options.run, "seconds": read_checkpoint(place)["seconds"]} | settings
     write_json(os.path.join(folder, options.name + ".json"), found)
     print(f"{place}: {in_words(found)}")

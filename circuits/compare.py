@@ -112,11 +112,9 @@ def curve_of(model, pairs, metric, circuits):
     """
     clean, corrupted, values = effects(model, pairs, metric, list(circuits.values()))
     if not clean.mean() > corrupted.mean():  # nor is NaN an effect
-        which = "sparse" if model.config.gated else "dense"
-        raise UserError(
-            f"the {which} model does not know the task: {metric} {clean.mean():.2f} on clean prompts, "
-            f"{corrupted.mean():.2f} on corrupted ones. There is no effect to explain"
-        )
+        raise UserError(f"the {'sparse' if model.config.gated else 'dense'} model does not know the task: "
+                        f"{metric} {clean.mean():.2f} on clean prompts, {corrupted.mean():.2f} on corrupted "
+                        "ones. There is no effect to explain")
     counts = list(circuits)
     share, low, high = (part.tolist() for part in explained(clean, corrupted, values))
     # some draws of few pairs have no effect to divide by, and so no band

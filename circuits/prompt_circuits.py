@@ -134,9 +134,7 @@ def measure(model, to_choose, to_test, metric, ablation, another, kinds=KINDS):
     guessed = known_to([fresh], to_test[:MOST_PAIRS], metric, ablation)
     by_chance = measure_by(ranking, fresh, guessed, metric, ablation).curves
     return {
-        "ranking": ranking,
-        "rankings": tried,
-        "pairs": len(found),
+        "ranking": ranking, "rankings": tried, "pairs": len(found),
         "edges": float(np.mean([curve.edges for curve in found])),
         "effect": float(np.mean([curve.all - curve.none for curve in found])),
         "within": {str(level): spread(sizes_at(found, "within", str(level))) for level in LEVELS},

@@ -35,6 +35,7 @@ from circuits.attention_edges import (
     attending,
     curve_of,
     integrated_scores,
+    opened_in,
     ranks,
     run_cut,
     terms_of,
@@ -97,8 +98,8 @@ def prepared_for(model, pair):
     """The Batch of one pair, to be cut, and the edges' weights, (n_layer, H, T, T)."""
     tokens = torch.tensor([pair.clean], device=next(model.parameters()).device)
     terms = terms_of(model, tokens)
-    present = torch.stack([layer.opened for layer in terms]) > 0
-    return Batch(tokens, [pair], present, None), torch.stack([layer.weights for layer in terms])[:, 0]
+    return (Batch(tokens, [pair], opened_in(terms), None),
+            torch.stack([layer.weights for layer in terms])[:, 0])
 
 
 @torch.no_grad()
@@ -153,11 +154,6 @@ def effects(model, batch, intact, vocab_size):
     return scores
 
 
-def to_draw(places, weights, present, most):
-    """Edges that the page can need, (n_layer, H, T, T) bool: the `most` heaviest and the `most` best."""
-    return present & ((ranks(weights, present) < most) | (places < most))
-
-
 def biases_of(config):
     """b of every head, [layer][head]."""
     if isinstance(config.gate_bias, list):
@@ -201,7 +197,8 @@ def data_of(model, question, vocab_size, stops):
     places = ranks(scores.abs(), present)
     best = edges_in(places < min(FEW, total))
     cuts = dict(zip(best, cut_each(model, batch, torch.ones_like(present), best, vocab_size)))
-    chosen = to_draw(places, weights, present, DRAWN_SPARSE if model.config.gated else DRAWN_DENSE)
+    most = DRAWN_SPARSE if model.config.gated else DRAWN_DENSE
+    chosen = present & ((ranks(weights, present) < most) | (places < most))  # the heaviest and the best
     ks = sorted({0, total} | {k for k in stops if k <= total})
     keeps = (places < k for k in ks)
     circuits = outcomes(model, batch, keeps, len(ks), "keeping the k best", vocab_size)

@@ -32,9 +32,8 @@ def coders_of(places, models, name):
     """
     found = {}
     for kind, (path, folder) in places.items():
-        if folder is None or not isinstance(models[kind], GPT):
-            continue
-        if not os.path.exists(os.path.join(folder, name + ".pt")):
+        if (folder is None or not isinstance(models[kind], GPT)
+                or not os.path.exists(os.path.join(folder, name + ".pt"))):
             continue
         try:
             coder = read_transcoder(folder, name, read_checkpoint(path))

@@ -36,38 +36,19 @@ PLACE, PLACE_OF_FEATURES = "__DATA__", "__FEATURES__"  # in the template, for th
 MOST_BYTES = 3_000_000
 
 
-# ------------------------------------------------------------------------------------------------------------
-# models
-
-
 def models_of(checkpoint, path):
     """({'dense': its parent, 'sparse': the model}, what the page says of a parent that is gone, or '')."""
     device = parallel.pick_device("auto")
-    sparse = model_of(checkpoint, path, device)
-    parent = checkpoint.get("parent")
+    sparse, dense, parent = model_of(checkpoint, path, device), None, checkpoint.get("parent")
     try:
         dense = load_parent(checkpoint, device) if parent else None
     except UserError as error:
         print(error)
-        dense = None
     if dense is not None and not dense.config.gated:
         return {"dense": dense, "sparse": sparse}, ""
     note = f"{parent or 'Its dense parent'} is no dense model that can be read here: the sparse model only"
     print(note)
     return {"sparse": sparse}, note
-
-
-def gated_checkpoint(run, why):
-    """(checkpoint, its path) of a gated run. Raises UserError, which says why, if it has no gates."""
-    path = checkpoint_named(run)
-    checkpoint = read_checkpoint(path)
-    if not checkpoint["model_args"].get("gated"):
-        raise UserError(f"{run} is a dense run: {why}")
-    return checkpoint, path
-
-
-# ------------------------------------------------------------------------------------------------------------
-# the page
 
 
 def tokens_named(models):
@@ -136,8 +117,11 @@ def add_arguments(parser):
 def run(options, settings):
     """`analyze.py view`."""
     folder = options.run.rstrip("/")
-    checkpoint, path = gated_checkpoint(folder, "it has no gates to look at. view needs its sparse child, a "
-                                        "gated run such as out/addition, and shows both")
+    path = checkpoint_named(folder)
+    checkpoint = read_checkpoint(path)
+    if not checkpoint["model_args"].get("gated"):
+        raise UserError(f"{folder} is a dense run: it has no gates to look at. view needs its sparse child, "
+                        "a gated run such as out/addition, and shows both")
     questions, word, vocab_size = questions_of(checkpoint, folder, options.prompt)
     models, note = models_of(checkpoint, path)
     places = places_of(checkpoint, path, folder)

@@ -3,11 +3,10 @@
 The questions come from a local file.
 """
 
-import functools
 import importlib
 import json
-import os
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -15,8 +14,7 @@ import torch
 import analysis
 import analyze
 from analysis import benchmark
-from helpers import theirs
-from model import GPT, GPTConfig
+from helpers import keep_run, random_gpt, theirs
 from models import lora
 from models.checkpoint import checkpoint_of, fingerprint, load_checkpoint, read_checkpoint, save_checkpoint
 from models.olmo import OLMo, OLMoConfig
@@ -51,8 +49,7 @@ def tasks(workplace, monkeypatch):
     """A task that can be benchmarked and two that cannot, 24 questions, one longer than the context. The
     harness knows these alone: to read the list of its own takes ten seconds.
     """
-    own_alone = functools.partial(harness.TaskManager, include_defaults=False)
-    monkeypatch.setattr(harness, "TaskManager", own_alone)
+    monkeypatch.setattr(harness, "TaskManager", partial(harness.TaskManager, include_defaults=False))
     monkeypatch.setenv("HF_DATASETS_CACHE", str(workplace / "cache"))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     (workplace / "tasks").mkdir()
@@ -118,13 +115,9 @@ def test_scores_are_those_of_the_harness_own_model(workplace, tasks):
 @pytest.mark.slow
 def test_dense_beside_sparse(workplace, tasks, capsys):
     shape = {"block_size": 64, "vocab_size": 256, "n_layer": 1, "n_head": 2, "n_embd": 16}
-    os.makedirs("out/sparse")
-    for name, gated in (("dense.pt", False), ("out/sparse/best.pt", True)):
-        torch.manual_seed(1)
-        model = GPT(GPTConfig(**shape, gated=gated, gate_bias=-5.0))
-        for parameter in model.parameters():
-            parameter.data += 0.3 * torch.randn_like(parameter)
-        save_checkpoint(name, checkpoint_of(model, data={"tokenizer": "bytes"}, parent="dense.pt"))
+    for name, gated in (("dense", False), ("sparse", True)):
+        model = random_gpt(std=0.3, **shape, gated=gated, gate_bias=-5.0)
+        keep_run(name, model, data={"tokenizer": "bytes"}, parent="out/dense/best.pt")
     analyze.main(["benchmark", "out/sparse", "--tasks=mine", f"--include={tasks}", "--limit=20"])
     out = capsys.readouterr().out
     table = {"mine": read_json("out/sparse/benchmark-mine-20.json")}
@@ -140,8 +133,7 @@ def test_dense_beside_sparse(workplace, tasks, capsys):
             analyze.main(["benchmark", "out/sparse", f"--tasks={task}", f"--include={tasks}", "--limit=2"])
     assert "N/A" in harness.lines({"one": {"acc": {"dense": [1.0, "N/A"]}}})
     assert harness.lines(table) in out
-    models = {"dense": lambda: load_checkpoint("dense.pt"),
-              "sparse": lambda: load_checkpoint("out/sparse/best.pt")}
+    models = {name: partial(load_checkpoint, f"out/{name}/best.pt") for name in ("dense", "sparse")}
     assert table == harness.benchmark(models, text.tokenizer("bytes"), "mine", 20, tasks)
 
 
@@ -156,7 +148,6 @@ def test_of_a_run_with_adapters_both_are_one_model(workplace):
     model = OLMo(OLMoConfig(**config))
     for parameter in model.parameters():
         parameter.data += 0.3 * torch.randn_like(parameter)
-    os.makedirs("out/sparse")
     save_checkpoint("dense.pt", checkpoint_of(model, data={"tokenizer": "bytes"}))
     adapters = {"rank": 2, "alpha": 4.0, "targets": "q_proj,v_proj"}
     model.config.gated, model.config.gate_bias = True, -1.0
@@ -165,9 +156,8 @@ def test_of_a_run_with_adapters_both_are_one_model(workplace):
         for name, tensor in layer.initial().items():
             getattr(layer, name).data = tensor + 0.3 * torch.randn_like(tensor)
     base = fingerprint(read_checkpoint("dense.pt"))
-    checkpoint = checkpoint_of(model, data={"tokenizer": "bytes"}, parent="dense.pt", lora=adapters,
-                               base="dense.pt", base_fingerprint=base, config={"base_dtype": "bfloat16"})
-    save_checkpoint("out/sparse/best.pt", checkpoint)
+    keep_run("sparse", model, data={"tokenizer": "bytes"}, parent="dense.pt", lora=adapters, base="dense.pt",
+             base_fingerprint=base, config={"base_dtype": "bfloat16"})
     models = benchmark.models_to_compare(read_checkpoint("out/sparse/best.pt"), "out/sparse/best.pt")
     dense, sparse = models["dense"](), models["sparse"]()
     assert isinstance(dense, lora.Base) and dense.model is sparse
@@ -178,9 +168,7 @@ def test_of_a_run_with_adapters_both_are_one_model(workplace):
 
 
 def test_a_missing_harness_and_a_run_without_text_are_named(workplace, monkeypatch):
-    os.makedirs("out/run")
-    model = GPT(GPTConfig(block_size=11, vocab_size=13, n_layer=1, n_head=1, n_embd=8))
-    save_checkpoint("out/run/best.pt", checkpoint_of(model, data={"tokenizer": "addition"}))
+    keep_run("run", random_gpt(block_size=11, vocab_size=13), data={"tokenizer": "addition"})
     with pytest.raises(SystemExit, match="trained on addition, which is no text"):
         analyze.main(["benchmark", "out/run"])
     monkeypatch.setitem(sys.modules, "analysis.harness", None)  # as if its import failed

@@ -22,10 +22,8 @@ def easy(echo_parent, monkeypatch):
         f.write("loss_slack = 0.5\ndevice = 'cpu'\n")
 
 
-@pytest.mark.parametrize("words, numbers", [("21-23", [21, 22, 23]), ("1,5,9", [1, 5, 9]),
-                                            ("7,2-3", [7, 2, 3])])
-def test_numbers_and_ranges(words, numbers):
-    assert seeds.parse_seeds(words) == numbers
+def test_numbers_and_ranges():
+    assert seeds.parse_seeds("7,21-23,5") == [7, 21, 22, 23, 5]
 
 
 @pytest.mark.parametrize("words, message", [
@@ -128,27 +126,24 @@ def test_a_shape_reaches_the_parent_and_a_change_of_settings_is_not_taken_for_fi
     assert not seeds.is_finished(*seeds.runs_for("sparse.py", {"n_head": 4}, 4)[1])
 
 
+MET = {"seed": 4, "failed": None, "met": True, "parent_loss": 1.0, "parent_steps": 2000, "loss": 1.5,
+       "open": 9.0, "total": 264, "correct": 10000, "examples": 10000, "closest": None,
+       "seconds": {"dense": 57.2, "sparse": 151.0}}
 ROWS = [
-    {"seed": 4, "failed": None, "met": True, "parent_loss": 1.0, "parent_steps": 2000, "loss": 1.5,
-     "open": 9.0, "total": 264, "correct": 10000, "examples": 10000, "closest": None,
-     "seconds": {"dense": 57.2, "sparse": 151.0}},
-    {"seed": 2, "failed": None, "met": False, "parent_loss": 1.0, "parent_steps": None, "loss": 1.25,
-     "open": 7.0, "total": 264, "correct": None, "examples": 9, "seconds": {"dense": None, "sparse": 3.0},
-     "closest": "step 20: too dense"},
+    MET,
+    MET | {"seed": 2, "met": False, "parent_steps": None, "loss": 1.25, "open": 7.0, "correct": None,
+           "seconds": {"dense": None, "sparse": 3.0}, "closest": "step 20: too dense"},
     {"seed": 1, "failed": "error: out of memory", "met": False},
 ]
 
 
-def test_the_table_of_seeds():
+def test_the_tables_of_seeds_and_of_changes():
     _, met, missed, failed, together = seeds.table(ROWS).splitlines()
     assert met.split() == "4 met 1.0000 (2000 steps) 9.00 of 264 10,000 of 10,000 57 151".split()
     assert missed.split() == "2 MISSED 1.0000 7.00 of 264 - - 3 step 20: too dense".split()
     assert failed.split() == "1 FAILED - - - - - error: out of memory".split()
     assert together == ("met 1 of 3; lowest, median, highest: 9.00, 9.00, 9.00 open edges of those, "
                         "3, 106, 208 seconds of training")
-
-
-def test_the_table_of_changes():
     line = seeds.line_of("as it is", {}, ROWS)
     assert (line["met"], line["of"], line["open"], line["above"]) == (1, 3, [7.0, 9.0], [0.25, 0.5])
     nothing = seeds.line_of("gate bias 6", {}, ROWS[2:])
@@ -168,10 +163,6 @@ def test_a_parents_steps_are_found_from_any_folder(workplace, monkeypatch):
     (workplace / "out/sparse/report.json").write_text(json.dumps(report))
     monkeypatch.chdir("out")
     assert seeds.row_of("sparse", 1)["parent_steps"] == 40
-
-
-# ------------------------------------------------------------------------------------------------------------
-# One change at a time
 
 
 def test_what_is_on_goes_off_and_what_is_off_goes_on(request, monkeypatch):
