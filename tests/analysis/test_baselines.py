@@ -1,6 +1,7 @@
 """Other ways to cut edges: every rule against its definition, row by row; the command from end to end."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -142,55 +143,50 @@ def test_one_stand_in_may_lie_in_another():
     assert not any("attend" in vars(attention) for attention in model.attentions)
 
 
-def settings_of_training(**more):
-    return Config(**SMALL | {"dataset": "count", "distill_weight": 0.0, "learning_rate": 1e-2,
-                             "max_steps": 60, "eval_batch_size": 50, "eval_batches": 1, **more})
+TRAINING = Config(**SMALL | {"dataset": "count", "distill_weight": 0.0, "learning_rate": 1e-2,
+                             "max_steps": 60, "eval_batch_size": 50, "eval_batches": 1})
+
+
+def trained_on(cut, **more):
+    """The random model, trained on with its edges cut; of the dataset `count`."""
+    c, data = replace(TRAINING, **more), prepare_data.load("count")
+    return train_on(random_model(), random_model(), cut, data, c, tqdm(disable=True))
 
 
 def test_training_on_brings_the_loss_down_at_the_same_budget(counting):
-    data, dense, c = prepare_data.load("count"), random_model(), settings_of_training()
-    model, cut = random_model(), RuleAttention("threshold", 1.5)
-    fit(model, cut, data)
-    before = judged(model, cut, data, c)["loss"]
-    model = train_on(model, dense, cut, data, c, tqdm(disable=True))
-    fit(model, cut, data)
-    after = judged(model, cut, data, c)
-    assert after["loss"] < before - 0.5
+    data, cut, found = prepare_data.load("count"), RuleAttention("threshold", 1.5), []
+    for model in random_model(), trained_on(cut):
+        fit(model, cut, data)
+        found.append(judged(model, cut, data, TRAINING))
+    before, after = found
+    assert after["loss"] < before["loss"] - 0.5
     assert after["edges"] == pytest.approx(1.5, rel=0.15)
 
 
 def test_training_on_that_leaves_the_numbers_is_named(counting):
-    data, dense = prepare_data.load("count"), random_model()
-    c = settings_of_training(learning_rate=1e30, max_steps=5)
     with pytest.raises(UserError, match="the loss is nan after training on. Leave this rule"):
-        train_on(random_model(), dense, RuleAttention("window", 2), data, c, tqdm(disable=True))
+        trained_on(RuleAttention("window", 2), learning_rate=1e30, max_steps=5)
 
 
 def test_the_learning_rate_is_that_of_the_loop(counting, monkeypatch):
-    c, rates = settings_of_training(warmup_steps=3, max_steps=8, min_lr=1e-4), []
-    real = torch.optim.AdamW.step
+    given, rates, real = {"warmup_steps": 3, "max_steps": 8, "min_lr": 1e-4}, [], torch.optim.AdamW.step
 
     def watched(optimizer):
         rates.append(optimizer.param_groups[0]["lr"])
         return real(optimizer)
 
     monkeypatch.setattr(torch.optim.AdamW, "step", watched)
-    data, progress = prepare_data.load("count"), tqdm(disable=True)
-    train_on(random_model(), random_model(), RuleAttention("top-k", 2), data, c, progress)
-    assert rates == pytest.approx([get_lr(step, c) for step in range(c.max_steps)])
+    trained_on(RuleAttention("top-k", 2), **given)
+    assert rates == pytest.approx([get_lr(step, replace(TRAINING, **given)) for step in range(8)])
 
 
 def test_the_average_is_what_is_judged(counting):
     """Far behind its model after one step, as a decay of 0.9 says."""
-    data, dense, start = prepare_data.load("count"), random_model(), random_model()
-    found = {}
-    for decay in (0.0, 0.9):
-        c = settings_of_training(max_steps=1, warmup_steps=0, average_decay=decay)
-        cut = RuleAttention("top-k", 2)
-        model = train_on(random_model(), dense, cut, data, c, tqdm(disable=True))
-        found[decay] = [p - was for p, was in zip(model.parameters(), start.parameters(), strict=True)]
-    for one, averaged in zip(found[0.0], found[0.9], strict=True):
-        torch.testing.assert_close(averaged, 0.1 * one, atol=1e-6, rtol=1e-3)
+    start = random_model()
+    one, averaged = (trained_on(RuleAttention("top-k", 2), max_steps=1, warmup_steps=0, average_decay=decay)
+                     for decay in (0.0, 0.9))
+    for was, now, later in zip(*(model.parameters() for model in (start, one, averaged)), strict=True):
+        torch.testing.assert_close(later - was, 0.1 * (now - was), atol=1e-6, rtol=1e-3)
 
 
 def test_the_circuit_of_a_model_that_is_cut_is_found():

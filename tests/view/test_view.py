@@ -147,12 +147,6 @@ def test_the_snippets_fit_into_any_context():
         assert len(questions.text_question(words, tokens, 8).ids) == 8
 
 
-def test_without_its_parent_the_sparse_model_alone(place, capsys):
-    data = data_in(page_at(place, "orphan", "1+2"))
-    assert "out/nowhere/best.pt is no dense model that can be read here" in capsys.readouterr().out
-    assert list(data["prompts"][0]["models"]) == ["sparse"] and "sparse model only" in data["note"]
-
-
 def test_from_another_folder_the_page_shows_the_parent_too(place, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     analyze.main(["view", str(place / "out/text/best.pt"), "--prompt=ab"])
@@ -195,7 +189,7 @@ def where(edge):
 
 @pytest.mark.parametrize("case", CASES)
 @torch.no_grad()
-def test_edges_weights_and_margins_are_the_models(case):
+def test_edges_weights_margins_and_cuts_are_the_models(case):
     model, question, data, edges, batch = numbers(case)
     gates = []
     model(batch.tokens, record=lambda layer, found: gates.append(found))
@@ -213,12 +207,7 @@ def test_edges_weights_and_margins_are_the_models(case):
     if model.config.gated:  # and no margin of a shut edge is above 0
         margins = view_data.scores_of(model, batch.tokens) + torch.tensor(data["bias"])[:, :, None, None]
         assert torch.equal(is_open, (margins > 0).tril())
-
-
-@pytest.mark.parametrize("case", CASES)
-@torch.no_grad()
-def test_the_effect_of_a_cut_is_that_of_a_forward_without_the_edge(case):
-    model, question, data, edges, batch = numbers(case)
+    # the effect of a cut is that of a forward without the edge
     first, second = model(batch.tokens)[0][0, question.positions].topk(2).indices.T
     scores = exact_scores(model, batch, LOGIT)[:, 0] * len(question.positions)
     for edge in edges[::7]:
@@ -444,8 +433,11 @@ def test_the_drawing_can_be_saved(opened, addition_page, tmp_path):
     assert 'class="hit"' not in drawing
 
 
-def test_without_a_parent_the_page_says_so(opened, place):
-    page = opened(page_at(place, "orphan", "1+2"))
+def test_without_a_parent_the_page_shows_the_sparse_model_alone(opened, place, capsys):
+    path = page_at(place, "orphan", "1+2")
+    assert "out/nowhere/best.pt is no dense model that can be read here" in capsys.readouterr().out
+    assert list(data_in(path)["prompts"][0]["models"]) == ["sparse"]
+    page = opened(path)
     assert "sparse model only" in page.inner_text("#note") and page.locator(".model").count() == 1
     page.click("#tour-button")
     assert "1 of 5" in page.inner_text("#tour")
