@@ -37,7 +37,7 @@ def save(figure, path):
 
 def draw_streams(ax, tokens, answers, n_layer, size=11):
     """The ground of a flow picture: one vertical line per token, its name below, what the model answers
-    above.
+    above, in letters of that size.
     """
     T = len(tokens)
     ax.vlines(range(T), 0, n_layer, color=GREY, lw=0.6, zorder=0)

@@ -47,7 +47,7 @@ def film(folder, task, n_layer, max_steps):
         return
     frames = frames[:kept_frame(frames) + 1]
     shown = np.linspace(0, len(frames) - 1, min(len(frames), MOST_FRAMES)).round().astype(int)
-    figure, ax = plt.subplots(figsize=(0.48 * task.length + 1.2, 4.4), dpi=90, layout="constrained")
+    figure, ax = plt.subplots(figsize=(0.48 * task.length + 1.2, 4.4), dpi=76, layout="constrained")
     places = [""] * task.first + [f"{10**place}s" for place in reversed(range(task.answers))]
     draw_streams(ax, token_names(task), places, n_layer, size=9)
     ax.set_xlabel("A line runs from the token that is read to the token that reads it.\n"
@@ -91,11 +91,12 @@ def animation(pictures):
     """Images of one size as the bytes of a GIF that repeats for ever, with as many frames as MOST_BYTES
     allow.
     """
-    palette = pictures[0].quantize(32, dither=Image.Dither.NONE)  # most edges are open: all colours
+    palette = pictures[0].quantize(24, dither=Image.Dither.NONE)  # most edges are open: all colours
     frames = [picture.quantize(palette=palette, dither=Image.Dither.NONE) for picture in pictures]
     durations = [FIRST, *[FRAME] * (len(frames) - 2), LAST][-len(frames):]
     content = io.BytesIO()
     frames[0].save(content, "gif", save_all=True, append_images=frames[1:], duration=durations, loop=0)
     if content.tell() <= MOST_BYTES or len(frames) == 1:
         return content.getvalue()
-    return animation([*pictures[:-1:2], pictures[-1]])
+    fit = max(1, len(pictures) * MOST_BYTES // content.tell())
+    return animation([pictures[i] for i in np.linspace(len(pictures) - 1, 0, fit).astype(int)[::-1]])

@@ -197,6 +197,8 @@ def test_a_notebooks_way_of_drawing_is_not_taken_over():
 
 
 def test_the_sums_that_are_drawn_have_no_carry_one_from_the_units_and_one_into_the_highest_place():
+    sums = report_figures.example_sums(AdditionTask())
+    assert [sum_[:2] for sum_ in sums] == [(53, 21), (36, 28), (43, 59)]
     for digits in (1, 2, 3, 4):
         drawn, carries = report_figures.example_sums(AdditionTask(digits, 5)), []
         for a, b, _ in drawn:

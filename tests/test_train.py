@@ -278,6 +278,7 @@ def test_divergence_is_the_textbook_sum(kl, monkeypatch):
     torch.testing.assert_close(student.grad, (q - p) * (targets != -1)[..., None], atol=1e-6, rtol=0)
     assert kl(student, teacher, torch.full((2, 3), -1)) == 0  # nothing is asked
 
+
 def test_a_checkpoint_of_transformers_is_a_parent_and_resumes(counting):
     """What init_from='gpt2' does, with a tiny folder in GPT-2's place."""
     transformers = pytest.importorskip("transformers", reason="pip install -r tests/requirements.txt")

@@ -18,7 +18,7 @@ import analyze
 import prepare_data
 from analysis import graphs
 from analysis.explain import run_sums
-from analysis.graph import name_of, parts_of_link, summary
+from analysis.graph import name_of, parts_of_link, read_transcoder, summary
 from analysis.graphs import differences, edge_to_explain, operand_grids
 from features.attribution_graph import Node, graph_of, shares_of
 from features.influence import NODES, attention_edges_of, heads_of, n80, pruned
@@ -47,10 +47,8 @@ def place(tmp_path_factory):
     place = tmp_path_factory.mktemp("graphs")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(place)
-        model = random_gpt(0, block_size=16, vocab_size=256, n_head=2, **GATED)
-        keep_run("bytes", model, data=BYTES)
-        coder = keep_transcoder("bytes", 2, 16, 20)
-        torch.save(graph_of(model, coder, torch.tensor(list(PROMPT.encode()))), "graph.pt")
+        keep_run("bytes", random_gpt(0, block_size=16, vocab_size=256, n_head=2, **GATED), data=BYTES)
+        keep_transcoder("bytes", 2, 16, 20)
         data = {"dataset": "addition", "sha256": prepare_data.load("addition").meta["sha256"]}
         keep_run("sums", random_gpt(0, block_size=11, vocab_size=13, **GATED), data=data)
         keep_transcoder("sums", 2, 16, 20, decoder=0.2)
@@ -84,7 +82,9 @@ def graph_at(run, *words):
 @pytest.fixture
 def made(here):
     """(the model of out/bytes, the graph of PROMPT)."""
-    return load_checkpoint("out/bytes/best.pt").eval(), torch.load("graph.pt", weights_only=False)
+    model = load_checkpoint("out/bytes/best.pt").eval()
+    coder = read_transcoder("out/bytes", "transcoder", read_checkpoint("out/bytes/best.pt"))
+    return model, graph_of(model, coder, torch.tensor(list(PROMPT.encode())))
 
 
 def test_what_is_printed_and_written_is_the_graphs(made):

@@ -65,6 +65,7 @@ REFUSED = [
     ("curve out/none", "out/none has no report yet"),
     ("circuit out/sums_dense out/sums", "say which task: --task="),
     ("circuit out/sums out/sums_dense --task=carry", "circuit compares a dense run with a sparse one"),
+    ("bench --most_memory=nan", "--most_memory=nan: it must be a finite number"),
     *[(f"bench {flag} --device=cpu", "write numbers above 0")
       for flag in ("--open=x", "--open=0", "--open=nan", "--lengths=64,")],
 ]

@@ -147,6 +147,12 @@ def test_the_snippets_fit_into_any_context():
         assert len(questions.text_question(words, tokens, 8).ids) == 8
 
 
+def test_without_its_parent_the_sparse_model_alone(place, capsys):
+    data = data_in(page_at(place, "orphan", "1+2"))
+    assert "out/nowhere/best.pt is no dense model that can be read here" in capsys.readouterr().out
+    assert list(data["prompts"][0]["models"]) == ["sparse"] and "sparse model only" in data["note"]
+
+
 def test_from_another_folder_the_page_shows_the_parent_too(place, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     analyze.main(["view", str(place / "out/text/best.pt"), "--prompt=ab"])
@@ -433,11 +439,8 @@ def test_the_drawing_can_be_saved(opened, addition_page, tmp_path):
     assert 'class="hit"' not in drawing
 
 
-def test_without_a_parent_the_page_shows_the_sparse_model_alone(opened, place, capsys):
-    path = page_at(place, "orphan", "1+2")
-    assert "out/nowhere/best.pt is no dense model that can be read here" in capsys.readouterr().out
-    assert list(data_in(path)["prompts"][0]["models"]) == ["sparse"]
-    page = opened(path)
+def test_without_a_parent_the_page_shows_the_sparse_model_alone(opened, place):
+    page = opened(page_at(place, "orphan", "1+2"))
     assert "sparse model only" in page.inner_text("#note") and page.locator(".model").count() == 1
     page.click("#tour-button")
     assert "1 of 5" in page.inner_text("#tour")
